@@ -1,0 +1,27 @@
+"""FCOS for detectron2, with everything that is not a convolution as fused ops.
+
+Importing it registers the model, its backbones and the built-in data sets with detectron2, and does
+nothing else. Without detectron2 the ops still work: ``fcos_d2.ops`` needs torch alone.
+"""
+
+from importlib.util import find_spec
+
+__version__ = "0.1.0"
+
+if find_spec("detectron2") is None:
+
+    def __getattr__(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"fcos_d2.{name} needs detectron2, which is not installed; install it with: "
+            "python tools/install_detectron2.py"
+        )
+
+else:
+    from . import data
+    from .config import CONVENTIONS, add_fcos_config, resolve_convention
+    from .errors import InputError
+    from .modeling import FCOS
+
+    __all__ = ["CONVENTIONS", "FCOS", "InputError", "add_fcos_config", "data", "resolve_convention"]

@@ -1,0 +1,252 @@
+"""Every configuration key of FCOS: its meaning, its default, and its symbol in the papers.
+
+Key names are AdelaiDet's where AdelaiDet has the key, so that its users' YAML files merge. A key whose
+default is None takes its value from ``MODEL.FCOS.CONVENTION``, which names one of the published
+implementations; a value given explicitly always wins.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+from .errors import InputError
+
+_ADELAIDET = {
+    "LOCATION_OFFSET": 0.5,
+    "LOCATION_PITCH": "stride",
+    "RANGE_INCLUSIVE": True,
+    "CENTER_SAMPLE": True,
+    "USE_SCALE": True,
+    "USE_RELU": True,
+    "NORM_REG_TARGETS": True,
+    "CENTERNESS_ON_REG": True,
+    "LOC_LOSS_TYPE": "giou",
+    "IOU_SMOOTH": 1.0,
+    "CTR_WEIGHTED_LOC": True,
+    "LOSS_NORMALIZER_CLS": "fg",
+    "LOSS_NORMALIZER_BOX": "fg",
+    "SYNC_NORMALIZER": True,
+    "MOVING_FG_START": 100.0,
+    "SCORE_RULE": "sqrt",
+    "INFERENCE_TH_TEST": 0.05,
+    "THRESH_WITH_CTR": False,
+    "RANK_WITH_CTR": True,
+    "CLIP_BEFORE_NMS": False,
+    "NMS_TH": 0.6,
+}
+_ORIGINAL_IMPRV = {**_ADELAIDET, "CLIP_BEFORE_NMS": True}
+_ORIGINAL = {
+    **_ORIGINAL_IMPRV,
+    "CENTER_SAMPLE": False,
+    "USE_RELU": False,
+    "NORM_REG_TARGETS": False,
+    "CENTERNESS_ON_REG": False,
+    "LOC_LOSS_TYPE": "iou",
+}
+_TORCHVISION = {
+    **_ADELAIDET,
+    "LOCATION_OFFSET": 0.0,
+    "LOCATION_PITCH": "floor",
+    "RANGE_INCLUSIVE": False,
+    "USE_SCALE": False,
+    "IOU_SMOOTH": 0.0,
+    "CTR_WEIGHTED_LOC": False,
+    "SYNC_NORMALIZER": False,
+    "INFERENCE_TH_TEST": 0.04,  # they compare sqrt(cls * ctr) with 0.2
+    "THRESH_WITH_CTR": True,
+    "CLIP_BEFORE_NMS": True,
+}
+_DETECTRON2 = {
+    **_TORCHVISION,
+    "LOCATION_OFFSET": 0.5,
+    "LOCATION_PITCH": "stride",
+    "LOSS_NORMALIZER_CLS": "moving_fg",
+    "LOSS_NORMALIZER_BOX": "cls",
+    "MOVING_FG_START": 300.0,
+    "CLIP_BEFORE_NMS": False,
+}
+_MMDET_TRICKS = {
+    **_ADELAIDET,
+    "IOU_SMOOTH": 0.0,
+    "SCORE_RULE": "product",
+    "RANK_WITH_CTR": False,
+    "CLIP_BEFORE_NMS": True,
+}
+_MMDET_BASE = {
+    **_MMDET_TRICKS,
+    "CENTER_SAMPLE": False,
+    "USE_RELU": False,
+    "NORM_REG_TARGETS": False,
+    "CENTERNESS_ON_REG": False,
+    "LOC_LOSS_TYPE": "iou",
+    "NMS_TH": 0.5,
+}
+
+CONVENTIONS: dict[str, dict[str, object]] = {
+    "adelaidet": _ADELAIDET,  # the authors' improved FCOS, aim-uofa/AdelaiDet
+    "original": _ORIGINAL,  # tianzhi0549/FCOS, paper 1904.01355 v1
+    "original_imprv": _ORIGINAL_IMPRV,  # tianzhi0549/FCOS, the FCOS_imprv_* configs
+    "detectron2": _DETECTRON2,  # detectron2.modeling.meta_arch.fcos
+    "torchvision": _TORCHVISION,  # torchvision.models.detection.fcos
+    "mmdet_base": _MMDET_BASE,  # mmdetection 3.x, fcos_*_gn-head configs
+    "mmdet_tricks": _MMDET_TRICKS,  # mmdetection 3.x, center-normbbox-centeronreg-giou configs
+}
+
+
+def add_fcos_config(cfg: CN) -> None:
+    """Adds ``MODEL.FCOS`` and ``SOLVER.OPTIMIZER`` to a detectron2 config.
+
+    Raises:
+        InputError: the config has ``MODEL.FCOS`` already.
+    """
+    if "FCOS" in cfg.MODEL:
+        raise InputError(
+            "add_fcos_config: expected a config without MODEL.FCOS, got one that has it; "
+            "call add_fcos_config(get_cfg()) once"
+        )
+    cfg.MODEL.FCOS = fcos = CN()
+    _add_head(fcos)
+    _add_targets(fcos)
+    _add_losses(fcos)
+    _add_inference(fcos)
+    # "SGD" (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def _add_head(fcos: CN) -> None:
+    # Which implementation to follow where they differ: a key of CONVENTIONS. Sets every key below
+    # whose default is None.
+    fcos.CONVENTION = "adelaidet"
+    # K, without background.
+    fcos.NUM_CLASSES = 80
+    # Feature maps of the backbone that the head reads, by ascending stride, and their strides s.
+    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    fcos.FPN_STRIDES = [8, 16, 32, 64, 128]
+    # How many levels to add on top of the FPN (0, 1: P6, 2: P6 and P7), and the feature map that the
+    # first of them is computed from: "p5" or "res5" (C5).
+    fcos.TOP_LEVELS = 2
+    fcos.TOP_LEVELS_FROM = "p5"
+    # Convolutions of the classification tower, of the box tower, and of the tower shared by both.
+    fcos.NUM_CLS_CONVS = 4
+    fcos.NUM_BOX_CONVS = 4
+    fcos.NUM_SHARE_CONVS = 0
+    # Normalisation in the towers: "GN" (32 groups), "BN" or "SyncBN" (statistics and weights of
+    # their own per level), "none".
+    fcos.NORM = "GN"
+    # Deformable convolution (DCNv2) as the last convolution of the classification and box towers.
+    fcos.USE_DEFORMABLE = False
+    # Initial probability of the foreground, pi in 1708.02002.
+    fcos.PRIOR_PROB = 0.01
+    # One learnable factor per level on the box prediction, s_i in equation 2 of 1904.01355.
+    fcos.USE_SCALE = None
+    # Distances are relu(x) (True) or exp(x) (False), in strides or (NORM_REG_TARGETS False) pixels.
+    fcos.USE_RELU = None
+    fcos.NORM_REG_TARGETS = None
+    # Predict the box quality from the box tower (True) or from the classification tower (False).
+    fcos.CENTERNESS_ON_REG = None
+    # "ctrness" (equation 3 of 1904.01355) or "iou" (2006.09214).
+    fcos.BOX_QUALITY = "ctrness"
+    # Also return the box tower's features with the predictions, for heads built on top of FCOS.
+    fcos.YIELD_BOX_FEATURES = False
+
+
+def _add_targets(fcos: CN) -> None:
+    # Bounds in pixels between the levels' size ranges, m_2 ... m_{L} of 1904.01355 section 3.2: one
+    # fewer than levels.
+    fcos.SIZES_OF_INTEREST = [64, 128, 256, 512]
+    # Whether a largest distance equal to a bound belongs to the range.
+    fcos.RANGE_INCLUSIVE = None
+    # Only points within POS_RADIUS strides of a box's centre are positive (2006.09214 section 3.2).
+    fcos.CENTER_SAMPLE = None
+    fcos.POS_RADIUS = 1.5
+    # Position of a level's first point, as a fraction of its stride, and the spacing of its points:
+    # the "stride", or "floor" of padded image size / feature size.
+    fcos.LOCATION_OFFSET = None
+    fcos.LOCATION_PITCH = None
+    # Points inside crowd regions (COCO iscrowd=1) are ignored instead of learned as background.
+    fcos.IGNORE_CROWD = False
+
+
+def _add_losses(fcos: CN) -> None:
+    # Focal loss alpha and gamma (1708.02002), and its weight in the total loss.
+    fcos.LOSS_ALPHA = 0.25
+    fcos.LOSS_GAMMA = 2.0
+    fcos.LOSS_WEIGHT_CLS = 1.0
+    # "iou", "linear_iou", "giou", "diou" or "ciou".
+    fcos.LOC_LOSS_TYPE = None
+    # Added to intersection and union of the box loss, in squared units of the regression targets.
+    fcos.IOU_SMOOTH = None
+    # Weight the box loss by the centerness target and divide by the sum of the weights. Applies to
+    # BOX_QUALITY "ctrness"; with "iou" all positive points weigh the same.
+    fcos.CTR_WEIGHTED_LOC = None
+    # The classification loss is divided by the number of foreground points ("fg"), its moving average
+    # ("moving_fg", saved with the weights; starts at MOVING_FG_START) or the number of points ("all");
+    # the unweighted box and the quality loss by "fg", or by the same number as the classification
+    # loss ("cls").
+    fcos.LOSS_NORMALIZER_CLS = None
+    fcos.LOSS_NORMALIZER_BOX = None
+    fcos.MOVING_FG_START = None
+    # Average the normalisers over all processes.
+    fcos.SYNC_NORMALIZER = None
+
+
+def _add_inference(fcos: CN) -> None:
+    # Candidates are (point, class) pairs of probability above the threshold; with THRESH_WITH_CTR
+    # the probability times the box quality is compared instead.
+    fcos.INFERENCE_TH_TEST = None
+    fcos.THRESH_WITH_CTR = None
+    # Candidates per level and image; ranked by probability times quality, or by probability alone.
+    fcos.PRE_NMS_TOPK_TEST = 1000
+    fcos.RANK_WITH_CTR = None
+    # Final score: "sqrt" of the product, "product", or "cls" (quality unused).
+    fcos.SCORE_RULE = None
+    fcos.CLIP_BEFORE_NMS = None
+    # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS, 1704.04503,
+    # with its sigma); whether boxes of different classes suppress each other.
+    fcos.NMS_TH = None
+    fcos.NMS_METHOD = "hard"
+    fcos.NMS_SIGMA = 0.5
+    fcos.NMS_CLASS_AGNOSTIC = False
+    # Detections per image.
+    fcos.POST_NMS_TOPK_TEST = 100
+    # FCOS as a proposal generator (MODEL.PROPOSAL_GENERATOR.NAME "FCOSProposals"): whether training
+    # yields proposals at all, and their threshold and numbers.
+    fcos.YIELD_PROPOSAL = False
+    fcos.INFERENCE_TH_TRAIN = 0.05
+    fcos.PRE_NMS_TOPK_TRAIN = 1000
+    fcos.POST_NMS_TOPK_TRAIN = 100
+
+
+def resolve_convention(cfg: CN) -> CN:
+    """Fills the keys of ``cfg.MODEL.FCOS`` that are None from its CONVENTION, in place.
+
+    Returns:
+        cfg, for chaining. Calling it twice changes nothing.
+
+    Raises:
+        InputError: an unknown convention.
+    """
+    fcos = cfg.MODEL.FCOS
+    for key, value in _convention(fcos).items():
+        if fcos[key] is None:
+            fcos[key] = value
+    return cfg
+
+
+def fcos_settings(cfg: CN) -> CN:
+    """``cfg.MODEL.FCOS`` with every key filled in; ``cfg`` itself stays as it is."""
+    fcos = cfg.MODEL.FCOS
+    if all(fcos[key] is not None for key in _convention(fcos)):
+        return fcos
+    cfg = cfg.clone()
+    cfg.defrost()
+    return resolve_convention(cfg).MODEL.FCOS
+
+
+def _convention(fcos: CN) -> dict[str, object]:
+    if fcos.CONVENTION not in CONVENTIONS:
+        raise InputError(
+            f"MODEL.FCOS.CONVENTION must be one of {', '.join(CONVENTIONS)}, "
+            f"got {fcos.CONVENTION!r}"
+        )
+    return CONVENTIONS[fcos.CONVENTION]

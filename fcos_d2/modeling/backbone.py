@@ -1,0 +1,61 @@
+"""Backbones of FCOS: an FPN whose extra levels are computed from P5 or C5 (1904.01355 section 3.2)."""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from torch import Tensor, nn
+
+from ..config import fcos_settings
+
+
+class LastLevelP6(nn.Module):
+    """P6 alone: a 3x3 convolution of stride 2 on P5 or C5."""
+
+    num_levels = 1
+
+    def __init__(self, in_channels: int, out_channels: int, in_feature: str):
+        super().__init__()
+        self.in_feature = in_feature
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        weight_init.c2_xavier_fill(self.p6)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Tensor[B, in_channels, H, W] -> [Tensor[B, out_channels, H/2, W/2]]."""
+        return [self.p6(x)]
+
+
+def build_fpn(cfg, bottom_up: Backbone) -> FPN:
+    """FPN over ``bottom_up`` with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
+
+    Raises:
+        ValueError: TOP_LEVELS or TOP_LEVELS_FROM out of range.
+    """
+    fcos = fcos_settings(cfg)
+    top_levels, source, channels = fcos.TOP_LEVELS, fcos.TOP_LEVELS_FROM, cfg.MODEL.FPN.OUT_CHANNELS
+    if top_levels not in (0, 1, 2):
+        raise ValueError(f"FCOS: MODEL.FCOS.TOP_LEVELS must be 0, 1 or 2, got {top_levels!r}")
+    shapes = bottom_up.output_shape()
+    if source != "p5" and source not in shapes:
+        raise ValueError(
+            f"FCOS: MODEL.FCOS.TOP_LEVELS_FROM must be p5 or one of {list(shapes)}, got {source!r}"
+        )
+    in_channels = channels if source == "p5" else shapes[source].channels
+    blocks = {1: LastLevelP6, 2: LastLevelP6P7}
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=blocks[top_levels](in_channels, channels, source) if top_levels else None,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """detectron2's ResNet (``MODEL.RESNETS``) under ``build_fpn``."""
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape))

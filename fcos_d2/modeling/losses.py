@@ -1,0 +1,212 @@
+"""FCOSLoss: predictions and ground truth -> losses (1904.01355 equation 2, 2006.09214 section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..config import fcos_settings
+from ..ops import Levels, Targets, assign_targets, box_loss, sigmoid_focal_loss
+from .structures import GroundTruth, Predictions
+
+QUALITIES = {"ctrness": "centerness", "iou": "iou"}
+
+
+class FCOSLoss(nn.Module):
+    """Assigns targets and sums the three losses, each divided by its normaliser on the device.
+
+    Targets do not depend on predictions, so the normalisers are known, and exchanged between
+    processes in one message, before the losses are computed.
+
+    Args:
+        num_classes: K.
+        strides: of the levels, in pixels.
+        sizes_of_interest: bounds in pixels between the size ranges of the levels, one fewer than
+            levels.
+        range_inclusive: whether a largest distance equal to a bound belongs to the range.
+        center_radius: of center sampling, in strides; 0 for none.
+        alpha: of the focal loss.
+        gamma: of the focal loss.
+        cls_weight: weight of the classification loss.
+        loc_loss_type: "iou", "linear_iou", "giou", "diou" or "ciou".
+        box_quality: "ctrness" or "iou".
+        iou_smooth: added to intersection and union, in squared units of the regression targets.
+        norm_reg_targets: the unit of the regression targets is the stride instead of the pixel.
+        weight_by_centerness: weight the box loss by centerness; only with box_quality "ctrness".
+        cls_normalizer: "fg", "moving_fg" or "all".
+        box_normalizer: "fg", or "cls" for that of the classification loss.
+        moving_fg_start: first value of the moving average.
+        sync_normalizer: average the normalisers over all processes.
+
+    Raises:
+        ValueError: an unknown choice, or a number of sizes that does not fit the strides.
+    """
+
+    MOMENTUM = 0.9  # of moving_fg, in AdelaiDet and detectron2 alike
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Sequence[int],
+        sizes_of_interest: Sequence[float] = (64, 128, 256, 512),
+        range_inclusive: bool = True,
+        center_radius: float = 1.5,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        cls_weight: float = 1.0,
+        loc_loss_type: str = "giou",
+        box_quality: str = "ctrness",
+        iou_smooth: float = 1.0,
+        norm_reg_targets: bool = True,
+        weight_by_centerness: bool = True,
+        cls_normalizer: str = "fg",
+        box_normalizer: str = "fg",
+        moving_fg_start: float = 100.0,
+        sync_normalizer: bool = True,
+    ):
+        super().__init__()
+        _check_choice("BOX_QUALITY", box_quality, QUALITIES)
+        _check_choice("LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "moving_fg", "all"))
+        _check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.size_ranges = _size_ranges(sizes_of_interest, self.strides)
+        self.range_inclusive, self.center_radius = range_inclusive, center_radius
+        self.alpha, self.gamma, self.cls_weight = alpha, gamma, cls_weight
+        self.loc_loss_type, self.box_quality = loc_loss_type, box_quality
+        unit = [1 if norm_reg_targets else stride for stride in self.strides]
+        self.smoothing = tuple(iou_smooth / u**2 for u in unit)
+        self.weight_by_centerness = weight_by_centerness and box_quality == "ctrness"
+        self.cls_normalizer, self.box_normalizer = cls_normalizer, box_normalizer
+        self.sync_normalizer = sync_normalizer
+        if cls_normalizer == "moving_fg":
+            self.register_buffer("moving_fg", torch.tensor(float(moving_fg_start)))
+        self._last: tuple[GroundTruth, Targets] | None = None
+
+    @classmethod
+    def from_config(cls, cfg):
+        """Arguments from ``cfg``."""
+        fcos = fcos_settings(cfg)
+        return {
+            "num_classes": fcos.NUM_CLASSES,
+            "strides": fcos.FPN_STRIDES,
+            "sizes_of_interest": fcos.SIZES_OF_INTEREST,
+            "range_inclusive": fcos.RANGE_INCLUSIVE,
+            "center_radius": fcos.POS_RADIUS if fcos.CENTER_SAMPLE else 0.0,
+            "alpha": fcos.LOSS_ALPHA,
+            "gamma": fcos.LOSS_GAMMA,
+            "cls_weight": fcos.LOSS_WEIGHT_CLS,
+            "loc_loss_type": fcos.LOC_LOSS_TYPE,
+            "box_quality": fcos.BOX_QUALITY,
+            "iou_smooth": fcos.IOU_SMOOTH,
+            "norm_reg_targets": fcos.NORM_REG_TARGETS,
+            "weight_by_centerness": fcos.CTR_WEIGHTED_LOC,
+            "cls_normalizer": fcos.LOSS_NORMALIZER_CLS,
+            "box_normalizer": fcos.LOSS_NORMALIZER_BOX,
+            "moving_fg_start": fcos.MOVING_FG_START,
+            "sync_normalizer": fcos.SYNC_NORMALIZER,
+        }
+
+    def forward(
+        self, predictions: Predictions, ground_truth: GroundTruth, levels: Levels
+    ) -> dict[str, Tensor]:
+        """Losses by name: ``loss_fcos_cls``, ``loss_fcos_loc``, ``loss_fcos_ctr`` (or ``_iou``)."""
+        targets = self.assign(ground_truth, levels)
+        self._last = ground_truth, targets
+        cls_norm, loc_norm, quality_norm = self._normalizers(targets)
+        cls = sigmoid_focal_loss(predictions.logits, targets.labels, self.alpha, self.gamma)
+        loc, quality = box_loss(
+            predictions.ltrb,
+            predictions.quality,
+            targets,
+            loss_type=self.loc_loss_type,
+            quality_type=QUALITIES[self.box_quality],
+            weight_by_centerness=self.weight_by_centerness,
+            smoothing=self.smoothing,
+        )
+        return {
+            "loss_fcos_cls": cls / cls_norm * self.cls_weight,
+            "loss_fcos_loc": loc / loc_norm,
+            "loss_fcos_iou" if self.box_quality == "iou" else "loss_fcos_ctr": quality
+            / quality_norm,
+        }
+
+    def assign(self, ground_truth: GroundTruth, levels: Levels) -> Targets:
+        """What every point must predict; see ``fcos_d2.ops.assign_targets``."""
+        return assign_targets(
+            *ground_truth,
+            levels,
+            self.size_ranges,
+            num_classes=self.num_classes,
+            center_radius=self.center_radius,
+            inclusive=self.range_inclusive,
+        )
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """How the last batch was assigned, as scalars on the device; empty before the first.
+
+        Per image: positive points of each level, ambiguous points (several boxes qualified), and
+        boxes that no point serves.
+        """
+        if self._last is None:
+            return {}
+        (_, classes, _), targets = self._last
+        images = targets.counts.shape[0]
+        positives, ambiguous = targets.counts.sum(dim=0).unbind(dim=-1)
+        served = torch.zeros(len(classes) + 1, dtype=torch.bool, device=classes.device)
+        served[targets.matched.flatten().long() + 1] = True
+        unserved = (classes >= 0) & ~served[1:]
+        per_level = {
+            f"fcos/positives_p{int(math.log2(stride))}": positives[level] / images
+            for level, stride in enumerate(self.strides)
+        }
+        return {
+            **per_level,
+            "fcos/ambiguous_points": ambiguous.sum() / images,
+            "fcos/unserved_boxes": unserved.sum() / images,
+        }
+
+    @torch.no_grad()
+    def _normalizers(self, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Divisors of the classification, box and quality loss."""
+        positives = targets.counts[..., 0].sum().float()
+        points = positives.new_full((), float(targets.labels.numel()))
+        totals = torch.stack((positives, targets.centerness.sum(), points))
+        if self.sync_normalizer and comm.get_world_size() > 1:
+            # Unconditional on every process: one without objects must not leave the others waiting.
+            torch.distributed.all_reduce(totals)
+            totals = totals / comm.get_world_size()
+        foreground = totals[0].clamp(min=1)
+        cls = {"fg": foreground, "all": totals[2].clamp(min=1)}.get(self.cls_normalizer)
+        if cls is None:
+            self.moving_fg.lerp_(foreground, 1 - self.MOMENTUM)
+            cls = self.moving_fg.clone()
+        quality = cls if self.box_normalizer == "cls" else foreground
+        loc = totals[1].clamp(min=1e-6) if self.weight_by_centerness else quality
+        return cls, loc, quality
+
+
+def _size_ranges(bounds: Sequence[float], strides: Sequence[int]) -> list[tuple[float, float]]:
+    """Bounds between levels -> (low, high) per level; the first and the last are open."""
+    bounds = list(map(float, bounds))
+    if len(bounds) != len(strides) - 1 or bounds != sorted(bounds):
+        raise ValueError(
+            f"FCOSLoss: sizes_of_interest (MODEL.FCOS.SIZES_OF_INTEREST) must be {len(strides) - 1} "
+            f"rising bounds between {len(strides)} levels, got {bounds}"
+        )
+    return list(zip([-1.0, *bounds], [*bounds, math.inf], strict=True))
+
+
+def _check_choice(key: str, value: object, choices: Sequence[str] | dict) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"FCOSLoss: MODEL.FCOS.{key} must be one of {', '.join(choices)}, got {value!r}"
+        )

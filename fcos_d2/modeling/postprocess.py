@@ -1,0 +1,89 @@
+"""PostProcessor: predictions -> detections of a whole batch (1904.01355 section 3.1)."""
+
+from __future__ import annotations
+
+from detectron2.config import configurable
+from torch import Tensor
+
+from ..config import fcos_settings
+from ..ops import Detections, Levels, batched_nms_padded, select_candidates
+from .structures import Predictions
+
+
+class PostProcessor:
+    """Selects candidates and suppresses duplicates; every step in fixed shapes, none waits.
+
+    Args:
+        score_threshold: on the class probability, or with ``threshold_with_quality`` on its product
+            with the box quality; in [0, 1].
+        threshold_with_quality: see above.
+        topk: candidates per level and image.
+        rank_with_quality: rank candidates by the product instead of the class probability.
+        score_rule: final score, "sqrt" of the product, "product" or "cls".
+        clip: clip boxes to the image before NMS.
+        nms_threshold: IoU above which the lower-scored box is suppressed.
+        nms_method: "hard", "linear" or "gaussian".
+        nms_sigma: of "gaussian".
+        class_agnostic: boxes of different classes suppress each other.
+        max_detections: D.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        score_threshold: float = 0.05,
+        threshold_with_quality: bool = False,
+        topk: int = 1000,
+        rank_with_quality: bool = True,
+        score_rule: str = "sqrt",
+        clip: bool = False,
+        nms_threshold: float = 0.6,
+        nms_method: str = "hard",
+        nms_sigma: float = 0.5,
+        class_agnostic: bool = False,
+        max_detections: int = 100,
+    ):
+        self.selection = {
+            "score_threshold": score_threshold,
+            "topk": topk,
+            "threshold_with_quality": threshold_with_quality,
+            "rank_with_quality": rank_with_quality,
+            "score_rule": score_rule,
+            "clip": clip,
+        }
+        self.suppression = {
+            "iou_threshold": nms_threshold,
+            "max_detections": max_detections,
+            "class_agnostic": class_agnostic,
+            "method": nms_method,
+            "sigma": nms_sigma,
+        }
+
+    @classmethod
+    def from_config(cls, cfg, *, split: str = "TEST"):
+        """Arguments from ``cfg``: those for testing, or (``split`` "TRAIN") for proposals."""
+        fcos = fcos_settings(cfg)
+        return {
+            "score_threshold": fcos[f"INFERENCE_TH_{split}"],
+            "threshold_with_quality": fcos.THRESH_WITH_CTR,
+            "topk": fcos[f"PRE_NMS_TOPK_{split}"],
+            "rank_with_quality": fcos.RANK_WITH_CTR,
+            "score_rule": fcos.SCORE_RULE,
+            "clip": fcos.CLIP_BEFORE_NMS,
+            "nms_threshold": fcos.NMS_TH,
+            "nms_method": fcos.NMS_METHOD,
+            "nms_sigma": fcos.NMS_SIGMA,
+            "class_agnostic": fcos.NMS_CLASS_AGNOSTIC,
+            "max_detections": fcos[f"POST_NMS_TOPK_{split}"],
+        }
+
+    def __call__(
+        self, predictions: Predictions, levels: Levels, image_sizes: Tensor
+    ) -> Detections:
+        """Detections of images whose (height, width) without padding are int64 Tensor[B, 2]."""
+        logits, ltrb, quality, _ = predictions
+        candidates = select_candidates(
+            logits, ltrb, quality, levels, image_sizes, **self.selection
+        )
+        return batched_nms_padded(*candidates, **self.suppression)

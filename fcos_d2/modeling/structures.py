@@ -1,0 +1,95 @@
+"""What flows between the parts of the detector.
+
+Shapes: B images, L levels, K classes, M ground-truth boxes of the whole batch, D detections per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from ..ops import Detections, Levels, make_levels
+
+
+class Predictions(NamedTuple):
+    """Output of the head, one tensor per level, as the convolutions wrote them.
+
+    Attributes:
+        logits: Tensor[B, K, H, W], class logits.
+        ltrb: Tensor[B, 4, H, W], distances to the box's sides in strides, >= 0.
+        quality: Tensor[B, 1, H, W], logits of centerness or IoU.
+        box_features: Tensor[B, C, H, W], features of the box tower; empty unless asked for.
+    """
+
+    logits: list[Tensor]
+    ltrb: list[Tensor]
+    quality: list[Tensor]
+    box_features: list[Tensor]
+
+
+class GroundTruth(NamedTuple):
+    """All boxes of a batch, one image after the other.
+
+    Attributes:
+        boxes: float32 Tensor[M, 4], xyxy in pixels of the network input.
+        classes: int64 Tensor[M] in [0, K), or -1 for a region to ignore.
+        offsets: int64 Tensor[B + 1]; image b owns the boxes [offsets[b], offsets[b + 1]).
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    offsets: Tensor
+
+
+class PointGrid:
+    """The rule by which points are laid over feature maps; see ``fcos_d2.ops.make_levels``.
+
+    Args:
+        strides: pixels between neighbouring points, one per level.
+        offset: position of the first point as a fraction of the stride.
+        pitch: "stride", or "floor": the spacing is padded image size // feature size.
+    """
+
+    def __init__(self, strides: Sequence[int], offset: float = 0.5, pitch: str = "stride"):
+        if pitch not in ("stride", "floor"):
+            raise ValueError(
+                f"PointGrid: pitch (MODEL.FCOS.LOCATION_PITCH) must be stride or floor, got {pitch!r}"
+            )
+        self.strides, self.offset, self.pitch = tuple(strides), offset, pitch
+
+    def levels(self, maps: Sequence[Tensor], padded_image: Tensor) -> Levels:
+        """Geometry of feature ``maps`` [B, C, H, W] computed from ``padded_image`` [B, 3, H, W]."""
+        shapes = [tuple(level.shape[-2:]) for level in maps]
+        image_shape = tuple(padded_image.shape[-2:]) if self.pitch == "floor" else None
+        return make_levels(shapes, self.strides, offset=self.offset, image_shape=image_shape)
+
+
+def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
+    """Instances with ``gt_boxes`` and ``gt_classes``, one per image -> GroundTruth."""
+    boxes = torch.cat([image.gt_boxes.tensor for image in instances]).float()
+    classes = torch.cat([image.gt_classes for image in instances]).long()
+    counts = torch.tensor([0] + [len(image) for image in instances])
+    return GroundTruth(boxes, classes, counts.cumsum(0).to(boxes.device, non_blocking=True))
+
+
+def to_instances(
+    detections: Detections, image_sizes: Sequence[tuple[int, int]]
+) -> list[Instances]:
+    """Detections -> Instances(pred_boxes, scores, pred_classes) per image.
+
+    The only point of inference that waits for the device: it must know how many there are.
+    """
+    counts = detections.counts.tolist()
+    return [
+        Instances(
+            size,
+            pred_boxes=Boxes(detections.boxes[image, :count]),
+            scores=detections.scores[image, :count],
+            pred_classes=detections.classes[image, :count],
+        )
+        for image, (size, count) in enumerate(zip(image_sizes, counts, strict=True))
+    ]

@@ -1,0 +1,88 @@
+"""Declares the ops to torch and loads the compiled kernels.
+
+Every op is declared once, in Python, with its reference as the implementation for all devices
+(``CompositeExplicitAutograd``). A compiled library adds kernels for ``CPU`` and ``CUDA``, which the
+dispatcher prefers: nothing else in the package knows or asks which of the two runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "fcos_d2"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_OP_NAMES: list[str] = []
+
+
+def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
+    """Declares ``schema`` with its reference implementation and its fake (shape-only) kernel.
+
+    Returns:
+        The overload to call, ``torch.ops.fcos_d2.<name>.default``.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    _OP_NAMES.append(name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives op ``name`` the derivative ``backward`` (see ``torch.library.register_autograd``)."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def forbid_double_backward(name: str) -> None:
+    """Makes differentiating the gradient op ``name`` an error instead of a silent zero."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"fcos_d2::{name} has no second derivative; call backward() without create_graph=True"
+        )
+
+    define_autograd(name, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def backend() -> dict[str, dict[str, str]]:
+    """Which implementation the dispatcher runs: op -> {"CPU" or "CUDA": "compiled" or "reference"}."""
+    return {
+        name: {key: "compiled" if _has_kernel(name, key) else "reference" for key in ("CPU", "CUDA")}
+        for name in _OP_NAMES
+    }
+
+
+def build_info() -> dict | None:
+    """What the compiled library was built with (torch, compiler, flags); None where there is none."""
+    if not _compiled_libraries():
+        return None
+    return json.loads(getattr(torch.ops, NAMESPACE).build_info())
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _compiled_libraries() -> list[Path]:
+    return sorted(Path(__file__).parents[1].glob("_C*.so"))
+
+
+def _load_compiled_libraries() -> None:
+    for path in _compiled_libraries():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise ImportError(
+                f"fcos_d2: the compiled library {path.name} does not load with torch "
+                f"{torch.__version__}: {error}; rebuild it with: pip install -e . --force-reinstall "
+                "--no-deps"
+            ) from error
+
+
+_load_compiled_libraries()

@@ -1,0 +1,139 @@
+"""select_candidates: head outputs -> the best (point, class) pairs of every image, as boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import (
+    check,
+    check_choice,
+    check_levels,
+    check_maps,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
+from ._library import define_op
+from .levels import Levels
+
+SCORE_RULES = ("sqrt", "product", "cls")
+
+
+class Candidates(NamedTuple):
+    """Boxes that passed the score threshold, in fixed shapes.
+
+    Slots belong to levels in order; inside a level they are sorted by descending rank, empty slots
+    last. An empty slot has class -1, score 0 and a box of zeros.
+
+    Attributes:
+        boxes: float32 Tensor[B, N, 4], xyxy in pixels of the network input.
+        scores: float32 Tensor[B, N] in [0, 1].
+        classes: int64 Tensor[B, N] in [0, K), -1 for an empty slot.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+
+def select_candidates(
+    logits: Sequence[Tensor],
+    ltrb: Sequence[Tensor],
+    quality: Sequence[Tensor],
+    levels: Levels,
+    image_sizes: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    topk: int = 1000,
+    threshold_with_quality: bool = False,
+    rank_with_quality: bool = True,
+    score_rule: str = "sqrt",
+    clip: bool = False,
+) -> Candidates:
+    """Thresholds, ranks and decodes predictions, all images at once, without waiting for the device.
+
+    A (point, class) pair is a candidate when its class probability, or the product of class
+    probability and quality, exceeds the threshold; per level and image the ``topk`` best candidates
+    are kept, equal ones in the order of (point, class). A NaN score never passes.
+
+    Args:
+        logits: one Tensor[B, K, H, W] per level, class logits; float32, float16, bfloat16, float64.
+        ltrb: one Tensor[B, 4, H, W] per level, distances in strides, decoded in float32.
+        quality: one Tensor[B, 1, H, W] per level, quality logits.
+        levels: geometry of the points of these levels.
+        image_sizes: int64 Tensor[B, 2], (height, width) of each image without padding, in pixels.
+        score_threshold: in [0, 1], compared strictly.
+        topk: candidates kept per level and image, >= 1.
+        threshold_with_quality: compare the product instead of the class probability.
+        rank_with_quality: rank by the product instead of the class probability.
+        score_rule: final score: "sqrt" of the product (the authors, detectron2, torchvision),
+            "product" (mmdetection) or "cls" (quality unused).
+        clip: clip the boxes to their image.
+
+    Returns:
+        Candidates with N = sum over levels of min(topk, H W K). Not differentiable.
+
+    Raises:
+        ValueError: an argument of wrong dtype, shape, device or value.
+
+    Example:
+        >>> levels = make_levels([(1, 1)], [8])
+        >>> one = torch.ones(1, 4, 1, 1)
+        >>> best = select_candidates([one[:, :1]], [one], [one[:, :1]], levels, torch.tensor([[8, 8]]))
+        >>> best.boxes
+        tensor([[[-4., -4., 12., 12.]]])
+    """
+    name = "select_candidates"
+    check_maps(name, "logits", logits, "K")
+    check_maps(name, "ltrb", ltrb, 4, like=logits)
+    check_maps(name, "quality", quality, 1, like=logits)
+    check_levels(name, levels, logits)
+    sizes = [logits[0].shape[0], 2]
+    check_tensor(name, "image_sizes", image_sizes, sizes, [torch.int64], "cast with .long()")
+    check_same_device(name, logits=logits[0], image_sizes=image_sizes)
+    check_number(name, "score_threshold", score_threshold, 0, 1)
+    check(isinstance(topk, int) and topk >= 1, name, "topk must be an integer >= 1", topk)
+    check_choice(name, "score_rule", score_rule, SCORE_RULES)
+    return Candidates(
+        *_op(
+            list(logits),
+            list(ltrb),
+            list(quality),
+            image_sizes,
+            list(levels.strides),
+            list(chain.from_iterable(levels.pitches)),
+            levels.offset,
+            float(score_threshold),
+            topk,
+            threshold_with_quality,
+            rank_with_quality,
+            score_rule,
+            clip,
+        )
+    )
+
+
+def _fake(logits, ltrb, quality, image_sizes, strides, pitches, offset, threshold, topk, *_):
+    first = logits[0]
+    n = sum(min(topk, t.shape[1] * t.shape[2] * t.shape[3]) for t in logits)
+    return (
+        first.new_empty(first.shape[0], n, 4, dtype=torch.float32),
+        first.new_empty(first.shape[0], n, dtype=torch.float32),
+        first.new_empty(first.shape[0], n, dtype=torch.int64),
+    )
+
+
+_op = define_op(
+    "select_candidates(Tensor[] logits, Tensor[] ltrb, Tensor[] quality, Tensor image_sizes, "
+    "int[] strides, SymInt[] pitches, float offset, float score_threshold, int topk, "
+    "bool threshold_with_quality, bool rank_with_quality, str score_rule, bool clip) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.select_candidates,
+    _fake,
+)

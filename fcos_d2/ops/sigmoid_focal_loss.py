@@ -1,0 +1,87 @@
+"""sigmoid_focal_loss: classification loss of dense detectors from integer labels, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_maps, check_number, check_same_device, check_tensor
+from ._library import define_autograd, define_op, forbid_double_backward
+
+
+def sigmoid_focal_loss(
+    logits: Sequence[Tensor], labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Sum of the focal loss over all points and classes (arXiv 1708.02002, equation 5).
+
+    The one-hot target is never formed: a point of label c is positive for class c and negative for
+    the other K - 1, a background point is negative for all K, an ignored point counts for nothing.
+
+    Args:
+        logits: one Tensor[B, K, H, W] per level, float32, float16, bfloat16 or float64, in any
+            memory format; computed in float32 (float64 for float64).
+        labels: int32 Tensor[B, P] in [0, K), K for background, -1 to ignore; P counts the points of
+            all levels, level-major, row-major inside a level.
+        alpha: weight of positives in [0, 1], 1 - alpha for negatives; -1 for no weights.
+        gamma: focusing exponent >= 0.
+
+    Returns:
+        float32 (float64 for float64 logits) scalar, differentiable once in ``logits``; finite with a
+        finite gradient for every finite logit.
+
+    Raises:
+        ValueError: an argument of wrong dtype, shape, device or value.
+        RuntimeError: a label outside [-1, K] (checked on the device, so that nothing waits for it).
+        NotImplementedError: on differentiating a second time.
+
+    Example:
+        >>> logits = [torch.zeros(1, 2, 1, 1)]
+        >>> sigmoid_focal_loss(logits, torch.tensor([[0]], dtype=torch.int32))
+        tensor(0.1733)
+    """
+    name = "sigmoid_focal_loss"
+    check_maps(name, "logits", logits, "K")
+    points = sum(level.shape[2] * level.shape[3] for level in logits)
+    shape = [logits[0].shape[0], points]
+    check_tensor(name, "labels", labels, shape, [torch.int32], "cast with .int()")
+    check_same_device(name, logits=logits[0], labels=labels)
+    if alpha != -1:
+        check_number(name, "alpha (or -1 for no weights)", alpha, 0, 1)
+    check_number(name, "gamma", gamma, 0, float("inf"))
+    return _op(list(logits), labels, float(alpha), float(gamma))
+
+
+def _fake(logits, labels, alpha, gamma):
+    return logits[0].new_empty((), dtype=reference._accumulate_dtype(logits[0]))
+
+
+def _fake_backward(grad, logits, labels, alpha, gamma):
+    return [torch.empty_like(level) for level in logits]
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, ctx.alpha, ctx.gamma = inputs
+    ctx.save_for_backward(labels, *logits)
+
+
+def _backward(ctx, grad):
+    labels, *logits = ctx.saved_tensors
+    return _op_backward(grad, logits, labels, ctx.alpha, ctx.gamma), None, None, None
+
+
+_op = define_op(
+    "sigmoid_focal_loss(Tensor[] logits, Tensor labels, float alpha, float gamma) -> Tensor",
+    reference.sigmoid_focal_loss,
+    _fake,
+)
+_op_backward = define_op(
+    "sigmoid_focal_loss_backward(Tensor grad, Tensor[] logits, Tensor labels, float alpha, "
+    "float gamma) -> Tensor[]",
+    reference.sigmoid_focal_loss_backward,
+    _fake_backward,
+)
+define_autograd("sigmoid_focal_loss", _backward, _setup_context)
+forbid_double_backward("sigmoid_focal_loss_backward")
