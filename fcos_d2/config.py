@@ -1,8 +1,8 @@
 """Every configuration key of FCOS: its meaning, its default, and its symbol in the papers.
 
-Key names are AdelaiDet's where AdelaiDet has the key, so that its users' YAML files merge. A key whose
-default is None takes its value from ``MODEL.FCOS.CONVENTION``, which names one of the published
-implementations; a value given explicitly always wins.
+Key names are AdelaiDet's where AdelaiDet has the key, so that its users' YAML files merge. A key
+whose default is None takes its value from ``MODEL.FCOS.CONVENTION``, which names one of the
+published implementations; a value given explicitly always wins.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _add_head(fcos: CN) -> None:
     # Feature maps of the backbone that the head reads, by ascending stride, and their strides s.
     fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     fcos.FPN_STRIDES = [8, 16, 32, 64, 128]
-    # How many levels to add on top of the FPN (0, 1: P6, 2: P6 and P7), and the feature map that the
-    # first of them is computed from: "p5" or "res5" (C5).
+    # How many levels to add on top of the FPN (0, 1: P6, 2: P6 and P7), and the feature map that
+    # the first of them is computed from: "p5" or "res5" (C5).
     fcos.TOP_LEVELS = 2
     fcos.TOP_LEVELS_FROM = "p5"
     # Convolutions of the classification tower, of the box tower, and of the tower shared by both.
@@ -179,10 +179,10 @@ def _add_losses(fcos: CN) -> None:
     # Weight the box loss by the centerness target and divide by the sum of the weights. Applies to
     # BOX_QUALITY "ctrness"; with "iou" all positive points weigh the same.
     fcos.CTR_WEIGHTED_LOC = None
-    # The classification loss is divided by the number of foreground points ("fg"), its moving average
-    # ("moving_fg", saved with the weights; starts at MOVING_FG_START) or the number of points ("all");
-    # the unweighted box and the quality loss by "fg", or by the same number as the classification
-    # loss ("cls").
+    # The classification loss is divided by the number of foreground points ("fg"), its moving
+    # average ("moving_fg", saved with the weights; starts at MOVING_FG_START) or the number of
+    # points ("all"); the unweighted box and the quality loss by "fg", or by the same number as the
+    # classification loss ("cls").
     fcos.LOSS_NORMALIZER_CLS = None
     fcos.LOSS_NORMALIZER_BOX = None
     fcos.MOVING_FG_START = None
@@ -201,8 +201,8 @@ def _add_inference(fcos: CN) -> None:
     # Final score: "sqrt" of the product, "product", or "cls" (quality unused).
     fcos.SCORE_RULE = None
     fcos.CLIP_BEFORE_NMS = None
-    # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS, 1704.04503,
-    # with its sigma); whether boxes of different classes suppress each other.
+    # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS,
+    # 1704.04503, with its sigma); whether boxes of different classes suppress each other.
     fcos.NMS_TH = None
     fcos.NMS_METHOD = "hard"
     fcos.NMS_SIGMA = 0.5
@@ -224,7 +224,7 @@ def resolve_convention(cfg: CN) -> CN:
         cfg, for chaining. Calling it twice changes nothing.
 
     Raises:
-        InputError: an unknown convention.
+        InputError: an unknown convention, or an explicit value of another type than its own.
     """
     fcos = cfg.MODEL.FCOS
     for key, value in _convention(fcos).items():
@@ -249,4 +249,13 @@ def _convention(fcos: CN) -> dict[str, object]:
             f"MODEL.FCOS.CONVENTION must be one of {', '.join(CONVENTIONS)}, "
             f"got {fcos.CONVENTION!r}"
         )
-    return CONVENTIONS[fcos.CONVENTION]
+    convention = CONVENTIONS[fcos.CONVENTION]
+    for key, default in convention.items():
+        # yacs takes anything for a key whose default is None, and the string "false" would be true.
+        types = (float, int) if isinstance(default, float) else (type(default),)
+        if fcos[key] is not None and type(fcos[key]) not in types:
+            raise InputError(
+                f"MODEL.FCOS.{key} must be {types[0].__name__}, got {fcos[key]!r}; "
+                f"write it like {default!r}"
+            )
+    return convention

@@ -16,4 +16,8 @@ def one_line_cause(error: BaseException) -> str:
         return type(error).__name__
     if "Traceback" not in str(error):
         return " ".join(lines)
-    return lines[-1].removeprefix(f"{type(error).__module__}.").removeprefix(f"{type(error).__name__}: ")
+    return (
+        lines[-1]
+        .removeprefix(f"{type(error).__module__}.")
+        .removeprefix(f"{type(error).__name__}: ")
+    )

@@ -1,9 +1,9 @@
 """The detector. Importing it registers its parts with detectron2.
 
-Shapes used in all modules: B images, L pyramid levels, P points of all levels together (level-major,
-row-major inside a level), M ground-truth boxes of the whole batch, K classes, D detections per image.
-Boxes are xyxy in pixels of the network input; ltrb are distances from a point to the four sides of a
-box, in strides. Background label = K, ignored label = -1.
+Shapes used in all modules: B images, L pyramid levels, P points of all levels together
+(level-major, row-major inside a level), M ground-truth boxes of the whole batch, K classes, D
+detections per image. Boxes are xyxy in pixels of the network input; ltrb are distances from a point
+to the four sides of a box, in strides. Background label = K, ignored label = -1.
 """
 
 from .backbone import build_fcos_resnet_fpn_backbone, build_fpn

@@ -1,6 +1,8 @@
-"""Backbones of FCOS: an FPN whose extra levels are computed from P5 or C5 (1904.01355 section 3.2)."""
+"""Backbones of FCOS: an FPN with extra levels computed from P5 or C5 (1904.01355 section 3.2)."""
 
 from __future__ import annotations
+
+import math
 
 import fvcore.nn.weight_init as weight_init
 from detectron2.layers import ShapeSpec
@@ -38,19 +40,21 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
     top_levels, source, channels = fcos.TOP_LEVELS, fcos.TOP_LEVELS_FROM, cfg.MODEL.FPN.OUT_CHANNELS
     if top_levels not in (0, 1, 2):
         raise ValueError(f"FCOS: MODEL.FCOS.TOP_LEVELS must be 0, 1 or 2, got {top_levels!r}")
-    shapes = bottom_up.output_shape()
-    if source != "p5" and source not in shapes:
+    last = cfg.MODEL.FPN.IN_FEATURES[-1]
+    shape = bottom_up.output_shape()[last]
+    sources = {f"p{int(math.log2(shape.stride))}": channels, last: shape.channels}
+    if top_levels and source not in sources:
         raise ValueError(
-            f"FCOS: MODEL.FCOS.TOP_LEVELS_FROM must be p5 or one of {list(shapes)}, got {source!r}"
+            f"FCOS: MODEL.FCOS.TOP_LEVELS_FROM must be one of {', '.join(sources)}, the last level "
+            f"of MODEL.FPN.IN_FEATURES {list(cfg.MODEL.FPN.IN_FEATURES)}, got {source!r}"
         )
-    in_channels = channels if source == "p5" else shapes[source].channels
     blocks = {1: LastLevelP6, 2: LastLevelP6P7}
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=channels,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=blocks[top_levels](in_channels, channels, source) if top_levels else None,
+        top_block=blocks[top_levels](sources[source], channels, source) if top_levels else None,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from ..config import fcos_settings
-from .structures import Predictions
+from .structures import Predictions, check_choice
+
+NORMS = ("GN", "BN", "SyncBN", "none", "")
 
 
 class Scale(nn.Module):
@@ -103,7 +105,7 @@ class FCOSHead(nn.Module):
         yield_box_features: fill ``Predictions.box_features``.
 
     Raises:
-        ValueError: GN with channels that 32 does not divide.
+        ValueError: an unknown norm, or GN with channels that 32 does not divide.
     """
 
     @configurable
@@ -126,6 +128,7 @@ class FCOSHead(nn.Module):
         yield_box_features: bool = False,
     ):
         super().__init__()
+        check_choice("NORM", norm, NORMS)
         if norm == "GN" and in_channels % 32:
             raise ValueError(
                 f"FCOSHead: norm GN needs channels that 32 divides, got {in_channels}; "
@@ -181,9 +184,11 @@ class FCOSHead(nn.Module):
             cls_feature = self.cls_tower(feature, level)
             box_feature = self.bbox_tower(feature, level)
             quality_feature = box_feature if self.quality_on_box_tower else cls_feature
+            ltrb = self._distances(self.bbox_pred(box_feature), level)
             predictions.logits.append(self.cls_logits(cls_feature))
-            predictions.ltrb.append(self._distances(self.bbox_pred(box_feature), level))
-            predictions.quality.append(self.ctrness(quality_feature))
+            predictions.ltrb.append(ltrb)
+            # Under autocast the scale and exp give float32, which box_loss then asks of both.
+            predictions.quality.append(self.ctrness(quality_feature).to(ltrb.dtype))
             if self.yield_box_features:
                 predictions.box_features.append(box_feature)
         return predictions

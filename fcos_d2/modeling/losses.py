@@ -1,4 +1,4 @@
-"""FCOSLoss: predictions and ground truth -> losses (1904.01355 equation 2, 2006.09214 section 3)."""
+"""FCOSLoss: predictions and ground truth -> losses (1904.01355 eq. 2, 2006.09214 section 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import fcos_settings
 from ..ops import Levels, Targets, assign_targets, box_loss, sigmoid_focal_loss
-from .structures import GroundTruth, Predictions
+from ..ops.box_loss import LOSS_TYPES
+from .structures import GroundTruth, Predictions, check_choice
 
 QUALITIES = {"ctrness": "centerness", "iou": "iou"}
 
@@ -72,9 +73,10 @@ class FCOSLoss(nn.Module):
         sync_normalizer: bool = True,
     ):
         super().__init__()
-        _check_choice("BOX_QUALITY", box_quality, QUALITIES)
-        _check_choice("LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "moving_fg", "all"))
-        _check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
+        check_choice("LOC_LOSS_TYPE", loc_loss_type, LOSS_TYPES)
+        check_choice("BOX_QUALITY", box_quality, QUALITIES)
+        check_choice("LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "moving_fg", "all"))
+        check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.size_ranges = _size_ranges(sizes_of_interest, self.strides)
@@ -199,14 +201,7 @@ def _size_ranges(bounds: Sequence[float], strides: Sequence[int]) -> list[tuple[
     bounds = list(map(float, bounds))
     if len(bounds) != len(strides) - 1 or bounds != sorted(bounds):
         raise ValueError(
-            f"FCOSLoss: sizes_of_interest (MODEL.FCOS.SIZES_OF_INTEREST) must be {len(strides) - 1} "
-            f"rising bounds between {len(strides)} levels, got {bounds}"
+            "FCOSLoss: sizes_of_interest (MODEL.FCOS.SIZES_OF_INTEREST) must be "
+            f"{len(strides) - 1} rising bounds between {len(strides)} levels, got {bounds}"
         )
     return list(zip([-1.0, *bounds], [*bounds, math.inf], strict=True))
-
-
-def _check_choice(key: str, value: object, choices: Sequence[str] | dict) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"FCOSLoss: MODEL.FCOS.{key} must be one of {', '.join(choices)}, got {value!r}"
-        )

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..config import fcos_settings
 from ..ops import Detections, Levels, batched_nms_padded, select_candidates
-from .structures import Predictions
+from ..ops.batched_nms import NMS_METHODS
+from ..ops.select_candidates import SCORE_RULES
+from .structures import Predictions, check_choice
 
 
 class PostProcessor:
@@ -26,6 +28,9 @@ class PostProcessor:
         nms_sigma: of "gaussian".
         class_agnostic: boxes of different classes suppress each other.
         max_detections: D.
+
+    Raises:
+        ValueError: an unknown choice.
     """
 
     @configurable
@@ -44,6 +49,9 @@ class PostProcessor:
         class_agnostic: bool = False,
         max_detections: int = 100,
     ):
+        # Here, and not when the first evaluation comes, after hours of training.
+        check_choice("SCORE_RULE", score_rule, SCORE_RULES)
+        check_choice("NMS_METHOD", nms_method, NMS_METHODS)
         self.selection = {
             "score_threshold": score_threshold,
             "topk": topk,
@@ -78,12 +86,8 @@ class PostProcessor:
             "max_detections": fcos[f"POST_NMS_TOPK_{split}"],
         }
 
-    def __call__(
-        self, predictions: Predictions, levels: Levels, image_sizes: Tensor
-    ) -> Detections:
+    def __call__(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Detections:
         """Detections of images whose (height, width) without padding are int64 Tensor[B, 2]."""
         logits, ltrb, quality, _ = predictions
-        candidates = select_candidates(
-            logits, ltrb, quality, levels, image_sizes, **self.selection
-        )
+        candidates = select_candidates(logits, ltrb, quality, levels, image_sizes, **self.selection)
         return batched_nms_padded(*candidates, **self.suppression)

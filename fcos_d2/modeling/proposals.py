@@ -75,8 +75,9 @@ class FCOSProposals(nn.Module):
         if postprocess is None:
             return [], losses
         sizes = torch.tensor([tuple(size) for size in images.image_sizes])
+        sizes = sizes.to(images.tensor.device, non_blocking=True)
         with torch.no_grad():
-            detections = postprocess(predictions, levels, sizes.to(images.tensor.device))
+            detections = postprocess(predictions, levels, sizes)
         found = to_instances(detections, images.image_sizes)
         return [_to_proposals(image) for image in found], losses
 

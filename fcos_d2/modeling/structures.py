@@ -1,11 +1,12 @@
 """What flows between the parts of the detector.
 
-Shapes: B images, L levels, K classes, M ground-truth boxes of the whole batch, D detections per image.
+Shapes: B images, L levels, K classes, M ground-truth boxes of the whole batch, D detections per
+image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ class PointGrid:
     def __init__(self, strides: Sequence[int], offset: float = 0.5, pitch: str = "stride"):
         if pitch not in ("stride", "floor"):
             raise ValueError(
-                f"PointGrid: pitch (MODEL.FCOS.LOCATION_PITCH) must be stride or floor, got {pitch!r}"
+                "PointGrid: pitch (MODEL.FCOS.LOCATION_PITCH) must be stride or floor, "
+                f"got {pitch!r}"
             )
         self.strides, self.offset, self.pitch = tuple(strides), offset, pitch
 
@@ -68,6 +70,13 @@ class PointGrid:
         return make_levels(shapes, self.strides, offset=self.offset, image_shape=image_shape)
 
 
+def check_choice(key: str, value: object, choices: Collection[str]) -> None:
+    """Raises ValueError, naming ``MODEL.FCOS.<key>``, unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        names = ", ".join(map(repr, choices))
+        raise ValueError(f"FCOS: MODEL.FCOS.{key} must be one of {names}, got {value!r}")
+
+
 def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
     """Instances with ``gt_boxes`` and ``gt_classes``, one per image -> GroundTruth."""
     boxes = torch.cat([image.gt_boxes.tensor for image in instances]).float()
@@ -76,9 +85,7 @@ def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
     return GroundTruth(boxes, classes, counts.cumsum(0).to(boxes.device, non_blocking=True))
 
 
-def to_instances(
-    detections: Detections, image_sizes: Sequence[tuple[int, int]]
-) -> list[Instances]:
+def to_instances(detections: Detections, image_sizes: Sequence[tuple[int, int]]) -> list[Instances]:
     """Detections -> Instances(pred_boxes, scores, pred_classes) per image.
 
     The only point of inference that waits for the device: it must know how many there are.

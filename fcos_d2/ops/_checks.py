@@ -114,10 +114,11 @@ def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
     """Checks that ``value`` is one of ``choices``."""
-    check(value in choices, function, f"{name} must be one of {', '.join(choices)}", value)
+    expected = f"{name} must be one of {', '.join(choices)}"
+    check(value in choices, function, expected, describe(value))
 
 
 def check_number(function: str, name: str, value: object, low: float, high: float) -> None:
     """Checks that ``value`` is a number in [low, high]."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    check(good, function, f"{name} must be a number in [{low}, {high}]", value)
+    check(good, function, f"{name} must be a number in [{low}, {high}]", describe(value))

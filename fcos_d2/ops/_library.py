@@ -51,15 +51,17 @@ def forbid_double_backward(name: str) -> None:
 
 
 def backend() -> dict[str, dict[str, str]]:
-    """Which implementation the dispatcher runs: op -> {"CPU" or "CUDA": "compiled" or "reference"}."""
+    """Which implementation runs: op -> {"CPU" or "CUDA": "compiled" or "reference"}."""
     return {
-        name: {key: "compiled" if _has_kernel(name, key) else "reference" for key in ("CPU", "CUDA")}
+        name: {
+            key: "compiled" if _has_kernel(name, key) else "reference" for key in ("CPU", "CUDA")
+        }
         for name in _OP_NAMES
     }
 
 
 def build_info() -> dict | None:
-    """What the compiled library was built with (torch, compiler, flags); None where there is none."""
+    """What the compiled library was built with (torch, compiler, flags); None without one."""
     if not _compiled_libraries():
         return None
     return json.loads(getattr(torch.ops, NAMESPACE).build_info())
@@ -80,8 +82,7 @@ def _load_compiled_libraries() -> None:
         except OSError as error:
             raise ImportError(
                 f"fcos_d2: the compiled library {path.name} does not load with torch "
-                f"{torch.__version__}: {error}; rebuild it with: pip install -e . --force-reinstall "
-                "--no-deps"
+                f"{torch.__version__}: {error}; rebuild it with: pip install --no-deps -e ."
             ) from error
 
 

@@ -89,9 +89,7 @@ def assign_targets(
     m = gt_boxes.shape[0]
     check_tensor(name, "gt_classes", gt_classes, [m], [torch.int64], "cast with .long()")
     check_tensor(name, "gt_offsets", gt_offsets, ["B + 1"], [torch.int64], "cast with .long()")
-    check(
-        gt_offsets.shape[0] > 0, name, "gt_offsets must have B + 1 >= 1 elements", gt_offsets
-    )
+    check(gt_offsets.shape[0] > 0, name, "gt_offsets must have B + 1 >= 1 elements", gt_offsets)
     check_same_device(name, gt_boxes=gt_boxes, gt_classes=gt_classes, gt_offsets=gt_offsets)
     check_levels(name, levels)
     check(

@@ -41,8 +41,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """Greedy NMS among boxes of equal ``idxs``; a drop-in for ``torchvision.ops.batched_nms``.
 
     Groups are compared by id, never by shifting coordinates, so negative coordinates and any number
-    of groups are exact. A box is suppressed when ``intersection > iou_threshold * union`` with a box
-    of its group that was kept before it, in float32. Boxes without area and boxes with NaN
+    of groups are exact. A box is suppressed when ``intersection > iou_threshold * union`` with a
+    box of its group that was kept before it, in float32. Boxes without area and boxes with NaN
     coordinates suppress nothing and are never suppressed.
 
     Args:

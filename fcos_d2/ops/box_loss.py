@@ -56,7 +56,7 @@ def box_loss(
 
     Example:
         >>> one = torch.ones(1, 4, 1, 1)
-        >>> targets = Targets(None, torch.zeros(1, 1).int(), one.view(1, 1, 4), one[0, 0, 0], None)
+        >>> targets = Targets(None, torch.zeros(1, 1).int(), one.view(1, 1, 4), one[0, 0], None)
         >>> box, quality = box_loss([one], [torch.zeros(1, 1, 1, 1)], targets)
         >>> round(quality.item(), 4)
         0.6931
@@ -64,7 +64,9 @@ def box_loss(
     name = "box_loss"
     check_maps(name, "ltrb", ltrb, 4)
     check_maps(name, "quality", quality, 1, like=ltrb)
-    check(quality[0].dtype == ltrb[0].dtype, name, "quality must have the dtype of ltrb", quality[0])
+    check(
+        quality[0].dtype == ltrb[0].dtype, name, "quality must have the dtype of ltrb", quality[0]
+    )
     shape = [ltrb[0].shape[0], sum(level.shape[2] * level.shape[3] for level in ltrb)]
     _, matched, target_ltrb, centerness, _ = targets
     check_tensor(name, "targets.matched", matched, shape, [torch.int32], "cast with .int()")

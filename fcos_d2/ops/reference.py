@@ -1,7 +1,7 @@
 """All ops in plain PyTorch: the specification that every kernel must match.
 
-Written to be read beside the papers (arXiv 1904.01355 = [1], 2006.09214 = [2]), not to be fast. Used
-wherever no compiled kernel is registered. No function waits for the device (no ``item``, no
+Written to be read beside the papers (arXiv 1904.01355 = [1], 2006.09214 = [2]), not to be fast.
+Used wherever no compiled kernel is registered. No function waits for the device (no ``item``, no
 ``nonzero``), except ``batched_nms``, whose result has a data-dependent length.
 
 Shapes: B images, L levels, P points of all levels (level-major, row-major inside a level), M
@@ -163,7 +163,7 @@ def sigmoid_focal_loss(logits: list[Tensor], labels: Tensor, alpha: float, gamma
 def sigmoid_focal_loss_backward(
     grad: Tensor, logits: list[Tensor], labels: Tensor, alpha: float, gamma: float
 ) -> list[Tensor]:
-    """``d loss / dz = w p^gamma (gamma (1 - p) softplus(z) + p)``; finite for every finite logit."""
+    """``d loss / dz = w p^gamma (gamma (1 - p) softplus(z) + p)``, finite for finite logits."""
     grads = []
     for level, label in zip(logits, _labels_like_maps(labels, logits), strict=True):
         z, sign, weight = _focal_terms(level, label, alpha)
@@ -345,8 +345,10 @@ def _box_terms(
 
 
 def _extent(pred: Tensor, target: Tensor, bound) -> tuple[Tensor, Tensor]:
-    """Length [...] of the overlap (bound = minimum) or cover (maximum) of two intervals around a
-    shared point, given as distances [..., 2] to their ends, and d length / d pred [..., 2].
+    """Length [...] of what two intervals share (bound = minimum) or span (maximum), and its slope.
+
+    The intervals contain one point and are given as distances [..., 2] from it to their ends; the
+    slope [..., 2] is d length / d pred.
     """
     ends = bound(pred, target)
     return ends.sum(dim=-1), ((ends == pred) & (pred != target)).to(pred.dtype)
@@ -398,6 +400,7 @@ def select_candidates(
         cls = torch.sigmoid(_maps_to_points([logits[level]]).float())  # [B, HW, K]
         product = cls * torch.sigmoid(_maps_to_points([quality[level]]).float())
         passes = (product if threshold_with_quality else cls) > score_threshold
+        passes &= ~product.isnan()
         rank = torch.where(passes, product if rank_with_quality else cls, -1.0).flatten(1)
         rank, index = _topk_lowest_index_first(rank, topk)
         found = rank >= 0
@@ -466,11 +469,16 @@ def batched_nms_padded(
         alive = _lower_scores(alive, box, boxes.float(), rival, iou_threshold, method, sigma)
         if method != "hard":
             alive = torch.where(alive > min_score, alive, -math.inf)
-    missing = max_detections - len(kept)
-    nothing = (boxes.new_zeros(num_images, 1, 4).float(), alive.new_full((num_images, 1), -math.inf),
-               classes.new_zeros(num_images, 1), position.new_zeros(num_images, 1).bool())  # fmt: skip
-    columns = zip(*(kept + [nothing] * missing), strict=True)
-    box, score, label, valid = (torch.cat(column, dim=1) for column in columns)
+    missing = (num_images, max_detections - len(kept))
+    kept.append(
+        (
+            boxes.new_zeros(*missing, 4).float(),
+            scores.new_zeros(missing).float(),
+            classes.new_zeros(missing),
+            torch.zeros(missing, dtype=torch.bool, device=boxes.device),
+        )
+    )
+    box, score, label, valid = (torch.cat(column, dim=1) for column in zip(*kept, strict=True))
     return (
         torch.where(valid[..., None], box, 0.0),
         torch.where(valid, score, 0.0),

@@ -56,7 +56,7 @@ def select_candidates(
     score_rule: str = "sqrt",
     clip: bool = False,
 ) -> Candidates:
-    """Thresholds, ranks and decodes predictions, all images at once, without waiting for the device.
+    """Thresholds, ranks and decodes the predictions of a batch, without waiting for the device.
 
     A (point, class) pair is a candidate when its class probability, or the product of class
     probability and quality, exceeds the threshold; per level and image the ``topk`` best candidates
@@ -85,7 +85,8 @@ def select_candidates(
     Example:
         >>> levels = make_levels([(1, 1)], [8])
         >>> one = torch.ones(1, 4, 1, 1)
-        >>> best = select_candidates([one[:, :1]], [one], [one[:, :1]], levels, torch.tensor([[8, 8]]))
+        >>> cls, sizes = one[:, :1], torch.tensor([[8, 8]])
+        >>> best = select_candidates([cls], [one], [cls], levels, sizes)
         >>> best.boxes
         tensor([[[-4., -4., 12., 12.]]])
     """

@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss: classification loss of dense detectors from integer labels, level by level."""
+"""sigmoid_focal_loss: classification loss of dense detectors, from integer labels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sigmoid_focal_loss(
         gamma: focusing exponent >= 0.
 
     Returns:
-        float32 (float64 for float64 logits) scalar, differentiable once in ``logits``; finite with a
-        finite gradient for every finite logit.
+        float32 (float64 for float64 logits) scalar, differentiable once in ``logits``; finite with
+        a finite gradient for every finite logit.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, device or value.

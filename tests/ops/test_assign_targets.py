@@ -1,0 +1,274 @@
+"""assign_targets against cases worked out by hand, a slow independent rule, and bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import assign_targets, make_levels, point_coordinates
+
+from . import inputs
+
+K = 5
+OPEN = [(-1, math.inf)]
+
+
+def assign(boxes, classes=None, offsets=None, levels=None, ranges=OPEN, **options):
+    """assign_targets for one image and one level of 4 x 4 points of stride 8, unless told."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    classes = torch.arange(len(boxes)) % K if classes is None else torch.tensor(classes)
+    offsets = [0, len(boxes)] if offsets is None else offsets
+    levels = levels or make_levels([(4, 4)], [8])
+    options.setdefault("center_radius", 0)
+    return assign_targets(
+        boxes, classes.long(), torch.tensor(offsets), levels, ranges, num_classes=K, **options
+    )
+
+
+def grid(values):
+    return values.view(4, 4).tolist()
+
+
+def test_points_inside_a_box_are_positive_with_distances_in_strides():
+    targets = assign([[0, 0, 16, 8]], classes=[3])
+    assert grid(targets.labels) == [[3, 3, 5, 5], [5] * 4, [5] * 4, [5] * 4]
+    assert grid(targets.matched) == [[0, 0, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4]
+    assert targets.ltrb[0, :2].tolist() == [[0.5, 0.5, 1.5, 0.5], [1.5, 0.5, 0.5, 0.5]]
+    assert targets.centerness[0, :3].tolist() == pytest.approx([math.sqrt(1 / 3)] * 2 + [0])
+    assert targets.ltrb[0, 2:].abs().sum() == 0
+    assert targets.counts.tolist() == [[[2, 0]]]
+
+
+def test_point_on_the_side_of_a_box_is_outside():
+    assert (assign([[4, 0, 12, 32]]).labels == K).sum() == 16  # points lie at 4, 12, 20, 28
+    assert (assign([[3.99, 0, 12.01, 32]]).labels == 0).sum() == 8
+
+
+def test_centerness_is_one_in_the_middle():
+    assert assign([[0, 0, 8, 8]]).centerness[0, 0] == 1
+
+
+@pytest.mark.parametrize("inclusive, level_of_positive", [(True, [1, 1]), (False, [0, 0])])
+def test_distance_equal_to_the_bound_is_on_both_levels_or_on_none(inclusive, level_of_positive):
+    # The point (8, 8) exists on both levels; its largest distance to the box is exactly 12.
+    levels = make_levels([(1, 1), (1, 1)], [16, 16])
+    bounds = [(-1, 12), (12, math.inf)]
+    targets = assign([[0, 0, 20, 16]], levels=levels, ranges=bounds, inclusive=inclusive)
+    assert targets.counts[0, :, 0].tolist() == level_of_positive
+
+
+def test_each_level_takes_the_sizes_of_its_range():
+    levels = inputs.pyramid(256, 256, 3)
+    boxes = [[96, 96, 160, 160], [50, 50, 250, 250]]  # distances of 32 to 64, and of 100 to 200
+    targets = assign(boxes, levels=levels, ranges=inputs.ranges(3), center_radius=1.5)
+    p3, p4, p5 = targets.labels[0].split(levels.points_per_level)
+    assert set(p3.tolist()) == {0, K}
+    assert 1 in p4 and 1 in p5
+    assert 0 not in p5
+
+
+def test_smaller_area_wins():
+    targets = assign([[0, 0, 32, 32], [0, 0, 16, 16]], classes=[1, 2])
+    assert grid(targets.labels) == [[2, 2, 1, 1], [2, 2, 1, 1], [1] * 4, [1] * 4]
+    assert targets.counts.tolist() == [[[16, 4]]]
+
+
+def test_tie_goes_to_smaller_area_then_lower_index():
+    boxes = [[0, 0, 32, 16], [0, 0, 16, 32], [0, 0, 32, 16]]
+    targets = assign(boxes, classes=[1, 2, 3])
+    assert grid(targets.matched) == [[0] * 4, [0] * 4, [1, 1, -1, -1], [1, 1, -1, -1]]
+
+
+def test_tie_is_kept_across_the_chunks_of_a_large_ground_truth():
+    boxes = [[0, 0, 32, 32]] * 200
+    assert (assign(boxes).matched == 0).all()
+    smaller_last = boxes + [[0, 0, 31, 31]]
+    assert (assign(smaller_last).matched == 200).all()
+
+
+def test_nearly_equal_areas_are_told_apart():
+    # In float32 1e8 - 1000 == 1e8 - 1003: peers that rank so confuse these two.
+    boxes = [[0, 0, 31.34375, 32], [0, 0, 31.25, 32]]
+    assert (assign(boxes, levels=make_levels([(3, 3)], [8])).matched == 1).all()
+
+
+def test_center_sampling_keeps_points_near_the_centre_strictly():
+    box = [[0, 0, 32, 32]]  # centre (16, 16); points at distance 4 and 12
+    assert (assign(box, center_radius=1.5).labels == 0).sum() == 4  # 12 is not < 12
+    assert (assign(box, center_radius=1.51).labels == 0).sum() == 16
+    assert (assign(box, center_radius=0).labels == 0).sum() == 16
+
+
+def test_center_sampling_never_leaves_the_box():
+    assert (assign([[0, 0, 7, 32]], center_radius=1.5).labels == 0).sum() == 2
+
+
+def test_images_see_only_their_own_boxes():
+    targets = assign([[0, 0, 8, 8], [24, 24, 32, 32]], offsets=[0, 1, 1, 2])
+    assert targets.labels.shape == (3, 16)
+    assert (targets.labels != K).sum(dim=1).tolist() == [1, 0, 1]
+    assert targets.matched[2, 15] == 1
+    assert targets.counts[:, 0, 0].tolist() == [1, 0, 1]
+
+
+def test_no_boxes_at_all_gives_background():
+    targets = assign([], offsets=[0, 0])
+    assert (targets.labels == K).all() and (targets.matched == -1).all()
+    assert targets.counts.sum() == 0
+    empty_batch = assign([], offsets=[0])
+    assert empty_batch.labels.shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [10, 10, 10, 30],
+        [10, 10, 10, 10],
+        [30, 30, 0, 0],
+        [math.nan, 0, 32, 32],
+        [0, 0, 32, math.nan],
+        [-math.inf, -math.inf, math.inf, math.inf],
+        [-1e30, -1e30, 1e30, 1e30],
+    ],
+)
+def test_box_without_finite_area_serves_no_point(box):
+    targets = assign([box, [0, 0, 8, 8]], classes=[1, 2])
+    assert (targets.labels != K).sum() == 1 and targets.labels[0, 0] == 2
+    assert targets.ltrb.isfinite().all() and targets.centerness.isfinite().all()
+
+
+def test_ignored_region_turns_background_into_ignored_but_not_positives():
+    targets = assign([[0, 0, 16, 16], [0, 0, 8, 8]], classes=[-1, 2])
+    assert grid(targets.labels) == [[2, -1, 5, 5], [-1, -1, 5, 5], [5] * 4, [5] * 4]
+    assert grid(targets.matched)[0] == [1, -1, -1, -1]
+    assert targets.counts.tolist() == [[[1, 0]]]
+
+
+def test_ignored_region_covers_points_whatever_their_size_range():
+    targets = assign([[0, 0, 32, 32]], classes=[-1], ranges=[(100, 200)], center_radius=1.5)
+    assert (targets.labels == -1).all()
+
+
+def slow_rule(boxes, classes, offsets, levels, ranges, radius, inclusive):
+    """The rule of the docstring, one point and one box at a time, in Python numbers."""
+    labels, matched = [], []
+    points = point_coordinates(levels).double().tolist()
+    strides = [
+        s for s, n in zip(levels.strides, levels.points_per_level, strict=True) for _ in range(n)
+    ]
+    bounds = [r for r, n in zip(ranges, levels.points_per_level, strict=True) for _ in range(n)]
+    for first, last in zip(offsets[:-1], offsets[1:], strict=True):
+        for (x, y), stride, (low, high) in zip(points, strides, bounds, strict=True):
+            best, ignored = None, False
+            for i in range(first, last):
+                x1, y1, x2, y2 = boxes[i]
+                sides = (x - x1, y - y1, x2 - x, y2 - y)
+                if not min(sides) > 0:
+                    continue
+                if classes[i] == -1:
+                    ignored = True
+                    continue
+                near = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2)) < radius * stride
+                size = max(sides)
+                in_range = low <= size <= high if inclusive else low < size < high
+                if in_range and (near or radius == 0):
+                    key = ((x2 - x1) * (y2 - y1), i)
+                    best = key if best is None else min(best, key)
+            matched.append(-1 if best is None else best[1])
+            labels.append((-1 if ignored else K) if best is None else classes[best[1]])
+    return labels, matched
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    radius=st.sampled_from([0.0, 1.0, 1.5, 2.5]),
+    inclusive=st.booleans(),
+    offset=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 2**31),
+)
+def test_agrees_with_the_rule_applied_point_by_point(counts, radius, inclusive, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    levels = make_levels([(6, 8), (3, 4)], [8, 16], offset=offset)
+    bounds = [(-1, 16), (16, math.inf)]
+    # Multiples of 2 px: ties, borders and bounds are hit all the time, and float32 is exact.
+    corner = torch.randint(-4, 32, (sum(counts), 2), generator=generator) * 2
+    size = torch.randint(0, 20, (sum(counts), 2), generator=generator) * 2
+    boxes = torch.cat((corner, corner + size), dim=1).float()
+    classes = torch.randint(-1, K, (sum(counts),), generator=generator)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    targets = assign_targets(
+        boxes, classes, offsets, levels, bounds,
+        num_classes=K, center_radius=radius, inclusive=inclusive,
+    )  # fmt: skip
+    labels, matched = slow_rule(
+        boxes.tolist(), classes.tolist(), offsets.tolist(), levels, bounds, radius, inclusive
+    )
+    assert targets.matched.flatten().tolist() == matched
+    assert targets.labels.flatten().tolist() == labels
+    positive = targets.matched >= 0
+    sides = targets.ltrb[positive]
+    assert (sides > 0).all()
+    expected = (sides[:, [0, 1]] / sides[:, [2, 3]]).log().abs().sum(dim=1).mul(-0.5).exp()
+    torch.testing.assert_close(targets.centerness[positive], expected)
+
+
+def test_order_of_boxes_changes_nothing_but_the_indices():
+    boxes, classes, offsets = inputs.ground_truth([40], K)
+    levels = inputs.pyramid()
+    shuffle = torch.randperm(40)
+    one = assign_targets(boxes, classes, offsets, levels, inputs.ranges(5), num_classes=K)
+    two = assign_targets(
+        boxes[shuffle], classes[shuffle], offsets, levels, inputs.ranges(5), num_classes=K
+    )
+    assert torch.equal(one.labels, two.labels) and torch.equal(one.ltrb, two.ltrb)
+
+
+GOOD = {
+    "gt_boxes": torch.zeros(2, 4),
+    "gt_classes": torch.zeros(2, dtype=torch.int64),
+    "gt_offsets": torch.tensor([0, 2]),
+    "levels": make_levels([(1, 1)], [8]),
+    "size_ranges": OPEN,
+    "num_classes": K,
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gt_boxes": torch.zeros(3, 5).double()},
+         r"assign_targets: gt_boxes must be float32 Tensor\[M, 4\], got float64 Tensor\[3, 5\] on "
+         r"cpu; cast with .float\(\)"),
+        ({"gt_boxes": [[0, 0, 1, 1]]}, r"gt_boxes must be .* got list"),
+        ({"gt_classes": torch.zeros(3).long()}, r"gt_classes must be int64 Tensor\[2\]"),
+        ({"gt_classes": torch.zeros(2)}, r"got float32 Tensor\[2\] on cpu; cast with .long\(\)"),
+        ({"gt_offsets": torch.zeros(0).long()}, "gt_offsets must have B"),
+        ({"gt_classes": torch.zeros(2).long().to("meta")}, "gt_classes must be on cpu"),
+        ({"levels": [(1, 1)]}, "levels must be fcos_d2.ops.Levels"),
+        ({"size_ranges": OPEN * 2}, "size_ranges must be 1 pairs"),
+        ({"size_ranges": [(5, 1)]}, "size_ranges must be 1 pairs"),
+        ({"num_classes": 0}, "num_classes must be a number in"),
+        ({"center_radius": -1}, "center_radius must be a number in"),
+    ],
+)  # fmt: skip
+def test_bad_argument_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        assign_targets(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gt_classes": torch.tensor([0, K])}, r"gt_classes must lie in \[-1, 5\)"),
+        ({"gt_classes": torch.tensor([-2, 0])}, r"gt_classes must lie in \[-1, 5\)"),
+        ({"gt_offsets": torch.tensor([0, 1])}, "gt_offsets must rise from 0 to"),
+        ({"gt_offsets": torch.tensor([0, 3, 2])}, "gt_offsets must rise from 0 to"),
+        ({"gt_offsets": torch.tensor([1, 2])}, "gt_offsets must rise from 0 to"),
+    ],
+)
+def test_bad_value_is_named(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        assign_targets(**{**GOOD, **change})

@@ -1,0 +1,195 @@
+"""Both forms of batched_nms against chains worked out by hand, torchvision, and bad input."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import batched_nms, batched_nms_padded
+
+from . import inputs
+
+# Each overlaps its neighbours by IoU 3/5 and the one after by 1/3: a chain.
+CHAIN = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [2, 0, 6, 4], [3, 0, 7, 4]])
+FALLING = torch.tensor([0.9, 0.8, 0.7, 0.6])
+ONE_CLASS = torch.zeros(4, dtype=torch.int64)
+
+
+def keep(boxes, scores, classes, threshold):
+    return batched_nms(boxes, scores, classes, threshold).tolist()
+
+
+def padded(boxes, scores, classes, *args, **options):
+    return batched_nms_padded(boxes[None], scores[None], classes[None], *args, **options)
+
+
+@pytest.mark.parametrize(
+    "threshold, expected", [(0.5, [0, 2]), (0.3, [0, 3]), (0.7, [0, 1, 2, 3]), (0.0, [0])]
+)
+def test_chain_of_boxes(threshold, expected):
+    # At 0.5 the first suppresses the second only; the second, gone, cannot suppress the third.
+    assert keep(CHAIN, FALLING, ONE_CLASS, threshold) == expected
+    detections = padded(CHAIN, FALLING, ONE_CLASS, threshold)
+    assert torch.equal(detections.boxes[0, : len(expected)], CHAIN[expected])
+    assert detections.counts.tolist() == [len(expected)]
+
+
+def test_result_is_by_descending_score_and_ties_keep_their_order():
+    scores = torch.tensor([0.5, 0.9, 0.5, 0.9])
+    far = torch.arange(4)[:, None] * 10.0 + torch.tensor([0.0, 0, 5, 5])
+    assert keep(far, scores, ONE_CLASS, 0.5) == [1, 3, 0, 2]
+    assert torch.equal(padded(far, scores, ONE_CLASS).boxes[0, :4], far[[1, 3, 0, 2]])
+
+
+def test_overlap_equal_to_the_threshold_survives():
+    boxes = torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]])  # IoU exactly 1/2
+    assert keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.5) == [0, 1]
+    assert keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.49) == [0]
+
+
+def test_classes_do_not_suppress_each_other_unless_agnostic():
+    same = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
+    classes = torch.tensor([7, 7, 3, 7])
+    assert keep(same, FALLING, classes, 0.5) == [0, 2]
+    assert padded(same, FALLING, classes).classes[0, :3].tolist() == [7, 3, -1]
+    agnostic = padded(same, FALLING, classes, class_agnostic=True)
+    assert agnostic.classes[0, :2].tolist() == [7, -1]
+
+
+def test_negative_coordinates_of_other_classes_stay_apart():
+    # Shifting coordinates by class, as others do, makes these two boxes coincide.
+    boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
+    assert keep(boxes, FALLING[:2], torch.tensor([0, 1]), 0.5) == [0, 1]
+
+
+@pytest.mark.parametrize("bad", [[2.0, 2, 2, 2], [math.nan, 0, 4, 4]])
+def test_box_without_area_or_with_nan_neither_suppresses_nor_is_suppressed(bad):
+    boxes = torch.tensor([[0.0, 0, 4, 4], bad, bad, [0, 0, 4, 4]])
+    assert keep(boxes, FALLING, ONE_CLASS, 0.1) == [0, 1, 2]
+    assert padded(boxes, FALLING, ONE_CLASS, 0.1).counts.tolist() == [3]
+
+
+def test_infinite_box_does_not_hang_or_crash():
+    boxes = torch.tensor([[-math.inf, -math.inf, math.inf, math.inf], [0.0, 0, 4, 4]])
+    assert 0 in keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.5)
+
+
+def test_nan_score_is_never_selected_by_the_padded_form():
+    scores = torch.tensor([0.9, math.nan, 0.7, math.nan])
+    far = torch.arange(4)[:, None] * 10.0 + torch.tensor([0.0, 0, 5, 5])
+    detections = padded(far, scores, ONE_CLASS)
+    assert detections.counts.tolist() == [2]
+    assert detections.scores[0, :3].tolist() == pytest.approx([0.9, 0.7, 0])
+
+
+def test_empty_slots_are_skipped_and_the_rest_is_padded():
+    classes = torch.tensor([-1, 0, -1, 1])
+    detections = padded(CHAIN, FALLING, classes, 0.5, 6)
+    assert detections.boxes.shape == (1, 6, 4) and detections.counts.tolist() == [2]
+    assert detections.classes.tolist() == [[0, 1, -1, -1, -1, -1]]
+    assert detections.scores[0].tolist() == pytest.approx([0.8, 0.6, 0, 0, 0, 0])
+    assert (detections.boxes[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("images, boxes", [(0, 3), (2, 0), (0, 0)])
+def test_no_images_or_no_boxes(images, boxes):
+    detections = batched_nms_padded(
+        torch.zeros(images, boxes, 4), torch.zeros(images, boxes),
+        torch.zeros(images, boxes, dtype=torch.int64), max_detections=5,
+    )  # fmt: skip
+    assert detections.boxes.shape == (images, 5, 4) and detections.counts.sum() == 0
+    assert keep(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5) == []
+
+
+def test_images_of_a_batch_are_independent():
+    boxes = torch.stack((CHAIN, CHAIN.flip(0)))
+    scores = torch.stack((FALLING, FALLING))
+    both = batched_nms_padded(boxes, scores, ONE_CLASS.repeat(2, 1), 0.5)
+    for image in range(2):
+        alone = padded(boxes[image], scores[image], ONE_CLASS, 0.5)
+        assert all(torch.equal(a[image], b[0]) for a, b in zip(both, alone, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(0, 120),
+    classes=st.sampled_from([1, 3, 80]),
+    threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    limit=st.sampled_from([1, 10, 200]),
+)
+def test_both_forms_equal_torchvision(seed, count, classes, threshold, limit):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = inputs.boxes(count, 64, 64, generator)
+    scores = torch.randint(0, 50, (count,), generator=generator) / 50  # many ties
+    labels = torch.randint(classes, (count,), generator=generator)
+    expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, labels, threshold)
+    kept = batched_nms(boxes, scores, labels, threshold)
+    assert set(kept.tolist()) == set(expected.tolist())
+    order = torch.sort(scores, descending=True, stable=True).indices
+    assert kept.tolist() == [i for i in order.tolist() if i in set(expected.tolist())]
+    detections = padded(boxes, scores, labels, threshold, limit)
+    assert torch.equal(detections.boxes[0, : detections.counts[0]], boxes[kept[:limit]])
+    assert detections.classes[0, : detections.counts[0]].tolist() == labels[kept[:limit]].tolist()
+    again = batched_nms(boxes[kept], scores[kept], labels[kept], threshold)
+    assert again.tolist() == list(range(len(kept)))  # idempotent
+
+
+def test_linear_soft_nms_lowers_scores_of_overlapping_boxes():
+    detections = padded(CHAIN[:3], FALLING[:3], ONE_CLASS[:3], 0.5, method="linear")
+    # The second falls to 0.8 * (1 - 3/5); the third, at IoU 1/3 with the first, keeps 0.7 until it
+    # is selected, and then lowers the second once more.
+    assert detections.scores[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * 0.4 * 0.4], rel=1e-5)
+
+
+def test_gaussian_soft_nms_lowers_all_scores_and_drops_the_least():
+    detections = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", sigma=0.5)
+    lowered = 0.8 * math.exp(-((3 / 5) ** 2) / 0.5)
+    assert detections.scores[0, :2].tolist() == pytest.approx([0.9, lowered], rel=1e-5)
+    dropped = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", min_score=0.5)
+    assert dropped.counts.tolist() == [1]
+
+
+BOXES = torch.zeros(1, 2, 4)
+SCORES = torch.zeros(1, 2)
+CLASSES = torch.zeros(1, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((BOXES[0], SCORES, CLASSES), {}, r"boxes must be float32 Tensor\[B, N, 4\]"),
+        ((BOXES.half(), SCORES, CLASSES), {}, r"got float16 .*; cast with .float\(\)"),
+        ((BOXES, SCORES[:, :1], CLASSES), {}, r"scores must be float32 Tensor\[1, 2\]"),
+        ((BOXES, SCORES, CLASSES.int()), {}, r"classes must be int64 Tensor\[1, 2\]"),
+        ((BOXES, SCORES, CLASSES, 1.5), {}, "iou_threshold must be a number in"),
+        ((BOXES, SCORES, CLASSES, 0.5, 0), {}, "max_detections must be an integer >= 1"),
+        (
+            (BOXES, SCORES, CLASSES),
+            {"method": "fast"},
+            "method must be one of hard, linear, gaussian",
+        ),
+        ((BOXES, SCORES, CLASSES), {"sigma": 0}, "sigma must be > 0"),
+        ((BOXES, SCORES, CLASSES), {"min_score": 2}, "min_score must be a number in"),
+    ],
+)
+def test_bad_argument_of_the_padded_form_is_named(arguments, options, message):
+    with pytest.raises(ValueError, match=f"batched_nms_padded: .*{message}"):
+        batched_nms_padded(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((BOXES, SCORES[0], CLASSES[0], 0.5), r"boxes must be .* Tensor\[N, 4\]"),
+        ((BOXES[0], SCORES[0, :1], CLASSES[0], 0.5), r"scores must be .* Tensor\[2\]"),
+        ((BOXES[0], SCORES[0], SCORES[0], 0.5), r"idxs must be int64 or int32 Tensor\[2\]"),
+        ((BOXES[0], SCORES[0], CLASSES[0], -0.1), "iou_threshold must be a number in"),
+    ],
+)
+def test_bad_argument_of_the_flat_form_is_named(arguments, message):
+    with pytest.raises(ValueError, match=f"batched_nms: {message}"):
+        batched_nms(*arguments)

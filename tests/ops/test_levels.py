@@ -1,0 +1,44 @@
+"""Geometry of the pyramid's points."""
+
+import pytest
+import torch
+
+from fcos_d2.ops import make_levels, point_coordinates
+
+
+def test_points_are_cell_centres_level_after_level_row_after_row():
+    levels = make_levels([(2, 3), (1, 2)], [8, 16])
+    assert levels.num_points == 8
+    assert point_coordinates(levels).tolist() == [
+        [4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]
+    ]  # fmt: skip
+
+
+def test_offset_zero_puts_the_first_point_into_the_corner():
+    assert point_coordinates(make_levels([(1, 2)], [8], offset=0.0)).tolist() == [[0, 0], [8, 0]]
+
+
+def test_floor_pitch_follows_the_image_where_rounding_made_the_map_larger():
+    # 800 x 1344 through stride-2 convolutions: P6 is 13 x 21 and P7 is 7 x 11 (torchvision).
+    levels = make_levels([(13, 21), (7, 11)], [64, 128], offset=0.0, image_shape=(800, 1344))
+    assert levels.pitches == ((61, 64), (114, 122))
+    assert point_coordinates(levels)[22].tolist() == [64, 61]
+
+
+def test_empty_level_has_no_points():
+    assert point_coordinates(make_levels([(0, 3), (1, 1)], [8, 16])).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "shapes, strides", [([(1, 1)], [8, 16]), ([(1, 1)], [0]), ([(-1, 1)], [8])]
+)
+def test_bad_geometry_is_refused(shapes, strides):
+    with pytest.raises(ValueError, match="make_levels: expected"):
+        make_levels(shapes, strides)
+
+
+def test_device_is_respected(device):
+    assert point_coordinates(make_levels([(1, 1)], [8]), device).device.type == device.type
+    assert torch.equal(
+        point_coordinates(make_levels([(1, 1)], [8]), device).cpu(), torch.tensor([[4.0, 4.0]])
+    )

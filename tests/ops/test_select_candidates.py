@@ -1,0 +1,196 @@
+"""select_candidates against cases worked out by hand, a slow independent rule, and bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import make_levels, point_coordinates, select_candidates
+
+from . import inputs
+
+SIZES = torch.tensor([[16, 16]])
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def select(probabilities, qualities, ltrb=1.0, **options):
+    """One image, one level of stride 8; probabilities [K][H][W] and qualities [H][W]."""
+    cls = torch.logit(torch.tensor(probabilities, dtype=torch.float64))[None].float()
+    quality = torch.logit(torch.tensor(qualities, dtype=torch.float64))[None, None].float()
+    _, _, h, w = cls.shape
+    levels = make_levels([(h, w)], [8])
+    maps = torch.full((1, 4, h, w), float(ltrb))
+    return select_candidates([cls], [maps], [quality], levels, SIZES, **options)
+
+
+def test_boxes_scores_and_classes_of_what_passes():
+    best = select([[[0.9, 0.04]], [[0.01, 0.36]]], [[0.4, 0.25]], ltrb=0.5)
+    assert best.classes.tolist() == [[0, 1, -1, -1]]
+    assert best.scores[0].tolist() == pytest.approx([0.6, 0.3, 0, 0], rel=1e-5)
+    assert best.boxes[0].tolist() == [[0, 0, 8, 8], [8, 0, 16, 8], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("rule, expected", [("sqrt", 0.6), ("product", 0.36), ("cls", 0.9)])
+def test_score_rule(rule, expected):
+    score = select([[[0.9]]], [[0.4]], score_rule=rule).scores[0, 0].item()
+    assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_threshold_looks_at_class_probability_or_at_the_product():
+    probabilities, qualities = [[[0.3, 0.1]]], [[0.1, 0.9]]
+    by_class = select(probabilities, qualities, score_threshold=0.2)
+    by_product = select(probabilities, qualities, score_threshold=0.05, threshold_with_quality=True)
+    assert by_class.boxes[0, 0, 0] == -4 and (by_class.classes >= 0).sum() == 1
+    assert by_product.boxes[0, 0, 0] == 4 and (by_product.classes >= 0).sum() == 1
+
+
+def test_threshold_is_strict():
+    assert (select([[[0.5]]], [[0.5]], score_threshold=0.5).classes == -1).all()
+
+
+def test_ranking_looks_at_the_product_or_at_class_probability():
+    probabilities, qualities = [[[0.5, 0.4]]], [[0.2, 0.9]]
+    by_product = select(probabilities, qualities, topk=1)
+    by_class = select(probabilities, qualities, topk=1, rank_with_quality=False)
+    assert by_product.boxes[0, 0, 0] == 4 and by_class.boxes[0, 0, 0] == -4
+    assert by_class.boxes.shape == (1, 1, 4)
+
+
+def test_equal_candidates_keep_the_order_of_point_then_class():
+    best = select([[[0.5] * 3]] * 2, [[0.5] * 3], topk=4)
+    assert best.classes.tolist() == [[0, 1, 0, 1]]
+    assert best.boxes[0, :, 0].tolist() == [-4, -4, 4, 4]
+
+
+def test_clip_uses_each_image_size_without_padding():
+    cls = torch.full((2, 1, 2, 2), 3.0)
+    levels = make_levels([(2, 2)], [8])
+    sizes = torch.tensor([[16, 16], [10, 12]])
+    ltrb = [torch.full((2, 4, 2, 2), 9.0)]
+    best = select_candidates([cls], ltrb, [cls], levels, sizes, clip=True)
+    assert best.boxes[0].unique(dim=0).tolist() == [[0, 0, 16, 16]]
+    assert best.boxes[1].unique(dim=0).tolist() == [[0, 0, 12, 10]]
+
+
+def test_levels_are_limited_one_by_one():
+    levels = inputs.pyramid(128, 128, 3)
+    logits, ltrb, quality = inputs.predictions(levels, 2, 3, prior=5)
+    best = select_candidates(
+        logits, ltrb, quality, levels, torch.tensor([[128, 128]] * 2), topk=100
+    )
+    slots = [min(100, 3 * n) for n in levels.points_per_level]
+    assert best.boxes.shape == (2, sum(slots), 4)
+    for scores in best.scores.split(slots, dim=1):
+        assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_nothing_passes_and_everything_passes():
+    empty = select([[[0.01] * 4] * 4] * 3, [[0.5] * 4] * 4)
+    assert (empty.classes == -1).all() and (empty.scores == 0).all() and (empty.boxes == 0).all()
+    full = select([[[0.9] * 4] * 4] * 3, [[0.5] * 4] * 4, topk=10_000)
+    assert full.classes.shape == (1, 48) and (full.classes >= 0).all()
+
+
+def test_nan_never_passes_and_infinity_does():
+    levels = make_levels([(1, 3)], [8])
+    cls = torch.tensor([math.nan, math.inf, 0.0]).view(1, 1, 1, 3)
+    quality = torch.tensor([0.0, 0.0, math.nan]).view(1, 1, 1, 3)
+    for with_quality in (True, False):
+        best = select_candidates(
+            [cls], [torch.ones(1, 4, 1, 3)], [quality], levels, SIZES,
+            threshold_with_quality=with_quality, rank_with_quality=with_quality,
+        )  # fmt: skip
+        assert (best.classes[0] >= 0).tolist() == [True, False, False]
+        assert best.boxes[0, 0, 0] == 4 and best.scores.isfinite().all()
+
+
+def slow_rule(logits, ltrb, quality, levels, threshold, topk, options):
+    """The rule of the docstring for one image, candidate by candidate."""
+    points = point_coordinates(levels).tolist()
+    found, first = [], 0
+    for level, (h, w) in enumerate(levels.shapes):
+        stride, candidates = levels.strides[level], []
+        for p in range(h * w):
+            for k in range(logits[level].shape[1]):
+                cls = torch.sigmoid(logits[level][0, k, p // w, p % w].float())
+                q = torch.sigmoid(quality[level][0, 0, p // w, p % w].float())
+                passed = (cls * q if options["threshold_with_quality"] else cls) > threshold
+                rank = cls * q if options["rank_with_quality"] else cls
+                if passed:
+                    candidates.append((-rank.item(), p, k, (cls * q).item()))
+        for _, p, k, product in sorted(candidates)[:topk]:
+            x, y = points[first + p]
+            side = (ltrb[level][0, :, p // w, p % w].float() * stride).tolist()
+            box = (x - side[0], y - side[1], x + side[2], y + side[3])
+            found.append((k, math.sqrt(product), box))
+        first += h * w
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    topk=st.sampled_from([1, 5, 1000]),
+    threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    threshold_with_quality=st.booleans(),
+    rank_with_quality=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_agrees_with_the_rule_applied_one_by_one(
+    seed, topk, threshold, threshold_with_quality, rank_with_quality, dtype
+):
+    torch.manual_seed(seed)
+    levels = make_levels([(3, 4), (2, 2)], [8, 16])
+    maps = inputs.predictions(levels, 1, 3, dtype, prior=0)
+    maps[0][0] = maps[0][0].round()  # ties
+    options = {
+        "threshold_with_quality": threshold_with_quality,
+        "rank_with_quality": rank_with_quality,
+    }
+    best = select_candidates(
+        *maps, levels, torch.tensor([[24, 32]]), score_threshold=threshold, topk=topk, **options
+    )
+    expected = slow_rule(*maps, levels, threshold, topk, options)
+    filled = best.classes[0] >= 0
+    assert best.classes[0][filled].tolist() == [k for k, _, _ in expected]
+    torch.testing.assert_close(
+        best.scores[0][filled], torch.tensor([s for _, s, _ in expected]), rtol=1e-6, atol=0
+    )
+    boxes = torch.tensor([b for _, _, b in expected]).reshape(-1, 4)
+    torch.testing.assert_close(best.boxes[0][filled], boxes, rtol=0, atol=1e-5)
+
+
+MAP = torch.zeros(1, 3, 2, 2)
+GOOD = {
+    "logits": [MAP],
+    "ltrb": [torch.zeros(1, 4, 2, 2)],
+    "quality": [MAP[:, :1]],
+    "levels": make_levels([(2, 2)], [8]),
+    "image_sizes": SIZES,
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": MAP}, "logits must be a non-empty list"),
+        ({"ltrb": [MAP]}, r"ltrb\[l\] must be .* Tensor\[B, 4, H, W\], got float32"),
+        ({"quality": [torch.zeros(1, 1, 2, 3)]}, r"quality must have \(batch, height, width\)"),
+        ({"levels": make_levels([(2, 3)], [8])}, "levels.shapes must be those of the maps"),
+        ({"levels": None}, "levels must be fcos_d2.ops.Levels"),
+        ({"image_sizes": SIZES.float()}, r"image_sizes must be int64 Tensor\[1, 2\]"),
+        ({"image_sizes": SIZES.repeat(2, 1)}, r"image_sizes must be int64 Tensor\[1, 2\]"),
+        ({"score_threshold": 1.5}, "score_threshold must be a number in"),
+        ({"score_threshold": math.nan}, "score_threshold must be a number in"),
+        ({"topk": 0}, "topk must be an integer >= 1"),
+        ({"score_rule": "mean"}, "score_rule must be one of sqrt, product, cls"),
+    ],
+)
+def test_bad_argument_is_named(change, message):
+    with pytest.raises(ValueError, match=f"select_candidates: {message}"):
+        select_candidates(**{**GOOD, **change})

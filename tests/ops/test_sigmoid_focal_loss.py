@@ -1,0 +1,174 @@
+"""sigmoid_focal_loss against numbers worked out by hand, peers, derivatives, and bad input."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torchvision.ops import sigmoid_focal_loss as dense_focal_loss
+
+from fcos_d2.ops import sigmoid_focal_loss
+
+from . import inputs
+
+EXTREMES = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
+
+
+def labels(values) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.int32)
+
+
+def one_level(values, dtype=torch.float32) -> list[torch.Tensor]:
+    """Logits of one point, K = len(values)."""
+    return [torch.tensor(values, dtype=dtype).view(1, -1, 1, 1)]
+
+
+def by_hand(x, positive, alpha, gamma):
+    """-alpha_t (1 - p_t)^gamma log p_t in Python floats, for moderate x."""
+    p = 1 / (1 + math.exp(-x))
+    p_t, weight = (p, alpha) if positive else (1 - p, 1 - alpha)
+    return -weight * (1 - p_t) ** gamma * math.log(p_t)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
+def test_value_is_the_formula_summed_over_classes(label, gamma):
+    x = [0.3, -1.2]
+    expected = sum(by_hand(v, k == label, 0.25, gamma) for k, v in enumerate(x))
+    loss = sigmoid_focal_loss(one_level(x), labels([label]), 0.25, gamma)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gamma_zero_without_weights_is_cross_entropy():
+    loss = sigmoid_focal_loss(one_level([0.0, 0.0]), labels([0]), alpha=-1, gamma=0)
+    assert loss.item() == pytest.approx(2 * math.log(2))
+
+
+def test_ignored_points_cost_nothing_and_teach_nothing():
+    logits = [torch.randn(1, 3, 1, 2, requires_grad=True)]
+    loss = sigmoid_focal_loss(logits, labels([-1, 3]))
+    loss.backward()
+    only_second = sigmoid_focal_loss([logits[0][..., 1:]], labels([3]))
+    assert loss.item() == pytest.approx(only_second.item())
+    assert (logits[0].grad[..., 0] == 0).all() and (logits[0].grad[..., 1] != 0).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_equals_the_dense_one_hot_form_over_all_levels(channels_last, device):
+    levels = inputs.pyramid()
+    logits, _, _ = inputs.predictions(levels, 2, 7, torch.float64, channels_last=channels_last)
+    logits = [x.to(device).requires_grad_() for x in logits]
+    targets = inputs.targets(levels, [5, 0], 7, device)
+    flat = torch.cat([x.flatten(2).transpose(1, 2) for x in logits], dim=1)
+    one_hot = torch.nn.functional.one_hot(targets.labels.long(), 8)[..., :7].double()
+    dense = dense_focal_loss(flat, one_hot, alpha=0.25, gamma=2, reduction="sum")
+    ours = sigmoid_focal_loss(logits, targets.labels)
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad(dense, logits)
+    for grad, want in zip(torch.autograd.grad(ours, logits), expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-15)
+        assert grad.stride() == want.stride() or grad.shape == want.shape
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("alpha", [-1.0, 0.25])
+def test_gradient_is_the_derivative_of_the_value(alpha, gamma):
+    x = [torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    y = torch.randint(-1, 4, (2, 8), dtype=torch.int32)
+    assert gradcheck(lambda *x: sigmoid_focal_loss(x, y, alpha, gamma), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("label", [0, 1])
+def test_every_finite_logit_gives_a_finite_loss_and_gradient(dtype, gamma, label):
+    for value in EXTREMES:
+        x = torch.full((1, 1, 1, 1), value).to(dtype).requires_grad_()
+        loss = sigmoid_focal_loss([x], labels([label]), 0.25, gamma)
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all(), value
+        z = -x.item() if label == 0 else x.item()
+        weight = 0.25 if label == 0 else 0.75
+        if z > 10:  # surely wrong: the loss is linear in the logit
+            assert loss.item() == pytest.approx(weight * z, rel=1e-3)
+            assert abs(x.grad.item()) == pytest.approx(weight, rel=1e-2)
+        if z < -10 and gamma > 0:
+            assert loss.item() < 1e-4
+
+
+def test_infinity_and_nan_are_never_hidden():
+    assert sigmoid_focal_loss(one_level([math.inf]), labels([1])).isinf()
+    assert sigmoid_focal_loss(one_level([-math.inf]), labels([1])) == 0
+    assert sigmoid_focal_loss(one_level([math.nan]), labels([1])).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_is_computed_in_float32(dtype):
+    levels = inputs.pyramid(64, 64, 2)
+    logits = [x.requires_grad_() for x in inputs.predictions(levels, 2, 20, dtype)[0]]
+    y = inputs.targets(levels, [3, 2], 20, height=64, width=64).labels
+    loss = sigmoid_focal_loss(logits, y)
+    exact = sigmoid_focal_loss([x.double() for x in logits], y)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    grads = torch.autograd.grad(loss, logits)
+    wide = [x.detach().double().requires_grad_() for x in logits]
+    wanted = torch.autograd.grad(sigmoid_focal_loss(wide, y), wide)
+    ulp = torch.finfo(dtype).eps
+    for grad, want in zip(grads, wanted, strict=True):
+        assert grad.dtype == dtype
+        tolerance = {"rtol": max(ulp, 2e-6), "atol": 1e-7}
+        torch.testing.assert_close(grad.double(), want.to(dtype).double(), **tolerance)
+
+
+def test_gradient_scales_with_the_incoming_gradient_and_can_be_taken_twice():
+    x = torch.randn(1, 3, 2, 2, requires_grad=True)
+    y = torch.tensor([[0, 3, 1, 3]], dtype=torch.int32)
+    loss = sigmoid_focal_loss([x], y)
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss / 4, x)
+    torch.testing.assert_close(again, once / 4)
+
+
+def test_second_derivative_is_an_error():
+    x = torch.randn(1, 2, 1, 1, requires_grad=True)
+    (grad,) = torch.autograd.grad(sigmoid_focal_loss([x], labels([0])), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        grad.sum().backward()
+
+
+def test_empty_inputs():
+    assert sigmoid_focal_loss([torch.zeros(0, 3, 2, 2)], torch.zeros(0, 4, dtype=torch.int32)) == 0
+    x = torch.zeros(1, 3, 0, 5, requires_grad=True)
+    sigmoid_focal_loss([x], torch.zeros(1, 0, dtype=torch.int32)).backward()
+    assert x.grad.shape == x.shape
+
+
+X = torch.zeros(1, 3, 2, 2)
+Y = torch.zeros(1, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((X, Y), r"sigmoid_focal_loss: logits must be a non-empty list of Tensor\[B, K, H, W\]"),
+        (([], Y), "logits must be a non-empty list"),
+        (([X.int()], Y), r"logits\[l\] must be float32 or .* got int32 Tensor\[1, 3, 2, 2\]"),
+        (([X, X.half()], Y), "all levels must agree in batch, channels, dtype and device"),
+        (([X[0]], Y), r"logits\[l\] must be"),
+        (([X], Y.long()), r"labels must be int32 Tensor\[1, 4\], got int64 .* cast with .int\(\)"),
+        (([X], Y[:, :3]), r"labels must be int32 Tensor\[1, 4\], got int32 Tensor\[1, 3\]"),
+        (([X], Y.to("meta")), "labels must be on cpu like logits"),
+        (([X], Y, 2.0), r"alpha \(or -1 for no weights\) must be a number in \[0, 1\]"),
+        (([X], Y, 0.25, -1.0), "gamma must be a number in"),
+    ],
+)
+def test_bad_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sigmoid_focal_loss(*arguments)
+
+
+@pytest.mark.parametrize("label", [-2, 4, 100])
+def test_label_out_of_range_is_an_error(label):
+    with pytest.raises(RuntimeError, match=r"labels must lie in \[-1, 3\]"):
+        sigmoid_focal_loss([X], torch.full_like(Y, label))
