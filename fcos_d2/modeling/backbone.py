@@ -34,24 +34,29 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
     """FPN over ``bottom_up`` with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
 
     Raises:
-        ValueError: TOP_LEVELS or TOP_LEVELS_FROM out of range.
+        ValueError: MODEL.FPN.IN_FEATURES, TOP_LEVELS or TOP_LEVELS_FROM that cannot be.
     """
     fcos = fcos_settings(cfg)
     top_levels, source, channels = fcos.TOP_LEVELS, fcos.TOP_LEVELS_FROM, cfg.MODEL.FPN.OUT_CHANNELS
+    shapes, in_features = bottom_up.output_shape(), list(cfg.MODEL.FPN.IN_FEATURES)
+    if not in_features or not set(in_features) <= set(shapes):
+        raise ValueError(
+            f"FCOS: MODEL.FPN.IN_FEATURES must name feature maps of the backbone, {list(shapes)}, "
+            f"got {in_features}; change it or MODEL.RESNETS.OUT_FEATURES"
+        )
     if top_levels not in (0, 1, 2):
         raise ValueError(f"FCOS: MODEL.FCOS.TOP_LEVELS must be 0, 1 or 2, got {top_levels!r}")
-    last = cfg.MODEL.FPN.IN_FEATURES[-1]
-    shape = bottom_up.output_shape()[last]
-    sources = {f"p{int(math.log2(shape.stride))}": channels, last: shape.channels}
+    last = shapes[in_features[-1]]
+    sources = {f"p{int(math.log2(last.stride))}": channels, in_features[-1]: last.channels}
     if top_levels and source not in sources:
         raise ValueError(
             f"FCOS: MODEL.FCOS.TOP_LEVELS_FROM must be one of {', '.join(sources)}, the last level "
-            f"of MODEL.FPN.IN_FEATURES {list(cfg.MODEL.FPN.IN_FEATURES)}, got {source!r}"
+            f"of MODEL.FPN.IN_FEATURES {in_features}, got {source!r}"
         )
     blocks = {1: LastLevelP6, 2: LastLevelP6P7}
     return FPN(
         bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        in_features=in_features,
         out_channels=channels,
         norm=cfg.MODEL.FPN.NORM,
         top_block=blocks[top_levels](sources[source], channels, source) if top_levels else None,

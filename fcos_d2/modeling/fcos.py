@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ from .head import FCOSHead
 from .losses import FCOSLoss
 from .postprocess import PostProcessor
 from .structures import PointGrid, Predictions, pack_ground_truth, to_instances
+
+logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -63,6 +66,7 @@ class FCOS(DenseDetector):
     def from_config(cls, cfg):
         """Arguments from ``cfg``."""
         backbone = build_backbone(cfg)
+        _warn_of_unread(backbone, fcos_settings(cfg).IN_FEATURES)
         return {
             "backbone": backbone,
             **build_parts(cfg, backbone.output_shape()),
@@ -103,6 +107,16 @@ class FCOS(DenseDetector):
     def levels(self, features: list[Tensor], images: ImageList) -> Levels:
         """Where the points of ``features`` lie in ``images``."""
         return self.grid.levels(features, images.tensor)
+
+
+def _warn_of_unread(backbone: Backbone, in_features: Sequence[str]) -> None:
+    unread = [name for name in backbone.output_shape() if name not in in_features]
+    if unread:
+        logger.warning(
+            f"the backbone computes {', '.join(unread)}, which MODEL.FCOS.IN_FEATURES does not "
+            "read: a waste, and an error where several GPUs train, since its parameters get no "
+            "gradient; lower MODEL.FCOS.TOP_LEVELS or shorten MODEL.FPN.IN_FEATURES"
+        )
 
 
 def build_parts(cfg, backbone_shape: dict) -> dict[str, object]:

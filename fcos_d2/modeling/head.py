@@ -49,9 +49,11 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[B, in_channels, H, W] -> Tensor[B, out_channels, H, W]."""
-        offset, mask = self.offset(x).split((18, 9), dim=1)
+        # Not in autocast's dtype, which the kernels lack and which is too coarse for positions.
+        weight, bias = self.conv.weight, self.conv.bias
+        offset, mask = self.offset(x).to(weight.dtype).split((18, 9), dim=1)
         return deform_conv2d(
-            x, offset, self.conv.weight, self.conv.bias, padding=1, mask=mask.sigmoid()
+            x.to(weight.dtype), offset, weight, bias, padding=1, mask=mask.sigmoid()
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from ..config import fcos_settings
 from ..ops import Detections, Levels, batched_nms_padded, select_candidates
 from ..ops.batched_nms import NMS_METHODS
 from ..ops.select_candidates import SCORE_RULES
-from .structures import Predictions, check_choice
+from .structures import Predictions, check_choice, check_number
 
 
 class PostProcessor:
@@ -30,7 +31,7 @@ class PostProcessor:
         max_detections: D.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, or a number out of range.
     """
 
     @configurable
@@ -52,6 +53,10 @@ class PostProcessor:
         # Here, and not when the first evaluation comes, after hours of training.
         check_choice("SCORE_RULE", score_rule, SCORE_RULES)
         check_choice("NMS_METHOD", nms_method, NMS_METHODS)
+        check_number("INFERENCE_TH_*", score_threshold, 0, 1)
+        check_number("NMS_TH", nms_threshold, 0, 1)
+        check_number("PRE_NMS_TOPK_*", topk, 1)
+        check_number("POST_NMS_TOPK_*", max_detections, 1)
         self.selection = {
             "score_threshold": score_threshold,
             "topk": topk,
@@ -86,6 +91,7 @@ class PostProcessor:
             "max_detections": fcos[f"POST_NMS_TOPK_{split}"],
         }
 
+    @torch.no_grad()
     def __call__(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Detections:
         """Detections of images whose (height, width) without padding are int64 Tensor[B, 2]."""
         logits, ltrb, quality, _ = predictions

@@ -76,8 +76,7 @@ class FCOSProposals(nn.Module):
             return [], losses
         sizes = torch.tensor([tuple(size) for size in images.image_sizes])
         sizes = sizes.to(images.tensor.device, non_blocking=True)
-        with torch.no_grad():
-            detections = postprocess(predictions, levels, sizes)
+        detections = postprocess(predictions, levels, sizes)
         found = to_instances(detections, images.image_sizes)
         return [_to_proposals(image) for image in found], losses
 

@@ -6,6 +6,7 @@ image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,12 @@ def check_choice(key: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"FCOS: MODEL.FCOS.{key} must be one of {names}, got {value!r}")
+
+
+def check_number(key: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises ValueError, naming ``MODEL.FCOS.<key>``, unless ``value`` is in [low, high]."""
+    if not low <= value <= high:
+        raise ValueError(f"FCOS: MODEL.FCOS.{key} must be in [{low}, {high}], got {value!r}")
 
 
 def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:

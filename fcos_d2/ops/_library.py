@@ -10,12 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 NAMESPACE = "fcos_d2"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_OP_NAMES: list[str] = []
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Definition(NamedTuple):
+    """What makes an op: see ``define_op`` and ``define_autograd``."""
+
+    schema: str
+    reference: Callable
+    fake: Callable
+    backward: Callable | None = None
+    setup_context: Callable | None = None
+
+
+OPS: dict[str, Definition] = {}
 
 
 def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
@@ -25,17 +38,18 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
         The overload to call, ``torch.ops.fcos_d2.<name>.default``.
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    _OP_NAMES.append(name)
+    OPS[name] = Definition(schema, reference, fake)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Gives op ``name`` the derivative ``backward`` (see ``torch.library.register_autograd``)."""
+    OPS[name] = OPS[name]._replace(backward=backward, setup_context=setup_context)
     torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
     )
 
 
@@ -56,7 +70,7 @@ def backend() -> dict[str, dict[str, str]]:
         name: {
             key: "compiled" if _has_kernel(name, key) else "reference" for key in ("CPU", "CUDA")
         }
-        for name in _OP_NAMES
+        for name in OPS
     }
 
 

@@ -1,0 +1,49 @@
+"""What an issue report needs: ``python -m fcos_d2.collect_env``.
+
+Versions of everything, which implementation of each op is in use, and how it was built. A part that
+fails says so and does not take the others with it: this has to work where nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def collect_env_info() -> str:
+    """The whole report, as text of several lines."""
+    parts = (_detectron2_report, _package_report, _ops_report)
+    return "\n".join(_attempt(part) for part in parts)
+
+
+def _attempt(part: Callable[[], str]) -> str:
+    try:
+        return part().rstrip()
+    except Exception as error:
+        name = part.__name__.strip("_").replace("_", " ")
+        return f"{name} failed: {type(error).__name__}: {error}"
+
+
+def _detectron2_report() -> str:
+    from detectron2.utils.collect_env import collect_env_info as detectron2_info
+
+    return detectron2_info()
+
+
+def _package_report() -> str:
+    from . import __version__
+
+    return f"fcos_d2  {__version__}"
+
+
+def _ops_report() -> str:
+    from . import ops
+
+    lines = [f"fcos_d2.ops  {ops.build_info() or 'no compiled library'}"]
+    for name, used in ops.backend().items():
+        devices = ", ".join(f"{device} {kind}" for device, kind in used.items())
+        lines.append(f"fcos_d2.ops.{name}  {devices}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(collect_env_info())

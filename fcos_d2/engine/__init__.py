@@ -1,0 +1,23 @@
+"""Training and evaluation with detectron2's trainers: no loop of its own.
+
+What a user got wrong leaves this package as an InputError; ``run_script`` prints it as one line.
+"""
+
+from .checkpoint import Checkpointer
+from .hooks import AssignmentStatistics, TrainingPanels
+from .lazy import is_lazy, run_lazy
+from .script import run_script
+from .setup import setup_cfg
+from .trainer import Trainer, evaluator_for
+
+__all__ = [
+    "AssignmentStatistics",
+    "Checkpointer",
+    "Trainer",
+    "TrainingPanels",
+    "evaluator_for",
+    "is_lazy",
+    "run_lazy",
+    "run_script",
+    "setup_cfg",
+]
