@@ -1,0 +1,42 @@
+# The index of commands: `make` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt --no-compile --progress-bar off
+TOO_OLD := "make env: the pinned versions need Python 3.11; type: make env PYTHON=python3.11"
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+env: $(VENV)/installed $(VENV)/built ## make .venv with torch, detectron2 and fcos_d2 in it
+
+# --no-build-isolation: torch has brought setuptools, so that nothing is left to download.
+$(VENV)/installed: pyproject.toml constraints.txt tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit($(TOO_OLD) if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch torchvision
+	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: env ## train FCOS on handwritten digits, evaluate it and draw what it found
+	$(BIN)/python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
+	$(BIN)/python tools/report.py output/digits
+
+test: env lint ## run the tests, save the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: env ## check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean: ## remove .venv and everything built; output/ stays
+	rm -rf $(VENV) build dist *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,169 @@
+// Points and boxes: assignment rule, centerness, and the IoU family with gradients.
+//
+// Every expression has the order of operations of fcos_d2/ops/reference.py, so that float32
+// results agree to the bit where the operations are exact or correctly rounded (assignment), and to
+// rounding elsewhere.
+#pragma once
+
+#include "levels.h"
+
+namespace fcos {
+
+// Distances from a point to the sides of a box.
+template <class T>
+struct Ltrb {
+  T left, top, right, bottom;
+};
+
+template <class T>
+FCOS_HD T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FCOS_HD T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+FCOS_HD Ltrb<float> sides(float x, float y, const float* box) {
+  return {x - box[0], y - box[1], box[2] - x, box[3] - y};
+}
+
+// False when a side is not positive, or NaN.
+FCOS_HD bool strictly_inside(const Ltrb<float>& d) {
+  return d.left > 0 && d.top > 0 && d.right > 0 && d.bottom > 0;
+}
+
+FCOS_HD float longest(const Ltrb<float>& d) {
+  return max_of(max_of(d.left, d.top), max_of(d.right, d.bottom));
+}
+
+FCOS_HD float area(const float* box) {
+  return (box[2] - box[0]) * (box[3] - box[1]);
+}
+
+// The sizes a level is responsible for.
+struct SizeRange {
+  float low, high;
+  bool inclusive;
+
+  FCOS_HD bool contains(float size) const {
+    return inclusive ? size >= low && size <= high : size > low && size < high;
+  }
+};
+
+// 1904.01355 equation 3.
+FCOS_HD float centerness(const Ltrb<float>& d) {
+  float horizontal = min_of(d.left, d.right) / max_of(d.left, d.right);
+  float vertical = min_of(d.top, d.bottom) / max_of(d.top, d.bottom);
+  return std::sqrt(horizontal * vertical);
+}
+
+enum class LossType : int { kIou, kLinearIou, kGiou, kDiou, kCiou };
+enum class QualityType : int { kCenterness, kIou };
+
+template <class T>
+struct BoxLoss {
+  T loss, iou;
+  Ltrb<T> slope; // d loss / d prediction
+};
+
+constexpr double kEps = 1e-7;    // keeps denominators away from zero
+constexpr double kMinIou = 1e-6; // below it -log(IoU) is flat
+constexpr double kPi = 3.14159265358979323846;
+
+// Loss of prediction p against truth t, both around the same point; see reference.iou_loss.
+template <class T>
+FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, LossType type) {
+  const T eps = T(kEps);
+  T overlap_w = min_of(p.left, t.left) + min_of(p.right, t.right);
+  T overlap_h = min_of(p.top, t.top) + min_of(p.bottom, t.bottom);
+  bool overlaps = overlap_w > 0 && overlap_h > 0;
+  T inter = overlaps ? overlap_w * overlap_h : T(0);
+  Ltrb<T> d_inter = {
+      overlaps && p.left < t.left ? overlap_h : T(0),
+      overlaps && p.top < t.top ? overlap_w : T(0),
+      overlaps && p.right < t.right ? overlap_h : T(0),
+      overlaps && p.bottom < t.bottom ? overlap_w : T(0)};
+  T w = p.left + p.right, h = p.top + p.bottom;
+  T target_w = t.left + t.right, target_h = t.top + t.bottom;
+  T both = w * h + target_w * target_h - inter;
+  Ltrb<T> d_both = {
+      h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
+  T denominator = both + smoothing + eps;
+  T iou = (inter + smoothing) / denominator;
+  Ltrb<T> d_iou = {
+      (d_inter.left - iou * d_both.left) / denominator,
+      (d_inter.top - iou * d_both.top) / denominator,
+      (d_inter.right - iou * d_both.right) / denominator,
+      (d_inter.bottom - iou * d_both.bottom) / denominator};
+  if (type == LossType::kIou) {
+    bool flat = !(iou > T(kMinIou));
+    return {
+        -std::log(max_of(iou, T(kMinIou))),
+        iou,
+        {flat ? T(0) : -d_iou.left / iou,
+         flat ? T(0) : -d_iou.top / iou,
+         flat ? T(0) : -d_iou.right / iou,
+         flat ? T(0) : -d_iou.bottom / iou}};
+  }
+  BoxLoss<T> out = {1 - iou, iou, {-d_iou.left, -d_iou.top, -d_iou.right, -d_iou.bottom}};
+  if (type == LossType::kLinearIou) {
+    return out;
+  }
+
+  T cover_w = max_of(p.left, t.left) + max_of(p.right, t.right);
+  T cover_h = max_of(p.top, t.top) + max_of(p.bottom, t.bottom);
+  Ltrb<T> grows = {
+      T(p.left > t.left), T(p.top > t.top), T(p.right > t.right), T(p.bottom > t.bottom)};
+  if (type == LossType::kGiou) {
+    T cover = cover_w * cover_h;
+    Ltrb<T> d_cover = {
+        grows.left * cover_h, grows.top * cover_w, grows.right * cover_h, grows.bottom * cover_w};
+    T empty = (cover - both) / (cover + eps);
+    out.loss += empty;
+    out.slope.left += (d_cover.left - d_both.left - empty * d_cover.left) / (cover + eps);
+    out.slope.top += (d_cover.top - d_both.top - empty * d_cover.top) / (cover + eps);
+    out.slope.right += (d_cover.right - d_both.right - empty * d_cover.right) / (cover + eps);
+    out.slope.bottom += (d_cover.bottom - d_both.bottom - empty * d_cover.bottom) / (cover + eps);
+    return out;
+  }
+
+  T diagonal = cover_w * cover_w + cover_h * cover_h + eps;
+  T shift_x = ((p.right - t.right) - (p.left - t.left)) / 2;
+  T shift_y = ((p.bottom - t.bottom) - (p.top - t.top)) / 2;
+  T distance = (shift_x * shift_x + shift_y * shift_y) / diagonal;
+  out.loss += distance;
+  out.slope.left += (-shift_x - distance * (2 * cover_w * grows.left)) / diagonal;
+  out.slope.top += (-shift_y - distance * (2 * cover_h * grows.top)) / diagonal;
+  out.slope.right += (shift_x - distance * (2 * cover_w * grows.right)) / diagonal;
+  out.slope.bottom += (shift_y - distance * (2 * cover_h * grows.bottom)) / diagonal;
+  if (type == LossType::kDiou) {
+    return out;
+  }
+
+  T angle = std::atan2(w, h) - std::atan2(target_w, target_h);
+  T aspect = T(4 / (kPi * kPi)) * (angle * angle);
+  T trade_off = aspect / (1 - iou + aspect + eps); // a constant to the gradient (1911.08287)
+  T factor = trade_off * (T(8 / (kPi * kPi)) * angle) / (w * w + h * h + eps);
+  out.loss += trade_off * aspect;
+  out.slope.left += factor * h;
+  out.slope.top -= factor * w;
+  out.slope.right += factor * h;
+  out.slope.bottom -= factor * w;
+  return out;
+}
+
+// Binary cross-entropy of a logit against a target in [0, 1], and its gradient.
+template <class T>
+struct QualityLoss {
+  T loss, slope;
+};
+
+template <class T>
+FCOS_HD QualityLoss<T> quality_loss(T logit, T target) {
+  T e = std::exp(-std::abs(logit));
+  T probability = (logit >= 0 ? T(1) : e) / (1 + e);
+  return {max_of(logit, T(0)) - logit * target + std::log1p(e), probability - target};
+}
+
+} // namespace fcos

@@ -1,0 +1,242 @@
+// batched_nms: every box is compared with the boxes of its own class that were kept before it, and
+// with no others; there is no N x N anything.
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <unordered_map>
+#include <vector>
+
+#include "ops.h"
+
+// CPU and GPU must agree to the bit: no product may be fused into a sum.
+#pragma GCC optimize("fp-contract=off")
+
+namespace fcos::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr size_t kBlock = 16; // boxes compared without a branch
+
+struct Overlap {
+  float inter, both;
+};
+
+// A NaN coordinate makes the union NaN, which no comparison exceeds.
+FCOS_HD Overlap overlap(
+    float ax1, float ay1, float ax2, float ay2, float a_area, float bx1, float by1, float bx2,
+    float by2, float b_area) {
+  float width = max_of(min_of(ax2, bx2) - max_of(ax1, bx1), 0.0f);
+  float height = max_of(min_of(ay2, by2) - max_of(ay1, by1), 0.0f);
+  float inter = width * height;
+  return {inter, a_area + b_area - inter};
+}
+
+// Kept boxes of one class, coordinate by coordinate.
+class Kept {
+ public:
+  bool suppresses(const float* box, float threshold) const {
+    float box_area = area(box);
+    for (size_t first = 0; first < x1_.size(); first += kBlock) {
+      size_t last = std::min(first + kBlock, x1_.size());
+      int any = 0;
+      for (size_t i = first; i < last; ++i) {
+        Overlap o = overlap(
+            x1_[i], y1_[i], x2_[i], y2_[i], area_[i], box[0], box[1], box[2], box[3], box_area);
+        any |= o.inter > threshold * o.both;
+      }
+      if (any) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void add(const float* box) {
+    x1_.push_back(box[0]), y1_.push_back(box[1]), x2_.push_back(box[2]), y2_.push_back(box[3]);
+    area_.push_back(area(box));
+  }
+
+ private:
+  std::vector<float> x1_, y1_, x2_, y2_, area_;
+};
+
+class KeptByClass {
+ public:
+  explicit KeptByClass(float threshold) : threshold_(threshold) {}
+
+  // True, and the box is remembered, where nothing kept before suppresses it.
+  bool keep(const float* box, int64_t group) {
+    Kept& kept = kept_[group];
+    if (kept.suppresses(box, threshold_)) {
+      return false;
+    }
+    kept.add(box);
+    return true;
+  }
+
+ private:
+  float threshold_;
+  std::unordered_map<int64_t, Kept> kept_;
+};
+
+// Order-preserving bits of a float; -0 equals 0.
+uint32_t ordered_bits(float x) {
+  x += 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+struct Ranked {
+  uint32_t bits;
+  int32_t index;
+  bool operator<(const Ranked& other) const { // for a heap with the best box on top
+    return bits != other.bits ? bits < other.bits : index > other.index;
+  }
+};
+
+struct Writer {
+  const PaddedNms& args;
+  int64_t image, count = 0;
+
+  void put(int64_t index, float score) {
+    int64_t in = image * args.num_boxes + index, out = image * args.max_detections + count++;
+    std::copy_n(args.boxes + 4 * in, 4, args.kept_boxes + 4 * out);
+    args.kept_scores[out] = score;
+    args.kept_classes[out] = args.classes[in];
+  }
+
+  void finish() {
+    args.counts[image] = int32_t(count);
+    for (; count < args.max_detections; ++count) {
+      int64_t out = image * args.max_detections + count;
+      std::fill_n(args.kept_boxes + 4 * out, 4, 0.0f);
+      args.kept_scores[out] = 0;
+      args.kept_classes[out] = -1;
+    }
+  }
+};
+
+void hard(const PaddedNms& args, int64_t image) {
+  int64_t base = image * args.num_boxes;
+  std::vector<Ranked> heap;
+  for (int64_t i = 0; i < args.num_boxes; ++i) {
+    float score = args.scores[base + i];
+    if (args.classes[base + i] >= 0 && score > -kInfinity) { // false for NaN
+      heap.push_back({ordered_bits(score), int32_t(i)});
+    }
+  }
+  std::make_heap(heap.begin(), heap.end());
+  KeptByClass kept(args.iou_threshold);
+  Writer out{args, image};
+  while (!heap.empty() && out.count < args.max_detections) {
+    std::pop_heap(heap.begin(), heap.end());
+    int64_t i = heap.back().index;
+    heap.pop_back();
+    int64_t group = args.class_agnostic ? 0 : args.classes[base + i];
+    if (kept.keep(args.boxes + 4 * (base + i), group)) {
+      out.put(i, args.scores[base + i]);
+    }
+  }
+  out.finish();
+}
+
+void soft(const PaddedNms& args, int64_t image) {
+  int64_t base = image * args.num_boxes;
+  const float* boxes = args.boxes + 4 * base;
+  const int64_t* classes = args.classes + base;
+  std::vector<float> alive(args.scores + base, args.scores + base + args.num_boxes);
+  for (int64_t i = 0; i < args.num_boxes; ++i) {
+    alive[i] = classes[i] >= 0 && alive[i] == alive[i] ? alive[i] : -kInfinity;
+  }
+  Writer out{args, image};
+  while (out.count < std::min(args.max_detections, args.num_boxes)) {
+    int64_t best = std::max_element(alive.begin(), alive.end()) - alive.begin();
+    if (!(alive[best] > -kInfinity)) {
+      break;
+    }
+    const float* box = boxes + 4 * best;
+    out.put(best, alive[best]);
+    alive[best] = -kInfinity;
+    for (int64_t i = 0; i < args.num_boxes; ++i) {
+      if (!(alive[i] > -kInfinity) || !(args.class_agnostic || classes[i] == classes[best])) {
+        continue;
+      }
+      const float* other = boxes + 4 * i;
+      Overlap o = overlap(
+          box[0], box[1], box[2], box[3], area(box), other[0], other[1], other[2], other[3],
+          area(other));
+      float iou = o.both > 0 ? o.inter / o.both : 0.0f;
+      if (args.method == NmsMethod::kGaussian) {
+        alive[i] *= std::exp(-(iou * iou) / args.sigma);
+      } else if (o.inter > args.iou_threshold * o.both) {
+        alive[i] *= 1 - iou;
+      }
+    }
+    for (float& score : alive) {
+      score = score > args.min_score ? score : -kInfinity;
+    }
+  }
+  out.finish();
+}
+
+// Indices by descending score, NaN first, equal scores by ascending index: a radix sort.
+std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
+  struct Item {
+    uint64_t key;
+    int64_t index;
+  };
+  std::vector<Item> items(num_boxes), other(num_boxes);
+  for (int64_t i = 0; i < num_boxes; ++i) {
+    double x = scores[i] + 0.0;
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    uint64_t rising = bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
+    items[i] = {x == x ? ~rising : 0, i};
+  }
+  constexpr int kBits = 11;
+  for (int shift = 0; shift < 64; shift += kBits) {
+    std::array<int64_t, (1 << kBits) + 1> start{};
+    for (const Item& item : items) {
+      ++start[((item.key >> shift) & ((1 << kBits) - 1)) + 1];
+    }
+    if (std::find(start.begin() + 1, start.end(), num_boxes) != start.end()) {
+      continue; // all keys share these bits
+    }
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    for (const Item& item : items) {
+      other[start[(item.key >> shift) & ((1 << kBits) - 1)]++] = item;
+    }
+    items.swap(other);
+  }
+  std::vector<int64_t> order(num_boxes);
+  std::transform(items.begin(), items.end(), order.begin(), [](const Item& i) { return i.index; });
+  return order;
+}
+
+} // namespace
+
+void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
+  parallel_for(args.num_images, 1, [&](int64_t first, int64_t last) {
+    for (int64_t image = first; image < last; ++image) {
+      args.method == NmsMethod::kHard ? hard(args, image) : soft(args, image);
+    }
+  });
+}
+
+std::vector<int64_t> batched_nms(
+    const float* boxes, const double* scores, const int64_t* groups, int64_t num_boxes,
+    float iou_threshold) {
+  KeptByClass by_class(iou_threshold);
+  std::vector<int64_t> kept;
+  for (int64_t i : order_of(scores, num_boxes)) {
+    if (by_class.keep(boxes + 4 * i, groups[i])) {
+      kept.push_back(i);
+    }
+  }
+  return kept;
+}
+
+} // namespace fcos::cpu

@@ -1,0 +1,239 @@
+"""The report on a training: a synthetic output folder, a tiny model, five small images."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+from torch import nn
+
+from fcos_d2.visualize import GREY, GUTTER, PALETTE, PANEL_SIDE
+from tests.modeling.tiny import tiny_cfg, tiny_fcos
+
+TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+SIZE = 64
+SCALE = PANEL_SIDE // SIZE
+TOP = GUTTER + 30 + 22  # of the first row of pictures: below the heading and the titles
+CATEGORIES = (7, 11, 20)  # COCO's numbers have gaps, too
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("report", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load_tool()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Five grey images; image i has a box of class i % 3 at (8, 16) to (40, 32), the last none."""
+    folder = tmp_path_factory.mktemp("images")
+    annotations = []
+    for i in range(5):
+        Image.fromarray(np.full((SIZE, SIZE, 3), 100, np.uint8)).save(folder / f"{i}.png")
+        box = {"bbox": [8, 16, 32, 16], "area": 512, "iscrowd": int(i == 3)}
+        if i < 4:
+            annotations.append(
+                {"id": i + 1, "image_id": i + 100, "category_id": CATEGORIES[i % 3], **box}
+            )
+    images = [
+        {"id": i + 100, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(5)
+    ]
+    categories = [{"id": number, "name": f"class{number}"} for number in CATEGORIES]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "test.json").write_text(json.dumps(content))
+    register_coco_instances("report_test", {}, str(folder / "test.json"), str(folder))
+    yield "report_test"
+    DatasetCatalog.remove("report_test")
+    MetadataCatalog.remove("report_test")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """What a training leaves, but with detections at (16, 16) to (48, 48), class 1, score 0.9."""
+    folder = tmp_path_factory.mktemp("output")
+    sizes = ("INPUT.MIN_SIZE_TEST", SIZE, "DATASETS.TEST", (dataset,))
+    (folder / "config.yaml").write_text(tiny_cfg(*sizes).dump())
+    rows = [{"iteration": i, "total_loss": 1.0, "lr": 0.1} for i in range(5)]
+    rows.append({"iteration": 5, "bbox/AP": 61.24, "bbox/AP50": 80.0, "bbox/AP75": 70.0})
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    model = tiny_fcos()
+    nn.init.constant_(model.head.cls_logits.bias, -9.0)  # finds nothing
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "inference").mkdir()
+    write_detections(folder, [detection(100 + i) for i in range(5)] + [detection(100, 0.2, 20)])
+    return folder
+
+
+@pytest.fixture
+def output(trained, tmp_path):
+    """A copy of ``trained`` to spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "output"))
+
+
+def detection(image_id, score=0.9, category=11) -> dict:
+    box = [16, 16, 32, 32]
+    return {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+
+
+def write_detections(folder, rows) -> None:
+    path = folder / "inference" / "coco_instances_results.json"
+    path.write_text(json.dumps(rows))
+    make_newest(path)
+
+
+def make_newest(path) -> None:
+    times = [p.stat().st_mtime for p in path.parent.parent.rglob("*") if p.is_file()]
+    os.utime(path, (max(times) + 10,) * 2)
+
+
+def picture(output, row, column) -> np.ndarray:
+    """One picture of the contact sheet; pairs stand further apart."""
+    sheet = np.asarray(Image.open(output / "contact_sheet.png"))
+    left = GUTTER + column * (PANEL_SIDE + GUTTER) + column // 2 * 2 * GUTTER
+    top = TOP + row * (PANEL_SIDE + GUTTER + 20)
+    return sheet[top : top + PANEL_SIDE, left : left + PANEL_SIDE]
+
+
+def at(image: np.ndarray, x: int, y: int) -> tuple[int, ...]:
+    """The colour at a place of the original image."""
+    return tuple(image[y * SCALE, x * SCALE].tolist())
+
+
+def test_report_shows_ground_truth_beside_saved_detections(output, capsys, monkeypatch):
+    monkeypatch.setattr(report, "_run_model", None)  # nothing to run
+    assert report.main([str(output)]) == 0
+    for place in range(5):
+        row, column = place // 3, place % 3 * 2
+        truth, found = picture(output, row, column), picture(output, row, column + 1)
+        color = [PALETTE[0], PALETTE[1], PALETTE[2], GREY, (100, 100, 100)][place]
+        assert at(truth, 24, 16) == color and at(truth, 8, 24) == color
+        assert at(truth, 16, 40) == (100, 100, 100)
+        assert at(found, 40, 16) == at(found, 16, 40) == PALETTE[1]
+        assert at(found, 30, 25) == (100, 100, 100)
+    assert Image.open(output / "curves.png").size[0] > 1000
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "AP 61.2   AP50 80.0   AP75 70.0"
+    assert lines[1].endswith("curves.png") and lines[2].endswith("contact_sheet.png")
+
+
+def test_score_decides_what_is_shown(output):
+    yellow = PALETTE[2]  # class 2, score 0.2
+    for score, shown in ((0.1, True), (0.3, False)):
+        assert report.main([str(output), "--score", str(score), "--images", "1"]) == 0
+        assert (picture(output, 0, 1) == yellow).all(axis=-1).any() == shown
+
+
+def test_images_are_evenly_spaced(output):
+    assert report.main([str(output), "--images", "2"]) == 0
+    sheet = Image.open(output / "contact_sheet.png")
+    assert sheet.size[0] == 6 * GUTTER + 2 * GUTTER - GUTTER + 4 * PANEL_SIDE
+    assert at(picture(output, 0, 0), 24, 16) == PALETTE[0]
+    assert at(picture(output, 0, 2), 24, 16) == PALETTE[2]  # the image after the next
+
+
+def spoil_with_unknown_image(output):
+    write_detections(output, [detection(100 + i) for i in range(4)] + [detection(1)])
+
+
+def spoil_with_unknown_category(output):
+    write_detections(output, [detection(100 + i, category=1) for i in range(5)])
+
+
+def spoil_with_few_images(output):
+    write_detections(output, [detection(100)] * 50)
+
+
+def spoil_by_cutting_off(output):
+    path = output / "inference" / "coco_instances_results.json"
+    path.write_text(path.read_text()[:-9])
+    make_newest(path)
+
+
+def spoil_by_training_on(output):
+    os.utime(output / "model_final.pth", (2e9, 2e9))
+
+
+def spoil_by_evaluating_other_weights(output):
+    config = output / "config.yaml"
+    text = config.read_text().replace("WEIGHTS: ''", "WEIGHTS: other.pth")
+    assert "other.pth" in text
+    config.write_text(text)
+    os.utime(config, ((output / "model_final.pth").stat().st_mtime + 5,) * 2)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_with_unknown_image,
+        spoil_with_unknown_category,
+        spoil_with_few_images,
+        spoil_by_cutting_off,
+        spoil_by_training_on,
+        spoil_by_evaluating_other_weights,
+        lambda output: shutil.rmtree(output / "inference"),
+    ],
+)
+def test_detections_that_are_not_of_this_model_are_not_used(output, spoil):
+    spoil(output)
+    assert report.main([str(output), "--images", "1"]) == 0
+    assert (picture(output, 0, 1) == 100).all()  # the model finds nothing
+
+
+def test_model_runs_at_its_own_size_and_its_boxes_come_back_to_the_image(output):
+    shutil.rmtree(output / "inference")
+    config = output / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace(f"MIN_SIZE_TEST: {SIZE}", f"MIN_SIZE_TEST: {2 * SIZE}"))
+    model = tiny_fcos()
+    nn.init.constant_(model.head.cls_logits.bias, 3.0)
+    torch.save({"model": model.state_dict()}, output / "model_final.pth")
+    assert report.main([str(output), "--images", "1", "--score", "0"]) == 0
+    found = picture(output, 0, 1)
+    colored = np.any([(found == c).all(axis=-1) for c in PALETTE[:3]], axis=0)
+    assert colored[:100].any() and colored[-100:].any() and colored[:, -100:].any()
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("config.yaml", "OUTPUT_DIR "),
+        ("metrics.json", "config.yaml --resume"),
+        ("model_final.pth", "config.yaml --resume"),
+    ],
+)
+def test_missing_file_is_named_with_the_command_that_makes_it(output, capsys, missing, command):
+    (output / missing).unlink()
+    shutil.rmtree(output / "inference")
+    assert report.main([str(output)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert f"{output / missing} does not exist" in printed
+    assert "python train_net.py --config-file" in printed and command in printed
+
+
+@pytest.mark.parametrize(
+    "text", ["- 1\n", "VERSION: 2\nMODEL:\n  NOVEL: 1\n", "a: [", "train: {}\n"]
+)
+def test_config_of_something_else_is_one_line(output, capsys, text):
+    (output / "config.yaml").write_text(text)
+    assert report.main([str(output)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {output}/config.yaml is not a config")
+    assert printed.count("\n") == 1
+
+
+def test_run_without_evaluation_is_reported_without_ap(output, capsys):
+    (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
+    assert report.main([str(output), "--images", "1"]) == 0
+    assert capsys.readouterr().out.startswith("AP unknown")
