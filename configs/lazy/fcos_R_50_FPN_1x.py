@@ -1,0 +1,25 @@
+"""fcos_R_50_FPN_1x.yaml as a LazyConfig: the same model, data and schedule."""
+
+from detectron2 import model_zoo
+
+from fcos_d2.data import FCOSDatasetMapper
+
+from .common.fcos import model
+
+dataloader = model_zoo.get_config("common/data/coco.py").dataloader
+lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
+optimizer = model_zoo.get_config("common/optim.py").SGD
+train = model_zoo.get_config("common/train.py").train
+
+for split in (dataloader.train, dataloader.test):
+    split.mapper._target_ = FCOSDatasetMapper
+dataloader.train.mapper.use_instance_mask = False
+dataloader.train.mapper.augmentations[0].short_edge_length = 800
+dataloader.train.mapper.image_format = model.input_format
+
+# For 16 images per iteration. With dataloader.train.total_batch_size 2: lr 0.00125 and 8 times
+# train.max_iter; lr_multiplier is relative to it.
+optimizer.lr = 0.01
+
+train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+train.output_dir = "output/fcos_R_50_FPN_1x"

@@ -1,0 +1,73 @@
+"""Small digits data sets, and a COCO file to spoil."""
+
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from fcos_d2.data import digits, register_digits
+
+
+@pytest.fixture(scope="session")
+def digits_root(tmp_path_factory):
+    """A root with 40 training and 8 validation images; read only."""
+    root = tmp_path_factory.mktemp("datasets")
+    digits.ensure_digits(root, digits.Recipe(num_images=(40, 8)))
+    return root
+
+
+@pytest.fixture
+def registered_digits(digits_root):
+    """The names digits_train and digits_val, with the small data sets behind them."""
+    register_digits(digits_root)
+    yield digits_root
+    register_digits()
+
+
+class CocoData:
+    """Three images and a valid COCO file; ``register`` writes it and gives it a name."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.json_file = folder / "shapes.json"
+        self.names = []
+        for number in (1, 2, 3):
+            pixels = np.full((40, 60, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+        self.content = {
+            "images": [
+                {"id": n, "file_name": f"{n}.png", "width": 60, "height": 40} for n in (1, 2, 3)
+            ],
+            "categories": [{"id": 1, "name": "disc"}, {"id": 2, "name": "box"}],
+            "annotations": [self.annotation(100 + n, n, 1 + n % 2) for n in (1, 2, 3)],
+        }
+
+    @staticmethod
+    def annotation(number, image, category, bbox=(5, 6, 20, 10), iscrowd=0):
+        return {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": list(bbox),
+            "area": bbox[2] * bbox[3],
+            "iscrowd": iscrowd,
+        }
+
+    def register(self, name="shapes_train", text=None):
+        self.json_file.write_text(json.dumps(self.content) if text is None else text)
+        register_coco_instances(name, {}, str(self.json_file), str(self.folder))
+        self.names.append(name)
+        return name
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A valid data set of three images to spoil and register."""
+    data = CocoData(tmp_path)
+    yield data
+    for name in data.names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

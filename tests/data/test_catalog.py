@@ -1,0 +1,262 @@
+"""Data sets by name: every problem is one line that names the place and the next step."""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from fcos_d2.data import check_num_classes, load_dataset, prepare
+from fcos_d2.data.annotation_checks import count_flat_boxes
+from fcos_d2.errors import InputError
+
+
+def message(function, *arguments, **options):
+    """The one line with which ``function`` refuses."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def custom():
+    """Registers a function of the test as a data set, as users without COCO files do."""
+    names = []
+
+    def register(function, name="custom_train", **metadata):
+        DatasetCatalog.register(name, function)
+        MetadataCatalog.get(name).set(**metadata)
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_valid_data_is_what_detectron2_loads(coco):
+    name = coco.register()
+    assert load_dataset(name) == DatasetCatalog.get(name)
+    assert load_dataset([name, name]) == 2 * DatasetCatalog.get(name)
+
+
+def test_filtering_empty_images_is_the_callers_choice(coco):
+    coco.content["annotations"][0]["iscrowd"] = 1
+    coco.content["annotations"].pop(1)
+    name = coco.register()
+    assert [r["image_id"] for r in load_dataset(name)] == [3]
+    assert [r["image_id"] for r in load_dataset(name, filter_empty=False)] == [1, 2, 3]
+
+
+def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
+    for function in (load_dataset, prepare):
+        text = message(function, "digit_train")
+        assert "unknown data set 'digit_train'" in text
+        assert "did you mean digits_train" in text
+        assert "register_coco_instances('digit_train', {}," in text
+    assert "did you mean" not in message(load_dataset, "zzzzqqqq")
+
+
+def test_no_name_at_all_is_told_with_the_key_to_set():
+    assert "set DATASETS.TRAIN or DATASETS.TEST" in message(load_dataset, [])
+
+
+def test_absent_annotation_file_is_named_and_the_folder_of_data_sets_explained(coco, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    name = coco.register()
+    coco.json_file.unlink()
+    text = message(load_dataset, name)
+    assert f"annotation file {coco.json_file} does not exist" in text
+    assert "DETECTRON2_DATASETS" in text and "./datasets" in text
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data/sets")
+    assert "/data/sets" in message(prepare, name)
+
+
+@pytest.mark.parametrize(
+    "broken, place",
+    [
+        ('{"images": [],\n "categories"; []}', "line 2 column 14"),
+        ('{"images": [], "cat', "line 1 column 16"),
+        ("", "line 1 column 1"),
+    ],
+    ids=["typing error", "cut off", "empty"],
+)
+def test_broken_json_is_named_with_line_and_column(coco, broken, place):
+    text = message(load_dataset, coco.register(text=broken))
+    assert f"{coco.json_file} is not valid JSON" in text and f"in {place}" in text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[]", "a COCO file is an object, this is a list"),
+        ("{}", "it has no 'images'"),
+        ('{"images": [{"id": 1}], "categories": []}', "it has no 'categories'"),
+    ],
+)
+def test_json_that_is_not_coco_is_told_so(coco, text, expected):
+    assert f"{coco.json_file}: {expected}" in message(load_dataset, coco.register(text=text))
+
+
+def test_image_entry_without_a_field_is_named(coco):
+    del coco.content["images"][1]["width"]
+    assert "entry 2 of 'images' has no 'width'" in message(load_dataset, coco.register())
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"bbox": None}, "it has no bbox"),
+        ({"bbox": []}, "bbox [] is not [x, y, width, height] in numbers"),
+        ({"bbox": [1, 2, 3]}, "bbox [1, 2, 3] is not [x, y, width, height] in numbers"),
+        ({"bbox": ["1", "2", "3", "4"]}, "is not [x, y, width, height] in numbers"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "is not finite"),
+        ({"bbox": [float("inf"), 2, 3, 4]}, "is not finite"),
+        ({"bbox": [1, 2, -3, 4]}, "bbox [1, 2, -3, 4] has negative size"),
+        ({"bbox": [1, 2, 3, -0.5]}, "has negative size; it must be [x, y, width, height]"),
+        ({"category_id": 9}, "category_id 9 is not in the file's categories (1, 2)"),
+        ({"image_id": 77}, "image_id 77 is not in the file's images"),
+        ({"id": 101}, "its id is that of another annotation"),
+        ({"ignore": 1}, "use 'iscrowd': 1"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_annotation_is_named_with_its_file_and_id(coco, change, expected):
+    annotation = coco.content["annotations"][1]
+    annotation.update(change)
+    text = message(load_dataset, coco.register())
+    assert f"{coco.json_file}: annotation {annotation['id']}: " in text
+    assert expected in text
+
+
+@pytest.mark.parametrize("key", ["bbox", "category_id", "image_id", "id"])
+def test_annotation_that_lacks_a_field_is_named(coco, key):
+    annotation = coco.content["annotations"][1]
+    del annotation[key]
+    text = message(load_dataset, coco.register())
+    assert f"{coco.json_file}: annotation {annotation.get('id', 1)}: it has no " in text
+    assert key in text
+
+
+def test_number_of_bad_annotations_is_told(coco):
+    for annotation in coco.content["annotations"]:
+        annotation["bbox"][2] = -1
+    assert "annotation 101: " in (text := message(load_dataset, coco.register()))
+    assert "(3 annotations have problems)" in text
+
+
+def test_a_crowd_with_a_bad_box_is_found_too(coco):
+    coco.content["annotations"].append(coco.annotation(200, 1, 1, (1, 2, -3, 4), iscrowd=1))
+    assert "annotation 200: " in message(load_dataset, coco.register())
+
+
+def test_boxes_of_zero_size_are_legal_and_counted(coco, caplog):
+    coco.content["annotations"].append(coco.annotation(200, 1, 1, (1, 2, 0, 4)))
+    with caplog.at_level(logging.WARNING, "fcos_d2"):
+        assert len(load_dataset(coco.register())) == 3
+    assert "1 boxes have zero width or height; no point serves them" in caplog.text
+
+
+def test_valid_file_is_read_only_once(coco, monkeypatch):
+    name = coco.register()
+    monkeypatch.setattr("fcos_d2.data.catalog.problem_in_coco_file", None)
+    assert len(load_dataset(name)) == 3
+
+
+def test_missing_image_is_named_and_counted(coco):
+    name = coco.register()
+    (coco.folder / "2.png").unlink()
+    text = message(load_dataset, name)
+    assert f"image {coco.folder / '2.png'} does not exist (missing: 1 of 3)" in text
+    assert "DETECTRON2_DATASETS" in text
+
+
+def test_missing_image_folder_is_named_by_its_first_image(coco):
+    coco.content["images"][0]["file_name"] = "no_such_folder/1.png"
+    text = message(load_dataset, coco.register())
+    assert f"image {coco.folder / 'no_such_folder' / '1.png'} does not exist" in text
+
+
+def test_data_set_without_usable_images_says_which_key_keeps_them(coco):
+    coco.content["annotations"] = []
+    name = coco.register()
+    assert len(load_dataset(name, filter_empty=False)) == 3
+    assert "DATALOADER.FILTER_EMPTY_ANNOTATIONS False" in message(load_dataset, name)
+
+
+def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
+    text = message(load_dataset, ["digits_val", coco.register()])
+    assert "data sets 'digits_val', 'shapes_train' have different classes" in text
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (
+            {"bbox": [5, 6, 4, 9]},
+            "bbox [5, 6, 4, 9] has negative size; it must be [x1, y1, x2, y2]",
+        ),
+        ({"bbox": np.array([1, 2, np.nan, 4])}, "is not finite"),
+        ({"bbox": None}, "it has no bbox"),
+        ({"category_id": 7}, "category_id 7 must be"),
+        ({"category_id": -1}, "category_id -1 must be"),
+        ({"bbox_mode": None}, "bbox_mode None"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_annotation_without_a_coco_file_is_named_by_image_and_index(custom, change, expected):
+    good = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    records = [
+        {"annotations": [good]},
+        {"file_name": "b.png", "annotations": [good, good | change]},
+    ]
+    text = message(load_dataset, custom(lambda: records, thing_classes=["disc", "box"]))
+    assert "data set 'custom_train': annotation 1 of image b.png: " in text
+    assert expected in text
+
+
+def test_boxes_as_arrays_and_data_without_annotations_are_fine(custom):
+    box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
+    assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabelled_test"))) == 1
+
+
+def test_a_bug_in_somebodys_loader_keeps_its_traceback(custom):
+    def load():
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        load_dataset(custom(load))
+
+
+def test_a_file_that_somebodys_loader_cannot_open_is_named(custom):
+    text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
+    assert "data set 'custom_train': " in text and "/no/such/labels.txt" in text
+
+
+def test_class_count_that_does_not_match_names_key_and_value(coco, registered_digits):
+    check_num_classes(["digits_train", "digits_val"], 10)
+    text = message(check_num_classes, "digits_train", 80)
+    assert text == (
+        "data set 'digits_train' has 10 classes (zero, one, two, ...) but the model has 80; "
+        "set MODEL.FCOS.NUM_CLASSES 10"
+    )
+    name = coco.register()  # not loaded yet: its classes are only in its file
+    assert "has 2 classes (disc, box)" in message(check_num_classes, ["digits_val", name], 10)
+    check_num_classes(name, 2)
+
+
+def test_checks_of_many_annotations_take_a_fraction_of_a_second():
+    annotations = [
+        {"bbox": [1.0, 2.0, 3.0, 4.0], "bbox_mode": BoxMode.XYWH_ABS, "category_id": i % 80}
+        for i in range(100_000)
+    ]
+    start = time.process_time()
+    assert count_flat_boxes(annotations, 80) == 0
+    assert time.process_time() - start < 1  # measured: 0.04 s

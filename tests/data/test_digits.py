@@ -1,0 +1,317 @@
+"""The built-in data sets: what is in them, and how they come to be on disk."""
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from PIL import Image
+from pycocotools.coco import COCO
+
+from fcos_d2.data import digits, load_dataset, prepare, register_digits
+from fcos_d2.data.digits import Recipe, ensure_digits, files, scenes
+from fcos_d2.data.digits.__main__ import main
+from fcos_d2.errors import InputError
+
+FEW = Recipe(num_images=(4, 2))
+
+
+def fingerprint(root):
+    """Hash of every file under ``root/digits`` by its name."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(root, "digits").rglob("*"))
+        if path.is_file()
+    }
+
+
+def content(root, split):
+    return json.loads(digits.annotation_file(root, split).read_text())
+
+
+@pytest.fixture(scope="module")
+def handwriting():
+    return scenes.load_handwriting("train", seed=0)
+
+
+@pytest.fixture(scope="module")
+def many_scenes(handwriting):
+    return [scenes.compose_scene(handwriting, np.random.default_rng(i)) for i in range(150)]
+
+
+def test_same_seed_gives_same_bytes_and_another_seed_gives_others(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        ensure_digits(tmp_path / name, FEW._replace(seed=seed))
+    first, again, other = (fingerprint(tmp_path / name) for name in "abc")
+    assert len(first) == 4 + 2 + 2
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_an_image_does_not_depend_on_how_many_others_are_made(tmp_path, digits_root):
+    ensure_digits(tmp_path, FEW)
+    for name, value in fingerprint(tmp_path).items():
+        assert name.endswith(".json") or fingerprint(digits_root)[name] == value
+
+
+def test_splits_share_no_handwritten_digit(digits_root):
+    train, val = (scenes.load_handwriting(split, seed=0) for split in digits.SPLITS)
+    assert set(train.sources).isdisjoint(val.sources)
+    assert len(train.sources) + len(val.sources) == 1797
+    shares = np.bincount(val.labels) / np.bincount(np.r_[train.labels, val.labels])
+    np.testing.assert_allclose(shares, scenes.VAL_SHARE, atol=0.005)
+    for split, part in zip(digits.SPLITS, (train, val), strict=True):
+        used = {a["handwritten_digit"] for a in content(digits_root, split)["annotations"]}
+        assert used and used <= set(part.sources.tolist())
+
+
+def test_ink_touches_all_four_sides_of_its_box(handwriting):
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        length = int(rng.integers(*scenes.INK_LENGTHS))
+        ink = scenes.write_ink(handwriting.inks[index], length, rng)
+        assert length - 1 <= max(ink.shape) <= length
+        for side in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
+            assert side.max() >= scenes.VISIBLE
+
+
+def test_boxes_bound_what_a_digit_changes_in_the_image(handwriting):
+    """Painted on a plain ground, the pixels that differ from it span the box."""
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        ink = scenes.write_ink(handwriting.inks[index], 40, rng)
+        canvas = np.full((scenes.SIZE, scenes.SIZE, 3), 128, np.float32)
+        box = scenes._free_box(ink.shape, np.zeros((0, 4), int), np.zeros(0), rng)
+        scenes._paint(canvas, ink, box, rng)
+        rows, columns = np.nonzero(np.abs((canvas - 128) @ scenes.LUMA) > 2)
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_array_equal(found, box)
+
+
+def test_boxes_lie_inside_the_image_and_span_the_promised_sizes(many_scenes):
+    boxes = np.concatenate([scene.boxes for scene in many_scenes])
+    lengths = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    assert boxes.min() >= 0 and boxes.max() <= scenes.SIZE
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert lengths.min() in (15, 16, 17) and lengths.max() in (78, 79, 80)
+
+
+def test_later_digits_leave_enough_of_earlier_ones(many_scenes):
+    overlapping = 0
+    for scene in many_scenes:
+        for index, (x0, y0, x1, y1) in enumerate(scene.boxes):
+            covered = np.zeros((scenes.SIZE, scenes.SIZE), bool)
+            for a0, b0, a1, b1 in scene.boxes[index + 1 :]:
+                covered[b0:b1, a0:a1] = True
+            share = covered[y0:y1, x0:x1].mean()
+            assert share <= scenes.MAX_COVERED
+            overlapping += share > 0
+    assert overlapping > 30
+
+
+def test_digits_stand_out_from_what_lies_under_them(handwriting):
+    """On every ground, the median ink pixel differs in lightness by more than the noise."""
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        canvas = scenes._clutter(scenes._ground(rng), rng)
+        ink = scenes.write_ink(handwriting.inks[index], 40, rng)
+        box = scenes._free_box(ink.shape, np.zeros((0, 4), int), np.zeros(0), rng)
+        before = canvas.copy()
+        scenes._paint(canvas, ink, box, rng)
+        x0, y0, x1, y1 = box
+        change = np.abs((canvas - before)[y0:y1, x0:x1] @ scenes.LUMA)
+        assert np.median(change[ink > 0.9]) > 20
+
+
+def test_scenes_vary_in_number_and_class_and_some_are_empty(many_scenes):
+    numbers = np.bincount([len(scene.labels) for scene in many_scenes], minlength=6)
+    assert 2 <= numbers[0] <= 15 and (numbers[1:] >= 15).all() and len(numbers) == 6
+    labels = np.concatenate([scene.labels for scene in many_scenes])
+    assert (np.bincount(labels, minlength=10) >= 20).all()
+
+
+def test_labels_are_those_of_the_handwriting(many_scenes):
+    from sklearn.datasets import load_digits
+
+    truth = load_digits().target
+    for scene in many_scenes:
+        np.testing.assert_array_equal(scene.labels, truth[scene.sources])
+
+
+def test_pycocotools_opens_it(digits_root):
+    for split, num_images in zip(digits.SPLITS, (40, 8), strict=True):
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(digits.annotation_file(digits_root, split)))
+        assert len(coco.imgs) == num_images
+        assert [c["name"] for c in coco.loadCats(range(1, 11))] == list(digits.CLASSES)
+        assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
+        for image in coco.imgs.values():
+            with Image.open(digits.image_folder(digits_root, split) / image["file_name"]) as opened:
+                assert (opened.size, opened.mode) == ((image["width"], image["height"]), "RGB")
+        for annotation in coco.anns.values():
+            x, y, width, height = annotation["bbox"]
+            assert annotation["area"] == width * height and annotation["iscrowd"] == 0
+            assert 0 <= x < x + width <= 160 and 0 <= y < y + height <= 160
+        assert coco.dataset["licenses"][0]["id"] == coco.dataset["images"][0]["license"]
+
+
+def test_detectron2_loads_and_evaluates_it(registered_digits):
+    records = load_dataset("digits_train", filter_empty=False)
+    assert len(records) == 40
+    classes = {a["category_id"] for r in records for a in r["annotations"]}
+    assert classes == set(range(10))
+    evaluator = COCOEvaluator("digits_val", output_dir=None)
+    assert len(evaluator._coco_api.imgs) == 8
+
+
+def test_registration_writes_nothing_and_prepare_makes_what_the_evaluator_opens(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "NUM_IMAGES", (4, 2))
+    try:
+        register_digits(tmp_path)
+        metadata = MetadataCatalog.get("digits_val")
+        assert metadata.evaluator_type == "coco" and metadata.thing_classes[3] == "three"
+        assert metadata.thing_dataset_id_to_contiguous_id[4] == 3
+        assert not list(tmp_path.iterdir())
+        prepare("digits_val")
+        assert len(COCOEvaluator("digits_val", output_dir=None)._coco_api.imgs) == 2
+        assert len(DatasetCatalog.get("digits_train")) == 4
+    finally:
+        register_digits()
+
+
+def test_importing_registers_and_writes_no_file(tmp_path):
+    code = (
+        "import fcos_d2.data, detectron2.data as d; "
+        "print(d.MetadataCatalog.get('digits_train').json_file)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "datasets/digits/annotations/digits_train.json"
+    assert not list(tmp_path.iterdir())
+
+
+def test_root_is_that_of_detectron2(monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data/sets")
+    assert digits.default_root() == Path("/data/sets")
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert digits.default_root() == Path("datasets")
+
+
+def _make_at_once(root, barrier, answers):
+    barrier.wait()
+    ensure_digits(root, FEW)
+    answers.put(fingerprint(root))
+
+
+def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(3), context.Queue()
+    workers = [
+        context.Process(target=_make_at_once, args=(tmp_path, barrier, answers)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [answers.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert len(found[0]) == 8 and found[0] == found[1] == found[2]
+    assert {path.name for path in tmp_path.iterdir()} <= {"digits", "digits.lock"}
+
+
+def test_files_that_are_there_are_not_made_again(tmp_path, monkeypatch):
+    ensure_digits(tmp_path, FEW)
+    monkeypatch.setattr(files, "_make", None)
+    start = time.perf_counter()
+    ensure_digits(tmp_path, FEW)
+    assert time.perf_counter() - start < 1
+
+
+def test_what_a_killed_process_left_is_not_used_and_is_cleared(tmp_path, monkeypatch):
+    written = files._write_image
+
+    def die_in_the_middle(root, split, index, *others):
+        if index == 2:
+            raise KeyboardInterrupt
+        return written(root, split, index, *others)
+
+    monkeypatch.setattr(files, "_write_image", die_in_the_middle)
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", _folder_that_stays)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_digits(tmp_path, FEW)
+    assert not (tmp_path / "digits").exists() and list(tmp_path.glob(".digits-*"))
+    monkeypatch.undo()
+    ensure_digits(tmp_path, FEW)
+    assert len(fingerprint(tmp_path)) == 8 and not list(tmp_path.glob(".digits-*"))
+
+
+@contextlib.contextmanager
+def _folder_that_stays(dir, prefix):
+    folder = Path(dir, f"{prefix}left")
+    folder.mkdir()
+    yield str(folder)
+
+
+def test_another_version_makes_them_anew(tmp_path, monkeypatch):
+    ensure_digits(tmp_path, FEW._replace(version="0.9"))
+    monkeypatch.setattr(files, "NUM_IMAGES", (4, 2))
+    ensure_digits(tmp_path)
+    assert content(tmp_path, "val")["info"]["version"] == digits.VERSION
+    assert not list(tmp_path.glob(".digits-*"))
+
+
+def test_a_lost_image_makes_them_anew(tmp_path):
+    ensure_digits(tmp_path, FEW)
+    before = fingerprint(tmp_path)
+    (digits.image_folder(tmp_path, "train") / "000003.png").unlink()
+    ensure_digits(tmp_path, FEW)
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_small_set_made_by_hand_is_used_with_a_warning(tmp_path, caplog):
+    ensure_digits(tmp_path, FEW)
+    before = fingerprint(tmp_path)
+    ensure_digits(tmp_path)
+    assert fingerprint(tmp_path) == before
+    assert "(4, 2)" in caplog.text and "python -m fcos_d2.data.digits --root" in caplog.text
+
+
+def test_somebody_elses_folder_of_that_name_is_left_alone(tmp_path):
+    mine = tmp_path / "digits" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(InputError, match="not the built-in data set.*DETECTRON2_DATASETS"):
+        ensure_digits(tmp_path, FEW)
+    assert mine.read_text() == "years of work"
+
+
+def test_a_root_that_cannot_be_written_is_named_with_a_way_out(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/digits .*; set DETECTRON2_DATASETS") as caught:
+        ensure_digits(tmp_path / "file", FEW)
+    assert "\n" not in str(caught.value)
+
+
+def test_command_line_makes_as_many_as_asked_and_says_where(tmp_path, capsys):
+    assert main(["--root", str(tmp_path), "--images", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "digits_train: 5 images" in said and str(tmp_path / "digits") in said
+    assert len(content(tmp_path, "val")["images"]) == 1
+    with pytest.raises(SystemExit):
+        main(["--images", "0"])

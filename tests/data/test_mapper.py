@@ -1,0 +1,171 @@
+"""The mapper: unreadable images are named, crowds become boxes to ignore."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from fcos_d2 import add_fcos_config
+from fcos_d2.data import FCOSDatasetMapper
+from fcos_d2.errors import InputError, one_line_cause
+
+RLE = {"counts": b"PPYo0", "size": [40, 60]}
+OBJECT = {"bbox": [5, 6, 20, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 3, "iscrowd": 0}
+CROWD = {
+    "bbox": [30, 10, 20, 15],
+    "bbox_mode": BoxMode.XYWH_ABS,
+    "category_id": 1,
+    "iscrowd": 1,
+    "segmentation": RLE,
+}
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "scene.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def record(path, *annotations):
+    return {
+        "file_name": str(path),
+        "image_id": 1,
+        "width": 60,
+        "height": 40,
+        "annotations": list(annotations),
+    }
+
+
+def mapper(keep_crowd=True, is_train=True, augmentations=()):
+    return FCOSDatasetMapper(
+        is_train, augmentations=list(augmentations), image_format="BGR", keep_crowd=keep_crowd
+    )
+
+
+def load_in_worker(record, mapper):
+    """Maps ``record`` in the one worker process of a real loader."""
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return mapper(record)
+
+    loader = torch.utils.data.DataLoader(Data(), num_workers=1, collate_fn=lambda batch: batch[0])
+    return next(iter(loader))
+
+
+def test_without_crowds_it_is_detectron2s_mapper(image_file):
+    data = record(image_file, OBJECT, CROWD)
+    ours = mapper(keep_crowd=False)(data)
+    theirs = DatasetMapper(True, augmentations=[], image_format="BGR")(data)
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours["image"], theirs["image"])
+    assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+    assert ours["instances"].gt_classes.tolist() == [3]
+
+
+def test_crowds_are_kept_as_boxes_of_class_minus_one(image_file):
+    data = record(image_file, CROWD, OBJECT, CROWD)
+    before = deepcopy(data)
+    instances = load_in_worker(data, mapper())["instances"]
+    assert instances.gt_classes.tolist() == [-1, 3, -1]
+    assert instances.gt_classes.dtype == torch.int64
+    assert instances.gt_boxes.tensor.tolist() == [
+        [30, 10, 50, 25],
+        [5, 6, 25, 16],
+        [30, 10, 50, 25],
+    ]
+    assert not instances.has("gt_masks")
+    assert data == before
+
+
+def test_an_image_with_nothing_but_crowds_is_fine(image_file):
+    instances = mapper()(record(image_file, CROWD))["instances"]
+    assert instances.gt_classes.tolist() == [-1]
+    assert len(mapper(keep_crowd=False)(record(image_file, CROWD))["instances"]) == 0
+
+
+def test_crowds_are_flipped_and_resized_like_objects(image_file):
+    augmentations = [T.RandomFlip(prob=1.0), T.Resize((80, 120))]
+    crowd = mapper(augmentations=augmentations)(record(image_file, CROWD))["instances"]
+    as_object = mapper(augmentations=augmentations)(
+        record(image_file, {**CROWD, "iscrowd": 0, "segmentation": []})
+    )["instances"]
+    assert crowd.gt_boxes.tensor.tolist() == [[20, 20, 60, 50]]
+    assert torch.equal(crowd.gt_boxes.tensor, as_object.gt_boxes.tensor)
+    assert crowd.image_size == (80, 120)
+
+
+def test_evaluation_gets_no_ground_truth(image_file):
+    mapped = mapper(is_train=False)(record(image_file, OBJECT, CROWD))
+    assert "instances" not in mapped and "annotations" not in mapped
+
+
+def test_crowds_cannot_be_kept_beside_masks():
+    with pytest.raises(ValueError, match="keep_crowd=True is for boxes"):
+        FCOSDatasetMapper(
+            True, augmentations=[], image_format="BGR", keep_crowd=True, use_instance_mask=True
+        )
+
+
+@pytest.mark.parametrize("ignore_crowd", [True, False])
+def test_config_key_decides_about_crowds(image_file, ignore_crowd):
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.MODEL.FCOS.IGNORE_CROWD = ignore_crowd
+    instances = FCOSDatasetMapper(cfg, is_train=True)(record(image_file, CROWD))["instances"]
+    assert len(instances) == int(ignore_crowd)
+    assert FCOSDatasetMapper(cfg, False, augmentations=[]).is_train is False
+
+
+def spoil(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut off":
+        path.write_bytes(path.read_bytes()[:1500])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        path.write_text("<html>404 Not Found</html>")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off", "empty", "not an image"])
+def test_unreadable_image_is_named(image_file, how):
+    spoil(image_file, how)
+    with pytest.raises(InputError) as caught:
+        mapper()(record(image_file, OBJECT))
+    text = str(caught.value)
+    assert text.startswith(f"cannot read image {image_file}: ") and "\n" not in text
+    assert text.endswith("replace the file or remove it from the annotations")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+def test_unreadable_image_is_named_from_a_loaders_worker(image_file, how):
+    spoil(image_file, how)
+    with pytest.raises(InputError) as caught:
+        load_in_worker(record(image_file, OBJECT), mapper())
+    assert one_line_cause(caught.value).startswith(f"cannot read image {image_file}: ")
+
+
+def test_image_of_another_size_than_annotated_is_named(image_file):
+    with pytest.raises(
+        InputError, match=r"scene\.png, got \(60, 40\), expect \(64, 40\)"
+    ) as caught:
+        mapper()({**record(image_file, OBJECT), "width": 64})
+    assert "\n" not in str(caught.value)
+
+
+def test_other_failures_are_not_blamed_on_the_image(image_file):
+    broken = {key: value for key, value in OBJECT.items() if key != "category_id"}
+    with pytest.raises(KeyError, match="category_id"):
+        mapper()(record(image_file, broken))

@@ -1,0 +1,266 @@
+"""FCOSLoss: normalisers, weights and names against numbers worked out by hand.
+
+Unless told, one image of 8 x 24 pixels has one level of three points, (4, 4), (12, 4) and (20, 4).
+A box around all of it makes all three positive, with centerness 1/sqrt(5), 1 and 1/sqrt(5).
+"""
+
+import math
+
+import pytest
+import torch
+from detectron2.utils import comm
+
+from fcos_d2.modeling import FCOSLoss, GroundTruth, PointGrid, Predictions
+
+LEVELS = PointGrid([8]).levels([torch.empty(1, 1, 1, 3)], torch.empty(1, 3, 8, 24))
+WHOLE = [0.0, 0.0, 24.0, 8.0]
+SIDE = 1 / math.sqrt(5)
+LN2 = math.log(2)
+
+
+def make_loss(**options) -> FCOSLoss:
+    settings = dict(strides=[8], sizes_of_interest=[], center_radius=0, iou_smooth=0)
+    return FCOSLoss(**(settings | dict(num_classes=2, loc_loss_type="linear_iou") | options))
+
+
+def ground_truth(*images) -> GroundTruth:
+    """One list of (box, class) per image."""
+    boxes = [box for image in images for box, _ in image]
+    classes = [label for image in images for _, label in image]
+    counts = torch.tensor([0, *map(len, images)])
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return GroundTruth(boxes, torch.tensor(classes, dtype=torch.int64), counts.cumsum(0))
+
+
+ONE_BOX = ground_truth([(WHOLE, 0)])
+NOTHING = ground_truth([])
+
+
+def predictions(images: int = 1, middle: float = 1.0) -> Predictions:
+    """Zero logits, and the exact distances of WHOLE, those of the middle point times ``middle``."""
+    ltrb = torch.tensor([[0.5, 1.5, 2.5], [0.5] * 3, [2.5, 1.5, 0.5], [0.5] * 3])
+    ltrb[:, 1] *= middle
+    ltrb = ltrb.view(1, 4, 1, 3).repeat(images, 1, 1, 1)
+    maps = torch.zeros(images, 2, 1, 3), ltrb, torch.zeros(images, 1, 1, 3)
+    return Predictions(*([level.requires_grad_()] for level in maps), [])
+
+
+def numbers(losses) -> dict[str, float]:
+    return {name.removeprefix("loss_fcos_"): loss.item() for name, loss in losses.items()}
+
+
+def focal(positives: int, negatives: int) -> float:
+    """Sum of the focal loss at probability 1/2."""
+    return (0.25 * positives + 0.75 * negatives) * 0.25 * LN2
+
+
+def test_losses_are_divided_by_the_number_of_positive_points():
+    losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
+    assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
+    assert losses["ctr"] == pytest.approx(3 * LN2 / 3)
+    # Half of every distance is a quarter of the box.
+    assert losses["loc"] == pytest.approx(0.75 * 1 / (1 + 2 * SIDE))
+
+
+def test_box_loss_without_centerness_weights_is_the_mean_over_positive_points():
+    loss = make_loss(weight_by_centerness=False)
+    assert numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))["loc"] == pytest.approx(0.75 / 3)
+
+
+def test_classification_can_be_divided_by_the_number_of_all_points():
+    truth = ground_truth([(WHOLE, 0)], [])
+    loss = make_loss(cls_normalizer="all", box_normalizer="cls", weight_by_centerness=False)
+    losses = numbers(loss(predictions(2, middle=0.5), truth, LEVELS))
+    expected = {"cls": focal(3, 9) / 6, "loc": 0.75 / 6, "ctr": 3 * LN2 / 6}
+    assert losses == pytest.approx(expected)
+
+
+def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth():
+    loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
+    for average in (0.9 * 100 + 0.1 * 3, 0.9 * (0.9 * 100 + 0.1 * 3) + 0.1 * 3):
+        losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+        assert losses["cls"] == pytest.approx(focal(3, 3) / average)
+        assert losses["ctr"] == pytest.approx(LN2)  # the others keep the count of this batch
+        assert loss.moving_fg.item() == pytest.approx(average)
+
+
+def test_batch_without_positives_counts_as_one_in_the_moving_average():
+    loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
+    loss(predictions(), NOTHING, LEVELS)
+    assert loss.moving_fg.item() == pytest.approx(0.9 * 100 + 0.1)
+
+
+def test_moving_average_can_divide_all_losses():
+    loss = make_loss(cls_normalizer="moving_fg", box_normalizer="cls", weight_by_centerness=False)
+    losses = numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))
+    expected = {"cls": focal(3, 3) / 90.3, "loc": 0.75 / 90.3, "ctr": 3 * LN2 / 90.3}
+    assert losses == pytest.approx(expected)
+
+
+def test_moving_average_is_saved_and_restored():
+    trained = make_loss(cls_normalizer="moving_fg")
+    trained(predictions(), ONE_BOX, LEVELS)
+    fresh = make_loss(cls_normalizer="moving_fg")
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.moving_fg == trained.moving_fg != 100
+    assert make_loss().state_dict() == {}
+
+
+def test_past_losses_can_be_differentiated_after_the_moving_average_moved():
+    loss, maps = make_loss(cls_normalizer="moving_fg"), predictions()
+    first = loss(maps, ONE_BOX, LEVELS)
+    loss(maps, ONE_BOX, LEVELS)
+    sum(first.values()).backward()
+
+
+def test_weight_of_the_classification_loss():
+    plain, double = (
+        numbers(make_loss(cls_weight=weight)(predictions(middle=0.5), ONE_BOX, LEVELS))
+        for weight in (1.0, 2.0)
+    )
+    assert double == pytest.approx({**plain, "cls": 2 * plain["cls"]})
+
+
+def test_focal_loss_gets_its_alpha_and_gamma():
+    loss = make_loss(alpha=0.5, gamma=0.0)
+    losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+    assert losses["cls"] == pytest.approx(6 * 0.5 * LN2 / 3)
+
+
+def test_iou_as_quality_is_learned_and_leaves_the_box_loss_unweighted():
+    maps = predictions(middle=0.5)
+    maps.quality[0].data.fill_(1.0)
+    losses = numbers(make_loss(box_quality="iou")(maps, ONE_BOX, LEVELS))
+    assert set(losses) == {"cls", "loc", "iou"}
+    assert losses["loc"] == pytest.approx(0.75 / 3)
+    # Binary cross-entropy of logit 1: log(1 + e) minus the target, which is IoU 1, 1/4 and 1.
+    assert losses["iou"] == pytest.approx((3 * math.log(1 + math.e) - 2.25) / 3)
+
+
+@pytest.mark.parametrize("unit, iou", [(True, (0.75 + 1) / (3 + 1)), (False, 49 / 193)])
+def test_smoothing_is_in_units_of_the_regression_targets(unit, iou):
+    """The box has 3 squared strides or 192 squared pixels; the prediction a quarter of that."""
+    loss = make_loss(iou_smooth=1.0, norm_reg_targets=unit, weight_by_centerness=False)
+    losses = numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))
+    assert losses["loc"] == pytest.approx((1 - iou) / 3)
+
+
+@pytest.mark.parametrize("truth", [NOTHING, ground_truth([([4.0, 4.0, 4.0, 4.0], 0)])])
+def test_batch_without_positives_has_a_classification_loss_only(truth):
+    maps = predictions(middle=0.5)
+    losses = make_loss()(maps, truth, LEVELS)
+    assert numbers(losses) == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
+    sum(losses.values()).backward()
+    assert maps.ltrb[0].grad.abs().max() == 0 and maps.quality[0].grad.abs().max() == 0
+    assert maps.logits[0].grad.min() > 0
+
+
+def test_crowd_region_is_ignored_and_learned_only_by_what_lies_around_it():
+    maps = predictions()
+    truth = ground_truth([([0.0, 0.0, 16.0, 8.0], -1)])
+    loss = make_loss()
+    losses = loss(maps, truth, LEVELS)
+    sum(losses.values()).backward()
+    assert loss.assign(truth, LEVELS).labels.tolist() == [[-1, -1, 2]]
+    assert maps.logits[0].grad[0, :, 0].ne(0).tolist() == [[False, False, True]] * 2
+    assert numbers(losses) == pytest.approx({"cls": focal(0, 2), "loc": 0, "ctr": 0})
+
+
+def test_object_inside_a_crowd_region_is_still_learned():
+    truth = ground_truth([(WHOLE, -1), ([8.0, 0.0, 16.0, 8.0], 1)])
+    assert make_loss().assign(truth, LEVELS).labels.tolist() == [[-1, 1, -1]]
+
+
+def test_center_sampling_radius_and_sizes_reach_the_assignment():
+    near = make_loss(center_radius=0.5).assign(ONE_BOX, LEVELS)
+    assert near.labels.tolist() == [[2, 0, 2]]
+    levels = PointGrid([8, 16]).levels(
+        [torch.empty(1, 1, 1, 3), torch.empty(1, 1, 1, 2)], torch.empty(1, 3, 16, 32)
+    )
+    for inclusive, positives in ((True, [1, 1]), (False, [0, 1])):
+        # Largest distances are 20, 12, 20 on the first level and 16 on the second.
+        loss = make_loss(strides=[8, 16], sizes_of_interest=[12], range_inclusive=inclusive)
+        truth = ground_truth([([0.0, 0.0, 24.0, 9.0], 0)])
+        assert loss.assign(truth, levels).counts[0, :, 0].tolist() == positives
+
+
+class OtherProcess:
+    """Stands for a second process, whose numbers every all_reduce adds to ours."""
+
+    def __init__(self, monkeypatch, positives: float, centerness: float, points: float):
+        self.calls = 0
+        self.numbers = torch.tensor([positives, centerness, points])
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
+
+    def all_reduce(self, tensor, *_):
+        self.calls += 1
+        tensor.add_(self.numbers)
+
+
+def test_normalisers_are_averaged_over_processes_in_one_message(monkeypatch):
+    other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
+    losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
+    centerness = (1 + 2 * SIDE + 2) / 2
+    expected = {"cls": focal(3, 3) / 5, "loc": 0.75 / centerness, "ctr": 3 * LN2 / 5}
+    assert losses == pytest.approx(expected)
+    assert other.calls == 1
+    loss = make_loss(cls_normalizer="all")
+    losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+    assert losses["cls"] == pytest.approx(focal(3, 3) / 6)
+    assert other.calls == 2
+
+
+def test_process_without_positives_still_sends_its_message(monkeypatch):
+    other = OtherProcess(monkeypatch, positives=0, centerness=0, points=3)
+    losses = numbers(make_loss()(predictions(), NOTHING, LEVELS))
+    assert other.calls == 1
+    assert losses == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
+
+
+def test_normalisers_can_stay_local(monkeypatch):
+    other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
+    losses = numbers(make_loss(sync_normalizer=False)(predictions(), ONE_BOX, LEVELS))
+    assert other.calls == 0
+    assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
+
+
+def test_statistics_count_positives_ambiguous_points_and_boxes_no_point_serves():
+    loss = make_loss()
+    assert loss.stats == {}
+    around_the_middle, between_points = [8.0, 0.0, 16.0, 8.0], [5.0, 0.0, 11.0, 8.0]
+    truth = ground_truth(
+        [(WHOLE, 0), (around_the_middle, 1), (between_points, 1), ([4.5, 4, 4.6, 4.1], -1)],
+        [([20.0, 4.0, 20.0, 4.0], 0)],
+    )
+    loss(predictions(2), truth, LEVELS)
+    stats = {name: value.item() for name, value in loss.stats.items()}
+    assert stats == {
+        "fcos/positives_p3": 3 / 2,
+        "fcos/ambiguous_points": 1 / 2,
+        "fcos/unserved_boxes": 2 / 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"box_quality": "center"}, "BOX_QUALITY must be one of 'ctrness', 'iou', got 'center'"),
+        ({"cls_normalizer": "none"}, "LOSS_NORMALIZER_CLS must be one of 'fg', 'moving_fg', 'all'"),
+        ({"box_normalizer": "all"}, "LOSS_NORMALIZER_BOX must be one of 'fg', 'cls', got 'all'"),
+        ({"loc_loss_type": "l1"}, "LOC_LOSS_TYPE must be one of 'iou', 'linear_iou', 'giou'"),
+        (
+            {"sizes_of_interest": [64]},
+            "SIZES_OF_INTEREST.* must be 0 rising bounds between 1 level",
+        ),
+        ({"strides": [8, 16, 32], "sizes_of_interest": [9, 4]}, "must be 2 rising bounds"),
+    ],
+)
+def test_option_that_cannot_be_is_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(**options)
+
+
+def test_class_unknown_to_the_model_is_an_error():
+    with pytest.raises(RuntimeError, match=r"gt_classes must lie in \[-1, 2\)"):
+        make_loss()(predictions(), ground_truth([(WHOLE, 2)]), LEVELS)

@@ -1,0 +1,31 @@
+"""python -m fcos_d2.collect_env: the report of an issue, whatever is broken."""
+
+import runpy
+import warnings
+
+import fcos_d2
+from fcos_d2 import collect_env, ops
+
+
+def test_the_report_names_versions_and_the_backend_of_every_op():
+    report = collect_env.collect_env_info()
+    assert f"fcos_d2  {fcos_d2.__version__}" in report
+    assert "PyTorch" in report and "detectron2" in report
+    for name in ops.backend():
+        assert name in report
+
+
+def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch):
+    def broken():
+        raise OSError("no compiler")
+
+    monkeypatch.setattr("detectron2.utils.collect_env.collect_env_info", broken)
+    report = collect_env.collect_env_info()
+    assert "OSError: no compiler" in report and "assign_targets" in report
+
+
+def test_it_runs_as_a_module(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already, above
+        runpy.run_module("fcos_d2.collect_env", run_name="__main__")
+    assert "sigmoid_focal_loss" in capsys.readouterr().out

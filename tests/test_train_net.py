@@ -1,0 +1,394 @@
+"""train_net.py from the user's side: training, evaluation, resuming, and every kind of bad input.
+
+Real runs of a few iterations, in this process, on six tiny images.
+"""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+
+import train_net
+from fcos_d2.engine import run_script
+
+CONFIG = """
+MODEL:
+  META_ARCHITECTURE: "FCOS"
+  BACKBONE: {NAME: "build_fcos_resnet_fpn_backbone", FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: "BN", OUT_FEATURES: ["res2", "res3"]}
+  FPN: {IN_FEATURES: ["res2", "res3"], OUT_CHANNELS: 32}
+  FCOS:
+    NUM_CLASSES: 2
+    IN_FEATURES: ["p2", "p3"]
+    FPN_STRIDES: [4, 8]
+    SIZES_OF_INTEREST: [16]
+    TOP_LEVELS: 0
+    NUM_CLS_CONVS: 1
+    NUM_BOX_CONVS: 1
+    INFERENCE_TH_TEST: 0.001
+DATASETS: {TRAIN: ["tiny_shapes"], TEST: ["tiny_shapes"]}
+INPUT: {MIN_SIZE_TRAIN: [48], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 48, MAX_SIZE_TEST: 64}
+DATALOADER: {NUM_WORKERS: 0}
+SOLVER: {OPTIMIZER: "ADAMW", IMS_PER_BATCH: 2, MAX_ITER: 2, BASE_LR: 0.001, WARMUP_ITERS: 1}
+SEED: 1
+VERSION: 2
+"""
+
+LAZY_CONFIG = """
+import torch
+from detectron2.config import LazyCall as L, LazyConfig
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling.backbone import ResNet
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import CosineParamScheduler
+from fcos_d2.data import FCOSDatasetMapper, load_dataset
+
+model = LazyConfig.load("COMMON/fcos.py").model
+model.backbone.bottom_up.stages.depth = 18
+model.backbone.bottom_up.stages.norm = model.backbone.bottom_up.stem.norm = "BN"
+del model.backbone.bottom_up.stages.stride_in_1x1
+model.backbone.bottom_up.freeze_at = 0
+model.backbone.bottom_up.out_features = ["res2", "res3"]
+model.backbone.out_channels = 32
+model.backbone.top_block = None
+model.head_in_features = ["p2", "p3"]
+model.head.strides = [4, 8]
+model.head.num_classes = 2
+model.losses.sizes_of_interest = [16]
+
+mapper = L(FCOSDatasetMapper)(is_train=True, augmentations=[], image_format="BGR")
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(load_dataset)(names="tiny_shapes"),
+        mapper=mapper,
+        total_batch_size=2,
+        num_workers=0,
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(load_dataset)(names="tiny_shapes", filter_empty=False),
+        mapper={**mapper, "is_train": False},
+        num_workers=0,
+    ),
+    evaluator=L(COCOEvaluator)(dataset_name="tiny_shapes", use_fast_impl=False),
+)
+optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001, momentum=0.9)
+lr_multiplier = L(CosineParamScheduler)(start_value=1.0, end_value=0.1)
+train = dict(
+    output_dir="output",
+    init_checkpoint="",
+    max_iter=2,
+    amp=dict(enabled=False),
+    ddp=dict(broadcast_buffers=False),
+    checkpointer=dict(period=5000, max_to_keep=2),
+    eval_period=0,
+    log_period=2,
+    device="cuda",
+)
+""".replace("COMMON", str(Path(__file__).parents[1] / "configs/lazy/common"))
+
+
+@pytest.fixture(scope="module")
+def tiny_shapes(tmp_path_factory):
+    """The data set "tiny_shapes": six images of 48 x 64 with a box of each of two classes."""
+    folder = tmp_path_factory.mktemp("tiny_shapes")
+    images, annotations = [], []
+    for number in range(1, 7):
+        pixels = np.full((48, 64, 3), 90, np.uint8)
+        for category, (x, y, w, h) in enumerate([(4, 5, 14, 12), (25, 15, 34, 30)], 1):
+            pixels[y : y + h, x : x + w] = 255 * (category - 1), 10 * number, 200
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            annotations.append(annotation | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+    categories = [{"id": 1, "name": "small"}, {"id": 2, "name": "large"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "shapes.json").write_text(json.dumps(content))
+    register_coco_instances("tiny_shapes", {}, str(folder / "shapes.json"), str(folder))
+    yield
+    DatasetCatalog.remove("tiny_shapes")
+    MetadataCatalog.remove("tiny_shapes")
+
+
+@pytest.fixture
+def quiet_loggers():
+    """Takes detectron2's handlers away afterwards: they hold on to this test's captured stdout."""
+    yield
+    for name in ("detectron2", "fvcore", "fcos_d2"):
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+
+
+@pytest.fixture
+def script(tiny_shapes, quiet_loggers, tmp_path, monkeypatch, capsys):
+    """Calls train_net.py in an empty directory with a config file, as a shell would."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+
+    def call(*arguments, config="tiny.yaml"):
+        words = ["--config-file", config, *map(str, arguments)]
+        args = default_argument_parser().parse_args(words)
+        results = []
+        try:
+            status = run_script(lambda args: results.append(train_net.main(args)), args)
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err, results=results)
+
+    call.folder = tmp_path
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shapes, tmp_path_factory):
+    """The output folder of two iterations with pictures."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    words = ["--config-file", str(folder / "tiny.yaml"), "OUTPUT_DIR", str(folder)]
+    args = default_argument_parser().parse_args([*words, "VIS_PERIOD", "1"])
+    train_net.main(args)
+    return folder
+
+
+def assert_refused(result, *parts):
+    """One line on stderr that holds all of ``parts``, status 2 and no traceback anywhere."""
+    assert result.status == 2, result.out + result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.err.strip() == line
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in result.out + result.err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_training_leaves_weights_config_and_metrics(trained):
+    assert (trained / "model_final.pth").is_file() and (trained / "config.yaml").is_file()
+    last = metrics(trained)[-1]
+    assert {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "total_loss", "bbox/AP"} <= {
+        key for line in metrics(trained) for key in line
+    }
+    assert last["iteration"] == 2
+
+
+def test_assignment_statistics_are_in_the_metrics(trained):
+    (line,) = [line for line in metrics(trained) if "fcos/positives_p2" in line]
+    assert line["fcos/positives_p2"] > 0 and line["fcos/positives_p3"] > 0
+    assert line["fcos/unserved_boxes"] == 0 and line["fcos/ambiguous_points"] >= 0
+
+
+def test_vis_period_writes_images_for_tensorboard(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    panels = {"training/ground_truth", "training/assignment", "training/detections"}
+    assert panels <= set(tags["images"])
+    assert [event.step for event in events.Images("training/assignment")] == [0, 1]
+    assert {"total_loss", "fcos/positives_p3"} <= set(tags["scalars"])
+
+
+def test_eval_only_prints_ap_and_changes_nothing(script, trained):
+    before = (trained / "metrics.json").read_text()
+    result = script("--eval-only", "MODEL.WEIGHTS", trained / "model_final.pth")
+    assert result.status == 0 and "AP50" in result.out
+    assert set(result.results[0]["bbox"]) >= {"AP", "AP50", "AP-small"}
+    assert (trained / "metrics.json").read_text() == before
+
+
+@pytest.mark.parametrize(("expected", "status"), [(0.0, 0), (95.0, 1)])
+def test_expected_results_decide_the_exit_status(script, trained, expected, status):
+    expectation = f'[["bbox", "AP", {expected}, 5.0]]'
+    result = script(
+        *("--eval-only", "MODEL.WEIGHTS", trained / "model_final.pth"),
+        *("TEST.EXPECTED_RESULTS", expectation),
+    )
+    assert result.status == status
+    assert ("verification passed" if status == 0 else "verification failed") in result.out
+
+
+def test_a_missing_gpu_is_told_in_one_line(script, trained, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    weights = trained / "model_final.pth"
+    result = script("--eval-only", "MODEL.WEIGHTS", weights, "SOLVER.AMP.ENABLED", True)
+    lines = [line for line in result.out.splitlines() if "no GPU found" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("becomes cpu, SOLVER.AMP.ENABLED becomes False")
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
+def test_resume_continues_iterations_and_optimizer(script, optimizer):
+    options = ("SOLVER.OPTIMIZER", optimizer, "SOLVER.CHECKPOINT_PERIOD", 1)
+    assert script(*options).status == 0
+    output = script.folder / "output"
+    first = torch.load(output / "model_final.pth")
+    result = script("--resume", *options, "SOLVER.MAX_ITER", 4)
+    assert "Starting training from iteration 2" in result.out
+    second = torch.load(output / "model_final.pth")
+    assert second["iteration"] == 3
+    assert [line["iteration"] for line in metrics(output) if "total_loss" in line] == [1, 3]
+    key = "step" if optimizer == "ADAMW" else "momentum_buffer"
+    before, after = (
+        saved["trainer"]["_trainer"]["optimizer"]["state"] for saved in (first, second)
+    )
+    assert set(before) == set(after)
+    if key == "step":
+        assert {float(state[key]) for state in after.values()} == {4.0}
+    else:
+        assert all(state[key].abs().sum() > 0 for state in before.values() if state[key].dim() > 1)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_weights(script, trained):
+    result = script("--resume", "MODEL.WEIGHTS", trained / "model_final.pth")
+    assert result.status == 0 and "Starting training from iteration 0" in result.out
+
+
+def test_resume_with_another_optimizer_is_refused(script):
+    assert script("SOLVER.OPTIMIZER", "SGD", "SOLVER.MAX_ITER", 1).status == 0
+    assert_refused(script("--resume"), "--resume: the checkpoint's optimizer", "MODEL.WEIGHTS")
+
+
+def test_weights_of_other_classes_start_a_training(script, trained):
+    weights = torch.load(trained / "model_final.pth")["model"]
+    for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        weights[name] = weights[name][:1]
+    torch.save({"model": weights}, script.folder / "one_class.pth")
+    result = script("MODEL.WEIGHTS", "one_class.pth", "SOLVER.MAX_ITER", 1)
+    assert result.status == 0
+    (line,) = [line for line in result.out.splitlines() if "starts from its initial values" in line]
+    assert "has 1 classes and the model 2" in line
+    assert_refused(
+        script("--eval-only", "MODEL.WEIGHTS", "one_class.pth"),
+        *("one_class.pth", "head.cls_logits.weight expected (2, 32, 3, 3), got (1, 32, 3, 3)"),
+    )
+
+
+def test_weights_of_another_shape_are_listed(script, trained):
+    result = script("MODEL.WEIGHTS", trained / "model_final.pth", "MODEL.FPN.OUT_CHANNELS", 64)
+    assert_refused(result, "model_final.pth do not fit the model", "expected (64, ", "got (32, ")
+    assert_refused(result, "more; use the config they were trained with")
+
+
+def test_weights_of_another_architecture_are_refused(script):
+    torch.save({"model": {"transformer.queries": torch.zeros(3)}}, script.folder / "detr.pth")
+    assert_refused(script("MODEL.WEIGHTS", "detr.pth"), "holds nothing", "transformer.queries")
+
+
+def test_missing_and_broken_weights_are_refused(script):
+    result = script("MODEL.WEIGHTS", "nowhere/model_final.pth")
+    assert_refused(result, "nowhere/model_final.pth: no such file; set MODEL.WEIGHTS")
+    (script.folder / "broken.pth").write_bytes(b"PK\x03\x04 cut off")
+    assert_refused(script("MODEL.WEIGHTS", "broken.pth"), "broken.pth is no checkpoint")
+
+
+def test_a_missing_config_file_is_refused(script):
+    assert_refused(script(config="absent.yaml"), "absent.yaml does not exist", "--config-file")
+    assert_refused(script(config="absent.py"), "absent.py does not exist", "--config-file")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("MODEL: {FCOS: {NUM_CLASES: 2}}", ("bad.yaml", "MODEL.FCOS.NUM_CLASES", "did you mean")),
+        ("MODEL: {FPN_STRIDES: [8]}", ("MODEL.FPN_STRIDES", "did you mean MODEL.FCOS.FPN_STRIDES")),
+        ("SOLVER: {BASE_LR: fast}", ("SOLVER.BASE_LR must be float, got str", "like 0.001")),
+        ("SOLVER: {BASE_LR: 1}", ("SOLVER.BASE_LR must be float, got int",)),
+        ("SOLVER: 3", ("SOLVER is a section, got int 3",)),
+        ("MODEL: {FCOS: {CONVENTION: yolo}}", ("MODEL.FCOS.CONVENTION", "adelaidet")),
+        ("SOLVER: {OPTIMIZER: LION}", ("SOLVER.OPTIMIZER must be SGD or ADAMW, got 'LION'",)),
+        ("MODEL:\n  FCOS: [", ("bad.yaml line 2", "correct the YAML")),
+        ("- a\n- b", ("bad.yaml", "not a mapping")),
+        ("", ("bad.yaml", "not a mapping")),
+        ("_BASE_: other.yaml", ("other.yaml", "_BASE_")),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_refused(script, text, parts):
+    (script.folder / "bad.yaml").write_text(text)
+    assert_refused(script("DATASETS.TRAIN", "('tiny_shapes',)", config="bad.yaml"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("SOLVER.BASE_LRR", "1.0"), ("on the command line", "did you mean SOLVER.BASE_LR")),
+        (("COMPLETELY.WRONG", "1"), ("COMPLETELY.WRONG", "fcos_d2/config.py")),
+        (("SOLVER.MAX_ITER",), ("on the command line", "pairs")),
+        (
+            ("DATASETS.TEST", "tiny_shapes"),
+            ("DATASETS.TEST must be tuple, got str tiny_shapes", "like ('tiny_shapes',)"),
+        ),
+        (("DATASETS.TRAIN", "('tiny_shape',)"), ("tiny_shape", "did you mean tiny_shapes")),
+        (("DATASETS.TRAIN", "()"), ("DATASETS.TRAIN is empty",)),
+        (("MODEL.FCOS.NUM_CLASSES", "3"), ("has 2 classes", "MODEL.FCOS.NUM_CLASSES 2")),
+        (("MODEL.FCOS.FPN_STRIDES", "[8, 16]"), ("MODEL.FCOS.FPN_STRIDES", "[4, 8]")),
+        (("--num-gpus", "64"), ("--num-gpus is 64",)),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused(script, arguments, parts):
+    assert_refused(script(*arguments), *parts)
+
+
+def test_a_loss_that_is_not_finite_names_iteration_and_losses(script):
+    result = script("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_FACTOR", 1.0)
+    assert_refused(result, "infinite or NaN at iteration=", "'loss_fcos_cls': ", "SOLVER.BASE_LR")
+
+
+def test_a_bug_keeps_its_traceback(script, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fcos_d2.modeling.losses.assign_targets", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        script()
+
+
+def test_an_unreadable_image_is_named(script, monkeypatch):
+    def spoiled(name):
+        records = DatasetCatalog[name]()
+        text = script.folder / "text.png"
+        text.write_text("no image")
+        return [record | {"file_name": str(text)} for record in records]
+
+    monkeypatch.setattr(DatasetCatalog, "get", spoiled)
+    for workers in (0, 1):
+        assert_refused(script("DATALOADER.NUM_WORKERS", workers), "cannot read image", "text.png")
+
+
+def test_interrupting_is_clean(script, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "setup_cfg", interrupt)
+    result = script()
+    assert result.status == 130 and "--resume" in result.err
+
+
+def test_a_lazy_config_trains_resumes_and_evaluates(script):
+    (script.folder / "tiny.py").write_text(LAZY_CONFIG)
+    assert script(config="tiny.py").status == 0
+    assert {"loss_fcos_cls", "fcos/positives_p2"} <= set(metrics(script.folder / "output")[0])
+    result = script("--resume", "train.max_iter=3", config="tiny.py")
+    assert "Starting training from iteration 2" in result.out
+    weights = "train.init_checkpoint=output/model_final.pth"
+    result = script("--eval-only", weights, config="tiny.py")
+    assert result.status == 0 and "bbox" in result.results[0]
+
+
+def test_a_lazy_config_that_cannot_be_used_is_refused(script):
+    (script.folder / "bad.py").write_text("model = dict(")
+    assert_refused(script(config="bad.py"), "bad.py line 1", "correct the Python")
+    (script.folder / "bad.py").write_text("model = dict(a=1)")
+    assert_refused(script(config="bad.py"), "bad.py does not define dataloader, lr_multiplier")

@@ -1,0 +1,432 @@
+"""Pictures, looked at pixel by pixel; no display anywhere."""
+
+import json
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fcos_d2.errors import InputError
+from fcos_d2.ops import make_levels
+from fcos_d2.visualize import (
+    CROSS,
+    GREY,
+    GUTTER,
+    PALETTE,
+    PANEL_SIDE,
+    ap_series,
+    class_color,
+    contact_sheet,
+    draw_assignment,
+    draw_boxes,
+    draw_objects,
+    plot_training,
+    read_metrics,
+    training_panels,
+)
+from tests.modeling.tiny import sample, tiny_fcos
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+TITLE = GUTTER + 22  # pixels above the first picture of a sheet with titles
+
+
+def plain(height=100, width=120, value=128) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def has_color(picture: np.ndarray, color) -> np.ndarray:
+    return (picture == np.array(color)).all(axis=-1)
+
+
+# ---- boxes ----
+
+
+def test_box_is_a_line_on_its_border_and_nothing_inside():
+    image = plain()
+    picture = draw_boxes(image, [[10, 20, 30, 50]], colors=[RED])
+    lines = has_color(picture, RED)
+    rows, columns = np.flatnonzero(lines.any(1)), np.flatnonzero(lines.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (20, 49, 10, 29)
+    assert lines[20, 10:30].all() and lines[49, 10:30].all()
+    assert lines[20:50, 10].all() and lines[20:50, 29].all()
+    assert (picture[22:48, 12:28] == 128).all()
+    assert (picture[:18] == 128).all() and (picture[52:] == 128).all()
+    assert (image == 128).all(), "the input was drawn on"
+
+
+def test_scale_enlarges_the_picture_and_moves_the_box_with_it():
+    picture = draw_boxes(plain(80, 60), [[10, 20, 30, 50]], colors=[RED], scale=3)
+    assert picture.shape == (240, 180, 3) and picture.dtype == np.uint8
+    lines = has_color(picture, RED)
+    rows, columns = np.flatnonzero(lines.any(1)), np.flatnonzero(lines.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (60, 149, 30, 89)
+    assert draw_boxes(plain(80, 60), [], scale=0.5).shape == (40, 30, 3)
+
+
+def test_large_pictures_get_thicker_lines_that_straddle_the_border():
+    lines = has_color(draw_boxes(plain(400, 400), [[100, 100, 300, 300]], colors=[RED]), RED)
+    assert np.flatnonzero(lines[200]).tolist() == [99, 100, 299, 300]
+
+
+def test_box_that_is_not_finite_is_left_out_and_one_outside_is_no_error():
+    boxes = [[math.nan, 0, 9, 9], [0, 0, math.inf, 9], [-500, -500, -400, -400], [90, 80, 9e9, 9e9]]
+    picture = draw_boxes(plain(), boxes, colors=[RED, RED, BLUE, BLUE])
+    assert not has_color(picture, RED).any()
+    assert has_color(picture, BLUE)[80, 90:].all()
+
+
+def test_box_without_area_still_leaves_a_mark():
+    assert has_color(draw_boxes(plain(), [[50, 40, 50, 40]], colors=[RED]), RED).any()
+
+
+def test_best_score_is_on_top_wherever_it_stands_in_the_list():
+    boxes = [[10, 30, 60, 80]] * 2
+    for scores, top in (([0.2, 0.9], BLUE), ([0.9, 0.2], RED)):
+        picture = draw_boxes(plain(), boxes, scores=scores, colors=[RED, BLUE])
+        assert tuple(picture[79, 35]) == top
+
+
+def test_tags_of_boxes_in_one_place_do_not_cover_each_other():
+    boxes, names = [[30, 40, 80, 90]] * 3, ["seven"] * 3
+    colors = [RED, BLUE, (0, 255, 0)]
+    together = draw_boxes(plain(200, 200), boxes, names, colors=colors)
+    alone = draw_boxes(plain(200, 200), boxes[:1], names[:1], colors=[RED])
+    outside = np.ones((200, 200), bool)
+    outside[40:90, 30:80] = False
+    wanted = (has_color(alone, RED) & outside).sum()
+    assert wanted > 100
+    for color in colors:
+        assert (has_color(together, color) & outside).sum() >= 0.9 * wanted
+
+
+def test_tag_of_a_box_in_the_corner_stays_inside_the_picture():
+    for box in ([0, 0, 12, 12], [108, 88, 120, 100]):
+        picture = draw_boxes(plain(), [box], ["seven"], [0.5], [RED])
+        letters = has_color(picture, (255, 255, 255)) | has_color(picture, (0, 0, 0))
+        assert has_color(picture, RED).sum() > 300 and letters.sum() > 10
+
+
+def test_objects_have_the_colors_of_their_classes_and_ignored_regions_are_grey():
+    picture = draw_objects(plain(), [[5, 30, 40, 90], [60, 30, 110, 90]], [3, -1], ["a"] * 4)
+    assert tuple(picture[60, 5]) == PALETTE[3]
+    assert tuple(picture[60, 60]) == GREY
+
+
+def test_eighty_classes_have_eighty_colors():
+    assert len({class_color(i) for i in range(80)} | {GREY}) == 81
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        # Without red, without green cones: Machado, Oliveira and Fernandes, 2009, severity 1.
+        [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+        [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    ],
+)
+def test_palette_stays_apart_for_color_blind_eyes(vision):
+    color = np.array(PALETTE) / 255
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.transpose(vision)).clip(0, 1)
+    lms = [[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]]
+    lab = [[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]]
+    oklab = np.cbrt(seen @ np.transpose(lms)) @ np.transpose(lab)
+    distance = np.linalg.norm(oklab[:, None] - oklab, axis=-1) + np.eye(len(oklab))
+    assert distance.min() > 0.07  # neighbours in a palette of 12 fully saturated hues: 0.02
+
+
+# ---- assignment ----
+
+
+def assignment_panels(labels, levels, centerness=None, size=(64, 64), boxes=None):
+    """The panels of a picture of 64 x 64, which is enlarged 5 times."""
+    picture = draw_assignment(plain(*size), labels, levels, 3, centerness, boxes)
+    width = PANEL_SIDE * size[1] // max(size)
+    height = PANEL_SIDE * size[0] // max(size)
+    lefts = [GUTTER + i * (width + GUTTER) for i in range(len(levels.shapes))]
+    assert picture.shape == (TITLE + height + GUTTER, lefts[-1] + width + GUTTER, 3)
+    return [picture[TITLE : TITLE + height, left : left + width] for left in lefts]
+
+
+def test_positive_points_have_their_class_color_in_the_panel_of_their_level():
+    levels = make_levels([(4, 4), (2, 2)], [16, 32])
+    labels = np.full(20, 3)
+    labels[6], labels[16 + 3] = 1, 2  # row 1 column 2 at (40, 24); row 1 column 1 at (48, 48)
+    fine, coarse = assignment_panels(labels, levels)
+    assert tuple(fine[24 * 5, 40 * 5]) == PALETTE[1]
+    assert tuple(coarse[48 * 5, 48 * 5]) == PALETTE[2]
+    for panel, color, (x, y) in ((fine, PALETTE[1], (200, 120)), (coarse, PALETTE[2], (240, 240))):
+        rows, columns = np.nonzero(has_color(panel, color))
+        assert abs(rows - y).max() < 10 and abs(columns - x).max() < 10
+    assert not has_color(fine, PALETTE[2]).any() and not has_color(coarse, PALETTE[1]).any()
+
+
+def test_background_points_are_fainter_than_ignored_ones_and_neither_has_a_color():
+    levels = make_levels([(1, 2)], [32])
+    (panel,) = assignment_panels([3, -1], levels, size=(32, 64))
+    assert (panel == panel[..., :1]).all()
+    background, ignored = panel[70:90, 70:90], panel[60:100, 220:260]
+    ground = panel[10, 10, 0]
+    assert ground < background.max() < ignored.max() <= CROSS[0]
+    assert has_color(ignored, CROSS).sum() > 10
+
+
+def test_centerness_is_the_size_of_the_disc():
+    levels = make_levels([(1, 3)], [16])
+    sizes = []
+    for centerness in (0.05, 0.5, 1.0):
+        (panel,) = assignment_panels([0, 3, 3], levels, [centerness, 0, 0], size=(16, 64))
+        sizes.append(has_color(panel, PALETTE[0]).sum())
+    assert 5 < sizes[0] < sizes[1] < sizes[2]
+
+
+def test_points_in_the_padding_are_left_out():
+    levels = make_levels([(4, 4)], [16])  # the batch is 64 x 64, this image 40 x 64
+    labels = np.full(16, 3)
+    labels[[5, 13]] = 0  # at (24, 24) and (24, 56)
+    (panel,) = assignment_panels(labels, levels, size=(40, 64))
+    assert tuple(panel[24 * 5, 24 * 5]) == PALETTE[0]
+    rows, _ = np.nonzero(has_color(panel, PALETTE[0]))
+    assert rows.max() < 30 * 5
+
+
+def test_points_of_large_images_stay_apart():
+    levels = make_levels([(100, 168)], [8])
+    picture = draw_assignment(plain(800, 1344), np.zeros(16800, int), levels, 1)
+    assert picture.shape[1] == 1344 // 2 + 2 * GUTTER
+
+
+def test_labels_of_another_pyramid_are_refused():
+    with pytest.raises(ValueError, match=r"labels must have shape \[4\].* got \[5\]"):
+        draw_assignment(plain(), np.zeros(5, int), make_levels([(2, 2)], [8]), 1)
+
+
+# ---- panels of a model ----
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = tiny_fcos("INPUT.FORMAT", "BGR", NORM="BN")
+    nn.init.constant_(model.head.cls_logits.bias, 2.0)  # so sure that there are detections
+    return model.train()
+
+
+@pytest.fixture
+def batch():
+    return [sample(64, 96, [[8, 8, 40, 40], [50, 10, 90, 60]], [0, 2]), sample(96, 96)]
+
+
+def test_training_panels_leave_no_trace_in_the_model(model, batch):
+    model.backbone.eval()  # as one does to keep it as it is
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    panels = training_panels(model, batch)
+    assert list(panels) == ["ground_truth", "assignment", "detections"]
+    assert all(p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 for p in panels.values())
+    assert [module.training for module in model.modules()] == modes and any(modes)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.train()
+
+
+def test_modes_come_back_even_when_the_model_fails(model, batch):
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError):
+        training_panels(model, [{**batch[0], "image": torch.zeros(5, 64, 96)}])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_training_panels_show_the_first_image_in_its_true_colors(model, batch):
+    image = torch.zeros(3, 64, 96)
+    image[0] = 250  # blue, in the model's BGR
+    panel = training_panels(model, [{**batch[0], "image": image}])["ground_truth"]
+    assert has_color(panel, (0, 0, 250)).sum() > 10000
+    assert has_color(panel, PALETTE[0]).any() and has_color(panel, PALETTE[2]).any()
+
+
+def test_training_panels_show_the_assignment_of_the_models_own_levels(model, batch):
+    panel = training_panels(model, batch)["assignment"]
+    assert panel.shape[1] == 3 * PANEL_SIDE + 4 * GUTTER
+    assert has_color(panel, PALETTE[0]).any() and has_color(panel, PALETTE[2]).any()
+
+
+def test_training_panels_show_no_more_detections_than_asked_for(model, batch):
+    colors = [PALETTE[i] for i in range(3)]
+    drawn = []
+    for limit in (0, 1, 20):
+        panel = training_panels(model, batch, max_detections=limit)["detections"]
+        drawn.append(sum(has_color(panel, color).sum() for color in colors))
+    assert drawn[0] == 0 < drawn[1] < drawn[2]
+
+
+def test_image_without_objects_has_panels(model):
+    assert training_panels(model, [sample(64, 64)])["assignment"].shape[2] == 3
+
+
+# ---- sheets ----
+
+
+def test_pictures_of_a_sheet_stand_where_the_layout_says():
+    a, b, c = plain(20, 30, 10), plain(25, 40, 20), plain(10, 12, 30)
+    sheet = contact_sheet([[a, b], [c, None]])
+    assert sheet.shape == (
+        GUTTER + 25 + GUTTER + 10 + GUTTER,
+        GUTTER + 30 + GUTTER + 40 + GUTTER,
+        3,
+    )
+    expected = np.full_like(sheet, 255)
+    expected[6:26, 6:36], expected[6:31, 42:82], expected[37:47, 6:18] = 10, 20, 30
+    assert (sheet == expected).all()
+
+
+def test_gutters_between_groups_are_three_times_as_wide():
+    sheet = contact_sheet([[plain(9, 10, 0)] * 4], group=2)
+    dark = np.flatnonzero((sheet[10] == 0).all(axis=-1))
+    assert dark[::10].tolist() == [6, 22, 50, 66]
+    assert sheet.shape[1] == 66 + 10 + GUTTER
+
+
+def test_text_of_a_sheet_stays_in_its_place():
+    black = plain(40, 80, 0)
+    sheet = contact_sheet([[black, black]], ["W" * 50, ""], "heading", [["caption", ""]])
+    top = TITLE + 30
+    assert sheet.shape == (top + 40 + 20 + GUTTER, 3 * GUTTER + 160, 3)
+    assert (sheet[top : top + 40, 6:86] == 0).all() and (sheet[top : top + 40, 92:172] == 0).all()
+    heading, title, caption = sheet[6:32], sheet[36:top], sheet[top + 40 :]
+    for band in (heading, title[:, :86], caption[:, :86]):
+        assert (band < 200).any()
+    assert (title[:, 90:] == 255).all() and (caption[:, 90:] == 255).all()
+
+
+def test_sheet_without_pictures_is_a_sheet():
+    assert contact_sheet([]).ndim == 3
+
+
+# ---- curves ----
+
+
+def write_metrics(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def test_metrics_of_lines_with_different_keys_become_one_series_each(tmp_path):
+    rows = [
+        {"iteration": 19, "total_loss": 2.0, "lr": 0.1},
+        {"iteration": 29, "bbox/AP": 10.0},
+        {"iteration": 39, "total_loss": 1.0, "lr": 0.1, "note": "text", "bbox/AP": None},
+    ]
+    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", rows))
+    assert set(metrics) == {"total_loss", "lr", "bbox/AP"}
+    assert metrics["total_loss"].iterations.tolist() == [19, 39]
+    assert metrics["total_loss"].values.tolist() == [2.0, 1.0]
+    assert metrics["bbox/AP"].iterations.tolist() == [29]
+
+
+def test_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    path = write_metrics(
+        tmp_path / "m", [{"iteration": 1, "total_loss": 3.0}], '{"iteration": 2, "t'
+    )
+    assert read_metrics(path)["total_loss"].iterations.tolist() == [1]
+
+
+def test_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1, "lr": 1}\n[]\n{"iteration": 2, "lr": 1}\n')
+    with pytest.raises(InputError, match=r"metrics\.json line 2"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"iter', '{"iteration": 3}\n'])
+def test_file_without_a_measurement_is_an_error(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(InputError, match="holds no measurement"):
+        read_metrics(tmp_path / "metrics.json")
+
+
+def test_missing_file_is_named():
+    with pytest.raises(InputError, match=r"nowhere/metrics\.json"):
+        read_metrics("nowhere/metrics.json")
+
+
+def test_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
+    rows = [{"iteration": i, "total_loss": 9.0} for i in (20, 40, 60, 80)]
+    rows.insert(3, {"iteration": 70, "bbox/AP": 50.0})
+    rows += [{"iteration": i, "total_loss": 1.0} for i in (50, 70)]
+    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", rows))
+    assert metrics["total_loss"].iterations.tolist() == [20, 40, 50, 70]
+    assert metrics["total_loss"].values.tolist() == [9, 9, 1, 1]
+    assert len(metrics.get("bbox/AP", ((),))[0]) == 0, "an AP of the forgotten part"
+
+
+def test_evaluation_repeated_at_one_iteration_counts_once(tmp_path):
+    rows = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 9, "bbox/AP": 2.0}]
+    assert read_metrics(write_metrics(tmp_path / "m", rows))["bbox/AP"].values.tolist() == [2.0]
+
+
+def test_ap_is_that_of_the_first_data_set(tmp_path):
+    row = {
+        f"{name}/bbox/{key}": value
+        for name, value in (("a", 1), ("b", 2))
+        for key in ("AP", "AP50")
+    }
+    metrics = read_metrics(
+        write_metrics(tmp_path / "m", [{"iteration": 9, **row, "a/bbox/APs": 3}])
+    )
+    assert {key: series.values.tolist() for key, series in ap_series(metrics).items()} == {
+        "AP": [1.0],
+        "AP50": [1.0],
+    }
+    assert ap_series({}) == {}
+
+
+def drawn_texts(metrics, tmp_path) -> str:
+    """An SVG, in which matplotlib notes every text that it draws as a comment."""
+    plot_training(metrics, tmp_path / "curves.svg")
+    return (tmp_path / "curves.svg").read_text()
+
+
+def test_curves_end_in_their_names_and_last_values(tmp_path):
+    rows = [
+        {"iteration": i, "total_loss": 2.0, "loss_fcos_cls": 0.5, "loss_fcos_loc": 0.5, "lr": 0.01}
+        for i in range(0, 400, 20)
+    ]
+    rows += [{"iteration": 399, "bbox/AP": 61.24, "bbox/AP50": 80.0, "bbox/AP75": 70.0}]
+    text = drawn_texts(read_metrics(write_metrics(tmp_path / "m", rows)), tmp_path)
+    for label in ("total 2.00", "cls 0.50", "loc 0.50", "AP 61.2", "AP50 80.0", "AP75 70.0"):
+        assert f"<!-- {label} -->" in text, label
+
+
+def test_values_that_are_not_finite_leave_a_gap(tmp_path):
+    values = [2.0, math.nan, 2.0, math.inf, 2.0]
+    rows = [{"iteration": i, "total_loss": value} for i, value in enumerate(values)]
+    metrics = read_metrics(
+        write_metrics(tmp_path / "m", rows, '{"iteration": 5, "total_loss": NaN}')
+    )
+    assert len(metrics["total_loss"].values) == 6
+    assert "<!-- total 2.00 -->" in drawn_texts(metrics, tmp_path)
+    nothing = read_metrics(
+        write_metrics(tmp_path / "m", [{"iteration": 1, "total_loss": math.nan}])
+    )
+    plot_training(nothing, tmp_path / "curves.png")
+
+
+def test_run_without_evaluation_says_so(tmp_path):
+    metrics = read_metrics(write_metrics(tmp_path / "m", [{"iteration": 0, "total_loss": 1.0}]))
+    assert "<!-- not evaluated yet -->" in drawn_texts(metrics, tmp_path)
+
+
+def test_plotting_repeats_itself_and_changes_no_global_state(tmp_path):
+    metrics = read_metrics(write_metrics(tmp_path / "m", [{"iteration": 9, "bbox/AP": 1.0}]))
+    settings = dict(matplotlib.rcParams)
+    for name in ("a.png", "b.png"):
+        plot_training(metrics, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert dict(matplotlib.rcParams) == settings

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Trains and evaluates FCOS, with the flags that every Detectron2 user knows.
+
+python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
+python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS output/digits/model_final.pth
+python train_net.py --config-file FILE --num-gpus 8 SOLVER.BASE_LR 0.02 OUTPUT_DIR output/mine
+"""
+
+import sys
+
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from fcos_d2.engine import Checkpointer, Trainer, is_lazy, run_lazy, run_script, setup_cfg
+
+
+def main(args):
+    """Trains, or with --eval-only evaluates; returns the results of the last evaluation."""
+    if is_lazy(args):
+        return run_lazy(args)
+    cfg = setup_cfg(args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def invoke_main() -> int:
+    """The script; its exit status."""
+    return run_script(main, default_argument_parser(epilog=__doc__).parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(invoke_main())
