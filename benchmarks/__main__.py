@@ -1,0 +1,51 @@
+"""Every op beside its peers, in one run: ``python -m benchmarks [--device cuda] [op ...]``.
+
+Writes benchmarks/results/<machine>.md, unless only some ops are asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch reads it
+
+import torch  # noqa: E402
+
+from fcos_d2.ops import backend  # noqa: E402
+
+from .measure import HEADER, describe_machine, format_row, machine_name  # noqa: E402
+
+OPS = ("assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms")
+IMAGES = {"cpu": 2, "cuda": 16}
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", choices=[*OPS, []], default=[])
+    parser.add_argument("--device", choices=IMAGES, default="cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")  # the peers' deprecations
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    used = {kinds[arguments.device.upper()] for kinds in backend().values()}
+    title = f"{describe_machine(device)}; kernels: {', '.join(sorted(used))}"
+    print(title, HEADER, sep="\n\n")
+    rows = []
+    for name in arguments.ops or OPS:
+        module = importlib.import_module(f"benchmarks.{name}")
+        rows += module.run(IMAGES[arguments.device], device)
+    if not arguments.ops:
+        path = Path(__file__).parent / "results" / f"{machine_name(device)}.md"
+        path.parent.mkdir(exist_ok=True)
+        lines = [f"# {title}", "", "`make bench`", "", HEADER, *map(format_row, rows), ""]
+        path.write_text("\n".join(lines))
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""sigmoid_focal_loss, forward and backward, beside fvcore, torchvision and torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from fvcore.nn import sigmoid_focal_loss as fvcore_loss
+from fvcore.nn import sigmoid_focal_loss_jit as fvcore_jit
+from torch.nn.functional import one_hot
+from torchvision.ops import sigmoid_focal_loss as torchvision_loss
+
+from fcos_d2.ops import assign_targets, sigmoid_focal_loss
+
+from .measure import Row, compare
+from .workload import CLASSES, LEVELS, RANGES, make_batch
+
+
+def dense(loss):
+    """The peers' way: permute and join the levels, form the one-hot target, one loss per logit."""
+
+    def run(logits, labels):
+        flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)
+        target = one_hot(labels, CLASSES + 1)[..., :CLASSES].to(flat.dtype)
+        return loss(flat, target, alpha=0.25, gamma=2.0, reduction="sum")
+
+    return run
+
+
+def run(images: int, device: torch.device) -> list[Row]:
+    """Loss and gradient from NCHW levels; float32 and bfloat16."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = make_batch(images, 100, device, dtype)
+        truth = (batch.boxes, batch.classes, batch.offsets)
+        labels = assign_targets(*truth, LEVELS, RANGES, num_classes=CLASSES).labels
+        wide = labels.long()
+
+        def step(loss, labels, batch=batch):
+            return lambda: torch.autograd.grad(loss(batch.logits, labels), batch.logits)
+
+        contenders = {
+            "ours": step(sigmoid_focal_loss, labels),
+            "fvcore": step(dense(fvcore_loss), wide),
+            "fvcore jit": step(dense(fvcore_jit), wide),
+            "torchvision": step(dense(torchvision_loss), wide),
+            "torch.compile of fvcore": step(torch.compile(dense(fvcore_loss)), wide),
+        }
+        name = str(dtype).removeprefix("torch.")
+        rows += compare("sigmoid_focal_loss", f"{images} images, {name}", contenders, device)
+    return rows
