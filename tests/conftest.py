@@ -10,8 +10,14 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "cuda" in item.keywords:
+        if item.get_closest_marker("cuda"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tensors are tiny here: two threads would spend their time waiting for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -378,6 +378,12 @@ def test_yaml_and_lazy_give_the_same_numbers(both_models):
     assert torch.equal(found[0].scores, found[1].scores)
 
 
+def test_lazy_config_has_the_parts_that_training_needs_and_can_be_saved(lazy_cfg, tmp_path):
+    assert set(lazy_cfg) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
+    LazyConfig.save(lazy_cfg, str(tmp_path / "config.yaml"))
+    assert "FCOSHead" in (tmp_path / "config.yaml").read_text()
+
+
 def test_lazy_model_spells_out_every_argument(lazy_cfg):
     for name in ("head", "losses", "postprocess", "grid"):
         node = lazy_cfg.model[name]

@@ -2,7 +2,7 @@
 
 from detectron2 import model_zoo
 
-from fcos_d2.data import FCOSDatasetMapper
+from fcos_d2.data import FCOSDatasetMapper, load_dataset
 
 from .common.fcos import model
 
@@ -11,8 +11,11 @@ lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
 optimizer = model_zoo.get_config("common/optim.py").SGD
 train = model_zoo.get_config("common/train.py").train
 
-for split in (dataloader.train, dataloader.test):
-    split.mapper._target_ = FCOSDatasetMapper
+# Ours name the file, the annotation or the image that cannot be used.
+dataloader.train.dataset._target_ = load_dataset
+dataloader.test.dataset._target_ = load_dataset
+dataloader.train.mapper._target_ = FCOSDatasetMapper
+dataloader.test.mapper._target_ = FCOSDatasetMapper
 dataloader.train.mapper.use_instance_mask = False
 dataloader.train.mapper.augmentations[0].short_edge_length = 800
 dataloader.train.mapper.image_format = model.input_format

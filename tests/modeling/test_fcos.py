@@ -79,6 +79,22 @@ def test_detections_do_not_depend_on_the_other_images_of_the_batch():
     torch.testing.assert_close(together[1].scores, alone.scores)
 
 
+def test_boxes_are_clipped_to_the_size_of_their_own_image_and_not_of_the_batch():
+    model = tiny_fcos(CLIP_BEFORE_NMS=True, **PERMISSIVE).eval()
+    torch.nn.init.constant_(model.head.bbox_pred.bias, 4.0)
+    images = model.preprocess_image([sample(40, 96), sample(64, 50)])
+    maps = model.backbone(images.tensor)
+    maps = [maps[name] for name in model.head_in_features]
+    found = model.forward_inference(images, maps, model.head(maps))
+    largest = [image.pred_boxes.tensor.amax(dim=0).tolist() for image in found]
+    assert [box[2:] for box in largest] == [[96, 40], [50, 64]]
+
+
+def test_order_of_the_colours_is_that_of_the_config():
+    assert tiny_fcos().input_format == "BGR"
+    assert tiny_fcos("INPUT.FORMAT", "RGB").input_format == "RGB"
+
+
 def test_image_is_normalised_by_mean_and_std():
     mean, std = [10.0, 20.0, 30.0], [2.0, 4.0, 8.0]
     model = tiny_fcos("MODEL.PIXEL_MEAN", mean, "MODEL.PIXEL_STD", std)
