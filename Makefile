@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt --no-compile --
 TOO_OLD := "make env: the pinned versions need Python 3.11; type: make env PYTHON=python3.11"
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test lint bench clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: env lint ## run the tests, save the slow ones
 lint: env ## check style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+bench: env ## measure the ops beside their peers, into benchmarks/results/
+	$(BIN)/python -W ignore -m benchmarks
 
 clean: ## remove .venv and everything built; output/ stays
 	rm -rf $(VENV) build dist *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis

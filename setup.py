@@ -108,6 +108,7 @@ def cpu_library(torch: Path) -> Extension:
     return Extension(
         "fcos_d2._C",
         sources=[source.as_posix() for source in sources],
+        depends=[path.as_posix() for path in sorted(CSRC.rglob("*.[hi]*")) if path.is_file()],
         extra_compile_args=[
             *FLAGS,
             TORCH_TARGET,
