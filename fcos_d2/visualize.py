@@ -1,4 +1,4 @@
-"""Pictures: boxes, the assignment of ground truth to points, contact sheets, training curves.
+"""Pictures: boxes, the assignment of ground truth to points, contact sheets.
 
 Images are uint8 ``[H, W, 3]`` arrays, RGB, unless said otherwise; boxes are xyxy in pixels of their
 image. N boxes of an image; P points of all pyramid levels, level-major, row-major inside a level.
@@ -8,25 +8,20 @@ Nothing here opens a window, keeps state or needs a display.
 from __future__ import annotations
 
 import colorsys
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Instances
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from .errors import InputError
 from .modeling.structures import pack_ground_truth
 from .ops import Levels, point_coordinates
 
@@ -465,188 +460,3 @@ def _contrast(color: Color) -> Color:
     """Black on light colours, white on dark ones (WCAG's relative luminance, gamma simplified)."""
     red, green, blue = ((v / 255) ** 2.2 for v in color)
     return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else PAPER
-
-
-# ---- training curves ----
-
-LOSS_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-AP_COLORS = {"AP": "#0072b2", "AP50": "#56b4e9", "AP75": "#009e73"}
-
-
-class Series(NamedTuple):
-    """One scalar of a training run; iterations rise."""
-
-    iterations: np.ndarray  # int [n]
-    values: np.ndarray  # float [n], not finite where the run wrote that
-
-
-def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
-    """Reads the ``metrics.json`` of a Detectron2 run: one JSON object per line.
-
-    A last line cut off by a crash is left out. Where a run was resumed from an earlier iteration,
-    what it had written beyond that iteration is forgotten.
-
-    Raises:
-        InputError: it is not readable, holds no measurement, or a line before the last is broken.
-    """
-    measured: dict[str, list[tuple[int, float]]] = {}
-    for row in _metric_rows(Path(path)):
-        iteration = int(row.pop("iteration"))
-        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float))}
-        last = measured.get("total_loss")
-        resumed = "total_loss" in numbers and last and last[-1][0] >= iteration
-        for name in list(measured) if resumed else list(numbers):
-            points = measured.setdefault(name, [])
-            while points and points[-1][0] >= iteration:
-                points.pop()
-        for name, value in numbers.items():
-            measured.setdefault(name, []).append((iteration, value))
-    if not any(measured.values()):
-        raise InputError(f"{path} holds no measurement; train for more iterations first")
-    return {
-        name: Series(*(np.array(column) for column in zip(*points, strict=True)))
-        for name, points in measured.items()
-        if points
-    }
-
-
-def _metric_rows(path: Path) -> Iterator[dict]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            int(row["iteration"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) or not line.strip():
-                continue
-            raise InputError(
-                f"{path} line {number} is not a JSON object with an iteration; delete that line"
-            ) from error
-        yield row
-
-
-def ap_series(metrics: Mapping[str, Series]) -> dict[str, Series]:
-    """AP, AP50 and AP75 of boxes, those that are there, of the first data set evaluated."""
-    prefix = next((name[:-2] for name in metrics if name.endswith("bbox/AP")), None)
-    if prefix is None:
-        return {}
-    return {name: metrics[prefix + name] for name in AP_COLORS if prefix + name in metrics}
-
-
-def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> None:
-    """Losses, learning rate and box AP over the iterations.
-
-    Args:
-        metrics: from ``read_metrics``.
-        path: the picture to write; its suffix (.png, .svg, .pdf) is the format.
-    """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(5, 1))
-    loss, rate = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    precision = figure.add_subplot(grid[:, 1])
-    last = max((int(series.iterations[-1]) for series in metrics.values()), default=1)
-    for axes in (loss, rate, precision):
-        _plain(axes)
-        axes.set_xlim(0, max(last, 1))
-    _plot_losses(loss, metrics)
-    loss.tick_params(labelbottom=False)
-    _plot_rate(rate, metrics)
-    _plot_precision(precision, metrics)
-    figure.savefig(path, dpi=150)
-
-
-def _plain(axes) -> None:
-    """No frame, a light grid, small grey numbers."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#bbbbbb")
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.locator_params(axis="y", nbins=6)
-    axes.tick_params(colors="#666666", labelsize=9, length=0)
-
-
-def _plot_losses(axes, metrics: Mapping[str, Series]) -> None:
-    axes.set_title("Training losses", loc="left", fontsize=12, color="#222222")
-    names = sorted(name for name in metrics if name.startswith("loss"))
-    colors = {name: LOSS_COLORS[i % len(LOSS_COLORS)] for i, name in enumerate(names)}
-    if "total_loss" in metrics:
-        colors["total_loss"] = "#555555"
-    ends, top = [], 0.0
-    for name, color in colors.items():
-        iterations, values = _finite(metrics[name])
-        if not len(values):
-            continue
-        smooth = _smooth(values)
-        axes.plot(iterations, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(iterations, smooth, color=color, linewidth=1.8)
-        ends.append((iterations[-1], smooth[-1], f"{_short(name)} {smooth[-1]:.2f}", color))
-        # The first few iterations may be far above all that follows.
-        top = max(top, 1.1 * float(np.percentile(values, 97)))
-    axes.set_ylim(0, top or 1)
-    _label_ends(axes, ends)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("loss_").removeprefix("fcos_").removesuffix("_loss").replace("_", " ")
-
-
-def _plot_rate(axes, metrics: Mapping[str, Series]) -> None:
-    axes.set_title("Learning rate", loc="left", fontsize=9, color="#666666")
-    axes.set_xlabel("iteration", fontsize=9, color="#666666")
-    if "lr" in metrics:
-        iterations, values = _finite(metrics["lr"])
-        axes.plot(iterations, values, color="#888888", linewidth=1.4)
-        axes.set_yticks([0, values.max()] if len(values) else [])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-    axes.set_ylim(0, None)
-
-
-def _plot_precision(axes, metrics: Mapping[str, Series]) -> None:
-    axes.set_title("Box AP, %", loc="left", fontsize=12, color="#222222")
-    axes.set_xlabel("iteration", fontsize=9, color="#666666")
-    axes.set_ylim(0, 100)
-    ends = []
-    for name, series in ap_series(metrics).items():
-        iterations, values = _finite(series)
-        if len(values):
-            color = AP_COLORS[name]
-            width = 2.2 if name == "AP" else 1.4
-            style = {"color": color, "linewidth": width, "marker": "o", "markersize": 4}
-            axes.plot(iterations, values, **style, clip_on=False)
-            ends.append((iterations[-1], values[-1], f"{name} {values[-1]:.1f}", color))
-    if not ends:
-        middle = {"transform": axes.transAxes, "ha": "center", "color": "#888888"}
-        axes.text(0.5, 0.5, "not evaluated yet", **middle)
-    _label_ends(axes, ends)
-
-
-def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each text beside the end of its line, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.055 * (high - low)
-    ends = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, value, _, _ in ends:
-        heights.append(max(min(value, high), heights[-1] + gap if heights else low))
-    overflow = max(0.0, heights[-1] - high) if heights else 0.0
-    for (x, _, text, color), y in zip(ends, heights, strict=True):
-        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        style = {"color": color, "fontsize": 10, "annotation_clip": False}
-        axes.annotate(text, (x, y - overflow), **beside, **style)
-
-
-def _finite(series: Series) -> Series:
-    keep = np.isfinite(series.values)
-    return Series(series.iterations[keep], series.values[keep])
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average with Gaussian weights, as wide as a twentieth of the run."""
-    sigma = len(values) / 40
-    reach = math.ceil(3 * sigma)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-9)) ** 2)
-    weight = np.convolve(np.ones(len(values)), kernel, "full")[reach : reach + len(values)]
-    return np.convolve(values, kernel, "full")[reach : reach + len(values)] / weight

@@ -1,15 +1,12 @@
 """Pictures, looked at pixel by pixel; no display anywhere."""
 
-import json
 import math
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fcos_d2.errors import InputError
 from fcos_d2.ops import make_levels
 from fcos_d2.visualize import (
     CROSS,
@@ -17,14 +14,11 @@ from fcos_d2.visualize import (
     GUTTER,
     PALETTE,
     PANEL_SIDE,
-    ap_series,
     class_color,
     contact_sheet,
     draw_assignment,
     draw_boxes,
     draw_objects,
-    plot_training,
-    read_metrics,
     training_panels,
 )
 from tests.modeling.tiny import sample, tiny_fcos
@@ -307,126 +301,3 @@ def test_text_of_a_sheet_stays_in_its_place():
 
 def test_sheet_without_pictures_is_a_sheet():
     assert contact_sheet([]).ndim == 3
-
-
-# ---- curves ----
-
-
-def write_metrics(path, rows, tail=""):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    return path
-
-
-def test_metrics_of_lines_with_different_keys_become_one_series_each(tmp_path):
-    rows = [
-        {"iteration": 19, "total_loss": 2.0, "lr": 0.1},
-        {"iteration": 29, "bbox/AP": 10.0},
-        {"iteration": 39, "total_loss": 1.0, "lr": 0.1, "note": "text", "bbox/AP": None},
-    ]
-    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", rows))
-    assert set(metrics) == {"total_loss", "lr", "bbox/AP"}
-    assert metrics["total_loss"].iterations.tolist() == [19, 39]
-    assert metrics["total_loss"].values.tolist() == [2.0, 1.0]
-    assert metrics["bbox/AP"].iterations.tolist() == [29]
-
-
-def test_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
-    path = write_metrics(
-        tmp_path / "m", [{"iteration": 1, "total_loss": 3.0}], '{"iteration": 2, "t'
-    )
-    assert read_metrics(path)["total_loss"].iterations.tolist() == [1]
-
-
-def test_broken_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text('{"iteration": 1, "lr": 1}\n[]\n{"iteration": 2, "lr": 1}\n')
-    with pytest.raises(InputError, match=r"metrics\.json line 2"):
-        read_metrics(path)
-
-
-@pytest.mark.parametrize("content", ["", "\n", '{"iter', '{"iteration": 3}\n'])
-def test_file_without_a_measurement_is_an_error(tmp_path, content):
-    (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(InputError, match="holds no measurement"):
-        read_metrics(tmp_path / "metrics.json")
-
-
-def test_missing_file_is_named():
-    with pytest.raises(InputError, match=r"nowhere/metrics\.json"):
-        read_metrics("nowhere/metrics.json")
-
-
-def test_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
-    rows = [{"iteration": i, "total_loss": 9.0} for i in (20, 40, 60, 80)]
-    rows.insert(3, {"iteration": 70, "bbox/AP": 50.0})
-    rows += [{"iteration": i, "total_loss": 1.0} for i in (50, 70)]
-    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", rows))
-    assert metrics["total_loss"].iterations.tolist() == [20, 40, 50, 70]
-    assert metrics["total_loss"].values.tolist() == [9, 9, 1, 1]
-    assert len(metrics.get("bbox/AP", ((),))[0]) == 0, "an AP of the forgotten part"
-
-
-def test_evaluation_repeated_at_one_iteration_counts_once(tmp_path):
-    rows = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 9, "bbox/AP": 2.0}]
-    assert read_metrics(write_metrics(tmp_path / "m", rows))["bbox/AP"].values.tolist() == [2.0]
-
-
-def test_ap_is_that_of_the_first_data_set(tmp_path):
-    row = {
-        f"{name}/bbox/{key}": value
-        for name, value in (("a", 1), ("b", 2))
-        for key in ("AP", "AP50")
-    }
-    metrics = read_metrics(
-        write_metrics(tmp_path / "m", [{"iteration": 9, **row, "a/bbox/APs": 3}])
-    )
-    assert {key: series.values.tolist() for key, series in ap_series(metrics).items()} == {
-        "AP": [1.0],
-        "AP50": [1.0],
-    }
-    assert ap_series({}) == {}
-
-
-def drawn_texts(metrics, tmp_path) -> str:
-    """An SVG, in which matplotlib notes every text that it draws as a comment."""
-    plot_training(metrics, tmp_path / "curves.svg")
-    return (tmp_path / "curves.svg").read_text()
-
-
-def test_curves_end_in_their_names_and_last_values(tmp_path):
-    rows = [
-        {"iteration": i, "total_loss": 2.0, "loss_fcos_cls": 0.5, "loss_fcos_loc": 0.5, "lr": 0.01}
-        for i in range(0, 400, 20)
-    ]
-    rows += [{"iteration": 399, "bbox/AP": 61.24, "bbox/AP50": 80.0, "bbox/AP75": 70.0}]
-    text = drawn_texts(read_metrics(write_metrics(tmp_path / "m", rows)), tmp_path)
-    for label in ("total 2.00", "cls 0.50", "loc 0.50", "AP 61.2", "AP50 80.0", "AP75 70.0"):
-        assert f"<!-- {label} -->" in text, label
-
-
-def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    values = [2.0, math.nan, 2.0, math.inf, 2.0]
-    rows = [{"iteration": i, "total_loss": value} for i, value in enumerate(values)]
-    metrics = read_metrics(
-        write_metrics(tmp_path / "m", rows, '{"iteration": 5, "total_loss": NaN}')
-    )
-    assert len(metrics["total_loss"].values) == 6
-    assert "<!-- total 2.00 -->" in drawn_texts(metrics, tmp_path)
-    nothing = read_metrics(
-        write_metrics(tmp_path / "m", [{"iteration": 1, "total_loss": math.nan}])
-    )
-    plot_training(nothing, tmp_path / "curves.png")
-
-
-def test_run_without_evaluation_says_so(tmp_path):
-    metrics = read_metrics(write_metrics(tmp_path / "m", [{"iteration": 0, "total_loss": 1.0}]))
-    assert "<!-- not evaluated yet -->" in drawn_texts(metrics, tmp_path)
-
-
-def test_plotting_repeats_itself_and_changes_no_global_state(tmp_path):
-    metrics = read_metrics(write_metrics(tmp_path / "m", [{"iteration": 9, "bbox/AP": 1.0}]))
-    settings = dict(matplotlib.rcParams)
-    for name in ("a.png", "b.png"):
-        plot_training(metrics, tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert dict(matplotlib.rcParams) == settings

@@ -26,18 +26,11 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from fcos_d2 import InputError, add_fcos_config
+from fcos_d2.curves import Series, ap_series, plot_training, read_metrics
 from fcos_d2.data import FCOSDatasetMapper, load_dataset
 from fcos_d2.engine import Checkpointer, Trainer
 from fcos_d2.errors import one_line_cause
-from fcos_d2.visualize import (
-    PANEL_SIDE,
-    Series,
-    ap_series,
-    contact_sheet,
-    draw_objects,
-    plot_training,
-    read_metrics,
-)
+from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_objects
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3
