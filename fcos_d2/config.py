@@ -163,7 +163,8 @@ def _add_targets(fcos: CN) -> None:
     # the "stride", or "floor" of padded image size / feature size.
     fcos.LOCATION_OFFSET = None
     fcos.LOCATION_PITCH = None
-    # Points inside crowd regions (COCO iscrowd=1) are ignored instead of learned as background.
+    # Points inside crowd regions (COCO iscrowd=1) are ignored instead of learned as background. Not
+    # for two-stage detectors: their heads would take the regions' class -1 for a class.
     fcos.IGNORE_CROWD = False
 
 

@@ -86,7 +86,9 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _compiled_libraries() -> list[Path]:
-    return sorted(Path(__file__).parents[1].glob("_C*.so"))
+    paths = sorted(Path(__file__).parents[1].glob("_C*.so"))
+    # A torch without CUDA has nothing to open the other one with.
+    return [path for path in paths if path.stem != "_C_cuda" or torch.version.cuda is not None]
 
 
 def _load_compiled_libraries() -> None:

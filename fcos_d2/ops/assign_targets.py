@@ -103,7 +103,7 @@ def assign_targets(
     check_number(name, "center_radius", center_radius, 0, float("inf"))
     return Targets(
         *_op(
-            gt_boxes,
+            gt_boxes.detach(),
             gt_classes,
             gt_offsets,
             list(chain.from_iterable(levels.shapes)),

@@ -68,7 +68,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     check_tensor(name, "idxs", idxs, [boxes.shape[0]], [torch.int64, torch.int32])
     check_same_device(name, boxes=boxes, scores=scores, idxs=idxs)
     check_number(name, "iou_threshold", iou_threshold, 0, 1)
-    return _op(boxes, scores, idxs.long(), float(iou_threshold))
+    return _op(boxes.detach(), scores.detach(), idxs.long(), float(iou_threshold))
 
 
 def batched_nms_padded(
@@ -130,8 +130,8 @@ def batched_nms_padded(
     check_number(name, "min_score", min_score, 0, 1)
     return Detections(
         *_op_padded(
-            boxes,
-            scores,
+            boxes.detach(),
+            scores.detach(),
             classes,
             float(iou_threshold),
             max_detections,

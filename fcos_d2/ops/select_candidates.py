@@ -103,9 +103,9 @@ def select_candidates(
     check_choice(name, "score_rule", score_rule, SCORE_RULES)
     return Candidates(
         *_op(
-            list(logits),
-            list(ltrb),
-            list(quality),
+            [x.detach() for x in logits],
+            [x.detach() for x in ltrb],
+            [x.detach() for x in quality],
             image_sizes,
             list(levels.strides),
             list(chain.from_iterable(levels.pitches)),

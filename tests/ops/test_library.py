@@ -95,6 +95,20 @@ def test_detection_compiles_into_one_graph():
     torch.testing.assert_close(compiled(*maps, sizes), detect(*maps, sizes))
 
 
+def test_detections_and_targets_take_no_part_in_gradients():
+    maps = [[x.requires_grad_() for x in m] for m in inputs.predictions(LEVELS, 2, 4)]
+    candidates = ops.select_candidates(*maps, LEVELS, torch.tensor([[64, 96]] * 2), topk=20)
+    assert not any(x.requires_grad for x in candidates)
+    scores = candidates.scores.clone().requires_grad_()
+    detections = ops.batched_nms_padded(candidates.boxes, scores, candidates.classes)
+    assert not any(x.requires_grad for x in detections)
+    boxes, classes, offsets = inputs.ground_truth([3, 1], 4, 64, 96)
+    targets = ops.assign_targets(
+        boxes.requires_grad_(), classes, offsets, LEVELS, inputs.ranges(2), num_classes=4
+    )
+    assert not any(x.requires_grad for x in targets)
+
+
 def test_autocast_takes_half_precision_as_it_is():
     maps = inputs.predictions(LEVELS, 2, 4, torch.bfloat16)
     packed = inputs.ground_truth([3, 1], 4, 64, 96)
