@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="of train_net.py")
     parser.add_argument("--images", type=int, default=12, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--score", type=float, default=0.3, metavar="S", help="lowest shown (default: %(default)s)"
+        "--score", type=float, default=0.5, metavar="S", help="lowest shown (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     if options.images < 1:
