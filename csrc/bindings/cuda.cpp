@@ -1,7 +1,8 @@
 // The CUDA half of the binding, the twin of cpu.cpp: checks, allocates, launches, registers.
 //
-// Nothing here waits for the device: what only the data can tell is checked in the kernels. All
-// memory comes from torch, all work goes to the current stream of the device of the tensors.
+// Shapes and dtypes were checked by the Python wrappers, and what only the data can tell is checked
+// in the kernels, so that nothing waits for the device. All memory comes from torch, all work goes
+// to the current stream of the device of the tensors.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "../cuda/assign_targets.h"
+#include "../cuda/box_loss.h"
 #include "../cuda/sigmoid_focal_loss.h"
 
 // tests/emulation registers these functions for other tensors, under another name.
@@ -58,8 +60,8 @@ void check_launch(const char* op, cudaError_t error) {
 // The dispatcher made sure that one tensor is on the GPU; a kernel needs all of them there.
 void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
   STD_TORCH_CHECK(
-      tensor.device() == first.device(), op, ": ", name, " must be on the device of ",
-      "the first argument");
+      tensor.device() == first.device(), op, ": expected all tensors on one device, but ", name,
+      " is on another");
 }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
@@ -83,14 +85,15 @@ cuda::DType dtype_of(const Tensor& tensor) {
   }
 }
 
-ScalarType loss_type(const Tensor& map) {
+ScalarType loss_dtype(const Tensor& map) {
   return map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // The gradient of a loss is read on the device, so it must be what the loss was.
-void check_scalar(const char* op, const char* name, const Tensor& grad, const Tensor& map) {
+void check_grad(const char* op, const char* name, const Tensor& grad, const Tensor& map) {
+  check_device(op, name, grad, map);
   STD_TORCH_CHECK(
-      grad.numel() == 1 && grad.scalar_type() == loss_type(map), op, ": ", name,
+      grad.numel() == 1 && grad.scalar_type() == loss_dtype(map), op, ": ", name,
       " must be one number of the dtype of the loss");
 }
 
@@ -188,8 +191,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
     std::vector<int64_t> shapes, std::vector<int64_t> strides, std::vector<int64_t> pitches,
     double offset, std::vector<double> size_ranges, int64_t num_classes, double center_radius,
     bool inclusive) {
-  check_device("assign_targets", "gt_classes", gt_classes, gt_boxes);
-  check_device("assign_targets", "gt_offsets", gt_offsets, gt_boxes);
+  const char* op = "assign_targets";
+  check_device(op, "gt_classes", gt_classes, gt_boxes);
+  check_device(op, "gt_offsets", gt_offsets, gt_boxes);
   Device device(gt_boxes);
   Tensor boxes = torch::stable::contiguous(gt_boxes);
   Tensor classes = torch::stable::contiguous(gt_classes);
@@ -217,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
   args.ltrb = static_cast<float4*>(ltrb.mutable_data_ptr());
   args.centerness = centerness.mutable_data_ptr<float>();
   args.counts = counts.mutable_data_ptr<int32_t>();
-  check_launch("assign_targets", cuda::launch_assign_targets(args, device.stream));
+  check_launch(op, cuda::launch_assign_targets(args, device.stream));
   return {labels, matched, ltrb, centerness, counts};
 }
 
@@ -245,7 +249,7 @@ Tensor sigmoid_focal_loss(
   cuda::FocalLoss args = focal_args(maps, labels, alpha, gamma);
   int64_t num_partials = cuda::focal_loss_partials(args);
   Tensor partials = empty(logits[0], {std::max<int64_t>(num_partials, 0)}, ScalarType::Double);
-  Tensor loss = empty(logits[0], {}, loss_type(logits[0]));
+  Tensor loss = empty(logits[0], {}, loss_dtype(logits[0]));
   args.partials = partials.mutable_data_ptr<double>();
   args.loss = loss.mutable_data_ptr();
   check_launch(op, cuda::launch_sigmoid_focal_loss(args, device.stream));
@@ -258,8 +262,7 @@ std::vector<Tensor> sigmoid_focal_loss_backward(
   const char* op = "sigmoid_focal_loss_backward";
   Maps maps(op, "logits", logits);
   check_device(op, "labels", given_labels, logits[0]);
-  check_device(op, "grad", grad, logits[0]);
-  check_scalar(op, "grad", grad, logits[0]);
+  check_grad(op, "grad", grad, logits[0]);
   Device device(logits[0]);
   maps.add_grads();
   Tensor labels = torch::stable::contiguous(given_labels);
@@ -269,10 +272,92 @@ std::vector<Tensor> sigmoid_focal_loss_backward(
   return maps.take_grads();
 }
 
+// ---- box_loss ----
+
+struct BoxTargets {
+  Tensor matched, ltrb, centerness;
+
+  BoxTargets(
+      const char* op, const Tensor& map, const Tensor& matched, const Tensor& ltrb,
+      const Tensor& centerness)
+      : matched(torch::stable::contiguous(matched)),
+        ltrb(torch::stable::contiguous(ltrb)),
+        centerness(torch::stable::contiguous(centerness)) {
+    check_device(op, "matched", matched, map);
+    check_device(op, "target_ltrb", ltrb, map);
+    check_device(op, "target_centerness", centerness, map);
+  }
+};
+
+LossType loss_type_of(const std::string& name) {
+  const char* names[] = {"iou", "linear_iou", "giou", "diou", "ciou"};
+  auto found = std::find(std::begin(names), std::end(names), name);
+  STD_TORCH_CHECK(found != std::end(names), "box_loss: unknown loss_type ", name);
+  return LossType(found - std::begin(names));
+}
+
+cuda::BoxLossArgs box_args(
+    const Maps& ltrb, const Maps& quality, const BoxTargets& targets,
+    const std::string& loss_type, const std::string& quality_type, bool weight_by_centerness,
+    const std::vector<double>& smoothing) {
+  cuda::BoxLossArgs args{};
+  args.ltrb = ltrb.describe(), args.quality = quality.describe();
+  args.dtype = dtype_of(ltrb.first());
+  args.num_images = targets.matched.size(0), args.num_points = targets.matched.size(1);
+  args.matched = targets.matched.const_data_ptr<int32_t>();
+  args.target_ltrb = targets.ltrb.const_data_ptr<float>();
+  args.target_centerness = targets.centerness.const_data_ptr<float>();
+  args.loss_type = loss_type_of(loss_type);
+  args.quality_type = quality_type == "iou" ? QualityType::kIou : QualityType::kCenterness;
+  args.weight_by_centerness = weight_by_centerness;
+  std::copy(smoothing.begin(), smoothing.end(), args.smoothing);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> box_loss(
+    std::vector<Tensor> ltrb, std::vector<Tensor> quality, const Tensor& matched,
+    const Tensor& target_ltrb, const Tensor& target_centerness, std::string loss_type,
+    std::string quality_type, bool weight_by_centerness, std::vector<double> smoothing) {
+  const char* op = "box_loss";
+  Maps ltrb_maps(op, "ltrb", ltrb), quality_maps(op, "quality", quality);
+  Device device(ltrb[0]);
+  BoxTargets targets(op, ltrb[0], matched, target_ltrb, target_centerness);
+  cuda::BoxLossArgs args = box_args(
+      ltrb_maps, quality_maps, targets, loss_type, quality_type, weight_by_centerness, smoothing);
+  Tensor partials = empty(ltrb[0], {2, cuda::box_loss_partials(args)}, ScalarType::Double);
+  Tensor box = empty(ltrb[0], {}, loss_dtype(ltrb[0]));
+  Tensor quality_loss = empty(ltrb[0], {}, loss_dtype(ltrb[0]));
+  args.partials = partials.mutable_data_ptr<double>();
+  args.box_loss = box.mutable_data_ptr(), args.quality_loss = quality_loss.mutable_data_ptr();
+  check_launch(op, cuda::launch_box_loss(args, device.stream));
+  return {box, quality_loss};
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> box_loss_backward(
+    const Tensor& grad_box, const Tensor& grad_quality, std::vector<Tensor> ltrb,
+    std::vector<Tensor> quality, const Tensor& matched, const Tensor& target_ltrb,
+    const Tensor& target_centerness, std::string loss_type, std::string quality_type,
+    bool weight_by_centerness, std::vector<double> smoothing) {
+  const char* op = "box_loss_backward";
+  Maps ltrb_maps(op, "ltrb", ltrb), quality_maps(op, "quality", quality);
+  check_grad(op, "grad_box", grad_box, ltrb[0]);
+  check_grad(op, "grad_quality", grad_quality, ltrb[0]);
+  Device device(ltrb[0]);
+  BoxTargets targets(op, ltrb[0], matched, target_ltrb, target_centerness);
+  ltrb_maps.add_grads(), quality_maps.add_grads();
+  cuda::BoxLossArgs args = box_args(
+      ltrb_maps, quality_maps, targets, loss_type, quality_type, weight_by_centerness, smoothing);
+  args.grad_box = grad_box.const_data_ptr(), args.grad_quality = grad_quality.const_data_ptr();
+  check_launch(op, cuda::launch_box_loss_backward(args, device.stream));
+  return {ltrb_maps.take_grads(), quality_maps.take_grads()};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FCOS_D2_NAMESPACE, FCOS_D2_DISPATCH_KEY, m) {
   m.impl("assign_targets", TORCH_BOX(&assign_targets));
   m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss));
   m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward));
+  m.impl("box_loss", TORCH_BOX(&box_loss));
+  m.impl("box_loss_backward", TORCH_BOX(&box_loss_backward));
 }

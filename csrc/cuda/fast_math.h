@@ -1,0 +1,81 @@
+// exp, log1p and 1/x for loops that compute more than they read. The special function unit is four
+// times slower than the rest of a multiprocessor, so it gets one instruction for each of exp and 1/x
+// and none for log1p.
+#pragma once
+
+#include "../core/platform.h"
+
+// tests/emulation puts in relative errors as large as the hardware may make.
+#ifndef FCOS_APPROXIMATE
+#define FCOS_APPROXIMATE(value, error) (value)
+#endif
+
+namespace fcos::cuda {
+
+// 2^x and 1/x in one instruction each, off by at most 2 and 1 units of the last place.
+FCOS_HD float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return FCOS_APPROXIMATE(std::exp2(x), 0x1p-22f);
+#endif
+}
+FCOS_HD float fast_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return FCOS_APPROXIMATE(1.0f / x, 0x1p-23f);
+#endif
+}
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
+// As exact as single functions of the CUDA library. See ScalarMath for the ranges.
+struct FastMath {
+  using Number = float;
+
+  static FCOS_HD float exp(float x) {
+    float y = x * kLog2E;
+    float lost = std::fma(y, -kLn2, x); // by rounding y; it matters where x is large
+    float e = fast_exp2(y);
+    return std::fma(e, std::fmin(lost, 1.0f), e); // the minimum is for y = -inf, which makes NaN
+  }
+
+  // With e = exp(L) - 1 and v = 1 - exp(-L) = e / (1 + e),
+  //   e + v = 2 sinh L,   e v = 4 sinh^2 (L / 2),
+  // so L = (e + v) f(e v) with an f that degree 4 gives to 2e-8 of L, for small e too, which
+  // log2(1 + e) would lose. The compiler shares the reciprocal with the caller, who needs it anyway.
+  static FCOS_HD float log1p(float e) {
+    float v = e * reciprocal(1.0f + e);
+    float q = e * v;
+    float f = 6.04895341e-4f;
+    f = f * q - 3.49371622e-3f;
+    f = f * q + 1.66531869e-2f;
+    f = f * q - 8.33325039e-2f;
+    f = f * q + 0.5f;
+    return (e + v) * f;
+  }
+
+  static FCOS_HD float reciprocal(float x) { return fast_reciprocal(x); }
+  static FCOS_HD float pow(float x, float y) { return std::pow(x, y); }
+};
+
+// For results that are rounded to 11 bits or fewer: off by at most 3e-5.
+struct CoarseMath : FastMath {
+  static FCOS_HD float exp(float x) { return fast_exp2(x * kLog2E); }
+
+  static FCOS_HD float log1p(float e) {
+    float v = e * reciprocal(1.0f + e);
+    float q = e * v;
+    float f = 1.42927658e-2f;
+    f = f * q - 8.29049604e-2f;
+    f = f * q + 0.499988260f;
+    return (e + v) * f;
+  }
+};
+
+} // namespace fcos::cuda

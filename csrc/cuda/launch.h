@@ -1,0 +1,56 @@
+// What all kernels share: how they are launched, how they refuse bad data, how blocks find levels.
+//
+// Launches go through one macro, so that tests/emulation runs the same files on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cassert>
+#include <climits>
+
+#include "../core/levels.h"
+
+#ifndef FCOS_LAUNCH
+#define FCOS_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#endif
+
+// Stops the kernel with a message that torch's own device-side assertions would print the same way.
+// The error reaches the host as "device-side assert triggered", when it next waits for the device.
+#ifndef FCOS_ASSERT
+#define FCOS_ASSERT(condition, message) \
+  do {                                  \
+    if (!(condition)) {                 \
+      __assert_fail(message, __FILE__, __LINE__, __func__); \
+    }                                   \
+  } while (0)
+#endif
+
+namespace fcos::cuda {
+
+// Consecutive blocks, dealt out to the levels in order.
+struct BlocksOfLevels {
+  int num_levels = 0;
+  int first[kMaxLevels + 1] = {}; // level l owns the blocks [first[l], first[l + 1])
+
+  void append(int64_t blocks) {
+    first[num_levels + 1] = int(first[num_levels] + blocks);
+    ++num_levels;
+  }
+  FCOS_HD int total() const { return first[num_levels]; }
+  FCOS_HD int level_of(int block) const {
+    int level = 0;
+    while (block >= first[level + 1]) {
+      ++level;
+    }
+    return level;
+  }
+};
+
+constexpr int64_t kMaxBlocks = INT_MAX; // of a grid in x
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+} // namespace fcos::cuda

@@ -1,0 +1,164 @@
+// Number types of the kernels: what is stored, what is computed with, and how one becomes the other.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "../core/platform.h"
+#include "maps.h"
+
+namespace fcos::cuda {
+
+// Half precision is computed in float.
+template <class T>
+struct Compute {
+  using Type = float;
+};
+template <>
+struct Compute<double> {
+  using Type = double;
+};
+
+// Calls function(T{}) with the type that is stored.
+template <class Function>
+void with_type(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat:
+      return function(float{});
+    case DType::kHalf:
+      return function(__half{});
+    case DType::kBFloat16:
+      return function(__nv_bfloat16{});
+    case DType::kDouble:
+      return function(double{});
+  }
+}
+
+FCOS_HD float widen(float x) { return x; }
+FCOS_HD double widen(double x) { return x; }
+FCOS_HD float widen(__half x) { return __half2float(x); }
+FCOS_HD float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+FCOS_HD void narrow(float x, float* to) { *to = x; }
+FCOS_HD void narrow(double x, double* to) { *to = x; }
+FCOS_HD void narrow(float x, __half* to) { *to = __float2half_rn(x); }
+FCOS_HD void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+
+// Elements that lie side by side and travel together: 16 bytes, the most that one instruction moves,
+// or a single one.
+constexpr int kVectorBytes = 16;
+
+template <class T, int Size>
+struct Vector {
+  static_assert(Size * sizeof(T) == kVectorBytes);
+  uint4 bits; // kept whole: taking it apart early costs instructions
+};
+template <class T>
+struct Vector<T, 1> {
+  T element;
+};
+
+template <class To, class From>
+FCOS_HD To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// `last_use` lets the cache forget what was read.
+template <class T, int Size>
+__device__ __forceinline__ Vector<T, Size> load(const T* from, bool last_use) {
+  if constexpr (Size == 1) {
+    return {*from};
+  } else {
+    const uint4* vector = reinterpret_cast<const uint4*>(from);
+    return {last_use ? __ldcs(vector) : __ldg(vector)};
+  }
+}
+
+FCOS_HD void set_minus_infinity(float* x) { *x = -INFINITY; }
+FCOS_HD void set_minus_infinity(double* x) { *x = -INFINITY; }
+FCOS_HD void set_minus_infinity(__half* x) { *x = __float2half_rn(-INFINITY); }
+FCOS_HD void set_minus_infinity(__nv_bfloat16* x) { *x = __float2bfloat16_rn(-INFINITY); }
+
+// Of the elements whose bit is set.
+template <class T, int Size>
+__device__ __forceinline__ void set_minus_infinity(Vector<T, Size>* vector, unsigned elements) {
+  T lanes[Size];
+  memcpy(lanes, vector, sizeof lanes);
+#pragma unroll
+  for (int j = 0; j < Size; ++j) {
+    if (elements >> j & 1) {
+      set_minus_infinity(&lanes[j]);
+    }
+  }
+  memcpy(vector, lanes, sizeof lanes);
+}
+
+FCOS_HD void widen(uint32_t bits, __half, float* out) {
+  float2 pair = __half22float2(bits_as<__half2>(bits));
+  out[0] = pair.x, out[1] = pair.y;
+}
+FCOS_HD void widen(uint32_t bits, __nv_bfloat16, float* out) { // a bfloat16 is half a float
+  out[0] = bits_as<float>(bits << 16), out[1] = bits_as<float>(bits & 0xffff0000u);
+}
+FCOS_HD void widen(uint32_t bits, float, float* out) { *out = bits_as<float>(bits); }
+
+template <class T, int Size>
+__device__ __forceinline__ void unpack(
+    const Vector<T, Size>& from, typename Compute<T>::Type (&out)[Size]) {
+  if constexpr (Size == 1) {
+    out[0] = widen(from.element);
+  } else if constexpr (sizeof(T) == 8) {
+    double2 pair = bits_as<double2>(from.bits);
+    out[0] = pair.x, out[1] = pair.y;
+  } else {
+    constexpr int kPerWord = 4 / sizeof(T);
+    const uint32_t words[] = {from.bits.x, from.bits.y, from.bits.z, from.bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      widen(words[i], T{}, out + i * kPerWord);
+    }
+  }
+}
+
+FCOS_HD uint32_t narrow(const float* x, __half) { // one instruction for two
+  return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
+}
+FCOS_HD uint32_t narrow(const float* x, __nv_bfloat16) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
+}
+FCOS_HD uint32_t narrow(const float* x, float) { return bits_as<uint32_t>(*x); }
+
+// One instruction, where the compiler may make four of an assignment.
+__device__ __forceinline__ void store_vector(void* to, uint4 bits) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = bits;
+#endif
+}
+
+template <class T, int Size>
+__device__ __forceinline__ void store(T* to, const typename Compute<T>::Type (&values)[Size]) {
+  if constexpr (Size == 1) {
+    narrow(values[0], to);
+  } else if constexpr (sizeof(T) == 8) {
+    store_vector(to, bits_as<uint4>(make_double2(values[0], values[1])));
+  } else {
+    constexpr int kPerWord = 4 / sizeof(T);
+    store_vector(
+        to, make_uint4(
+                narrow(values, T{}), narrow(values + kPerWord, T{}),
+                narrow(values + 2 * kPerWord, T{}), narrow(values + 3 * kPerWord, T{})));
+  }
+}
+
+} // namespace fcos::cuda

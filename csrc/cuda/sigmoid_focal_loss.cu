@@ -1,0 +1,425 @@
+// sigmoid_focal_loss: reads logits and writes gradients where they lie, NCHW or channels_last.
+//
+// A level of an image is a matrix: classes x points (NCHW) or points x classes (channels_last), its
+// rows contiguous. A thread owns a few columns (16 bytes, or one where a plane is odd or not
+// aligned) of up to 16 rows. Nearly all rows are plain: no element belongs to the true class of its
+// point or to an ignored point, all are negative and need no label. So a thread looks at its labels
+// once, to mark the rows that are not.
+
+#include "sigmoid_focal_loss.h"
+
+#include "../core/focal.h"
+#include "fast_math.h"
+#include "launch.h"
+#include "numbers.h"
+#include "sums.h"
+
+namespace fcos::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxRows = 16; // of a thread: float sums stay short, and there is a bit for each
+
+// Blocks that shall fit on a multiprocessor: it leaves the compiler the 64 registers with which it
+// starts all loads of a step at once.
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
+
+struct Strides {
+  int64_t image, row, column;
+};
+
+// One level of the batch.
+struct Matrix {
+  const void* data;
+  void* grad;
+  Strides data_strides, grad_strides;
+  int64_t first_point;
+  int rows, columns;
+  bool columns_are_classes;
+  bool is_vectorised;
+  int groups; // of columns
+  int slices; // of rows; a thread has one group of one slice of one image
+  int row_step; // between the rows of a thread, and what it means in memory
+  int64_t data_step, grad_step;
+};
+
+struct Plan {
+  Matrix matrix[kMaxLevels];
+  BlocksOfLevels blocks;
+  const int32_t* labels; // [B, P]
+  int64_t num_points;
+  unsigned num_images;
+  int num_classes;
+  double positive_weight, negative_weight, gamma;
+  double* partials; // [blocks]
+  const void* grad;
+};
+
+// What a thread owns.
+struct Patch {
+  unsigned image;
+  int first_row, num_rows;
+  int first_column;
+  const int32_t* labels; // of this image and level
+
+  __device__ int64_t offset(const Strides& s) const {
+    return image * s.image + first_row * s.row + first_column * s.column;
+  }
+};
+
+// False for the threads that are left over.
+__device__ bool find_patch(const Plan& plan, const Matrix& m, int block, int vector, Patch* patch) {
+  unsigned index = unsigned(block) * kThreads + threadIdx.x;
+  unsigned group = index % unsigned(m.groups), rest = index / unsigned(m.groups);
+  int slice = int(rest % unsigned(m.slices));
+  patch->image = rest / unsigned(m.slices);
+  patch->first_column = int(group) * vector;
+  patch->labels = plan.labels + patch->image * plan.num_points + m.first_point;
+  patch->first_row = m.row_step == 1 ? slice * kMaxRows : slice;
+  patch->num_rows = min((m.rows - patch->first_row + m.row_step - 1) / m.row_step, kMaxRows);
+  return patch->image < plan.num_images;
+}
+
+__device__ void check_label(const Plan& plan, int label) {
+  FCOS_ASSERT(
+      label >= -1 && label <= plan.num_classes,
+      "sigmoid_focal_loss: labels must lie in [-1, K]: -1 is ignored, K is background");
+}
+
+// Bit i is set where row i is not plain.
+template <int V>
+__device__ unsigned find_special_rows(const Plan& plan, const Matrix& m, const Patch& patch) {
+  unsigned special = 0;
+  if (m.columns_are_classes) {
+    for (int i = 0; i < patch.num_rows; ++i) {
+      int label = patch.labels[patch.first_row + i * m.row_step];
+      check_label(plan, label);
+      bool has_true_class = unsigned(label - patch.first_column) < unsigned(V);
+      special |= unsigned(has_true_class || label == -1) << i;
+    }
+    return special;
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    int label = patch.labels[patch.first_column + j];
+    check_label(plan, label);
+    unsigned row = unsigned(label - patch.first_row);
+    special |= label == -1 ? ~0u : row < unsigned(patch.num_rows) ? 1u << row : 0u;
+  }
+  return special;
+}
+
+// One bit per element of a row.
+struct SpecialElements {
+  unsigned positive = 0; // of the true class of its point
+  unsigned ignored = 0;
+};
+
+template <int V>
+__device__ SpecialElements find_special_elements(const Matrix& m, const Patch& patch, int i) {
+  SpecialElements special;
+  int row = patch.first_row + i * m.row_step;
+  for (int j = 0; j < V; ++j) {
+    int column = patch.first_column + j;
+    int label = patch.labels[m.columns_are_classes ? row : column];
+    special.positive |= unsigned(label == (m.columns_are_classes ? column : row)) << j;
+    special.ignored |= unsigned(label == -1) << j;
+  }
+  return special;
+}
+
+// Where a thread is in its patch.
+template <class T>
+struct Cursor {
+  int row; // of the patch
+  unsigned special_rows;
+  const T* data;
+  T* grad;
+  int64_t data_step, grad_step;
+
+  __device__ void advance(int rows) {
+    row += rows;
+    special_rows >>= rows;
+    data += rows * data_step, grad += rows * grad_step;
+  }
+};
+
+// Hands the next `Count` rows to the pass. All are on their way before the first is computed.
+// Special elements count as negatives of logit minus infinity, which cost nothing; then the positive
+// ones are computed one by one.
+template <class T, int V, int Count, class Pass>
+__device__ __forceinline__ void take_rows(
+    const Matrix& m, const Patch& patch, const Cursor<T>& at, Pass& pass) {
+  Vector<T, V> logits[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    logits[k] = load<T, V>(at.data + k * at.data_step, Pass::kLastUse);
+  }
+  bool any_special = (at.special_rows & ((1u << Count) - 1)) != 0;
+  if (any_special) {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      SpecialElements special = find_special_elements<V>(m, patch, at.row + k);
+      set_minus_infinity(&logits[k], special.positive | special.ignored);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    typename Compute<T>::Type z[V];
+    unpack<T, V>(logits[k], z);
+    pass.negatives(z, at.grad + k * at.grad_step);
+  }
+  if (any_special) {
+    for (int k = 0; k < Count; ++k) {
+      unsigned left = find_special_elements<V>(m, patch, at.row + k).positive;
+      for (; left != 0; left &= left - 1) {
+        int j = __ffs(int(left)) - 1;
+        pass.positive(-widen(at.data[k * at.data_step + j]), at.grad + k * at.grad_step + j);
+      }
+    }
+  }
+}
+
+template <class T, int V, class Pass>
+__device__ __forceinline__ void take_patch(
+    const Plan& plan, const Matrix& m, const Patch& patch, Pass&& pass) {
+  Cursor<T> at = {
+      0, find_special_rows<V>(plan, m, patch),
+      static_cast<const T*>(m.data) + patch.offset(m.data_strides),
+      static_cast<T*>(m.grad) + patch.offset(m.grad_strides), m.data_step, m.grad_step};
+  constexpr int kAtOnce = V > 1 ? 2 : 4;
+  for (; at.row + kAtOnce <= patch.num_rows; at.advance(kAtOnce)) {
+    take_rows<T, V, kAtOnce>(m, patch, at, pass);
+  }
+  for (; at.row < patch.num_rows; at.advance(1)) {
+    take_rows<T, V, 1>(m, patch, at, pass);
+  }
+}
+
+template <class T, int Gamma, int V>
+struct LossPass {
+  using Real = typename Compute<T>::Type;
+  using Math = std::conditional_t<sizeof(T) == 8, ScalarMath<double>, FastMath>;
+  static constexpr bool kLastUse = false; // the backward pass comes soon
+
+  Real gamma;
+  Real of_negatives[V] = {};
+  double of_positives = 0;
+
+  __device__ void negatives(const Real (&z)[V], T*) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      of_negatives[j] += focal_terms<Math, Gamma>(z[j], gamma).loss;
+    }
+  }
+  __device__ void positive(Real z, T*) {
+    of_positives += double(focal_terms<Math, Gamma>(z, gamma).loss);
+  }
+};
+
+template <class T, int Gamma, int V>
+__device__ double patch_loss(const Plan& plan, const Matrix& m, const Patch& patch) {
+  LossPass<T, Gamma, V> pass{typename Compute<T>::Type(plan.gamma)};
+  take_patch<T, V>(plan, m, patch, pass);
+  double of_negatives = 0;
+  for (int j = 0; j < V; ++j) {
+    of_negatives += double(pass.of_negatives[j]);
+  }
+  return plan.negative_weight * of_negatives + plan.positive_weight * pass.of_positives;
+}
+
+template <class T, int Gamma>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    loss_kernel(const __grid_constant__ Plan plan) {
+  constexpr int V = kVectorBytes / sizeof(T);
+  __shared__ double of_warps[kThreads / 32];
+  int level = plan.blocks.level_of(int(blockIdx.x));
+  int block = int(blockIdx.x) - plan.blocks.first[level];
+  const Matrix& m = plan.matrix[level];
+  Patch patch;
+  double sum = 0;
+  if (find_patch(plan, m, block, m.is_vectorised ? V : 1, &patch)) {
+    sum = m.is_vectorised ? patch_loss<T, Gamma, V>(plan, m, patch)
+                          : patch_loss<T, Gamma, 1>(plan, m, patch);
+  }
+  sum = block_sum(sum, of_warps);
+  if (threadIdx.x == 0) {
+    plan.partials[blockIdx.x] = sum;
+  }
+}
+
+template <class T, int Gamma, int V>
+struct GradPass {
+  using Real = typename Compute<T>::Type;
+  using Math = std::conditional_t<
+      sizeof(T) == 8, ScalarMath<double>,
+      std::conditional_t<sizeof(T) == 4, FastMath, CoarseMath>>;
+  static constexpr bool kLastUse = true;
+
+  Real gamma;
+  Real of_negatives, of_positives; // d result / d loss, weighted, times dz/dx
+
+  __device__ void negatives(const Real (&z)[V], T* grad) {
+    Real slopes[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      slopes[j] = of_negatives * focal_terms<Math, Gamma>(z[j], gamma).slope;
+    }
+    store<T, V>(grad, slopes);
+  }
+  __device__ void positive(Real z, T* grad) {
+    narrow(of_positives * focal_terms<Math, Gamma>(z, gamma).slope, grad);
+  }
+};
+
+template <class T, int Gamma, int V>
+__device__ void patch_grad(const Plan& plan, const Matrix& m, const Patch& patch) {
+  using Real = typename Compute<T>::Type;
+  Real upstream = *static_cast<const Real*>(plan.grad);
+  take_patch<T, V>(
+      plan, m, patch,
+      GradPass<T, Gamma, V>{
+          Real(plan.gamma), upstream * Real(plan.negative_weight),
+          -upstream * Real(plan.positive_weight)});
+}
+
+template <class T, int Gamma>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    grad_kernel(const __grid_constant__ Plan plan) {
+  constexpr int V = kVectorBytes / sizeof(T);
+  int level = plan.blocks.level_of(int(blockIdx.x));
+  int block = int(blockIdx.x) - plan.blocks.first[level];
+  const Matrix& m = plan.matrix[level];
+  Patch patch;
+  if (!find_patch(plan, m, block, m.is_vectorised ? V : 1, &patch)) {
+    return;
+  }
+  if (m.is_vectorised) {
+    patch_grad<T, Gamma, V>(plan, m, patch);
+  } else {
+    patch_grad<T, Gamma, 1>(plan, m, patch);
+  }
+}
+
+// ---- the host's side ----
+
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
+bool is_aligned(const void* data, const Strides& strides, int64_t bytes) {
+  return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+      strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
+}
+
+Matrix make_matrix(const FocalLoss& args, const Map& map) {
+  Matrix m{};
+  m.data = map.data, m.grad = map.grad;
+  m.first_point = map.first_point;
+  m.columns_are_classes = map.data_layout.channel == 1 && map.data_layout.point != 1;
+  m.rows = m.columns_are_classes ? map.num_points : args.num_classes;
+  m.columns = m.columns_are_classes ? args.num_classes : map.num_points;
+  auto strides = [&](const Layout& layout) {
+    return m.columns_are_classes ? Strides{layout.image, layout.point, layout.channel}
+                                 : Strides{layout.image, layout.channel, layout.point};
+  };
+  m.data_strides = strides(map.data_layout), m.grad_strides = strides(map.grad_layout);
+  int64_t bytes = bytes_of(args.dtype);
+  int vector = int(kVectorBytes / bytes);
+  m.is_vectorised = m.columns % vector == 0 && is_aligned(m.data, m.data_strides, bytes) &&
+      (m.grad == nullptr || is_aligned(m.grad, m.grad_strides, bytes));
+  m.groups = m.is_vectorised ? m.columns / vector : m.columns;
+  m.slices = int(divide_up(m.rows, kMaxRows));
+  // Neighbouring threads share rows. Where rows are short (few classes), the next thread's first row
+  // is the next in memory, so that a warp reads one piece; long rows are cut into runs of 16.
+  m.row_step = m.columns_are_classes ? m.slices : 1;
+  m.data_step = m.data_strides.row * m.row_step, m.grad_step = m.grad_strides.row * m.row_step;
+  return m;
+}
+
+// Small levels come first: the many blocks of the large ones even out what these leave idle.
+cudaError_t make_plan(const FocalLoss& args, Plan* plan) {
+  *plan = Plan{};
+  int64_t total = 0;
+  for (int l = args.logits.num_levels - 1; l >= 0; --l) {
+    Matrix m = make_matrix(args, args.logits.level[l]);
+    int64_t threads = args.num_images * m.groups * m.slices;
+    int64_t blocks = divide_up(threads, kThreads);
+    total += blocks;
+    if (threads > INT_MAX || total > kMaxBlocks) {
+      return cudaErrorInvalidConfiguration;
+    }
+    plan->matrix[plan->blocks.num_levels] = m;
+    plan->blocks.append(blocks);
+  }
+  plan->labels = args.labels;
+  plan->num_points = args.num_points;
+  plan->num_images = unsigned(args.num_images);
+  plan->num_classes = args.num_classes;
+  plan->positive_weight = args.alpha < 0 ? 1 : args.alpha;
+  plan->negative_weight = args.alpha < 0 ? 1 : 1 - args.alpha;
+  plan->gamma = args.gamma;
+  plan->partials = args.partials;
+  plan->grad = args.grad;
+  return cudaSuccess;
+}
+
+// Calls launch(T{}, integral_constant<Gamma>) for the type and the exponent. float64 is there to
+// check gradients, not for speed.
+template <class Launch>
+void dispatch(DType dtype, double gamma, Launch&& launch) {
+  with_type(dtype, [&](auto zero) {
+    if constexpr (sizeof(zero) < sizeof(double)) {
+      if (gamma == 2) {
+        return launch(zero, std::integral_constant<int, 2>{});
+      } else if (gamma == 1) {
+        return launch(zero, std::integral_constant<int, 1>{});
+      } else if (gamma == 0) {
+        return launch(zero, std::integral_constant<int, 0>{});
+      }
+    }
+    launch(zero, std::integral_constant<int, -1>{});
+  });
+}
+
+} // namespace
+
+int64_t focal_loss_partials(const FocalLoss& args) {
+  Plan plan;
+  return make_plan(args, &plan) == cudaSuccess ? plan.blocks.total() : -1;
+}
+
+cudaError_t launch_sigmoid_focal_loss(const FocalLoss& args, cudaStream_t stream) {
+  Plan plan;
+  cudaError_t error = make_plan(args, &plan);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  unsigned blocks = unsigned(plan.blocks.total());
+  if (blocks > 0) {
+    dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
+      using T = decltype(zero);
+      FCOS_LAUNCH((loss_kernel<T, decltype(gamma)::value>), blocks, kThreads, 0, stream, plan);
+    });
+    error = cudaGetLastError();
+  }
+  Sums sums = {args.partials, blocks, {args.loss}, args.dtype == DType::kDouble};
+  return error == cudaSuccess ? launch_sums(sums, 1, stream) : error;
+}
+
+cudaError_t launch_sigmoid_focal_loss_backward(const FocalLoss& args, cudaStream_t stream) {
+  Plan plan;
+  cudaError_t error = make_plan(args, &plan);
+  if (error != cudaSuccess || plan.blocks.total() == 0) {
+    return error;
+  }
+  unsigned blocks = unsigned(plan.blocks.total());
+  dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
+    using T = decltype(zero);
+    FCOS_LAUNCH((grad_kernel<T, decltype(gamma)::value>), blocks, kThreads, 0, stream, plan);
+  });
+  return cudaGetLastError();
+}
+
+} // namespace fcos::cuda

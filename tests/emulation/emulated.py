@@ -1,0 +1,186 @@
+"""Builds csrc/cuda and its binding for the CPU (see csrc/README.md) and offers the ops that run it.
+
+``emulated.ops().assign_targets(...)`` takes what ``torch.ops.fcos_d2.assign_targets`` takes, on CPU
+tensors. Outputs are poisoned before every call: what a kernel leaves unwritten is NaN or huge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+import fcos_d2.ops  # noqa: F401  (defines the ops)
+from fcos_d2.ops import _library
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+NAMESPACE = "fcos_d2_emulated"
+_DEFINITIONS = torch.library.Library(NAMESPACE, "DEF")
+# Processes under AddressSanitizer (test_sanitizers.py) have this in their environment.
+SANITIZED = os.environ.get("FCOS_D2_EMULATION") == "sanitized"
+
+EMULATOR = [HERE / "fiber.cpp", HERE / "emulator.cpp"]
+SOURCES = {
+    "ops": [
+        *EMULATOR,
+        HERE / "torch_standins.cpp",
+        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+        ROOT / "csrc" / "bindings" / "cuda.cpp",
+    ],
+    "faults": [*EMULATOR, HERE / "faults.cu"],
+}
+# The questions about the GPU that torch_standins.cpp answers.
+RENAMED = ("get_current_cuda_stream", "create_device_guard", "delete_device_guard")
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fsanitize-sections=emulated_shared",  # not looked at unless named
+]
+
+
+@functools.cache
+def setup_py() -> ModuleType:
+    """setup.py, which knows how to compile a file only when something has changed."""
+    spec = importlib.util.spec_from_file_location("fcos_d2_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def missing() -> str | None:
+    """Why there can be no emulation here; None where there can."""
+    return None if shutil.which(setup_py().COMPILER[0]) else "needs a C++ compiler"
+
+
+@functools.cache
+def overloads() -> dict[str, torch._ops.OpOverload]:
+    """All ops again, under another name; those of csrc/bindings/cuda.cpp run its kernels."""
+    for name, op in _library.OPS.items():
+        _DEFINITIONS.define(op.schema)
+        _DEFINITIONS.impl(name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_DEFINITIONS)
+        if op.backward is not None:
+            torch.library.register_autograd(
+                f"{NAMESPACE}::{name}",
+                op.backward,
+                setup_context=op.setup_context,
+                lib=_DEFINITIONS,
+            )
+    torch.ops.load_library(build("ops"))
+    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in _library.OPS}
+
+
+@functools.cache
+def ops() -> SimpleNamespace:
+    """The ops that csrc/bindings/cuda.cpp registers, by name."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return SimpleNamespace(
+        **{
+            name: poisoned(op)
+            for name, op in overloads().items()
+            if has_kernel(f"{NAMESPACE}::{name}", "CPU")
+        }
+    )
+
+
+def opcheck(name: str, *args) -> None:
+    """Compares the schema and the fake kernel with what the kernel does."""
+    names = ("test_schema", "test_faketensor")
+    torch.library.opcheck(overloads()[name], args, test_utils=names)
+
+
+def poisoned(op):
+    """``op`` in a world where torch.empty returns NaN and the largest integers."""
+
+    @functools.wraps(op)
+    def call(*args):
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return op(*args)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return call
+
+
+@contextlib.contextmanager
+def schedule(number: int, library: str = "ops"):
+    """Runs blocks and threads in order (0), or in another order that the number stands for."""
+    set_schedule = ctypes.CDLL(str(build(library))).emulation_set_schedule
+    set_schedule(number)
+    try:
+        yield
+    finally:
+        set_schedule(0)
+
+
+@functools.cache
+def build(library: str, sanitized: bool = SANITIZED) -> Path:
+    """Compiles what has changed of a library of SOURCES and links it."""
+    folder = ROOT / "build" / "emulation" / ("sanitized" if sanitized else "plain")
+    sources = SOURCES[library]
+    targets = [folder / f"{source.name}.o" for source in sources]
+    arguments = ["-x", "c++", *compile_arguments(sanitized)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compile_source = setup_py().compile_source
+        jobs = [
+            pool.submit(compile_source, str(source), target, arguments)
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+    output = folder / f"{library}.so"
+    made = output.stat().st_mtime if output.exists() else 0
+    if any(target.stat().st_mtime > made for target in targets):
+        link(library, targets, output, sanitized)
+    return output
+
+
+def has_fma() -> bool:
+    """Whether the processor fuses multiply and add, as every GPU does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
+
+
+def compile_arguments(sanitized: bool) -> list[str]:
+    return [
+        "-std=c++20",
+        "-g1",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",  # unroll
+        "-O1",
+        *(SANITIZERS if sanitized else []),
+        # As nvcc does, a product and a sum become one operation, rounded once.
+        "-ffp-contract=fast",
+        *(["-mfma"] if has_fma() else []),
+        f"-I{HERE / 'include'}",
+        f"-isystem{Path(torch.__file__).parent / 'include'}",
+        setup_py().TORCH_TARGET,
+        "-DUSE_CUDA",
+        *(f"-Daoti_torch_{name}=emulated_{name}" for name in RENAMED),
+        f"-DFCOS_D2_NAMESPACE={NAMESPACE}",
+        "-DFCOS_D2_DISPATCH_KEY=CPU",
+    ]
+
+
+def link(library: str, objects: list[Path], output: Path, sanitized: bool) -> None:
+    command = [*setup_py().COMPILER, "-shared", *map(str, objects), "-o", str(output)]
+    if sanitized:
+        command += SANITIZERS[:1]
+    if library == "ops":
+        command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    subprocess.run(command, check=True)

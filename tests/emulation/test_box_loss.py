@@ -1,0 +1,194 @@
+"""csrc/cuda/box_loss.cu equals the reference in float64, in every layout."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import reference
+
+from . import emulated
+from .test_sigmoid_focal_loss import LAYOUTS
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LOSS_TYPES = ["iou", "linear_iou", "giou", "diou", "ciou"]
+SHAPES = [(5, 16), (3, 7), (1, 1)]
+
+
+def random_maps(shapes, images, dtype, layout="nchw"):
+    """(ltrb, quality): distances that are mostly positive, as a ReLU or exp gives them."""
+    lay_out = LAYOUTS[layout]
+    ltrb = [lay_out((torch.rand(images, 4, h, w) * 4 - 0.1).to(dtype)) for h, w in shapes]
+    quality = [lay_out((torch.randn(images, 1, h, w) * 3).to(dtype)) for h, w in shapes]
+    return ltrb, quality
+
+
+def random_targets(shapes, images, positive=0.4):
+    """(matched, ltrb, centerness) with garbage at background points, which must not be read."""
+    points = sum(h * w for h, w in shapes)
+    is_positive = torch.rand(images, points) < positive
+    ltrb = torch.where(is_positive[..., None], torch.rand(images, points, 4) * 4 + 0.05, math.nan)
+    centerness = reference.centerness(ltrb)
+    return torch.where(is_positive, 3, -1).int(), ltrb, centerness
+
+
+def assert_equals_reference(ltrb, quality, targets, loss_type="giou", **options):
+    ops = emulated.ops()
+    quality_type = options.get("quality_type", "centerness")
+    smoothing = [options.get("smoothing", 0.0)] * len(ltrb)
+    options = (loss_type, quality_type, options.get("weighted", True), smoothing)
+    wide = [[x.double() for x in maps] for maps in (ltrb, quality)]
+    losses = ops.box_loss(ltrb, quality, *targets, *options)
+    expected = reference.box_loss(*wide, *targets, *options)
+    dtype = reference._accumulate_dtype(ltrb[0])
+    rtol = 1e-10 if dtype == torch.float64 else 2e-6
+    for loss, want in zip(losses, expected, strict=True):
+        assert loss.dtype == dtype
+        torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=1e-6 * rtol)
+
+    upstream = [torch.tensor(u, dtype=dtype) for u in (1.7, -0.6)]
+    grads = ops.box_loss_backward(*upstream, ltrb, quality, *targets, *options)
+    wanted = reference.box_loss_backward(*(u.double() for u in upstream), *wide, *targets, *options)
+    eps = torch.finfo(ltrb[0].dtype).eps
+    tolerance = {"rtol": max(eps, 1e-10), "atol": 4 * max(eps, 1e-6)}
+    for grad, want, given_map in zip(
+        grads[0] + grads[1], wanted[0] + wanted[1], [*ltrb, *quality], strict=True
+    ):
+        assert grad.dtype == given_map.dtype
+        assert grad.stride() == torch.empty_like(given_map).stride()
+        torch.testing.assert_close(grad.double(), want, **tolerance)
+    return losses, grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("quality_type", ["centerness", "iou"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_losses_and_options(dtype, loss_type, quality_type, weighted, smoothing):
+    maps, targets = random_maps(SHAPES, 2, dtype), random_targets(SHAPES, 2)
+    options = {"quality_type": quality_type, "weighted": weighted, "smoothing": smoothing}
+    assert_equals_reference(*maps, targets, loss_type, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(layout, dtype):
+    maps = random_maps(SHAPES, 3, dtype, layout)
+    assert_equals_reference(*maps, random_targets(SHAPES, 3))
+
+
+def test_smoothing_of_each_level():
+    shapes = [(4, 8), (2, 4)]
+    maps, targets = random_maps(shapes, 2, torch.float32), random_targets(shapes, 2)
+    options = ("giou", "iou", True, [1.0, 0.125])
+    losses = emulated.ops().box_loss(*maps, *targets, *options)
+    torch.testing.assert_close(losses, reference.box_loss(*maps, *targets, *options))
+
+
+@pytest.mark.parametrize("positive", [0.0, 1.0])
+@pytest.mark.parametrize("shapes", [[(20, 33)], [(0, 4), (16, 16), (2, 0), (1, 300)]])
+def test_any_number_of_positives_and_points(positive, shapes):
+    maps = random_maps(shapes, 2, torch.float32)
+    losses, grads = assert_equals_reference(*maps, random_targets(shapes, 2, positive))
+    if positive == 0:
+        assert losses[0] == losses[1] == 0 and all((g == 0).all() for g in grads[0] + grads[1])
+
+
+def test_broken_predictions_of_background_points_do_not_leak():
+    (ltrb,), (quality,) = random_maps([(8, 8)], 1, torch.float32)
+    targets = random_targets([(8, 8)], 1)
+    background = (targets[0] < 0).view(1, 1, 8, 8)
+    broken = [torch.where(background, math.nan, x) for x in (ltrb, quality)]
+    options = ("giou", "centerness", True, [0.0])
+    losses = emulated.ops().box_loss(broken[:1], broken[1:], *targets, *options)
+    assert all(x.isfinite() for x in losses)
+    one = torch.ones(())
+    grads = emulated.ops().box_loss_backward(one, one, broken[:1], broken[1:], *targets, *options)
+    assert all(g[0].isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_disjoint_and_empty_predictions(loss_type):
+    target = torch.tensor([[[1.0, 1.0, 1.0, 1.0]] * 4])
+    pred = torch.tensor([[-3.0, 1, 4, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1e4, 1e4, 1e4, 1e4]])
+    maps = [pred.t().reshape(1, 4, 2, 2).clone()], [torch.zeros(1, 1, 2, 2)]
+    targets = torch.zeros(1, 4, dtype=torch.int32), target, torch.ones(1, 4)
+    losses, grads = assert_equals_reference(*maps, targets, loss_type)
+    assert all(x.isfinite().all() for x in (*losses, *grads[0]))
+
+
+@pytest.mark.parametrize("images, shape", [(0, (2, 3)), (1, (0, 3))])
+def test_empty_inputs(images, shape):
+    maps, targets = random_maps([shape], images, torch.float32), random_targets([shape], images)
+    options = ("giou", "centerness", True, [0.0])
+    losses = emulated.ops().box_loss(*maps, *targets, *options)
+    assert losses[0] == losses[1] == 0
+    one = torch.ones(())
+    grads = emulated.ops().box_loss_backward(one, one, *maps, *targets, *options)
+    assert grads[0][0].shape == (images, 4, *shape) and grads[1][0].shape == (images, 1, *shape)
+
+
+def test_order_of_blocks_and_threads_changes_no_bit():
+    shapes = [(40, 48), (5, 3)]
+    maps, targets = random_maps(shapes, 2, torch.bfloat16), random_targets(shapes, 2)
+    options = ("ciou", "iou", True, [0.0, 1.0])
+    expected = emulated.ops().box_loss(*maps, *targets, *options)
+    for number in range(1, 5):
+        with emulated.schedule(number):
+            losses = emulated.ops().box_loss(*maps, *targets, *options)
+        assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
+
+
+def test_bad_gradient_is_named():
+    maps, targets = random_maps([(2, 2)], 1, torch.float64), random_targets([(2, 2)], 1)
+    options = ("giou", "centerness", True, [0.0])
+    wide, single = torch.ones((), dtype=torch.float64), torch.ones(())
+    with pytest.raises(RuntimeError, match="grad_quality must be one number of the dtype of the"):
+        emulated.ops().box_loss_backward(wide, single, *maps, *targets, *options)
+
+
+def test_fake_kernels_tell_the_truth():
+    maps = random_maps(SHAPES, 2, torch.float16, "channels_last")
+    targets = random_targets(SHAPES, 2, positive=1.0)
+    options = ("giou", "centerness", True, [0.0] * len(SHAPES))
+    emulated.opcheck("box_loss", *maps, *targets, *options)
+    one = torch.ones(())
+    emulated.opcheck("box_loss_backward", one, one, *maps, *targets, *options)
+
+
+CASES = {
+    "shapes": st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3),
+    "images": st.integers(1, 2),
+    "layout": st.sampled_from(list(LAYOUTS)),
+    "dtype": st.sampled_from(DTYPES),
+    "loss_type": st.sampled_from(LOSS_TYPES),
+    "quality_type": st.sampled_from(["centerness", "iou"]),
+    "weighted": st.booleans(),
+    "smoothing": st.sampled_from([0.0, 0.25, 1.0]),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def check_random_case(shapes, images, layout, dtype, seed, **options):
+    torch.manual_seed(seed)
+    maps = random_maps(shapes, images, dtype, layout)
+    with emulated.schedule(seed % 3):
+        assert_equals_reference(*maps, random_targets(shapes, images), **options)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(**CASES)
+def test_random_cases(**case):
+    check_random_case(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(**CASES)
+def test_twenty_thousand_random_cases(**case):
+    check_random_case(**case)
