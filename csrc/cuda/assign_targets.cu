@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kTileWidth = 32, kTileHeight = 8;
 constexpr int kThreads = kTileWidth * kTileHeight;
+constexpr int kMinBlocks = 6; // that shall fit on a multiprocessor: at most 40 registers
 
 struct Tile {
   int image, level;
@@ -146,7 +147,7 @@ __device__ void check_offsets(const AssignTargets& args, int image, int64_t begi
       "assign_targets: gt_offsets must rise from 0 to the number of boxes");
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     assign_kernel(const __grid_constant__ AssignTargets args,
                   const __grid_constant__ BlocksOfLevels tiles) {
   __shared__ Survivor survivors[kThreads];

@@ -8,6 +8,8 @@
 
 #include "sigmoid_focal_loss.h"
 
+#include <algorithm>
+
 #include "../core/focal.h"
 #include "fast_math.h"
 #include "launch.h"
@@ -41,7 +43,7 @@ struct Matrix {
   int groups; // of columns
   int slices; // of rows; a thread has one group of one slice of one image
   int row_step; // between the rows of a thread, and what it means in memory
-  int64_t data_step, grad_step;
+  int data_step, grad_step;
 };
 
 struct Plan {
@@ -117,9 +119,9 @@ struct SpecialElements {
 };
 
 template <int V>
-__device__ SpecialElements find_special_elements(const Matrix& m, const Patch& patch, int i) {
+__device__ SpecialElements find_special_elements(const Matrix& m, const Patch& patch, int row) {
   SpecialElements special;
-  int row = patch.first_row + i * m.row_step;
+#pragma unroll 1 // rare: it shall take few registers
   for (int j = 0; j < V; ++j) {
     int column = patch.first_column + j;
     int label = patch.labels[m.columns_are_classes ? row : column];
@@ -132,14 +134,17 @@ __device__ SpecialElements find_special_elements(const Matrix& m, const Patch& p
 // Where a thread is in its patch.
 template <class T>
 struct Cursor {
-  int row; // of the patch
+  int rows_left, last_row;
   unsigned special_rows;
   const T* data;
   T* grad;
-  int64_t data_step, grad_step;
+  int data_step, grad_step;
 
+  __device__ int row(const Matrix& m, int k) const {
+    return last_row - (rows_left - 1 - k) * m.row_step;
+  }
   __device__ void advance(int rows) {
-    row += rows;
+    rows_left -= rows;
     special_rows >>= rows;
     data += rows * data_step, grad += rows * grad_step;
   }
@@ -160,7 +165,7 @@ __device__ __forceinline__ void take_rows(
   if (any_special) {
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
-      SpecialElements special = find_special_elements<V>(m, patch, at.row + k);
+      SpecialElements special = find_special_elements<V>(m, patch, at.row(m, k));
       set_minus_infinity(&logits[k], special.positive | special.ignored);
     }
   }
@@ -171,8 +176,9 @@ __device__ __forceinline__ void take_rows(
     pass.negatives(z, at.grad + k * at.grad_step);
   }
   if (any_special) {
+#pragma unroll 1
     for (int k = 0; k < Count; ++k) {
-      unsigned left = find_special_elements<V>(m, patch, at.row + k).positive;
+      unsigned left = find_special_elements<V>(m, patch, at.row(m, k)).positive;
       for (; left != 0; left &= left - 1) {
         int j = __ffs(int(left)) - 1;
         pass.positive(-widen(at.data[k * at.data_step + j]), at.grad + k * at.grad_step + j);
@@ -185,14 +191,15 @@ template <class T, int V, class Pass>
 __device__ __forceinline__ void take_patch(
     const Plan& plan, const Matrix& m, const Patch& patch, Pass&& pass) {
   Cursor<T> at = {
-      0, find_special_rows<V>(plan, m, patch),
+      patch.num_rows, patch.first_row + (patch.num_rows - 1) * m.row_step,
+      find_special_rows<V>(plan, m, patch),
       static_cast<const T*>(m.data) + patch.offset(m.data_strides),
       static_cast<T*>(m.grad) + patch.offset(m.grad_strides), m.data_step, m.grad_step};
   constexpr int kAtOnce = V > 1 ? 2 : 4;
-  for (; at.row + kAtOnce <= patch.num_rows; at.advance(kAtOnce)) {
+  for (; at.rows_left >= kAtOnce; at.advance(kAtOnce)) {
     take_rows<T, V, kAtOnce>(m, patch, at, pass);
   }
-  for (; at.row < patch.num_rows; at.advance(1)) {
+  for (; at.rows_left > 0; at.advance(1)) {
     take_rows<T, V, 1>(m, patch, at, pass);
   }
 }
@@ -203,24 +210,24 @@ struct LossPass {
   using Math = std::conditional_t<sizeof(T) == 8, ScalarMath<double>, FastMath>;
   static constexpr bool kLastUse = false; // the backward pass comes soon
 
-  Real gamma;
+  const Plan& plan;
   Real of_negatives[V] = {};
   double of_positives = 0;
 
   __device__ void negatives(const Real (&z)[V], T*) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      of_negatives[j] += focal_terms<Math, Gamma>(z[j], gamma).loss;
+      of_negatives[j] += focal_terms<Math, Gamma>(z[j], Real(plan.gamma)).loss;
     }
   }
   __device__ void positive(Real z, T*) {
-    of_positives += double(focal_terms<Math, Gamma>(z, gamma).loss);
+    of_positives += double(focal_terms<Math, Gamma>(z, Real(plan.gamma)).loss);
   }
 };
 
 template <class T, int Gamma, int V>
 __device__ double patch_loss(const Plan& plan, const Matrix& m, const Patch& patch) {
-  LossPass<T, Gamma, V> pass{typename Compute<T>::Type(plan.gamma)};
+  LossPass<T, Gamma, V> pass{plan};
   take_patch<T, V>(plan, m, patch, pass);
   double of_negatives = 0;
   for (int j = 0; j < V; ++j) {
@@ -257,31 +264,31 @@ struct GradPass {
       std::conditional_t<sizeof(T) == 4, FastMath, CoarseMath>>;
   static constexpr bool kLastUse = true;
 
-  Real gamma;
-  Real of_negatives, of_positives; // d result / d loss, weighted, times dz/dx
+  const Plan& plan;
+  Real scale; // of negatives
+
+  __device__ static Real upstream(const Plan& plan) { return *static_cast<const Real*>(plan.grad); }
 
   __device__ void negatives(const Real (&z)[V], T* grad) {
     Real slopes[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      slopes[j] = of_negatives * focal_terms<Math, Gamma>(z[j], gamma).slope;
+      slopes[j] = scale * focal_terms<Math, Gamma>(z[j], Real(plan.gamma)).slope;
     }
     store<T, V>(grad, slopes);
   }
   __device__ void positive(Real z, T* grad) {
-    narrow(of_positives * focal_terms<Math, Gamma>(z, gamma).slope, grad);
+    Real scale = -upstream(plan) * Real(plan.positive_weight); // dz/dx is -1
+    narrow(scale * focal_terms<Math, Gamma>(z, Real(plan.gamma)).slope, grad);
   }
 };
 
 template <class T, int Gamma, int V>
 __device__ void patch_grad(const Plan& plan, const Matrix& m, const Patch& patch) {
-  using Real = typename Compute<T>::Type;
-  Real upstream = *static_cast<const Real*>(plan.grad);
+  using Pass = GradPass<T, Gamma, V>;
+  using Real = typename Pass::Real;
   take_patch<T, V>(
-      plan, m, patch,
-      GradPass<T, Gamma, V>{
-          Real(plan.gamma), upstream * Real(plan.negative_weight),
-          -upstream * Real(plan.positive_weight)});
+      plan, m, patch, Pass{plan, Pass::upstream(plan) * Real(plan.negative_weight)});
 }
 
 template <class T, int Gamma>
@@ -334,7 +341,8 @@ Matrix make_matrix(const FocalLoss& args, const Map& map) {
   // Neighbouring threads share rows. Where rows are short (few classes), the next thread's first row
   // is the next in memory, so that a warp reads one piece; long rows are cut into runs of 16.
   m.row_step = m.columns_are_classes ? m.slices : 1;
-  m.data_step = m.data_strides.row * m.row_step, m.grad_step = m.grad_strides.row * m.row_step;
+  m.data_step = int(m.data_strides.row * m.row_step);
+  m.grad_step = int(m.grad_strides.row * m.row_step);
   return m;
 }
 
@@ -347,7 +355,8 @@ cudaError_t make_plan(const FocalLoss& args, Plan* plan) {
     int64_t threads = args.num_images * m.groups * m.slices;
     int64_t blocks = divide_up(threads, kThreads);
     total += blocks;
-    if (threads > INT_MAX || total > kMaxBlocks) {
+    int64_t step = std::max(m.data_strides.row, m.grad_strides.row) * m.row_step;
+    if (threads > INT_MAX || total > kMaxBlocks || step > INT_MAX / kMaxRows) {
       return cudaErrorInvalidConfiguration;
     }
     plan->matrix[plan->blocks.num_levels] = m;
