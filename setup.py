@@ -140,7 +140,8 @@ def describe_library(name: str, sources: list[Path], torch: Path) -> Extension:
     return Extension(
         f"fcos_d2.{name}",
         sources=[source.as_posix() for source in sources],
-        depends=[path.as_posix() for path in sorted(CSRC.rglob("*.[hi]*")) if path.is_file()],
+        # All of it, so that a source distribution made without CUDA can be built with it.
+        depends=[path.as_posix() for path in sorted(CSRC.rglob("*.*")) if path.is_file()],
         extra_compile_args=[
             *FLAGS,
             TORCH_TARGET,
