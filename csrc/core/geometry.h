@@ -38,7 +38,43 @@ FCOS_HD float longest(const Ltrb<float>& d) {
 }
 
 FCOS_HD float area(const float* box) {
-  return (box[2] - box[0]) * (box[3] - box[1]);
+  return product(box[2] - box[0], box[3] - box[1]);
+}
+
+// Areas of intersection and union of two boxes. A NaN coordinate makes the union NaN, which no
+// comparison exceeds.
+struct Overlap {
+  float inter, both;
+
+  FCOS_HD bool exceeds(float iou_threshold) const { return inter > product(iou_threshold, both); }
+  FCOS_HD float iou() const { return both > 0 ? inter / both : 0.0f; }
+};
+
+FCOS_HD Overlap overlap(
+    float ax1, float ay1, float ax2, float ay2, float a_area, float bx1, float by1, float bx2,
+    float by2, float b_area) {
+  float width = max_of(min_of(ax2, bx2) - max_of(ax1, bx1), 0.0f);
+  float height = max_of(min_of(ay2, by2) - max_of(ay1, by1), 0.0f);
+  float inter = product(width, height);
+  return {inter, a_area + b_area - inter};
+}
+FCOS_HD Overlap overlap(const float* a, const float* b) {
+  return overlap(a[0], a[1], a[2], a[3], area(a), b[0], b[1], b[2], b[3], area(b));
+}
+
+// The box at distances `ltrb`, in strides, from a point of a level.
+FCOS_HD void decode_box(const Level& level, int64_t point, const float* ltrb, float* box) {
+  float x = level.x(int(point % level.width)), y = level.y(int(point / level.width));
+  box[0] = x - product(ltrb[0], level.stride);
+  box[1] = y - product(ltrb[1], level.stride);
+  box[2] = x + product(ltrb[2], level.stride);
+  box[3] = y + product(ltrb[3], level.stride);
+}
+
+FCOS_HD void clip_box(float height, float width, float* box) {
+  for (int c = 0; c < 4; ++c) {
+    box[c] = min_of(max_of(box[c], 0.0f), c % 2 ? height : width);
+  }
 }
 
 // The sizes a level is responsible for.

@@ -10,7 +10,30 @@
 #define FCOS_HD inline __attribute__((always_inline))
 #endif
 
+// tests/emulation fuses products with sums, as GPUs do, and keeps this from it.
+#ifndef FCOS_ROUNDED
+#define FCOS_ROUNDED(value) (value)
+#endif
+
 namespace fcos {
+
+// a * b, rounded before it becomes part of a sum, so that both processors get the same bits. Files of
+// the CPU switch -ffp-contract off for that.
+template <class T>
+FCOS_HD T product(T a, T b) {
+  return a * b;
+}
+template <class T>
+FCOS_HD T product(T a, float b) {
+  return a * b;
+}
+FCOS_HD float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return FCOS_ROUNDED(a * b);
+#endif
+}
 
 // The functions that formulas need, for plain numbers in full precision. Other number types (a
 // vector of floats, a float with fast intrinsics) come as other structs of this shape.

@@ -1,4 +1,4 @@
-// The order of candidates: descending rank, equal ranks by ascending index.
+// The order of candidates and of boxes: descending rank, equal ranks by ascending index.
 #pragma once
 
 #include <cstring>
@@ -8,12 +8,24 @@
 namespace fcos {
 
 // A key that is larger for a better candidate and unique, so that any correct selection, whatever
-// the order in which candidates were found, returns the same result. The bits of a non-negative
-// float order like the float.
+// the order in which candidates were found, returns the same result.
+FCOS_HD uint64_t ranking_key(uint32_t bits, uint32_t index) {
+  return (uint64_t(bits) << 32) | uint32_t(~index);
+}
+
+// The bits of a non-negative float order like the float.
 FCOS_HD uint64_t ranking_key(float rank, uint32_t index) {
   uint32_t bits;
   std::memcpy(&bits, &rank, sizeof bits);
-  return (uint64_t(bits) << 32) | uint32_t(~index);
+  return ranking_key(bits, index);
+}
+
+// Bits that order like any float but NaN, from -inf to inf; -0 equals 0.
+FCOS_HD uint32_t ordered_bits(float x) {
+  x += 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 FCOS_HD uint32_t ranking_index(uint64_t key) {

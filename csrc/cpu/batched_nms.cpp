@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../core/ranking.h"
 #include "ops.h"
 
 // CPU and GPU must agree to the bit: no product may be fused into a sum.
@@ -18,20 +19,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kBlock = 16; // boxes compared without a branch
-
-struct Overlap {
-  float inter, both;
-};
-
-// A NaN coordinate makes the union NaN, which no comparison exceeds.
-FCOS_HD Overlap overlap(
-    float ax1, float ay1, float ax2, float ay2, float a_area, float bx1, float by1, float bx2,
-    float by2, float b_area) {
-  float width = max_of(min_of(ax2, bx2) - max_of(ax1, bx1), 0.0f);
-  float height = max_of(min_of(ay2, by2) - max_of(ay1, by1), 0.0f);
-  float inter = width * height;
-  return {inter, a_area + b_area - inter};
-}
 
 // Kept boxes of one class, coordinate by coordinate.
 class Kept {
@@ -44,7 +31,7 @@ class Kept {
       for (size_t i = first; i < last; ++i) {
         Overlap o = overlap(
             x1_[i], y1_[i], x2_[i], y2_[i], area_[i], box[0], box[1], box[2], box[3], box_area);
-        any |= o.inter > threshold * o.both;
+        any |= o.exceeds(threshold);
       }
       if (any) {
         return true;
@@ -80,14 +67,6 @@ class KeptByClass {
   float threshold_;
   std::unordered_map<int64_t, Kept> kept_;
 };
-
-// Order-preserving bits of a float; -0 equals 0.
-uint32_t ordered_bits(float x) {
-  x += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 struct Ranked {
   uint32_t bits;
@@ -165,14 +144,11 @@ void soft(const PaddedNms& args, int64_t image) {
         continue;
       }
       const float* other = boxes + 4 * i;
-      Overlap o = overlap(
-          box[0], box[1], box[2], box[3], area(box), other[0], other[1], other[2], other[3],
-          area(other));
-      float iou = o.both > 0 ? o.inter / o.both : 0.0f;
+      Overlap o = overlap(box, other);
       if (args.method == NmsMethod::kGaussian) {
-        alive[i] *= std::exp(-(iou * iou) / args.sigma);
-      } else if (o.inter > args.iou_threshold * o.both) {
-        alive[i] *= 1 - iou;
+        alive[i] *= exp_of_negative(-product(o.iou(), o.iou()) / args.sigma);
+      } else if (o.exceeds(args.iou_threshold)) {
+        alive[i] *= 1 - o.iou();
       }
     }
     for (float& score : alive) {

@@ -1,6 +1,6 @@
 // box_loss: visits the positive points only.
 
-#include <numeric>
+#include <algorithm>
 #include <vector>
 
 #include "ops.h"
@@ -17,20 +17,15 @@ struct PointTerms {
   QualityLoss<T> quality;
 };
 
-// Element of channel c of a point in a map of `channels` channels.
-int64_t element(const Map& map, int64_t channels, int64_t image, int64_t c, int64_t point) {
-  return image * channels * map.num_points + c * map.channel_stride + point * map.point_stride;
-}
-
 template <class Storage>
 using Compute = decltype(widen(Storage{}));
 
 template <class Storage>
 PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image, int64_t point) {
   using T = Compute<Storage>;
-  const Map& map = args.ltrb[l];
+  const Map& map = args.ltrb.level[l];
   auto side = [&](int c) {
-    return widen(static_cast<const Storage*>(map.data)[element(map, 4, image, c, point)]);
+    return widen(static_cast<const Storage*>(map.data)[element(map.data_layout, image, c, point)]);
   };
   int64_t row = image * args.num_points + map.first_point + point;
   const float* target = args.target_ltrb + 4 * row;
@@ -40,13 +35,18 @@ PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image
   T centerness = args.target_centerness[row];
   T weight = args.weight_by_centerness ? centerness : T(1);
   T wanted = args.quality_type == QualityType::kCenterness ? centerness : box.iou;
-  const Map& logits = args.quality[l];
-  T logit = widen(static_cast<const Storage*>(logits.data)[element(logits, 1, image, 0, point)]);
+  const Map& logits = args.quality.level[l];
+  T logit = widen(
+      static_cast<const Storage*>(logits.data)[element(logits.data_layout, image, 0, point)]);
   box.loss *= weight;
   box.slope = {weight * box.slope.left, weight * box.slope.top, weight * box.slope.right,
                weight * box.slope.bottom};
   return {box, quality_loss(logit, wanted)};
 }
+
+struct Sums {
+  double box = 0, quality = 0;
+};
 
 // A run of points of one level of one image.
 struct Piece {
@@ -57,9 +57,10 @@ struct Piece {
 std::vector<Piece> pieces(const BoxLossArgs& args) {
   std::vector<Piece> all;
   for (int64_t image = 0; image < args.num_images; ++image) {
-    for (int l = 0; l < args.num_levels; ++l) {
-      for (int64_t p = 0; p < args.ltrb[l].num_points; p += kPointsPerPiece) {
-        all.push_back({l, image, p, std::min(p + kPointsPerPiece, args.ltrb[l].num_points)});
+    for (int l = 0; l < args.ltrb.num_levels; ++l) {
+      int64_t points = args.ltrb.level[l].num_points;
+      for (int64_t p = 0; p < points; p += kPointsPerPiece) {
+        all.push_back({l, image, p, std::min(p + kPointsPerPiece, points)});
       }
     }
   }
@@ -70,7 +71,7 @@ std::vector<Piece> pieces(const BoxLossArgs& args) {
 template <class Storage, class Function>
 void for_each_positive(const BoxLossArgs& args, const Piece& piece, Function&& function) {
   const int32_t* matched =
-      args.matched + piece.image * args.num_points + args.ltrb[piece.level].first_point;
+      args.matched + piece.image * args.num_points + args.ltrb.level[piece.level].first_point;
   for (int64_t point = piece.first; point < piece.last; ++point) {
     if (matched[point] >= 0) {
       function(point, terms<Storage>(args, piece.level, piece.image, point));
@@ -81,25 +82,28 @@ void for_each_positive(const BoxLossArgs& args, const Piece& piece, Function&& f
 template <class Storage>
 void write_gradients(const BoxLossArgs& args, const Piece& piece) {
   using T = Compute<Storage>;
-  const Map &ltrb = args.ltrb[piece.level], &quality = args.quality[piece.level];
-  auto put = [&](const Map& map, int64_t channels, int64_t c, int64_t point, T value) {
-    narrow(value, static_cast<Storage*>(map.grad) + element(map, channels, piece.image, c, point));
+  const Map& ltrb = args.ltrb.level[piece.level];
+  const Map& quality = args.quality.level[piece.level];
+  auto put = [&](const Map& map, int64_t channel, int64_t point, T value) {
+    int64_t to = element(map.grad_layout, piece.image, channel, point);
+    narrow(value, static_cast<Storage*>(map.grad) + to);
   };
-  T box_scale = T(args.grad_box), quality_scale = T(args.grad_quality);
+  T box_scale = T(number(args.dtype, args.grad_box));
+  T quality_scale = T(number(args.dtype, args.grad_quality));
   for_each_positive<Storage>(args, piece, [&](int64_t point, const PointTerms<T>& t) {
-    put(ltrb, 4, 0, point, box_scale * t.box.slope.left);
-    put(ltrb, 4, 1, point, box_scale * t.box.slope.top);
-    put(ltrb, 4, 2, point, box_scale * t.box.slope.right);
-    put(ltrb, 4, 3, point, box_scale * t.box.slope.bottom);
-    put(quality, 1, 0, point, quality_scale * t.quality.slope);
+    put(ltrb, 0, point, box_scale * t.box.slope.left);
+    put(ltrb, 1, point, box_scale * t.box.slope.top);
+    put(ltrb, 2, point, box_scale * t.box.slope.right);
+    put(ltrb, 3, point, box_scale * t.box.slope.bottom);
+    put(quality, 0, point, quality_scale * t.quality.slope);
   });
 }
 
 } // namespace
 
-BoxLossSums box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
+void box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
-  std::vector<BoxLossSums> sums(all.size(), {0, 0}); // so the order of adding is fixed
+  std::vector<Sums> sums(all.size()); // so the order of adding is fixed
   parallel_for(int64_t(all.size()), 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       dispatch(args.dtype, [&](auto zero) {
@@ -110,10 +114,12 @@ BoxLossSums box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
       });
     }
   });
-  return std::accumulate(
-      sums.begin(), sums.end(), BoxLossSums{0, 0}, [](BoxLossSums a, const BoxLossSums& b) {
-        return BoxLossSums{a.box + b.box, a.quality + b.quality};
-      });
+  Sums total;
+  for (const Sums& s : sums) {
+    total.box += s.box, total.quality += s.quality;
+  }
+  set_number(args.dtype, total.box, args.box_loss);
+  set_number(args.dtype, total.quality, args.quality_loss);
 }
 
 void box_loss_backward(const BoxLossArgs& args, ParallelFor parallel_for) {

@@ -11,7 +11,7 @@ namespace fcos::cpu {
 // from `channel` on of one point: `labels` has that point's label only.
 struct FocalStrip {
   const void* logits;
-  void* grad; // null in a forward pass
+  void* grad; // null where no gradient is wanted
   const int32_t* labels;
   int64_t size;
   int32_t channel;
@@ -20,17 +20,16 @@ struct FocalStrip {
 
 struct FocalOptions {
   DType dtype;
-  double alpha, gamma, scale; // scale: of the gradient
+  double alpha, gamma;
+  double scale; // of the gradient
+  bool wants_loss;
 };
 
-using FocalForward = double (*)(const FocalStrip&, const FocalOptions&);
-using FocalBackward = void (*)(const FocalStrip&, const FocalOptions&);
+// The loss of the strip where it is wanted; writes the gradient where there is room for it.
+using FocalStripKernel = double (*)(const FocalStrip&, const FocalOptions&);
 
-double focal_forward_baseline(const FocalStrip&, const FocalOptions&);
-void focal_backward_baseline(const FocalStrip&, const FocalOptions&);
-double focal_forward_avx2(const FocalStrip&, const FocalOptions&);
-void focal_backward_avx2(const FocalStrip&, const FocalOptions&);
-double focal_forward_avx512(const FocalStrip&, const FocalOptions&);
-void focal_backward_avx512(const FocalStrip&, const FocalOptions&);
+double focal_strip_baseline(const FocalStrip&, const FocalOptions&);
+double focal_strip_avx2(const FocalStrip&, const FocalOptions&);
+double focal_strip_avx512(const FocalStrip&, const FocalOptions&);
 
 } // namespace fcos::cpu

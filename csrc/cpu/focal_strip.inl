@@ -1,5 +1,5 @@
 // Body of focal_strip_*.cpp; FCOS_ISA names the instruction set. Nothing here may have external
-// linkage but the two functions at the end: another file's copy was compiled for other processors.
+// linkage but the function at the end: another file's copy was compiled for other processors.
 
 #include "../core/focal.h"
 #include "focal_strip.h"
@@ -54,28 +54,38 @@ FCOS_HD Lanes lanes(const FocalStrip& strip, int64_t i) {
   return {label == channel, label != -1};
 }
 
+template <int Gamma, bool Loss, bool Grad>
 struct Loop {
-  Floats weight_true, weight_other, gamma;
+  Floats weight_true, weight_other, gamma, scale;
+  double total = 0;
+  Floats partial = {};
 
   explicit Loop(const FocalOptions& options)
       : weight_true(broadcast(options.alpha < 0 ? 1 : options.alpha)),
         weight_other(broadcast(options.alpha < 0 ? 1 : 1 - options.alpha)),
-        gamma(broadcast(options.gamma)) {}
+        gamma(broadcast(options.gamma)),
+        scale(broadcast(options.scale)) {}
 
-  template <int Gamma>
-  FCOS_HD Floats loss(Floats x, const Lanes& lane) const {
+  // Adds the losses and returns the gradient of one vector of logits.
+  FCOS_HD Floats take(Floats x, const Lanes& lane) {
     Floats z = lane.is_true ? -x : x;
     Floats weight = lane.is_true ? weight_true : weight_other;
     weight = lane.active ? weight : Floats{};
-    return weight * focal_terms<VectorMath, Gamma>(z, gamma).loss;
+    FocalTerms<Floats> terms = focal_terms<VectorMath, Gamma>(z, gamma);
+    if constexpr (Loss) {
+      partial += weight * terms.loss;
+    }
+    if constexpr (!Grad) {
+      return x;
+    }
+    return scale * (lane.is_true ? -weight : weight) * terms.slope;
   }
 
-  template <int Gamma>
-  FCOS_HD Floats slope(Floats x, const Lanes& lane, Floats scale) const {
-    Floats z = lane.is_true ? -x : x;
-    Floats weight = lane.is_true ? -weight_true : weight_other;
-    weight = lane.active ? weight : Floats{};
-    return scale * weight * focal_terms<VectorMath, Gamma>(z, gamma).slope;
+  void flush() {
+    for (int i = 0; i < kLanes && Loss; ++i) {
+      total += partial[i];
+    }
+    partial = Floats{};
   }
 };
 
@@ -106,56 +116,37 @@ struct Tail {
   }
 };
 
-double sum(const Floats& x) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    total += x[i];
-  }
-  return total;
-}
-
-template <class T, int Gamma>
-double forward(const FocalStrip& strip, const FocalOptions& options) {
+template <class T, int Gamma, bool Loss, bool Grad>
+double run(const FocalStrip& strip, const FocalOptions& options) {
   const T* logits = static_cast<const T*>(strip.logits);
-  Loop loop(options);
-  double total = 0;
+  T* grad = static_cast<T*>(strip.grad);
+  Loop<Gamma, Loss, Grad> loop(options);
   int64_t i = 0, whole = strip.size / kLanes * kLanes;
   while (i < whole) {
     int64_t stop = i + kFlush * kLanes < whole ? i + kFlush * kLanes : whole;
-    Floats partial = {};
     for (; i < stop; i += kLanes) {
-      partial += loop.loss<Gamma>(load(logits + i), lanes(strip, i));
+      Floats slopes = loop.take(load(logits + i), lanes(strip, i));
+      if constexpr (Grad) {
+        store(slopes, grad + i);
+      }
     }
-    total += sum(partial);
+    loop.flush();
   }
   if (i < strip.size) {
     Tail<T> tail(strip, i);
-    total += sum(loop.loss<Gamma>(load(tail.logits), tail.masked()));
+    Floats slopes = loop.take(load(tail.logits), tail.masked());
+    if constexpr (Grad) {
+      T out[kLanes];
+      store(slopes, out);
+      std::memcpy(grad + i, out, sizeof(T) * tail.count);
+    }
+    loop.flush();
   }
-  return total;
-}
-
-template <class T, int Gamma>
-void backward(const FocalStrip& strip, const FocalOptions& options) {
-  const T* logits = static_cast<const T*>(strip.logits);
-  T* grad = static_cast<T*>(strip.grad);
-  Loop loop(options);
-  Floats scale = broadcast(options.scale);
-  int64_t i = 0;
-  for (; i + kLanes <= strip.size; i += kLanes) {
-    store(loop.slope<Gamma>(load(logits + i), lanes(strip, i), scale), grad + i);
-  }
-  if (i < strip.size) {
-    Tail<T> tail(strip, i);
-    T out[kLanes];
-    store(loop.slope<Gamma>(load(tail.logits), tail.masked(), scale), out);
-    std::memcpy(grad + i, out, sizeof(T) * tail.count);
-  }
+  return loop.total;
 }
 
 // float64 is for checking gradients: one by one, in full precision.
-template <bool Backward>
-double in_double(const FocalStrip& strip, const FocalOptions& options) {
+double run_in_double(const FocalStrip& strip, const FocalOptions& options) {
   const double* logits = static_cast<const double*>(strip.logits);
   double* grad = static_cast<double*>(strip.grad);
   double total = 0;
@@ -166,42 +157,37 @@ double in_double(const FocalStrip& strip, const FocalOptions& options) {
     double weight = alpha < 0 ? 1 : is_true ? alpha : 1 - alpha;
     weight = label == -1 ? 0 : weight;
     auto terms = focal_terms<ScalarMath<double>, -1>(is_true ? -logits[i] : logits[i], options.gamma);
-    if constexpr (Backward) {
+    total += weight * terms.loss;
+    if (grad) {
       grad[i] = options.scale * (is_true ? -weight : weight) * terms.slope;
-    } else {
-      total += weight * terms.loss;
     }
   }
   return total;
 }
 
-template <class T>
-double forward(const FocalStrip& strip, const FocalOptions& options) {
-  if constexpr (sizeof(T) == 8) {
-    return in_double<false>(strip, options);
-  } else if (options.gamma == 2) {
-    return forward<T, 2>(strip, options);
-  } else if (options.gamma == 1) {
-    return forward<T, 1>(strip, options);
-  } else if (options.gamma == 0) {
-    return forward<T, 0>(strip, options);
+template <class T, int Gamma>
+double run(const FocalStrip& strip, const FocalOptions& options) {
+  if (!strip.grad) {
+    return run<T, Gamma, true, false>(strip, options);
+  } else if (options.wants_loss) {
+    return run<T, Gamma, true, true>(strip, options);
   } else {
-    return forward<T, -1>(strip, options);
+    return run<T, Gamma, false, true>(strip, options);
   }
 }
 
 template <class T>
-void backward(const FocalStrip& strip, const FocalOptions& options) {
+double run(const FocalStrip& strip, const FocalOptions& options) {
   if constexpr (sizeof(T) == 8) {
-    in_double<true>(strip, options);
+    return run_in_double(strip, options);
   } else if (options.gamma == 2) {
-    backward<T, 2>(strip, options);
+    return run<T, 2>(strip, options);
   } else if (options.gamma == 1) {
-    backward<T, 1>(strip, options);
+    return run<T, 1>(strip, options);
   } else if (options.gamma == 0) {
-    backward<T, 0>(strip, options);
+    return run<T, 0>(strip, options);
   } else {
-    backward<T, -1>(strip, options);
+    return run<T, -1>(strip, options);
   }
 }
 
@@ -210,12 +196,8 @@ void backward(const FocalStrip& strip, const FocalOptions& options) {
 #define FCOS_NAME_(prefix, isa) prefix##isa
 #define FCOS_NAME(prefix, isa) FCOS_NAME_(prefix, isa)
 
-double FCOS_NAME(focal_forward_, FCOS_ISA)(const FocalStrip& strip, const FocalOptions& options) {
-  return dispatch(options.dtype, [&](auto zero) { return forward<decltype(zero)>(strip, options); });
-}
-
-void FCOS_NAME(focal_backward_, FCOS_ISA)(const FocalStrip& strip, const FocalOptions& options) {
-  dispatch(options.dtype, [&](auto zero) { backward<decltype(zero)>(strip, options); });
+double FCOS_NAME(focal_strip_, FCOS_ISA)(const FocalStrip& strip, const FocalOptions& options) {
+  return dispatch(options.dtype, [&](auto zero) { return run<decltype(zero)>(strip, options); });
 }
 
 } // namespace fcos::cpu

@@ -3,11 +3,10 @@
 
 #include <cstring>
 
-#include "../core/platform.h"
+#include "../core/arguments.h"
+#include "../core/scores.h"
 
 namespace fcos::cpu {
-
-enum class DType { kFloat, kHalf, kBFloat16, kDouble };
 
 // Storage of the half-precision types; arithmetic happens in float.
 struct BFloat16 {
@@ -50,10 +49,29 @@ auto dispatch(DType dtype, Function&& function) {
   }
 }
 
+// A loss, or what comes in from behind it: double where the maps are, else float.
+inline double number(DType of_maps, const void* from) {
+  return of_maps == DType::kDouble ? *static_cast<const double*>(from)
+                                   : *static_cast<const float*>(from);
+}
+inline void set_number(DType of_maps, double value, void* to) {
+  if (of_maps == DType::kDouble) {
+    *static_cast<double*>(to) = value;
+  } else {
+    *static_cast<float*>(to) = float(value);
+  }
+}
+
+// Element of a channel of a point.
+inline int64_t element(const Layout& layout, int64_t image, int64_t channel, int64_t point) {
+  return image * layout.image + channel * layout.channel + point * layout.point;
+}
+
 // Sixteen floats: one AVX-512 register, two of AVX2, four of SSE2 or NEON.
 constexpr int kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 
 // The functions of core/platform.h for vectors: polynomials, so that the compiler keeps them in
 // registers on every instruction set. Largest relative error 1.2e-7 (tests/ops).
@@ -61,23 +79,9 @@ struct VectorMath {
   using Number = Floats;
 
   static FCOS_HD Floats exp(Floats x) { // x <= 0
-    Floats lowest = Floats{} - 87.0f;   // below, e^x is too small to matter and still normal
-    x = x < lowest ? lowest : x;
-    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-    Floats shifted = x * 1.44269504088896341f + magic;
-    Floats n = shifted - magic;
-    Floats r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = Floats{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    // 2^n by adding n to the exponent; the low bits of `shifted` are n.
-    Ints bits = (Ints)p + ((Ints)shifted << 23);
-    return x != x ? x : (Floats)bits;
+    Floats lowest = Floats{} + kLowestExponent;
+    Floats e = exp_polynomial<Floats, Bits>(x < lowest ? lowest : x);
+    return x != x ? x : e;
   }
 
   static FCOS_HD Floats log1p(Floats x) { // 0 <= x <= 1; minimax polynomial for log1p(x) / x

@@ -7,19 +7,16 @@
 #include <vector>
 
 #include "../core/ranking.h"
+#include "../core/scores.h"
 #include "ops.h"
+
+// CPU and GPU must agree to the bit: no product may be fused into a sum.
+#pragma GCC optimize("fp-contract=off")
 
 namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-Floats sigmoid(Floats x) {
-  Floats e = VectorMath::exp(x < 0 ? x : -x);
-  Floats r = 1.0f / (1.0f + e);
-  Floats out = x < 0 ? e * r : r;
-  return x != x ? x : out;
-}
 
 struct Candidate {
   uint64_t key; // of rank and of index = point * K + class
@@ -72,54 +69,43 @@ struct LevelScan {
   std::vector<float> quality, bound;
 
   LevelScan(const SelectCandidates& a, int l, int64_t i) : args(a), level(l), image(i) {
-    const Map& map = args.quality[level];
+    const Map& map = args.quality.level[level];
     int64_t padded = (map.num_points + kLanes - 1) / kLanes * kLanes;
     quality.assign(padded, 0);
     bound.assign(padded, kInfinity);
     dispatch(args.quality_dtype, [&](auto zero) {
       using T = decltype(zero);
-      const T* data = static_cast<const T*>(map.data) + image * map.num_points;
+      const T* data = static_cast<const T*>(map.data);
       for (int64_t p = 0; p < map.num_points; ++p) {
-        quality[p] = float(widen(data[p]));
+        quality[p] = float(widen(data[element(map.data_layout, image, 0, p)]));
       }
     });
     for (int64_t p = 0; p < padded; p += kLanes) {
       Floats x;
       std::memcpy(&x, &quality[p], sizeof x);
-      x = sigmoid(x);
+      x = sigmoid<Floats, Bits>(x);
       std::memcpy(&quality[p], &x, sizeof x);
     }
     set_bounds(map.num_points);
   }
 
-  // Looser than the rule by more than any rounding: what exceeds it is scored exactly.
   void set_bounds(int64_t num_points) {
-    constexpr float kSlack = 1e-3f;
-    auto logit = [](float p) { return p >= 1 ? kInfinity : p <= 0 ? -kInfinity : std::log(p / (1 - p)); };
-    float fixed = logit(args.threshold);
     for (int64_t p = 0; p < num_points; ++p) {
-      bool has_quality = quality[p] == quality[p]; // NaN passes nothing
-      float exact = args.threshold_with_quality ? logit(args.threshold / quality[p]) : fixed;
-      // Near p = 1 the logit is steep in p: there every logit above a safe value is looked at.
-      bound[p] = has_quality ? std::min(exact, 6.0f) - kSlack : kInfinity;
+      bound[p] = logit_bound(args, quality[p]);
     }
   }
 
   // Scores kLanes logits of points [point, point + kLanes) of one class, or of classes
   // [channel, channel + kLanes) of one point.
   void score(Floats x, Floats q, int count, int64_t point, int64_t channel, bool planes, Best* best) {
-    Floats cls = sigmoid(x);
-    Floats product = cls * q;
-    Floats rank = args.rank_with_quality ? product : cls;
-    Floats tested = args.threshold_with_quality ? product : cls;
+    Floats cls = sigmoid<Floats, Bits>(x);
+    Floats both = cls * q;
     for (int i = 0; i < count; ++i) {
-      bool passes = tested[i] > args.threshold && product[i] == product[i]; // NaN never passes
-      if (passes && best->wants(rank[i])) {
+      float rank = rank_of(args, cls[i], both[i]);
+      if (passes(args, cls[i], both[i]) && best->wants(rank)) {
         int64_t p = planes ? point + i : point, k = planes ? channel : channel + i;
-        float final_score = args.score_rule == ScoreRule::kSqrt ? std::sqrt(product[i])
-            : args.score_rule == ScoreRule::kProduct            ? product[i]
-                                                                : cls[i];
-        best->add(rank[i], uint32_t(p * args.num_classes + k), final_score);
+        uint32_t index = uint32_t(p * args.num_classes + k);
+        best->add(rank, index, score_of(args, cls[i], both[i]));
       }
     }
   }
@@ -160,21 +146,20 @@ struct LevelScan {
   }
 
   void run(Best* best) {
-    const Map& map = args.logits[level];
-    bool planes = map.point_stride == 1;
+    const Map& map = args.logits.level[level];
     dispatch(args.logits_dtype, [&](auto zero) {
       using T = decltype(zero);
-      const T* data = static_cast<const T*>(map.data) + image * args.num_classes * map.num_points;
-      if (planes) {
+      const T* data = static_cast<const T*>(map.data) + image * map.data_layout.image;
+      if (points_are_neighbours(map)) {
         for (int k = 0; k < args.num_classes; ++k) {
-          scan(data + k * map.channel_stride, map.num_points, quality.data(), bound.data(), 1, 0, k,
+          scan(data + k * map.data_layout.channel, map.num_points, quality.data(), bound.data(), 1, 0, k,
                true, best);
         }
       } else {
         std::vector<float> one_quality(kLanes), one_bound(kLanes);
         for (int64_t p = 0; p < map.num_points; ++p) {
           one_quality[0] = quality[p], one_bound[0] = bound[p];
-          scan(data + p * map.point_stride, args.num_classes, one_quality.data(), one_bound.data(), 0,
+          scan(data + p * map.data_layout.point, args.num_classes, one_quality.data(), one_bound.data(), 0,
                p, 0, false, best);
         }
       }
@@ -183,24 +168,20 @@ struct LevelScan {
 };
 
 void decode(const SelectCandidates& args, int l, int64_t image, uint32_t index, float* box) {
-  const Map& map = args.ltrb[l];
+  const Map& map = args.ltrb.level[l];
   const Level& level = args.levels.level[l];
   int64_t point = index / uint32_t(args.num_classes);
-  float side[4];
+  float distances[4];
   dispatch(args.ltrb_dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* data = static_cast<const T*>(map.data) + image * 4 * map.num_points;
+    const T* data = static_cast<const T*>(map.data);
     for (int c = 0; c < 4; ++c) {
-      side[c] = float(widen(data[c * map.channel_stride + point * map.point_stride])) * level.stride;
+      distances[c] = float(widen(data[element(map.data_layout, image, c, point)]));
     }
   });
-  float x = level.x(int(point % level.width)), y = level.y(int(point / level.width));
-  box[0] = x - side[0], box[1] = y - side[1], box[2] = x + side[2], box[3] = y + side[3];
+  decode_box(level, point, distances, box);
   if (args.clip) {
-    float height = float(args.image_sizes[2 * image]), width = float(args.image_sizes[2 * image + 1]);
-    for (int c = 0; c < 4; ++c) {
-      box[c] = min_of(max_of(box[c], 0.0f), c % 2 ? height : width);
-    }
+    clip_box(float(args.image_sizes[2 * image]), float(args.image_sizes[2 * image + 1]), box);
   }
 }
 

@@ -12,21 +12,16 @@ namespace {
 constexpr int64_t kPixelsPerPiece = 256;
 constexpr int64_t kGrain = 32768; // logits worth a thread
 
-struct Kernels {
-  FocalForward forward;
-  FocalBackward backward;
-};
-
-Kernels fastest() {
+FocalStripKernel fastest() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("x86-64-v4")) {
-    return {focal_forward_avx512, focal_backward_avx512};
+    return focal_strip_avx512;
   }
   if (__builtin_cpu_supports("x86-64-v3")) {
-    return {focal_forward_avx2, focal_backward_avx2};
+    return focal_strip_avx2;
   }
 #endif
-  return {focal_forward_baseline, focal_backward_baseline};
+  return focal_strip_baseline;
 }
 
 size_t size_of(DType dtype) {
@@ -43,9 +38,9 @@ struct Piece {
 std::vector<Piece> pieces(const FocalLoss& args) {
   std::vector<Piece> all;
   for (int64_t image = 0; image < args.num_images; ++image) {
-    for (int l = 0; l < args.num_levels; ++l) {
-      const Map& map = args.maps[l];
-      bool is_pixel = map.point_stride != 1;
+    for (int l = 0; l < args.logits.num_levels; ++l) {
+      const Map& map = args.logits.level[l];
+      bool is_pixel = !points_are_neighbours(map);
       int64_t total = is_pixel ? map.num_points : args.num_classes;
       int64_t step = is_pixel ? kPixelsPerPiece : 1;
       for (int64_t first = 0; first < total && map.num_points > 0; first += step) {
@@ -56,25 +51,20 @@ std::vector<Piece> pieces(const FocalLoss& args) {
   return all;
 }
 
-// Calls function(strip) for every strip of a piece.
-template <class Function>
-void for_each_strip(const FocalLoss& args, const Piece& piece, Function&& function) {
+FocalStrip strip_of(const FocalLoss& args, const Piece& piece, int64_t i) {
   const Map& map = *piece.map;
-  int64_t bytes = int64_t(size_of(args.dtype));
-  int64_t stride = piece.is_pixel ? map.point_stride : map.channel_stride;
-  int64_t image = piece.image * args.num_classes * map.num_points;
-  const int32_t* labels = args.labels + piece.image * args.num_points + map.first_point;
-  for (int64_t i = piece.first; i < piece.first + piece.count; ++i) {
-    int64_t offset = (image + i * stride) * bytes;
-    FocalStrip strip;
-    strip.logits = static_cast<const char*>(map.data) + offset;
-    strip.grad = map.grad ? static_cast<char*>(map.grad) + offset : nullptr;
-    strip.labels = piece.is_pixel ? labels + i : labels;
-    strip.size = piece.is_pixel ? args.num_classes : map.num_points;
-    strip.channel = piece.is_pixel ? 0 : int32_t(i);
-    strip.is_pixel = piece.is_pixel;
-    function(strip);
-  }
+  int64_t channel = piece.is_pixel ? 0 : i, point = piece.is_pixel ? i : 0;
+  auto offset = [&](const Layout& layout) {
+    return element(layout, piece.image, channel, point) * int64_t(size_of(args.dtype));
+  };
+  FocalStrip strip;
+  strip.logits = static_cast<const char*>(map.data) + offset(map.data_layout);
+  strip.grad = map.grad ? static_cast<char*>(map.grad) + offset(map.grad_layout) : nullptr;
+  strip.labels = args.labels + piece.image * args.num_points + map.first_point + point;
+  strip.size = piece.is_pixel ? args.num_classes : map.num_points;
+  strip.channel = int32_t(channel);
+  strip.is_pixel = piece.is_pixel;
+  return strip;
 }
 
 int64_t grain(const FocalLoss& args, size_t num_pieces) {
@@ -84,28 +74,28 @@ int64_t grain(const FocalLoss& args, size_t num_pieces) {
 
 } // namespace
 
-double sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for) {
-  FocalForward forward = fastest().forward;
-  FocalOptions options{args.dtype, args.alpha, args.gamma, 0};
+void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for) {
+  double factor = args.factor ? number(args.dtype, args.factor) : 0;
+  if (factor == 1) {
+    return; // the gradients are right already
+  }
+  double grad = args.grad ? number(args.dtype, args.grad) : 0;
+  FocalOptions options{
+      args.dtype, args.alpha, args.gamma, args.factor ? factor * grad : grad, args.loss != nullptr};
+  FocalStripKernel kernel = fastest();
   std::vector<Piece> all = pieces(args);
   std::vector<double> sums(all.size(), 0.0); // one per piece, so the order of adding is fixed
   parallel_for(int64_t(all.size()), grain(args, all.size()), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      for_each_strip(args, all[i], [&](const FocalStrip& s) { sums[i] += forward(s, options); });
+      const Piece& piece = all[i];
+      for (int64_t j = piece.first; j < piece.first + piece.count; ++j) {
+        sums[i] += kernel(strip_of(args, piece, j), options);
+      }
     }
   });
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
-}
-
-void sigmoid_focal_loss_backward(const FocalLoss& args, ParallelFor parallel_for) {
-  FocalBackward backward = fastest().backward;
-  FocalOptions options{args.dtype, args.alpha, args.gamma, args.grad};
-  std::vector<Piece> all = pieces(args);
-  parallel_for(int64_t(all.size()), grain(args, all.size()), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      for_each_strip(args, all[i], [&](const FocalStrip& s) { backward(s, options); });
-    }
-  });
+  if (args.loss) {
+    set_number(args.dtype, std::accumulate(sums.begin(), sums.end(), 0.0), args.loss);
+  }
 }
 
 } // namespace fcos::cpu

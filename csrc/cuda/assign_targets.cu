@@ -75,8 +75,8 @@ __device__ bool may_serve(const AssignTargets& args, const Tile& tile, const Sur
   float longer = fmaxf(box[2] - box[0], box[3] - box[1]);
   bool fits = s.area < INFINITY && longer >= range.low && longer / 2 <= range.high;
   float radius = args.center_radius * level.stride;
-  bool near = args.center_radius < 0 || (gap(box[0], box[2], first_x, last_x) < radius &&
-                                         gap(box[1], box[3], first_y, last_y) < radius);
+  bool near = radius <= 0 || (gap(box[0], box[2], first_x, last_x) < radius &&
+                              gap(box[1], box[3], first_y, last_y) < radius);
   return fits && near;
 }
 
@@ -107,7 +107,7 @@ __device__ void consider(
     return;
   }
   float center_x = (s.box[0] + s.box[2]) / 2, center_y = (s.box[1] + s.box[3]) / 2;
-  bool near = radius < 0 || (fabsf(x - center_x) < radius && fabsf(y - center_y) < radius);
+  bool near = radius <= 0 || (fabsf(x - center_x) < radius && fabsf(y - center_y) < radius);
   if (!near || !range.contains(longest(d))) {
     return;
   }
@@ -134,7 +134,7 @@ __device__ void write(
   }
   args.labels[to] = label;
   args.matched[to] = choice.index;
-  args.ltrb[to] = make_float4(d.left, d.top, d.right, d.bottom);
+  reinterpret_cast<float4*>(args.ltrb)[to] = make_float4(d.left, d.top, d.right, d.bottom);
   args.centerness[to] = quality;
 }
 

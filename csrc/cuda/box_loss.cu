@@ -79,7 +79,7 @@ __device__ Terms<typename Compute<T>::Type> terms_of(const BoxLossArgs& args, co
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    loss_kernel(const __grid_constant__ BoxLossArgs args, unsigned blocks_per_image) {
+    loss_kernel(const __grid_constant__ BoxLossArgs args, double* partials, unsigned blocks_per_image) {
   __shared__ double box_of_warps[kThreads / 32], quality_of_warps[kThreads / 32];
   double box = 0, quality = 0;
   Point point;
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
   box = block_sum(box, box_of_warps);
   quality = block_sum(quality, quality_of_warps);
   if (threadIdx.x == 0) {
-    args.partials[blockIdx.x] = box;
-    args.partials[gridDim.x + blockIdx.x] = quality;
+    partials[blockIdx.x] = box;
+    partials[gridDim.x + blockIdx.x] = quality;
   }
 }
 
@@ -131,7 +131,7 @@ int64_t box_loss_partials(const BoxLossArgs& args) {
   return args.num_images * blocks_per_image(args);
 }
 
-cudaError_t launch_box_loss(const BoxLossArgs& args, cudaStream_t stream) {
+cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStream_t stream) {
   int64_t blocks = box_loss_partials(args);
   if (blocks > kMaxBlocks) {
     return cudaErrorInvalidConfiguration;
@@ -140,13 +140,13 @@ cudaError_t launch_box_loss(const BoxLossArgs& args, cudaStream_t stream) {
   if (blocks > 0) {
     with_type(args.dtype, [&](auto zero) {
       FCOS_LAUNCH(
-          loss_kernel<decltype(zero)>, unsigned(blocks), kThreads, 0, stream, args,
+          loss_kernel<decltype(zero)>, unsigned(blocks), kThreads, 0, stream, args, partials,
           unsigned(blocks_per_image(args)));
     });
     error = cudaGetLastError();
   }
   Sums sums = {
-      args.partials, blocks, {args.box_loss, args.quality_loss}, args.dtype == DType::kDouble};
+      partials, blocks, {args.box_loss, args.quality_loss}, args.dtype == DType::kDouble};
   return error == cudaSuccess ? launch_sums(sums, 2, stream) : error;
 }
 

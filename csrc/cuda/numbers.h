@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "../core/platform.h"
-#include "maps.h"
+#include "../core/arguments.h"
 
 namespace fcos::cuda {
 

@@ -55,7 +55,7 @@ struct Plan {
   int num_classes;
   double positive_weight, negative_weight, gamma;
   double* partials; // [blocks]
-  const void* grad;
+  const void *grad, *factor;
 };
 
 // What a thread owns.
@@ -189,7 +189,7 @@ __device__ __forceinline__ void take_rows(
 
 template <class T, int V, class Pass>
 __device__ __forceinline__ void take_patch(
-    const Plan& plan, const Matrix& m, const Patch& patch, Pass&& pass) {
+    const Plan& plan, const Matrix& m, const Patch& patch, Pass& pass) {
   Cursor<T> at = {
       patch.num_rows, patch.first_row + (patch.num_rows - 1) * m.row_step,
       find_special_rows<V>(plan, m, patch),
@@ -204,108 +204,104 @@ __device__ __forceinline__ void take_patch(
   }
 }
 
-template <class T, int Gamma, int V>
-struct LossPass {
+// What a kernel makes of the logits. Half gradients alone need no exact functions.
+template <class T, int Gamma, bool Loss, bool Grad>
+struct Kind {
   using Real = typename Compute<T>::Type;
-  using Math = std::conditional_t<sizeof(T) == 8, ScalarMath<double>, FastMath>;
-  static constexpr bool kLastUse = false; // the backward pass comes soon
+  using Math = std::conditional_t<
+      sizeof(T) == 8, ScalarMath<double>,
+      std::conditional_t<Loss || sizeof(T) == 4, FastMath, CoarseMath>>;
 
-  const Plan& plan;
-  Real of_negatives[V] = {};
-  double of_positives = 0;
-
-  __device__ void negatives(const Real (&z)[V], T*) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      of_negatives[j] += focal_terms<Math, Gamma>(z[j], Real(plan.gamma)).loss;
-    }
+  static __device__ FocalTerms<Real> terms(const Plan& plan, Real z) {
+    return focal_terms<Math, Gamma>(z, Real(plan.gamma));
   }
-  __device__ void positive(Real z, T*) {
-    of_positives += double(focal_terms<Math, Gamma>(z, Real(plan.gamma)).loss);
+  // What all gradients are multiplied by.
+  static __device__ Real upstream(const Plan& plan) {
+    Real factor = plan.factor == nullptr ? Real(1) : *static_cast<const Real*>(plan.factor);
+    return factor * *static_cast<const Real*>(plan.grad);
   }
 };
 
-template <class T, int Gamma, int V>
-__device__ double patch_loss(const Plan& plan, const Matrix& m, const Patch& patch) {
-  LossPass<T, Gamma, V> pass{plan};
-  take_patch<T, V>(plan, m, patch, pass);
-  double of_negatives = 0;
-  for (int j = 0; j < V; ++j) {
-    of_negatives += double(pass.of_negatives[j]);
+template <class T, int Gamma, bool Loss, bool Grad, int V>
+struct Pass {
+  using Kind = cuda::Kind<T, Gamma, Loss, Grad>;
+  using Real = typename Kind::Real;
+  static constexpr bool kLastUse = Grad; // else a backward pass comes soon
+
+  const Plan& plan;
+  Real scale = 0; // of the gradient of negatives
+  Real of_negatives[V] = {};
+  double of_positives = 0;
+
+  __device__ explicit Pass(const Plan& plan) : plan(plan) {
+    if constexpr (Grad) {
+      scale = Kind::upstream(plan) * Real(plan.negative_weight);
+    }
   }
-  return plan.negative_weight * of_negatives + plan.positive_weight * pass.of_positives;
+
+  __device__ void negatives(const Real (&z)[V], T* grad) {
+    Real slopes[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      FocalTerms<Real> terms = Kind::terms(plan, z[j]);
+      slopes[j] = scale * terms.slope;
+      if constexpr (Loss) {
+        of_negatives[j] += terms.loss;
+      }
+    }
+    if constexpr (Grad) {
+      store<T, V>(grad, slopes);
+    }
+  }
+  __device__ void positive(Real z, T* grad) {
+    FocalTerms<Real> terms = Kind::terms(plan, z);
+    if constexpr (Loss) {
+      of_positives += double(terms.loss);
+    }
+    if constexpr (Grad) { // dz/dx is -1
+      narrow(-Kind::upstream(plan) * Real(plan.positive_weight) * terms.slope, grad);
+    }
+  }
+
+  __device__ double loss() const {
+    double sum = 0;
+    for (int j = 0; j < V; ++j) {
+      sum += double(of_negatives[j]);
+    }
+    return plan.negative_weight * sum + plan.positive_weight * of_positives;
+  }
+};
+
+template <class Pass, class T, int V>
+__device__ double pass_over(const Plan& plan, const Matrix& m, const Patch& patch) {
+  Pass pass(plan);
+  take_patch<T, V>(plan, m, patch, pass);
+  return pass.loss();
 }
 
-template <class T, int Gamma>
+template <class T, int Gamma, bool Loss, bool Grad>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    loss_kernel(const __grid_constant__ Plan plan) {
+    focal_kernel(const __grid_constant__ Plan plan) {
   constexpr int V = kVectorBytes / sizeof(T);
-  __shared__ double of_warps[kThreads / 32];
+  using Real = typename Compute<T>::Type;
+  if (!Loss && plan.factor != nullptr && *static_cast<const Real*>(plan.factor) == 1) {
+    return; // the gradients are right already
+  }
   int level = plan.blocks.level_of(int(blockIdx.x));
   int block = int(blockIdx.x) - plan.blocks.first[level];
   const Matrix& m = plan.matrix[level];
   Patch patch;
   double sum = 0;
   if (find_patch(plan, m, block, m.is_vectorised ? V : 1, &patch)) {
-    sum = m.is_vectorised ? patch_loss<T, Gamma, V>(plan, m, patch)
-                          : patch_loss<T, Gamma, 1>(plan, m, patch);
+    sum = m.is_vectorised ? pass_over<Pass<T, Gamma, Loss, Grad, V>, T, V>(plan, m, patch)
+                          : pass_over<Pass<T, Gamma, Loss, Grad, 1>, T, 1>(plan, m, patch);
   }
-  sum = block_sum(sum, of_warps);
-  if (threadIdx.x == 0) {
-    plan.partials[blockIdx.x] = sum;
-  }
-}
-
-template <class T, int Gamma, int V>
-struct GradPass {
-  using Real = typename Compute<T>::Type;
-  using Math = std::conditional_t<
-      sizeof(T) == 8, ScalarMath<double>,
-      std::conditional_t<sizeof(T) == 4, FastMath, CoarseMath>>;
-  static constexpr bool kLastUse = true;
-
-  const Plan& plan;
-  Real scale; // of negatives
-
-  __device__ static Real upstream(const Plan& plan) { return *static_cast<const Real*>(plan.grad); }
-
-  __device__ void negatives(const Real (&z)[V], T* grad) {
-    Real slopes[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      slopes[j] = scale * focal_terms<Math, Gamma>(z[j], Real(plan.gamma)).slope;
+  if constexpr (Loss) {
+    __shared__ double of_warps[kThreads / 32];
+    sum = block_sum(sum, of_warps);
+    if (threadIdx.x == 0) {
+      plan.partials[blockIdx.x] = sum;
     }
-    store<T, V>(grad, slopes);
-  }
-  __device__ void positive(Real z, T* grad) {
-    Real scale = -upstream(plan) * Real(plan.positive_weight); // dz/dx is -1
-    narrow(scale * focal_terms<Math, Gamma>(z, Real(plan.gamma)).slope, grad);
-  }
-};
-
-template <class T, int Gamma, int V>
-__device__ void patch_grad(const Plan& plan, const Matrix& m, const Patch& patch) {
-  using Pass = GradPass<T, Gamma, V>;
-  using Real = typename Pass::Real;
-  take_patch<T, V>(
-      plan, m, patch, Pass{plan, Pass::upstream(plan) * Real(plan.negative_weight)});
-}
-
-template <class T, int Gamma>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    grad_kernel(const __grid_constant__ Plan plan) {
-  constexpr int V = kVectorBytes / sizeof(T);
-  int level = plan.blocks.level_of(int(blockIdx.x));
-  int block = int(blockIdx.x) - plan.blocks.first[level];
-  const Matrix& m = plan.matrix[level];
-  Patch patch;
-  if (!find_patch(plan, m, block, m.is_vectorised ? V : 1, &patch)) {
-    return;
-  }
-  if (m.is_vectorised) {
-    patch_grad<T, Gamma, V>(plan, m, patch);
-  } else {
-    patch_grad<T, Gamma, 1>(plan, m, patch);
   }
 }
 
@@ -347,7 +343,7 @@ Matrix make_matrix(const FocalLoss& args, const Map& map) {
 }
 
 // Small levels come first: the many blocks of the large ones even out what these leave idle.
-cudaError_t make_plan(const FocalLoss& args, Plan* plan) {
+cudaError_t make_plan(const FocalLoss& args, double* partials, Plan* plan) {
   *plan = Plan{};
   int64_t total = 0;
   for (int l = args.logits.num_levels - 1; l >= 0; --l) {
@@ -369,8 +365,8 @@ cudaError_t make_plan(const FocalLoss& args, Plan* plan) {
   plan->positive_weight = args.alpha < 0 ? 1 : args.alpha;
   plan->negative_weight = args.alpha < 0 ? 1 : 1 - args.alpha;
   plan->gamma = args.gamma;
-  plan->partials = args.partials;
-  plan->grad = args.grad;
+  plan->partials = partials;
+  plan->grad = args.grad, plan->factor = args.factor;
   return cudaSuccess;
 }
 
@@ -392,43 +388,41 @@ void dispatch(DType dtype, double gamma, Launch&& launch) {
   });
 }
 
+template <bool Loss, bool Grad>
+void launch(const FocalLoss& args, const Plan& plan, cudaStream_t stream) {
+  dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
+    using T = decltype(zero);
+    FCOS_LAUNCH(
+        (focal_kernel<T, decltype(gamma)::value, Loss, Grad>), unsigned(plan.blocks.total()),
+        kThreads, 0, stream, plan);
+  });
+}
+
 } // namespace
 
 int64_t focal_loss_partials(const FocalLoss& args) {
   Plan plan;
-  return make_plan(args, &plan) == cudaSuccess ? plan.blocks.total() : -1;
+  return make_plan(args, nullptr, &plan) == cudaSuccess ? plan.blocks.total() : -1;
 }
 
-cudaError_t launch_sigmoid_focal_loss(const FocalLoss& args, cudaStream_t stream) {
+cudaError_t launch_sigmoid_focal_loss(
+    const FocalLoss& args, double* partials, cudaStream_t stream) {
   Plan plan;
-  cudaError_t error = make_plan(args, &plan);
+  cudaError_t error = make_plan(args, partials, &plan);
   if (error != cudaSuccess) {
     return error;
   }
-  unsigned blocks = unsigned(plan.blocks.total());
-  if (blocks > 0) {
-    dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
-      using T = decltype(zero);
-      FCOS_LAUNCH((loss_kernel<T, decltype(gamma)::value>), blocks, kThreads, 0, stream, plan);
-    });
+  if (plan.blocks.total() > 0) {
+    bool loss = args.loss != nullptr, grad = args.grad != nullptr;
+    auto chosen = loss && grad ? launch<true, true> : loss ? launch<true, false> : launch<false, true>;
+    chosen(args, plan, stream);
     error = cudaGetLastError();
   }
-  Sums sums = {args.partials, blocks, {args.loss}, args.dtype == DType::kDouble};
-  return error == cudaSuccess ? launch_sums(sums, 1, stream) : error;
-}
-
-cudaError_t launch_sigmoid_focal_loss_backward(const FocalLoss& args, cudaStream_t stream) {
-  Plan plan;
-  cudaError_t error = make_plan(args, &plan);
-  if (error != cudaSuccess || plan.blocks.total() == 0) {
+  if (error != cudaSuccess || args.loss == nullptr) {
     return error;
   }
-  unsigned blocks = unsigned(plan.blocks.total());
-  dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
-    using T = decltype(zero);
-    FCOS_LAUNCH((grad_kernel<T, decltype(gamma)::value>), blocks, kThreads, 0, stream, plan);
-  });
-  return cudaGetLastError();
+  Sums sums = {partials, plan.blocks.total(), {args.loss}, args.dtype == DType::kDouble};
+  return launch_sums(sums, 1, stream);
 }
 
 } // namespace fcos::cuda

@@ -123,7 +123,15 @@ class FCOSLoss(nn.Module):
         targets = self.assign(ground_truth, levels)
         self._last = ground_truth, targets
         cls_norm, loc_norm, quality_norm = self._normalizers(targets)
-        cls = sigmoid_focal_loss(predictions.logits, targets.labels, self.alpha, self.gamma)
+        cls = sigmoid_focal_loss(
+            predictions.logits,
+            targets.labels,
+            self.alpha,
+            self.gamma,
+            scale=self.cls_weight / cls_norm,
+            # float16 trains with a gradient scaler, so that a saved gradient would never be right.
+            save_gradient=predictions.logits[0].dtype != torch.float16,
+        )
         loc, quality = box_loss(
             predictions.ltrb,
             predictions.quality,
@@ -134,7 +142,7 @@ class FCOSLoss(nn.Module):
             smoothing=self.smoothing,
         )
         return {
-            "loss_fcos_cls": cls / cls_norm * self.cls_weight,
+            "loss_fcos_cls": cls,
             "loss_fcos_loc": loc / loc_norm,
             "loss_fcos_iou" if self.box_quality == "iou" else "loss_fcos_ctr": quality
             / quality_norm,

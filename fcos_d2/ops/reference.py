@@ -170,8 +170,34 @@ def sigmoid_focal_loss_backward(
         p = torch.sigmoid(z)
         slope = gamma * torch.sigmoid(-z) * F.softplus(z) + p
         slope = grad * sign * weight * p.pow(gamma) * slope
-        grads.append(slope.to(level.dtype))
+        grads.append(torch.empty_like(level).copy_(slope))  # in the memory layout of the level
     return grads
+
+
+def sigmoid_focal_loss_with_gradient(
+    logits: list[Tensor], labels: Tensor, scale: Tensor, alpha: float, gamma: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and ``scale`` times its gradient."""
+    gradient = sigmoid_focal_loss_backward(scale, logits, labels, alpha, gamma)
+    return sigmoid_focal_loss(logits, labels, alpha, gamma), gradient
+
+
+def sigmoid_focal_loss_correct_gradient(
+    gradient: list[Tensor],
+    factor: Tensor,
+    logits: list[Tensor],
+    labels: Tensor,
+    scale: Tensor,
+    alpha: float,
+    gamma: float,
+) -> None:
+    """Makes of ``scale`` times the gradient ``factor * scale`` times the gradient, in place.
+
+    Multiplying would round half precision twice. Kernels do nothing where ``factor`` is 1.
+    """
+    exact = sigmoid_focal_loss_backward(factor * scale, logits, labels, alpha, gamma)
+    for level, values in zip(gradient, exact, strict=True):
+        level.copy_(values)
 
 
 def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,7 +362,7 @@ def _box_terms(
     positive = matched >= 0
     # A background point compares its prediction with itself: finite numbers that are masked later.
     target = torch.where(positive[..., None], target_ltrb.to(dtype), pred.abs() + 1)
-    smooth = [level[0, 0].numel() for level in ltrb]
+    smooth = [level.shape[2] * level.shape[3] for level in ltrb]
     smooth = torch.cat([pred.new_full((n,), s) for n, s in zip(smooth, smoothing, strict=True)])
     loss, iou, slope = iou_loss(pred, target, loss_type, smooth)
     weight = target_centerness.to(dtype) if weight_by_centerness else torch.ones_like(loss)
@@ -365,10 +391,10 @@ def _maps_to_points(maps: list[Tensor]) -> Tensor:
 
 
 def _points_to_maps(points: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """[B, P, C] -> one [B, C, H, W] per level, in the dtype of ``like``."""
-    parts = points.split([level[0, 0].numel() for level in like], dim=1)
+    """[B, P, C] -> one [B, C, H, W] per level, in the dtype and memory layout of ``like``."""
+    parts = points.split([level.shape[2] * level.shape[3] for level in like], dim=1)
     return [
-        part.transpose(1, 2).reshape(level.shape).to(level.dtype).contiguous()
+        torch.empty_like(level).copy_(part.transpose(1, 2).reshape(level.shape))
         for part, level in zip(parts, like, strict=True)
     ]
 

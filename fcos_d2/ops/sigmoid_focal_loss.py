@@ -13,7 +13,13 @@ from ._library import define_autograd, define_op, forbid_double_backward
 
 
 def sigmoid_focal_loss(
-    logits: Sequence[Tensor], labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    *,
+    scale: Tensor | None = None,
+    save_gradient: bool = False,
 ) -> Tensor:
     """Sum of the focal loss over all points and classes (arXiv 1708.02002, equation 5).
 
@@ -27,6 +33,13 @@ def sigmoid_focal_loss(
             all levels, level-major, row-major inside a level.
         alpha: weight of positives in [0, 1], 1 - alpha for negatives; -1 for no weights.
         gamma: focusing exponent >= 0.
+        scale: float32 (float64 for float64 logits) scalar on the device of ``logits`` that the sum
+            is multiplied by, such as weight / number of positives; no gradient flows into it.
+        save_gradient: compute the gradient together with the loss, in one pass over the logits, and
+            keep it for the backward pass, which then has nothing to do but to look whether the
+            gradient that comes in is 1. Where it is not (an AMP scaler, a loss that is divided
+            later), the gradient is computed again. Costs the memory of the gradient between the two
+            passes. Ignored inside torch.compile, which decides for itself what to save.
 
     Returns:
         float32 (float64 for float64 logits) scalar, differentiable once in ``logits``; finite with
@@ -51,7 +64,40 @@ def sigmoid_focal_loss(
     if alpha != -1:
         check_number(name, "alpha (or -1 for no weights)", alpha, 0, 1)
     check_number(name, "gamma", gamma, 0, float("inf"))
-    return _op(list(logits), labels, float(alpha), float(gamma))
+    if scale is not None:
+        wanted = reference._accumulate_dtype(logits[0])
+        check_tensor(name, "scale", scale, [], [wanted], "make it with logits[0].new_tensor()")
+        check_same_device(name, logits=logits[0], scale=scale)
+        scale = scale.detach()
+    alpha, gamma = float(alpha), float(gamma)
+    wants_gradient = torch.is_grad_enabled() and any(level.requires_grad for level in logits)
+    if save_gradient and wants_gradient and not torch.compiler.is_compiling():
+        return _WithSavedGradient.apply(labels, scale, alpha, gamma, *logits)
+    loss = _op(list(logits), labels, alpha, gamma)
+    return loss if scale is None else loss * scale
+
+
+class _WithSavedGradient(torch.autograd.Function):
+    """The loss times the scale, with its gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, labels, scale, alpha, gamma, *logits):
+        one = torch.ones((), dtype=reference._accumulate_dtype(logits[0]), device=labels.device)
+        ctx.scale, ctx.alpha, ctx.gamma = one if scale is None else scale, alpha, gamma
+        ctx.save_for_backward(labels, *logits)
+        loss, ctx.gradient = _op_with_gradient(list(logits), labels, ctx.scale, alpha, gamma)
+        return loss if scale is None else loss * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        labels, *logits = ctx.saved_tensors
+        # Given away: who gets it may write to it, so a second backward pass makes another.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None or torch.is_grad_enabled():  # the latter under create_graph
+            gradient = _op_backward(grad * ctx.scale, logits, labels, ctx.alpha, ctx.gamma)
+        else:
+            _op_correct_gradient(gradient, grad, logits, labels, ctx.scale, ctx.alpha, ctx.gamma)
+        return None, None, None, None, *gradient
 
 
 def _fake(logits, labels, alpha, gamma):
@@ -60,6 +106,15 @@ def _fake(logits, labels, alpha, gamma):
 
 def _fake_backward(grad, logits, labels, alpha, gamma):
     return [torch.empty_like(level) for level in logits]
+
+
+def _fake_with_gradient(logits, labels, scale, alpha, gamma):
+    gradient = _fake_backward(scale, logits, labels, alpha, gamma)
+    return _fake(logits, labels, alpha, gamma), gradient
+
+
+def _fake_correct_gradient(gradient, factor, logits, labels, scale, alpha, gamma):
+    return None
 
 
 def _setup_context(ctx, inputs, output):
@@ -82,6 +137,18 @@ _op_backward = define_op(
     "float gamma) -> Tensor[]",
     reference.sigmoid_focal_loss_backward,
     _fake_backward,
+)
+_op_with_gradient = define_op(
+    "sigmoid_focal_loss_with_gradient(Tensor[] logits, Tensor labels, Tensor scale, float alpha, "
+    "float gamma) -> (Tensor, Tensor[])",
+    reference.sigmoid_focal_loss_with_gradient,
+    _fake_with_gradient,
+)
+_op_correct_gradient = define_op(
+    "sigmoid_focal_loss_correct_gradient(Tensor(a!)[] gradient, Tensor factor, Tensor[] logits, "
+    "Tensor labels, Tensor scale, float alpha, float gamma) -> ()",
+    reference.sigmoid_focal_loss_correct_gradient,
+    _fake_correct_gradient,
 )
 define_autograd("sigmoid_focal_loss", _backward, _setup_context)
 forbid_double_backward("sigmoid_focal_loss_backward")

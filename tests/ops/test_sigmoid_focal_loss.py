@@ -1,6 +1,7 @@
 """sigmoid_focal_loss against numbers worked out by hand, peers, derivatives, and bad input."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -130,6 +131,94 @@ def test_gradient_scales_with_the_incoming_gradient_and_can_be_taken_twice():
     torch.testing.assert_close(again, once / 4)
 
 
+def loss_and_gradients(logits, y, upstream=1.0, **options):
+    logits = [x.detach().clone().requires_grad_() for x in logits]
+    loss = sigmoid_focal_loss(logits, y, **options)
+    return loss, torch.autograd.grad(loss * upstream, logits)
+
+
+def pyramid_case(dtype, device, channels_last=False):
+    levels = inputs.pyramid(64, 64, 2)
+    logits, _, _ = inputs.predictions(levels, 2, 20, dtype, channels_last=channels_last)
+    y = inputs.targets(levels, [3, 2], 20, device, height=64, width=64).labels
+    return [x.to(device) for x in logits], y
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_saved_gradient_is_the_recomputed_one(dtype, upstream, channels_last, device):
+    logits, y = pyramid_case(dtype, device, channels_last)
+    scale = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    loss, grads = loss_and_gradients(logits, y, upstream, scale=scale)
+    saved_loss, saved = loss_and_gradients(logits, y, upstream, scale=scale, save_gradient=True)
+    torch.testing.assert_close(saved_loss, loss, rtol=1e-6, atol=0)
+    for grad, want in zip(saved, grads, strict=True):
+        tolerance = {"rtol": torch.finfo(dtype).eps * 4, "atol": 1e-7}
+        torch.testing.assert_close(grad, want, **tolerance)
+        assert grad.stride() == want.stride()
+
+
+def test_scale_multiplies_loss_and_gradient_and_gets_none(device):
+    logits, y = pyramid_case(torch.float32, device)
+    plain, grads = loss_and_gradients(logits, y)
+    scale = torch.tensor(0.125, device=device)
+    loss, scaled = loss_and_gradients(logits, y, scale=scale)
+    assert loss == plain / 8
+    for grad, want in zip(scaled, grads, strict=True):
+        assert torch.equal(grad, want / 8)
+
+
+def test_saved_gradient_is_right_in_every_backward_pass_of_a_retained_graph(device):
+    logits, y = pyramid_case(torch.float32, device)
+    _, wanted = loss_and_gradients(logits, y)
+    logits = [x.requires_grad_() for x in logits]
+    loss = sigmoid_focal_loss(logits, y, save_gradient=True)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)  # adds to what the pass before has given away
+        for level, want in zip(logits, wanted, strict=True):
+            torch.testing.assert_close(level.grad, times * want, rtol=1e-6, atol=1e-9)
+    logits[0].grad.zero_()
+    (loss / 2).backward()
+    torch.testing.assert_close(logits[0].grad, wanted[0] / 2, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_is_saved_without_a_gradient_to_save(monkeypatch, device):
+    logits, y = pyramid_case(torch.float32, device)
+
+    def fail(*args):
+        raise AssertionError("made a gradient that nobody asked for")
+
+    module = sys.modules[sigmoid_focal_loss.__module__]
+    monkeypatch.setattr(module, "_op_with_gradient", fail)
+    sigmoid_focal_loss(logits, y, save_gradient=True)
+    with torch.no_grad():
+        sigmoid_focal_loss([x.requires_grad_() for x in logits], y, save_gradient=True)
+    with pytest.raises(AssertionError, match="nobody"):
+        sigmoid_focal_loss(logits, y, save_gradient=True)
+
+
+def test_saved_gradient_has_no_second_derivative():
+    x = torch.randn(1, 2, 1, 1, requires_grad=True)
+    loss = sigmoid_focal_loss([x], labels([0]), save_gradient=True)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        grad.sum().backward()
+
+
+def test_torch_compile_takes_it_whole_with_and_without_saving(device):
+    logits, y = pyramid_case(torch.float32, device)
+    _, wanted = loss_and_gradients(logits, y)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(logits, y):
+        return sigmoid_focal_loss(logits, y, save_gradient=True)
+
+    logits = [x.requires_grad_() for x in logits]
+    for grad, want in zip(torch.autograd.grad(loss(logits, y), logits), wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-9)
+
+
 def test_second_derivative_is_an_error():
     x = torch.randn(1, 2, 1, 1, requires_grad=True)
     (grad,) = torch.autograd.grad(sigmoid_focal_loss([x], labels([0])), x, create_graph=True)
@@ -166,6 +255,12 @@ Y = torch.zeros(1, 4, dtype=torch.int32)
 def test_bad_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         sigmoid_focal_loss(*arguments)
+
+
+@pytest.mark.parametrize("scale", [2.0, torch.ones(1), torch.ones((), dtype=torch.float64)])
+def test_bad_scale_is_named(scale):
+    with pytest.raises(ValueError, match=r"scale must be float32 Tensor\[\]"):
+        sigmoid_focal_loss([X], Y, scale=scale)
 
 
 @pytest.mark.parametrize("label", [-2, 4, 100])

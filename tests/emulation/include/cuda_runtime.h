@@ -30,6 +30,12 @@ inline float emulated_approximation(float x, float error) {
   return x + x * (error * float(int(hash)) * 0x1p-31f);
 }
 #define FCOS_APPROXIMATE(value, error) emulated_approximation(value, error)
+// What the compiler cannot look through it does not fuse.
+inline float emulated_rounded(float x) {
+  asm("" : "+m"(x));
+  return x;
+}
+#define FCOS_ROUNDED(value) emulated_rounded(value)
 
 // ---- types ----
 
@@ -203,6 +209,9 @@ inline int __popcll(unsigned long long x) {
 }
 inline int __clz(int x) {
   return x == 0 ? 32 : __builtin_clz(unsigned(x));
+}
+inline int __clzll(long long x) {
+  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
 inline int __ffs(int x) {
   return __builtin_ffs(x);

@@ -1,0 +1,120 @@
+// What the kernels of both processors are given: plain numbers and pointers.
+//
+// B images, L levels, P points of all levels together, M boxes of the batch, K classes, N slots for
+// candidates, D detections kept per image.
+#pragma once
+
+#include "geometry.h"
+#include "levels.h"
+
+namespace fcos {
+
+enum class DType { kFloat, kHalf, kBFloat16, kDouble };
+
+// Strides in elements. Point p (row-major) and channel c of image b is element
+// b * image + c * channel + p * point. A dimension of size 1 has stride 0.
+struct Layout {
+  int64_t image, channel, point;
+};
+
+// One level of a list of maps [B, C, H, W].
+struct Map {
+  const void* data;
+  void* grad; // null where only `data` is read
+  Layout data_layout, grad_layout;
+  int num_points;
+  int64_t first_point; // of this level among the P points
+};
+
+struct Maps {
+  int num_levels;
+  Map level[kMaxLevels];
+};
+
+struct AssignTargets {
+  const float* boxes;     // [M, 4]
+  const int64_t* classes; // [M], -1 for a region to ignore
+  const int64_t* offsets; // [B + 1]
+  int num_boxes;
+  int64_t num_images;
+  Levels levels;
+  SizeRange ranges[kMaxLevels];
+  float center_radius; // in strides, 0 for none
+  int num_classes;
+  int32_t* labels;   // [B, P]
+  int32_t* matched;  // [B, P]
+  float* ltrb;       // [B, P, 4], aligned to 16 bytes
+  float* centerness; // [B, P]
+  int32_t* counts;   // [B, L, 2]
+};
+
+// Losses, and what comes in from behind them, are float, or double where the maps are.
+
+struct FocalLoss {
+  Maps logits; // C = K
+  DType dtype;
+  int64_t num_images, num_points;
+  int num_classes;
+  const int32_t* labels; // [B, P]
+  double alpha;          // negative for no weights
+  double gamma;
+  void* loss; // forward
+  // The gradients are multiplied by `grad`, and by `factor` where it is not null. With a factor of 1
+  // they are what they were before the call.
+  const void *grad, *factor;
+};
+
+struct BoxLossArgs {
+  Maps ltrb;    // C = 4
+  Maps quality; // C = 1
+  DType dtype;
+  int64_t num_images, num_points;
+  const int32_t* matched;         // [B, P]
+  const float* target_ltrb;       // [B, P, 4]
+  const float* target_centerness; // [B, P]
+  LossType loss_type;
+  QualityType quality_type;
+  bool weight_by_centerness;
+  double smoothing[kMaxLevels];
+  void *box_loss, *quality_loss;            // forward
+  const void *grad_box, *grad_quality; // backward, of the two losses
+};
+
+enum class ScoreRule { kSqrt, kProduct, kCls };
+
+struct SelectCandidates {
+  Maps logits, ltrb, quality; // C = K, 4, 1
+  DType logits_dtype, ltrb_dtype, quality_dtype;
+  Levels levels;
+  int64_t num_images;
+  int num_classes;
+  const int64_t* image_sizes; // [B, 2], (height, width)
+  float threshold;
+  int64_t topk;
+  bool threshold_with_quality, rank_with_quality;
+  ScoreRule score_rule;
+  bool clip;
+  int64_t slots[kMaxLevels + 1]; // level l owns the slots [slots[l], slots[l + 1]) of N
+  float* boxes;                  // [B, N, 4]
+  float* scores;                 // [B, N]
+  int64_t* classes;              // [B, N], -1 for an empty slot
+};
+
+enum class NmsMethod { kHard, kLinear, kGaussian };
+
+struct PaddedNms {
+  const float* boxes;     // [B, N, 4]
+  const float* scores;    // [B, N]
+  const int64_t* classes; // [B, N], -1 for an empty slot
+  int64_t num_images, num_boxes, max_detections;
+  float iou_threshold;
+  bool class_agnostic;
+  NmsMethod method;
+  float sigma, min_score;
+  float* kept_boxes;     // [B, D, 4]
+  float* kept_scores;    // [B, D]
+  int64_t* kept_classes; // [B, D]
+  int32_t* counts;       // [B]
+};
+
+} // namespace fcos

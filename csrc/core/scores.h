@@ -1,0 +1,92 @@
+// From logits to scores. Every operation here is rounded as IEEE 754 says and none is fused with
+// another, so both processors get the same bits, select the same candidates and order them alike.
+#pragma once
+
+#include <cstring>
+
+#include "arguments.h"
+#include "platform.h"
+
+namespace fcos {
+
+constexpr float kLowestExponent = -87.0f; // below it e^x is too small to matter, above it is normal
+
+// e^x of kLowestExponent <= x <= 0, off by at most 1.2e-7 of itself. `Bits` is an unsigned integer of
+// 32 bits, or a vector of such where `Number` is a vector.
+template <class Number, class Bits>
+FCOS_HD Number exp_polynomial(Number x) {
+  const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+  Number shifted = product(x, 1.44269504088896341f) + magic;
+  Number n = shifted - magic;
+  Number r = x - product(n, 0.693359375f);
+  r = r + product(n, 2.12194440e-4f);
+  Number p = product(r, 1.9875691500e-4f) + 1.3981999507e-3f;
+  p = product(p, r) + 8.3334519073e-3f;
+  p = product(p, r) + 4.1665795894e-2f;
+  p = product(p, r) + 1.6666665459e-1f;
+  p = product(p, r) + 5.0000001201e-1f;
+  p = product(p, product(r, r)) + r + 1.0f;
+  // 2^n by adding n to the exponent; the low bits of `shifted` are n.
+  Bits exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof bits);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof bits);
+  return p;
+}
+
+// e^x of x <= 0; 0 below kLowestExponent.
+FCOS_HD float exp_of_negative(float x) {
+  float e = exp_polynomial<float, uint32_t>(x < kLowestExponent ? kLowestExponent : x);
+  return x != x ? x : x < kLowestExponent ? 0.0f : e;
+}
+
+// 1 / (1 + e^-x); 0 where it is below e^kLowestExponent, NaN of NaN.
+template <class Number, class Bits>
+FCOS_HD Number sigmoid(Number x) {
+  const Number zero{}, lowest = zero + kLowestExponent;
+  Number magnitude = x < 0 ? x : -x;
+  Number e = exp_polynomial<Number, Bits>(magnitude < lowest ? lowest : magnitude);
+  Number r = 1.0f / (1.0f + e);
+  Number out = x < 0 ? product(e, r) : r;
+  out = x < lowest ? zero : out;
+  return x != x ? x : out;
+}
+FCOS_HD float sigmoid(float x) {
+  return sigmoid<float, uint32_t>(x);
+}
+
+// A (point, class) pair is a candidate when its class probability, or the product of that with the
+// probability of quality, exceeds the threshold. NaN never does.
+FCOS_HD bool passes(const SelectCandidates& args, float cls, float product) {
+  return (args.threshold_with_quality ? product : cls) > args.threshold && product == product;
+}
+
+FCOS_HD float rank_of(const SelectCandidates& args, float cls, float product) {
+  return args.rank_with_quality ? product : cls;
+}
+
+FCOS_HD float score_of(const SelectCandidates& args, float cls, float product) {
+  return args.score_rule == ScoreRule::kSqrt ? std::sqrt(product)
+      : args.score_rule == ScoreRule::kProduct ? product
+                                               : cls;
+}
+
+// Every class logit of a class probability above `probability` exceeds this, whatever is rounded.
+FCOS_HD float logit_below(float probability) {
+  constexpr float kSlack = 1e-3f;
+  constexpr float kSteep = 6.0f; // above it the logit is too steep in the probability for the slack
+  float logit = std::log(probability / (1 - probability));
+  return (logit < kSteep ? logit : kSteep) - kSlack; // kSteep for NaN too
+}
+
+// Every class logit of a candidate of a point of this quality exceeds this. What exceeds it needs a
+// closer look.
+FCOS_HD float logit_bound(const SelectCandidates& args, float quality) {
+  if (!args.threshold_with_quality) {
+    return quality != quality ? INFINITY : logit_below(args.threshold);
+  }
+  return quality > args.threshold ? logit_below(args.threshold / quality) : INFINITY;
+}
+
+} // namespace fcos

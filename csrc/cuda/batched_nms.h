@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../core/arguments.h"
+
+namespace fcos::cuda {
+
+// How many floats `scores` must hold: soft-NMS lowers them there.
+int64_t batched_nms_padded_scores(const PaddedNms& args);
+cudaError_t launch_batched_nms_padded(const PaddedNms& args, float* scores, cudaStream_t stream);
+
+// N boxes, of which those of one group stand together, by descending score.
+struct FlatNms {
+  const float* boxes;    // [N, 4], in any order, aligned to 16 bytes
+  const int64_t* index;  // [N], which of them stands where
+  const int64_t* groups; // [N], rising
+  const int64_t* place;  // [N], where `keep` shall say whether it was kept
+  int64_t num_boxes;
+  float iou_threshold;
+  bool* keep; // [N]
+};
+
+// How many 64-bit numbers `state` must hold.
+int64_t batched_nms_state(const FlatNms& args);
+cudaError_t launch_batched_nms(const FlatNms& args, uint64_t* state, cudaStream_t stream);
+
+} // namespace fcos::cuda

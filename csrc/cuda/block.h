@@ -1,0 +1,187 @@
+// What the threads of a block find out together: sums, sorted lists, and the best of many keys. All
+// threads of the block must call these functions; each ends with a barrier.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fcos::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+__device__ __forceinline__ int lane_index() {
+  return int(threadIdx.x) % 32;
+}
+
+// Sum of `value` over the threads before this one. `of_warps` is shared memory.
+template <int Threads>
+__device__ __forceinline__ unsigned sum_before(
+    unsigned value, unsigned (&of_warps)[Threads / 32], unsigned* total) {
+  int warp = int(threadIdx.x) / 32;
+  unsigned sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    unsigned other = __shfl_up_sync(kAllLanes, sum, step);
+    sum += lane_index() >= step ? other : 0;
+  }
+  if (lane_index() == 31) {
+    of_warps[warp] = sum;
+  }
+  __syncthreads();
+  unsigned before = sum - value, all = 0;
+#pragma unroll
+  for (int i = 0; i < Threads / 32; ++i) {
+    before += i < warp ? of_warps[i] : 0;
+    all += of_warps[i];
+  }
+  __syncthreads();
+  *total = all;
+  return before;
+}
+
+// Sorts keys in shared or global memory, the largest first: the bitonic network, in the form in which
+// every exchange points the same way, so that `count` may be any number.
+template <int Threads>
+__device__ void sort_descending(uint64_t* keys, unsigned count) {
+  for (int run = 0; (1u << run) < count; ++run) { // sorted runs of 2^run become twice as long
+    for (int step = run; step >= 0; --step) {
+      unsigned length = 1u << step, pairs = (count + 2 * length - 1) / (2 * length) * length;
+      for (unsigned i = threadIdx.x; i < pairs; i += Threads) {
+        unsigned first = i >> step << (step + 1), offset = i & (length - 1);
+        unsigned low = first + offset;
+        unsigned high = step == run ? first + 2 * length - 1 - offset : low + length;
+        if (high < count && keys[low] < keys[high]) {
+          uint64_t key = keys[low];
+          keys[low] = keys[high];
+          keys[high] = key;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Appends the keys of all lanes of a warp for which `valid` holds to a list that may overflow: then
+// `count` ends above the capacity. The lanes of a warp must come together.
+__device__ __forceinline__ unsigned append(
+    bool valid, uint64_t key, uint64_t* keys, unsigned capacity, unsigned* count) {
+  unsigned lanes = __ballot_sync(kAllLanes, valid);
+  if (lanes == 0) {
+    return 0;
+  }
+  int leader = __ffs(int(lanes)) - 1;
+  unsigned first = 0;
+  if (lane_index() == leader) {
+    first = atomicAdd(count, unsigned(__popc(lanes)));
+  }
+  first = __shfl_sync(kAllLanes, first, leader);
+  unsigned at = first + unsigned(__popc(lanes & ((1u << lane_index()) - 1)));
+  if (valid && at < capacity) {
+    keys[at] = key;
+  }
+  return first + unsigned(__popc(lanes)); // how many there are, at least
+}
+
+// The largest key of all threads.
+template <int Threads>
+__device__ __forceinline__ uint64_t largest(uint64_t key, uint64_t (&of_warps)[Threads / 32]) {
+  for (int step = 16; step > 0; step /= 2) {
+    key = max(key, __shfl_xor_sync(kAllLanes, key, step));
+  }
+  if (lane_index() == 0) {
+    of_warps[threadIdx.x / 32] = key;
+  }
+  __syncthreads();
+  key = of_warps[0];
+#pragma unroll
+  for (int i = 1; i < Threads / 32; ++i) {
+    key = max(key, of_warps[i]);
+  }
+  __syncthreads();
+  return key;
+}
+
+// Keys counted by size: bin i of [low, high) has those whose distance from `low` is i << shift or
+// more. The best bin is the last.
+constexpr unsigned kBins = 2048;
+
+struct Range {
+  uint64_t low, high;
+
+  __device__ bool contains(uint64_t key) const { return key >= low && key < high; }
+
+  // So that all of the range fits into the bins.
+  __device__ int shift() const {
+    constexpr int kBinBits = 11;
+    static_assert(1 << kBinBits == kBins);
+    int bits = 64 - __clzll((long long)(high - 1 - low));
+    return bits > kBinBits ? bits - kBinBits : 0;
+  }
+};
+
+template <int Threads>
+__device__ __forceinline__ void clear_bins(unsigned* bins) {
+  for (unsigned i = threadIdx.x; i < kBins; i += Threads) {
+    bins[i] = 0;
+  }
+  __syncthreads();
+}
+
+// Counts the keys of all lanes of a warp that are valid, which must come together. Equal scores make
+// equal bins, and those would queue up for one counter.
+__device__ __forceinline__ void count_key(bool valid, unsigned bin, unsigned* bins) {
+  unsigned lanes = __ballot_sync(kAllLanes, valid);
+  if (lanes == 0) {
+    return;
+  }
+  int leader = __ffs(int(lanes)) - 1;
+  bool same = bin == __shfl_sync(kAllLanes, bin, leader);
+  if (__all_sync(kAllLanes, same || !valid)) {
+    if (lane_index() == leader) {
+      atomicAdd(&bins[bin], unsigned(__popc(lanes)));
+    }
+  } else if (valid) {
+    atomicAdd(&bins[bin], 1u);
+  }
+}
+
+// The bin of the key that is number `wanted`, counted from the best one.
+struct Bin {
+  int index;      // -1 where there are not as many keys
+  unsigned above; // keys in better bins
+  unsigned inside;
+};
+
+// `found` is shared memory.
+template <int Threads>
+__device__ Bin find_bin(
+    const unsigned* bins, unsigned wanted, unsigned (&of_warps)[Threads / 32], Bin* found) {
+  constexpr int kEach = int(kBins) / Threads;
+  int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
+  unsigned mine[kEach], sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    mine[i] = bins[best - i];
+    sum += mine[i];
+  }
+  if (threadIdx.x == 0) {
+    *found = {-1, 0, 0};
+  }
+  unsigned above = sum_before<Threads>(sum, of_warps, &total);
+  if (above < wanted && above + sum >= wanted) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (above < wanted && above + mine[i] >= wanted) {
+        *found = {best - i, above, mine[i]};
+      }
+      above += mine[i];
+    }
+  }
+  __syncthreads();
+  Bin out = *found;
+  __syncthreads();
+  return out;
+}
+
+} // namespace fcos::cuda

@@ -1,0 +1,296 @@
+"""csrc/cuda/select_candidates.cu selects what the rule in float64 says, and has the CPU's bits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import backend, make_levels, point_coordinates, reference
+from fcos_d2.ops.select_candidates import SCORE_RULES
+
+from . import emulated
+from .test_sigmoid_focal_loss import LAYOUTS
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+HAS_CPU_KERNEL = backend()["select_candidates"]["CPU"] == "compiled"
+CLOSE = 1e-6  # relative; what is this close to a bound may fall on either side of it
+SMALLEST = 1e-37  # smaller scores may count as 0
+
+
+def of_normal(*shape):
+    return torch.randn(shape) * 2 - 1
+
+
+def with_infinities(*shape):
+    kind = torch.randint(12, shape)
+    x = of_normal(*shape)
+    for i, special in enumerate((math.nan, math.inf, -math.inf, 90.0, -90.0)):
+        x = torch.where(kind == i, special, x)
+    return x
+
+
+# Logits of several temperaments.
+SPREADS = {
+    "normal": of_normal,
+    "rare": lambda *shape: of_normal(*shape) - 6,
+    "ties": lambda *shape: of_normal(*shape).round(),
+    "all equal": lambda *shape: torch.full(shape, 0.3),
+    "saturated": lambda *shape: of_normal(*shape) + 25,
+    "none": lambda *shape: torch.full(shape, -30.0),
+    "infinities": with_infinities,
+    "crowded": lambda *shape: 1 + torch.rand(shape) * 1e-4,
+}
+
+
+def random_maps(shapes, images, num_classes, spread="normal", dtype=torch.float32, layout="nchw"):
+    """(logits, ltrb, quality); left and top are 0, so that a box tells its point."""
+    lay_out, make = LAYOUTS[layout], SPREADS[spread]
+    logits = [lay_out(make(images, num_classes, h, w).to(dtype)) for h, w in shapes]
+    quality = [lay_out(make(images, 1, h, w).to(dtype)) for h, w in shapes]
+    ltrb = [torch.rand(images, 4, h, w) * 4 for h, w in shapes]
+    for level in ltrb:
+        level[:, :2] = 0
+    return logits, [lay_out(level.to(dtype)) for level in ltrb], quality
+
+
+def levels_of(shapes, offset=0.5):
+    return make_levels(shapes, [8 << l for l in range(len(shapes))], offset=offset)
+
+
+def arguments_of(maps, levels, **options):
+    """The arguments of the op; clipping at (50, 40) if it is on."""
+    pitches = [p for pair in levels.pitches for p in pair]
+    return (
+        *maps,
+        torch.tensor([[50, 40]]).repeat(len(maps[0][0]), 1),
+        list(levels.strides),
+        pitches,
+        levels.offset,
+        options.get("threshold", 0.05),
+        options.get("topk", 1000),
+        options.get("threshold_with_quality", False),
+        options.get("rank_with_quality", True),
+        options.get("score_rule", "sqrt"),
+        options.get("clip", False),
+    )
+
+
+def assert_has_the_bits_of_the_cpu(found, arguments):
+    if HAS_CPU_KERNEL:
+        expected = torch.ops.fcos_d2.select_candidates(*arguments)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def scores_in_float64(logits, quality):
+    """(cls, product) [HW, K] of one level of one image, from float32 logits."""
+    cls = logits.float().double().flatten(1).t().sigmoid()
+    return cls, cls * quality.float().double().flatten()[:, None].sigmoid()
+
+
+def assert_follows_the_rule(selected, scores, inputs, threshold, topk, options):
+    """Checks the (point, class) indices that were selected on one level of one image, in order.
+
+    ``inputs`` [HW K, 2] are the logits that made the scores: equal ones must keep their order.
+    """
+    cls, both = (x.flatten() for x in scores)
+    tested = both if options.get("threshold_with_quality", False) else cls
+    rank = both if options.get("rank_with_quality", True) else cls
+    number = ~both.isnan()
+    surely = number & (tested > max(threshold * (1 + CLOSE), SMALLEST))
+    maybe = number & (tested > threshold * (1 - CLOSE))
+    assert maybe[selected].all() and len(set(selected.tolist())) == len(selected)
+    assert min(topk, int(surely.sum())) <= len(selected) <= min(topk, int(maybe.sum()))
+    ranks = rank[selected]
+    assert (ranks[1:] <= ranks[:-1] * (1 + CLOSE) + SMALLEST).all()
+    left_out = surely.clone()
+    left_out[selected] = False
+    if left_out.any():
+        assert rank[left_out].max() <= ranks.min() * (1 + CLOSE) + SMALLEST
+    # Of pairs with equal logits, the first ones are selected, in order.
+    _, group = inputs.nan_to_num(1e30).unique(dim=0, return_inverse=True)
+    for g in group[selected].unique():
+        ours = selected[group[selected] == g]
+        assert torch.equal(ours, (group == g).nonzero()[: len(ours), 0])
+
+
+def assert_selects_the_best(maps, levels, **options):
+    """Compares with the rule in float64 and with the CPU; returns what was selected."""
+    arguments = arguments_of(maps, levels, **options)
+    found = emulated.ops().select_candidates(*arguments)
+    assert_has_the_bits_of_the_cpu(found, arguments)
+    logits, ltrb, quality = maps
+    images, num_classes = logits[0].shape[:2]
+    threshold, topk = arguments[7], arguments[8]
+    slots = [min(topk, num_classes * n) for n in levels.points_per_level]
+    points = point_coordinates(levels).split(levels.points_per_level)
+    for l, parts in enumerate(zip(*(x.split(slots, dim=1) for x in found), strict=True)):
+        for b in range(images):
+            boxes, scores, classes = (x[b] for x in parts)
+            filled = classes >= 0
+            count = int(filled.sum())
+            assert filled[:count].all(), "empty slots come last"
+            assert (boxes[count:] == 0).all() and (scores[count:] == 0).all()
+            corner = boxes[:count, None, :2] == points[l]
+            point = corner.all(dim=2).int().argmax(dim=1)
+            selected = point * num_classes + classes[:count]
+            both = scores_in_float64(logits[l][b], quality[l][b])
+            inputs = torch.stack(
+                torch.broadcast_tensors(
+                    logits[l][b].flatten(1).t(), quality[l][b].flatten()[:, None]
+                ),
+                dim=-1,
+            ).flatten(0, 1)
+            assert_follows_the_rule(selected, both, inputs.float(), threshold, topk, options)
+            rule = options.get("score_rule", "sqrt")
+            wanted = {"cls": both[0], "product": both[1], "sqrt": both[1].sqrt()}[rule].flatten()
+            torch.testing.assert_close(
+                scores[:count].double(), wanted[selected], rtol=CLOSE, atol=SMALLEST**0.5
+            )
+            side = ltrb[l][b].flatten(1).t()[point].float() * levels.strides[l]
+            center = points[l][point]
+            expected = torch.cat((center - side[:, :2], center + side[:, 2:]), dim=1)
+            assert torch.equal(boxes[:count], expected)
+    return found
+
+
+@pytest.mark.parametrize("score_rule", SCORE_RULES)
+@pytest.mark.parametrize("threshold_with_quality", [False, True])
+@pytest.mark.parametrize("rank_with_quality", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rules_and_dtypes(score_rule, threshold_with_quality, rank_with_quality, dtype):
+    shapes = [(6, 8), (3, 4), (1, 1)]
+    assert_selects_the_best(
+        random_maps(shapes, 2, 5, dtype=dtype), levels_of(shapes), topk=20, score_rule=score_rule,
+        threshold_with_quality=threshold_with_quality, rank_with_quality=rank_with_quality,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("topk", [1, 3, 60, 1000])
+def test_lists_that_overflow_or_do_not(spread, topk):
+    shapes = [(12, 10), (4, 4)]
+    assert_selects_the_best(random_maps(shapes, 2, 7, spread), levels_of(shapes), topk=topk)
+
+
+@pytest.mark.parametrize("spread", ["normal", "all equal", "crowded", "saturated"])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_every_or_no_logit_passes(spread, threshold):
+    shapes = [(30, 40)]  # several tiles of a level
+    found = assert_selects_the_best(
+        random_maps(shapes, 1, 20, spread), levels_of(shapes), threshold=threshold, topk=900
+    )
+    assert (found[2] >= 0).sum() == (900 if threshold == 0 else 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [1, 16])
+def test_layouts(layout, dtype, num_classes):
+    shapes = [(4, 8), (3, 5)]
+    maps = random_maps(shapes, 3, num_classes, dtype=dtype, layout=layout)
+    assert_selects_the_best(maps, levels_of(shapes), topk=25)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 80, 129, 300])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (24, 24)])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_sizes(num_classes, shape, layout):
+    maps = random_maps([shape], 1, num_classes, "rare", torch.bfloat16, layout)
+    assert_selects_the_best(maps, levels_of([shape]), topk=50)
+
+
+def test_more_candidates_than_shared_memory_sorts():
+    shapes = [(24, 24)]
+    maps = random_maps(shapes, 1, 10)
+    assert_selects_the_best(maps, levels_of(shapes), topk=2500, threshold=0.0)
+
+
+def test_maps_of_different_dtypes():
+    shapes = [(5, 6)]
+    (logits, ltrb, _) = random_maps(shapes, 1, 3, dtype=torch.bfloat16)
+    quality = random_maps(shapes, 1, 3, dtype=torch.float64)[2]
+    ltrb = [level.half() for level in ltrb]
+    assert_selects_the_best((logits, ltrb, quality), levels_of(shapes), topk=10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [False, True])
+def test_boxes_equal_the_reference(offset, clip):
+    shapes = [(6, 7), (3, 4)]
+    levels = make_levels(shapes, [7, 13], offset=offset)  # products that are not exact
+    logits, ltrb, quality = random_maps(shapes, 2, 3)
+    ltrb = [torch.rand_like(level) * 9 - 1 for level in ltrb]
+    arguments = arguments_of((logits, ltrb, quality), levels, clip=clip, topk=30)
+    found = emulated.ops().select_candidates(*arguments)
+    expected = reference.select_candidates(*arguments)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+    torch.testing.assert_close(found[1], expected[1], rtol=CLOSE, atol=0)
+    assert_has_the_bits_of_the_cpu(found, arguments)
+
+
+@pytest.mark.parametrize("images, shapes, num_classes", [(0, [(2, 3)], 4), (2, [(0, 3), (2, 2)], 4)])
+def test_empty_inputs(images, shapes, num_classes):
+    maps = random_maps(shapes, images, num_classes)
+    arguments = arguments_of(maps, levels_of(shapes), topk=3)
+    found = emulated.ops().select_candidates(*arguments)
+    for ours, theirs in zip(found, reference.select_candidates(*arguments), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert_has_the_bits_of_the_cpu(found, arguments)
+
+
+@pytest.mark.parametrize("spread", ["ties", "all equal", "crowded"])
+def test_order_of_blocks_and_threads_changes_no_bit(spread):
+    shapes = [(20, 30), (3, 3)]
+    arguments = arguments_of(random_maps(shapes, 2, 4, spread), levels_of(shapes), topk=60)
+    expected = emulated.ops().select_candidates(*arguments)
+    for number in range(1, 5):
+        with emulated.schedule(number):
+            found = emulated.ops().select_candidates(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_fake_kernel_tells_the_truth():
+    shapes = [(4, 8), (1, 3)]
+    maps = random_maps(shapes, 2, 5, dtype=torch.float16, layout="channels_last")
+    emulated.opcheck("select_candidates", *arguments_of(maps, levels_of(shapes), topk=20))
+
+
+CASES = {
+    "shapes": st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=1, max_size=2),
+    "images": st.integers(1, 2),
+    "num_classes": st.sampled_from([1, 2, 5, 8, 20, 130]),
+    "layout": st.sampled_from(list(LAYOUTS)),
+    "dtype": st.sampled_from(DTYPES),
+    "spread": st.sampled_from(list(SPREADS)),
+    "threshold": st.sampled_from([0.0, 0.05, 0.05, 0.3, 1.0]),
+    "topk": st.sampled_from([1, 2, 7, 40, 1000]),
+    "threshold_with_quality": st.booleans(),
+    "rank_with_quality": st.booleans(),
+    "score_rule": st.sampled_from(SCORE_RULES),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def check_random_case(shapes, images, num_classes, layout, dtype, spread, seed, **options):
+    torch.manual_seed(seed)
+    maps = random_maps(shapes, images, num_classes, spread, dtype, layout)
+    with emulated.schedule(seed % 3):
+        assert_selects_the_best(maps, levels_of(shapes), **options)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(**CASES)
+def test_random_cases(**case):
+    check_random_case(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(**CASES)
+def test_twenty_thousand_random_cases(**case):
+    check_random_case(**case)
