@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt --no-compile --
 TOO_OLD := "make env: the pinned versions need Python 3.11; type: make env PYTHON=python3.11"
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test lint bench gpu-check clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -40,6 +40,21 @@ lint: env ## check style
 
 bench: env ## measure the ops beside their peers, into benchmarks/results/
 	$(BIN)/python -W ignore -m benchmarks
+
+# The Python of .venv where there is one, else one that has torch, pytest and hypothesis. Without
+# torch's memory cache compute-sanitizer sees every access beyond a tensor.
+GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+
+gpu-check: ## on a GPU: build, test, sanitize and measure the kernels
+	FCOS_D2_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q -m "not slow" tests/ops
+	if command -v compute-sanitizer; then \
+	    for tool in memcheck racecheck initcheck synccheck; do \
+	        $(SANITIZE) $$tool $(GPU_PYTHON) -m tests.ops.drive_kernels || exit 1; \
+	    done; \
+	fi
+	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda
 
 clean: ## remove .venv and everything built; output/ stays
 	rm -rf $(VENV) build dist *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,13 @@ import torch  # noqa: E402
 
 from fcos_d2.ops import backend  # noqa: E402
 
-from .measure import HEADER, describe_machine, format_row, machine_name  # noqa: E402
+from .measure import (  # noqa: E402
+    HEADER,
+    copy_bandwidth,
+    describe_machine,
+    format_row,
+    machine_name,
+)
 
 OPS = ("assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms")
 IMAGES = {"cpu": 2, "cuda": 16}
@@ -34,7 +40,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     used = {kinds[arguments.device.upper()] for kinds in backend().values()}
     title = f"{describe_machine(device)}; kernels: {', '.join(sorted(used))}"
-    print(title, HEADER, sep="\n\n")
+    bandwidth = f"A copy moves {copy_bandwidth(device) / 1e9:.1f} GB/s."
+    print(title, bandwidth, HEADER, sep="\n\n")
     rows = []
     for name in arguments.ops or OPS:
         module = importlib.import_module(f"benchmarks.{name}")
@@ -42,7 +49,9 @@ def main() -> None:
     if not arguments.ops:
         path = Path(__file__).parent / "results" / f"{machine_name(device)}.md"
         path.parent.mkdir(exist_ok=True)
-        lines = [f"# {title}", "", "`make bench`", "", HEADER, *map(format_row, rows), ""]
+        command = "`make bench`" if arguments.device == "cpu" else "`make gpu-check`"
+        head = [f"# {title}", "", f"{command}. {bandwidth}", ""]
+        lines = [*head, HEADER, *map(format_row, rows), ""]
         path.write_text("\n".join(lines))
         print(f"written to {path}")
 

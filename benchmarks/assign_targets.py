@@ -7,7 +7,7 @@ import torch
 from fcos_d2.ops import assign_targets
 
 from .measure import Row, compare
-from .workload import CLASSES, LEVELS, RANGES, detectron2_fcos, make_batch
+from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, detectron2_fcos, make_batch
 
 
 def run(images: int, device: torch.device) -> list[Row]:
@@ -24,5 +24,6 @@ def run(images: int, device: torch.device) -> list[Row]:
                 anchors, batch.instances
             ),
         }
-        rows += compare("assign_targets", f"{images} x {boxes} boxes", contenders, device)
+        workload, floor = f"{images} x {boxes} boxes", TARGET_BYTES * images * LEVELS.num_points
+        rows += compare("assign_targets", workload, contenders, device, floor)
     return rows

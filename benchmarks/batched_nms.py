@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torchvision.ops.boxes import _batched_nms_coordinate_trick, _batched_nms_vanilla
 
-from fcos_d2.ops import batched_nms
+from fcos_d2.ops import batched_nms, batched_nms_padded
 
 from .measure import Row, compare
-from .workload import CLASSES
+from .workload import CLASSES, size_in_bytes
+
+THRESHOLD = 0.6
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """1,000, 5,000 and 20,000 boxes of 80 classes, all kept that survive."""
+    """1,000, 5,000 and 20,000 boxes of 80 classes, all kept that survive; a batch of 1,000 each."""
     rows = []
     for count in (1000, 5000, 20000):
-        generator = torch.Generator().manual_seed(0)
-        corner = torch.rand(count, 2, generator=generator) * 1000
-        size = torch.rand(count, 2, generator=generator) * 100 + 10
-        boxes = torch.cat((corner, corner + size), dim=1).to(device)
-        scores = torch.rand(count, generator=generator).to(device)
-        classes = torch.randint(CLASSES, (count,), generator=generator).to(device)
-        arguments = (boxes, scores, classes, 0.6)
-        contenders = {
-            "ours": lambda a=arguments: batched_nms(*a),
-            "torchvision, loop over classes": lambda a=arguments: _batched_nms_vanilla(*a),
-            "torchvision, shifted boxes": lambda a=arguments: _batched_nms_coordinate_trick(*a),
-        }
-        rows += compare("batched_nms", f"{count} boxes", contenders, device)
-    return rows
+        boxes, scores, classes = _detections(count, device)
+        arguments = (boxes, scores, classes, THRESHOLD)
+        contenders = {"ours": lambda a=arguments: batched_nms(*a), **_peers(*arguments)}
+        floor = size_in_bytes([boxes, scores, classes])
+        rows += compare("batched_nms", f"{count} boxes", contenders, device, floor)
+    return rows + _batch(images, 1000, device)
+
+
+def _batch(images: int, count: int, device: torch.device) -> list[Row]:
+    """All images in one call; to the peers an image is a group of classes more."""
+    boxes, scores, classes = _detections(images * count, device)
+    groups = classes + CLASSES * (torch.arange(images * count, device=device) // count)
+    padded = boxes.view(images, count, 4), scores.view(images, count), classes.view(images, count)
+
+    def ours():
+        return batched_nms_padded(*padded, iou_threshold=THRESHOLD, max_detections=count)
+
+    contenders = {"ours": ours, **_peers(boxes, scores, groups, THRESHOLD)}
+    floor = size_in_bytes([boxes, scores, classes])
+    return compare("batched_nms", f"{images} images x {count} boxes", contenders, device, floor)
+
+
+def _peers(*arguments) -> dict[str, Callable]:
+    return {
+        "torchvision, loop over classes": lambda: _batched_nms_vanilla(*arguments),
+        "torchvision, shifted boxes": lambda: _batched_nms_coordinate_trick(*arguments),
+    }
+
+
+def _detections(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(count, 2, generator=generator) * 1000
+    size = torch.rand(count, 2, generator=generator) * 100 + 10
+    boxes = torch.cat((corner, corner + size), dim=1).to(device)
+    scores = torch.rand(count, generator=generator).to(device)
+    return boxes, scores, torch.randint(CLASSES, (count,), generator=generator).to(device)

@@ -1,7 +1,8 @@
-"""Measures a function beside its peers: time and peak extra memory."""
+"""Measures a function beside its peers: time, memory, launches, and how near it is to the floor."""
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import time
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-RUNS = {"cpu": 21, "cuda": 200}
+RUNS = {"cpu": 41, "cuda": 200}
 SECONDS = 4.0  # a slow peer is not run RUNS times
+FLUSH_BYTES = 256 * 2**20  # more than the last cache of any GPU holds
 
 
 class Row(NamedTuple):
@@ -24,15 +26,23 @@ class Row(NamedTuple):
     what: str
     milliseconds: float
     ratio: float  # to ours; above 1 is slower than ours
+    bandwidth: float  # bytes that must be moved / time, as a share of what a copy achieves
     megabytes: float  # peak memory beyond the inputs
+    launches: int | None  # of kernels and copies; None on a CPU
+    syncs: int | None  # waits of the host for the GPU; None on a CPU
 
 
 def compare(
-    op: str, workload: str, contenders: dict[str, Callable], device: torch.device
+    op: str,
+    workload: str,
+    contenders: dict[str, Callable],
+    device: torch.device,
+    floor_bytes: float,
 ) -> list[Row]:
     """Rows of all contenders, run in turn so that a drifting machine treats all alike.
 
-    The first contender is ours. A contender that fails is left out, and said so.
+    The first contender is ours; those whose name starts with "ours" are too. A contender that fails
+    is left out, and said so. ``floor_bytes`` is what every one of them must read and write.
     """
     alive = {}
     for name, function in contenders.items():
@@ -47,19 +57,43 @@ def compare(
         for name, function in alive.items():
             if sum(times[name]) < SECONDS:
                 times[name].append(_seconds(function, device))
-    medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     ours = next(iter(medians.values()))
     rows = [
-        Row(op, workload, name, median, median / ours, _peak_megabytes(alive[name], device))
+        Row(
+            op,
+            workload,
+            name,
+            median * 1e3,
+            median / ours,
+            floor_bytes / median / copy_bandwidth(device),
+            _peak_megabytes(alive[name], device),
+            *_launches_and_syncs(alive[name], device),
+        )
         for name, median in medians.items()
     ]
     for row in rows:
-        print(format_row(row))
+        print(format_row(row), flush=True)
     return rows
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying a large tensor."""
+    source = torch.ones(FLUSH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = statistics.median(_seconds(lambda: target.copy_(source), device) for _ in range(15))
+    return 2 * FLUSH_BYTES / seconds
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES // 4, device=device)
 
 
 def _seconds(function: Callable, device: torch.device) -> float:
     if device.type == "cuda":
+        _flush_buffer(device).zero_()  # inputs come from memory, not from the cache
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -90,19 +124,49 @@ def _peak_megabytes(function: Callable, device: torch.device) -> float:
     return peak / 2**20
 
 
-HEADER = (
-    "| op | workload | what | ms (median) | ours is faster by | peak extra MiB |\n"
-    "|---|---|---|---|---|---|"
+def _launches_and_syncs(function: Callable, device: torch.device) -> tuple[int | None, int | None]:
+    """Kernels, copies and fills on the GPU, and calls with which the host waits for it."""
+    if device.type != "cuda":
+        return None, None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        function()
+    events = trace.events()
+    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    # The profiler itself waits once at the end, with cudaDeviceSynchronize.
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
+    return launches, sum(event.name in waits for event in events)
+
+
+COLUMNS = (
+    "op",
+    "workload",
+    "what",
+    "ms (median)",
+    "ours is faster by",
+    "of copy bandwidth",
+    "peak extra MiB",
+    "launches",
+    "host syncs",
 )
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def format_row(row: Row) -> str:
     """One line of a Markdown table."""
     ratio = "" if row.what == "ours" else f"{row.ratio:.1f}x"
-    return (
-        f"| {row.op} | {row.workload} | {row.what} | {row.milliseconds:.3f} | {ratio} "
-        f"| {row.megabytes:.1f} |"
+    counts = ("-" if count is None else str(count) for count in (row.launches, row.syncs))
+    cells = (
+        row.op,
+        row.workload,
+        row.what,
+        f"{row.milliseconds:.3f}",
+        ratio,
+        f"{row.bandwidth:.1%}",
+        f"{row.megabytes:.1f}",
+        *counts,
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def machine_name(device: torch.device) -> str:

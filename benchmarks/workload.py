@@ -20,6 +20,9 @@ RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 LEVELS: Levels = make_levels([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)], STRIDES)
 
 
+TARGET_BYTES = 28  # of a point: label, matched box, four distances, centerness
+
+
 class Batch(NamedTuple):
     """Inputs of all ops; never zeros."""
 
@@ -91,3 +94,8 @@ def image_list(images: int, device: torch.device) -> ImageList:
     """Images without pixels: the peers look at sizes alone."""
     tensor = torch.empty(images, 3, HEIGHT, WIDTH, device=device)
     return ImageList(tensor, [(HEIGHT, WIDTH)] * images)
+
+
+def size_in_bytes(tensors: list[Tensor]) -> int:
+    """Of all elements together."""
+    return sum(x.numel() * x.element_size() for x in tensors)

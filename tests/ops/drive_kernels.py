@@ -1,0 +1,56 @@
+"""Runs every CUDA kernel a few times, for compute-sanitizer: ``python -m tests.ops.drive_kernels``.
+
+Shapes are odd and small, layouts and dtypes change, results are not looked at: the tests do that.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fcos_d2 import ops
+
+from . import inputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: bool) -> None:
+    """Assignment and losses of three images, one of them empty."""
+    levels = inputs.pyramid(100, 140)
+    options = {"channels_last": channels_last, "device": device}
+    maps = inputs.predictions(levels, 3, 13, dtype, **options)
+    logits, ltrb, quality = ([x.requires_grad_() for x in level] for level in maps)
+    targets = inputs.targets(levels, [40, 0, 3], 13, device, height=100, width=140)
+    cls = ops.sigmoid_focal_loss(logits, targets.labels, save_gradient=save_gradient)
+    box, centerness = ops.box_loss(ltrb, quality, targets)
+    (cls / 2 + box + centerness).backward()
+
+
+def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) -> None:
+    """Candidates (few, many, all) and their suppression in every way."""
+    levels = inputs.pyramid(100, 140)
+    options = {"channels_last": channels_last, "device": device, "prior": prior}
+    maps = inputs.predictions(levels, 3, 13, dtype, **options)
+    sizes = torch.tensor([[100, 140]] * 3, device=device)
+    found = ops.select_candidates(*maps, levels, sizes, score_threshold=0.05, topk=300)
+    for method, agnostic in itertools.product(("hard", "linear", "gaussian"), (False, True)):
+        ops.batched_nms_padded(*found, method=method, class_agnostic=agnostic)
+    ops.batched_nms(found.boxes[0], found.scores[0], found.classes[0], 0.5)
+
+
+def main(device: str = "cuda") -> None:
+    """All of it, once."""
+    torch.manual_seed(0)
+    for dtype, channels_last in itertools.product(DTYPES, (False, True)):
+        for save_gradient in (False, True):
+            train(device, dtype, channels_last, save_gradient)
+        for prior in (-6.0, 0.0, 20.0):
+            infer(device, dtype, channels_last, prior)
+
+
+if __name__ == "__main__":
+    assert all(kind["CUDA"] == "compiled" for kind in ops.backend().values()), ops.backend()
+    main()
+    torch.cuda.synchronize()
