@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <unordered_map>
@@ -18,54 +19,90 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr size_t kBlock = 16; // boxes compared without a branch
+constexpr int kBlock = 8; // boxes compared without a branch
 
-// Kept boxes of one class, coordinate by coordinate.
-class Kept {
- public:
-  bool suppresses(const float* box, float threshold) const {
-    float box_area = area(box);
-    for (size_t first = 0; first < x1_.size(); first += kBlock) {
-      size_t last = std::min(first + kBlock, x1_.size());
-      int any = 0;
-      for (size_t i = first; i < last; ++i) {
-        Overlap o = overlap(
-            x1_[i], y1_[i], x2_[i], y2_[i], area_[i], box[0], box[1], box[2], box[3], box_area);
-        any |= o.exceeds(threshold);
-      }
-      if (any) {
-        return true;
-      }
-    }
-    return false;
-  }
-
-  void add(const float* box) {
-    x1_.push_back(box[0]), y1_.push_back(box[1]), x2_.push_back(box[2]), y2_.push_back(box[3]);
-    area_.push_back(area(box));
-  }
-
- private:
-  std::vector<float> x1_, y1_, x2_, y2_, area_;
+// Kept boxes of one class, coordinate by coordinate. Places that are not taken hold NaN, which
+// overlaps nothing.
+struct Block {
+  float x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
 };
 
-class KeptByClass {
- public:
-  explicit KeptByClass(float threshold) : threshold_(threshold) {}
+// Compiled once per instruction set; the first call chooses.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+bool any_exceeds(const Block* blocks, int64_t count, const float* box, float threshold) {
+  float box_area = area(box);
+  for (const Block* block = blocks; block < blocks + count; ++block) {
+    int any = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      Overlap o = overlap(
+          block->x1[i], block->y1[i], block->x2[i], block->y2[i], block->area[i], box[0], box[1],
+          box[2], box[3], box_area);
+      any |= o.exceeds(threshold);
+    }
+    if (any) {
+      return true;
+    }
+  }
+  return false;
+}
 
-  // True, and the box is remembered, where nothing kept before suppresses it.
-  bool keep(const float* box, int64_t group) {
-    Kept& kept = kept_[group];
-    if (kept.suppresses(box, threshold_)) {
+// Numbers 0, 1, ... instead of any ids.
+std::vector<int32_t> dense_ids(const int64_t* ids, int64_t count) {
+  std::vector<int32_t> dense(count);
+  auto [lowest, highest] = std::minmax_element(ids, ids + count);
+  // As unsigned numbers, whose difference cannot overflow.
+  uint64_t range = count ? uint64_t(*highest) - uint64_t(*lowest) : 0;
+  if (range < uint64_t(4 * count)) {
+    std::transform(ids, ids + count, dense.begin(), [&](int64_t id) { return id - *lowest; });
+    return dense;
+  }
+  std::unordered_map<int64_t, int32_t> known;
+  for (int64_t i = 0; i < count; ++i) {
+    dense[i] = known.try_emplace(ids[i], int32_t(known.size())).first->second;
+  }
+  return dense;
+}
+
+// The boxes kept so far, in memory that is taken once.
+class Kept {
+ public:
+  Kept(std::vector<int32_t> classes, float threshold)
+      : classes_(std::move(classes)), threshold_(threshold) {
+    int32_t highest = classes_.empty() ? -1 : *std::max_element(classes_.begin(), classes_.end());
+    first_block_.assign(size_t(highest) + 2, 0);
+    count_.assign(size_t(highest) + 1, 0);
+    for (int32_t id : classes_) {
+      ++first_block_[id + 1];
+    }
+    for (size_t id = 0; id + 1 < first_block_.size(); ++id) {
+      first_block_[id + 1] = first_block_[id] + (first_block_[id + 1] + kBlock - 1) / kBlock;
+    }
+    blocks_.resize(size_t(first_block_.back()));
+    std::memset(blocks_.data(), 0xff, blocks_.size() * sizeof(Block)); // NaN
+  }
+
+  // True, and the box is remembered, where nothing of its class that was kept before suppresses it.
+  bool keep(int64_t index, const float* box) {
+    int32_t id = classes_[index];
+    Block* blocks = blocks_.data() + first_block_[id];
+    int64_t& count = count_[id];
+    if (any_exceeds(blocks, (count + kBlock - 1) / kBlock, box, threshold_)) {
       return false;
     }
-    kept.add(box);
+    Block& block = blocks[count / kBlock];
+    int lane = int(count++ % kBlock);
+    block.x1[lane] = box[0], block.y1[lane] = box[1], block.x2[lane] = box[2];
+    block.y2[lane] = box[3], block.area[lane] = area(box);
     return true;
   }
 
  private:
+  std::vector<int32_t> classes_;
   float threshold_;
-  std::unordered_map<int64_t, Kept> kept_;
+  std::vector<int64_t> first_block_, count_; // by class
+  std::vector<Block> blocks_;
 };
 
 struct Ranked {
@@ -108,14 +145,17 @@ void hard(const PaddedNms& args, int64_t image) {
     }
   }
   std::make_heap(heap.begin(), heap.end());
-  KeptByClass kept(args.iou_threshold);
+  const int64_t* classes = args.classes + base;
+  Kept kept(
+      args.class_agnostic ? std::vector<int32_t>(args.num_boxes, 0)
+                          : dense_ids(classes, args.num_boxes),
+      args.iou_threshold);
   Writer out{args, image};
   while (!heap.empty() && out.count < args.max_detections) {
     std::pop_heap(heap.begin(), heap.end());
     int64_t i = heap.back().index;
     heap.pop_back();
-    int64_t group = args.class_agnostic ? 0 : args.classes[base + i];
-    if (kept.keep(args.boxes + 4 * (base + i), group)) {
+    if (kept.keep(i, args.boxes + 4 * (base + i))) {
       out.put(i, args.scores[base + i]);
     }
   }
@@ -205,14 +245,14 @@ void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
 std::vector<int64_t> batched_nms(
     const float* boxes, const double* scores, const int64_t* groups, int64_t num_boxes,
     float iou_threshold) {
-  KeptByClass by_class(iou_threshold);
-  std::vector<int64_t> kept;
+  Kept kept(dense_ids(groups, num_boxes), iou_threshold);
+  std::vector<int64_t> indices;
   for (int64_t i : order_of(scores, num_boxes)) {
-    if (by_class.keep(boxes + 4 * i, groups[i])) {
-      kept.push_back(i);
+    if (kept.keep(i, boxes + 4 * i)) {
+      indices.push_back(i);
     }
   }
-  return kept;
+  return indices;
 }
 
 } // namespace fcos::cpu
