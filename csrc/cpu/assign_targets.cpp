@@ -10,17 +10,41 @@
 namespace fcos::cpu {
 namespace {
 
+constexpr int64_t kGrain = 65536; // points worth a thread, about 0.1 ms
+constexpr int64_t kPointsPerBox = 16; // that take as long as a box
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What the points of one level of one image know so far.
-struct Best {
-  std::vector<float> area;
-  std::vector<int32_t> box;
+// One level of one image: its outputs, background at first, and what is known of its points.
+struct LevelOfImage {
+  const AssignTargets& args;
+  const Level& level;
+  const SizeRange& range;
+  int32_t *labels, *matched, *counts;
+  float *ltrb, *centerness;
+  std::vector<float> area;         // of the smallest box that qualified
   std::vector<uint8_t> candidates; // 0, 1 or 2 for "several"
-  std::vector<uint8_t> ignored;
+  std::vector<int32_t> positives;  // points
 
-  explicit Best(int64_t points)
-      : area(points, kInfinity), box(points, -1), candidates(points, 0), ignored(points, 0) {}
+  LevelOfImage(const AssignTargets& args, int64_t image, int l)
+      : args(args),
+        level(args.levels.level[l]),
+        range(args.ranges[l]),
+        area(level.num_points(), kInfinity),
+        candidates(level.num_points(), 0) {
+    int64_t first = image * args.levels.num_points + level.first_point;
+    labels = args.labels + first, matched = args.matched + first;
+    ltrb = args.ltrb + 4 * first, centerness = args.centerness + first;
+    counts = args.counts + 2 * (image * args.levels.count + l);
+    std::fill_n(labels, level.num_points(), args.num_classes);
+    std::fill_n(matched, level.num_points(), -1);
+    std::fill_n(ltrb, 4 * level.num_points(), 0.0f);
+    std::fill_n(centerness, level.num_points(), 0.0f);
+  }
+
+  Ltrb<float> sides_of(int64_t point, const float* box) const {
+    int row = int(point / level.width), column = int(point % level.width);
+    return sides(level.x(column), level.y(row), box);
+  }
 };
 
 struct Window {
@@ -44,12 +68,13 @@ struct BoxOnLevel {
 };
 
 // False where the box can serve no point of the level.
-bool describe(const AssignTargets& args, int level, int64_t index, BoxOnLevel* out) {
+bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
+  const AssignTargets& args = on.args;
   const float* box = args.boxes + 4 * index;
   if (!(box[0] < box[2] && box[1] < box[3])) {
     return false; // no point lies strictly inside; also NaN
   }
-  float near = args.center_radius * args.levels.level[level].stride;
+  float near = args.center_radius * on.level.stride;
   bool ignored = args.classes[index] == -1;
   *out = {
       box,
@@ -61,13 +86,13 @@ bool describe(const AssignTargets& args, int level, int64_t index, BoxOnLevel* o
   // The largest distance of an inner point to a side lies between half the longer side and all of
   // it; the margins cover rounding.
   float side = std::max(box[2] - box[0], box[3] - box[1]);
-  const SizeRange& range = args.ranges[level];
-  bool fits = side * 1.001f >= range.low && side * 0.499f <= range.high && std::isfinite(out->area);
+  bool fits = side * 1.001f >= on.range.low && side * 0.499f <= on.range.high &&
+      std::isfinite(out->area);
   return ignored || fits;
 }
 
-void visit(const AssignTargets& args, int l, int64_t index, const BoxOnLevel& b, Best* best) {
-  const Level& level = args.levels.level[l];
+void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
+  const Level& level = on->level;
   Window columns = window(
       std::max(b.box[0], b.center_x - b.near), std::min(b.box[2], b.center_x + b.near),
       level.origin, level.pitch_x, level.width);
@@ -83,67 +108,57 @@ void visit(const AssignTargets& args, int l, int64_t index, const BoxOnLevel& b,
       }
       int64_t point = int64_t(row) * level.width + column;
       if (b.ignored) {
-        best->ignored[point] = 1;
+        on->labels[point] = -1; // until a box claims the point
         continue;
       }
       bool near = std::abs(x - b.center_x) < b.near && std::abs(y - b.center_y) < b.near;
-      if (!near || !args.ranges[l].contains(longest(d))) {
+      if (!near || !on->range.contains(longest(d))) {
         continue;
       }
-      best->candidates[point] += best->candidates[point] < 2;
-      if (b.area < best->area[point]) { // boxes come by index, so a tie keeps the lower one
-        best->area[point] = b.area;
-        best->box[point] = int32_t(index);
+      if (on->candidates[point] == 0) {
+        on->positives.push_back(int32_t(point));
+      }
+      on->candidates[point] += on->candidates[point] < 2;
+      if (b.area < on->area[point]) { // boxes come by index, so a tie keeps the lower one
+        on->area[point] = b.area;
+        on->matched[point] = int32_t(index);
       }
     }
   }
 }
 
-void write(const AssignTargets& args, int64_t image, int l, const Best& best) {
-  const Level& level = args.levels.level[l];
-  int64_t first = image * args.levels.num_points + level.first_point;
-  int32_t positives = 0, ambiguous = 0;
-  for (int64_t point = 0; point < level.num_points(); ++point) {
-    int32_t box = best.box[point];
-    Ltrb<float> d = {0, 0, 0, 0};
-    float quality = 0;
-    int32_t label = best.ignored[point] ? -1 : args.num_classes;
-    if (box >= 0) {
-      int row = int(point / level.width), column = int(point % level.width);
-      d = sides(level.x(column), level.y(row), args.boxes + 4 * int64_t(box));
-      d = {d.left / level.stride, d.top / level.stride, d.right / level.stride,
-           d.bottom / level.stride};
-      quality = centerness(d);
-      label = int32_t(args.classes[box]);
-      ++positives;
-      ambiguous += best.candidates[point] > 1;
-    }
-    args.labels[first + point] = label;
-    args.matched[first + point] = box;
-    args.centerness[first + point] = quality;
-    float* ltrb = args.ltrb + 4 * (first + point);
+void write_positives(const LevelOfImage& on) {
+  int32_t ambiguous = 0;
+  for (int32_t point : on.positives) {
+    int64_t box = on.matched[point];
+    Ltrb<float> d = on.sides_of(point, on.args.boxes + 4 * box);
+    float stride = on.level.stride;
+    d = {d.left / stride, d.top / stride, d.right / stride, d.bottom / stride};
+    on.labels[point] = int32_t(on.args.classes[box]);
+    on.centerness[point] = centerness(d);
+    float* ltrb = on.ltrb + 4 * int64_t(point);
     ltrb[0] = d.left, ltrb[1] = d.top, ltrb[2] = d.right, ltrb[3] = d.bottom;
+    ambiguous += on.candidates[point] > 1;
   }
-  int32_t* counts = args.counts + 2 * (image * args.levels.count + l);
-  counts[0] = positives, counts[1] = ambiguous;
+  on.counts[0] = int32_t(on.positives.size()), on.counts[1] = ambiguous;
 }
 
 } // namespace
 
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for) {
-  int64_t levels = args.levels.count;
-  parallel_for(args.num_images * levels, 1, [&](int64_t first, int64_t last) {
+  int64_t levels = args.levels.count, items = args.num_images * levels;
+  int64_t work = args.num_images * args.levels.num_points + kPointsPerBox * args.num_boxes;
+  parallel_for(items, 1 + kGrain * items / (work + 1), [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       int64_t image = item / levels;
-      int level = int(item % levels);
-      Best best(args.levels.level[level].num_points());
+      LevelOfImage on(args, image, int(item % levels));
       for (int64_t i = args.offsets[image]; i < args.offsets[image + 1]; ++i) {
         BoxOnLevel box;
-        if (describe(args, level, i, &box)) {
-          visit(args, level, i, box, &best);
+        if (describe(on, i, &box)) {
+          visit(i, box, &on);
         }
       }
-      write(args, image, level, best);
+      write_positives(on);
     }
   });
 }

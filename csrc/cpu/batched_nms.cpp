@@ -19,6 +19,7 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kGrain = 4096; // boxes worth a thread, at least 0.1 ms
 constexpr int kBlock = 8; // boxes compared without a branch
 
 // Kept boxes of one class, coordinate by coordinate. Places that are not taken hold NaN, which
@@ -235,7 +236,7 @@ std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
 } // namespace
 
 void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
-  parallel_for(args.num_images, 1, [&](int64_t first, int64_t last) {
+  parallel_for(args.num_images, 1 + kGrain / (args.num_boxes + 1), [&](int64_t first, int64_t last) {
     for (int64_t image = first; image < last; ++image) {
       args.method == NmsMethod::kHard ? hard(args, image) : soft(args, image);
     }

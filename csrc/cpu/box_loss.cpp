@@ -9,6 +9,7 @@ namespace fcos::cpu {
 namespace {
 
 constexpr int64_t kPointsPerPiece = 4096;
+constexpr int64_t kGrain = 16; // pieces worth a thread, about 0.1 ms
 
 // What the formulas give for one positive point.
 template <class T>
@@ -104,7 +105,7 @@ void write_gradients(const BoxLossArgs& args, const Piece& piece) {
 void box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
   std::vector<Sums> sums(all.size()); // so the order of adding is fixed
-  parallel_for(int64_t(all.size()), 4, [&](int64_t first, int64_t last) {
+  parallel_for(int64_t(all.size()), kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       dispatch(args.dtype, [&](auto zero) {
         for_each_positive<decltype(zero)>(args, all[i], [&](int64_t, const auto& t) {
@@ -124,7 +125,7 @@ void box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
 
 void box_loss_backward(const BoxLossArgs& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
-  parallel_for(int64_t(all.size()), 4, [&](int64_t first, int64_t last) {
+  parallel_for(int64_t(all.size()), kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       dispatch(args.dtype, [&](auto zero) { write_gradients<decltype(zero)>(args, all[i]); });
     }
