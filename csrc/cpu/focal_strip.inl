@@ -1,5 +1,11 @@
-// Body of focal_strip_*.cpp; FCOS_ISA names the instruction set. Nothing here may have external
-// linkage but the function at the end: another file's copy was compiled for other processors.
+// Body of focal_strip_*.cpp. FCOS_ISA names the instruction set; FCOS_REGISTERS is the width of its
+// registers in bits where it is one of x86 (the compiler's own macros do not know of the pragma).
+// Nothing here may have external linkage but the function at the end: another file's copy was
+// compiled for other processors.
+
+#ifdef FCOS_REGISTERS
+#include <immintrin.h>
+#endif
 
 #include "../core/focal.h"
 #include "focal_strip.h"
@@ -35,6 +41,60 @@ FCOS_HD void store(const Floats& x, T* out) {
     }
   }
 }
+
+#ifdef FCOS_REGISTERS
+// What the compiler makes of these loops takes longer than all of the loss.
+
+FCOS_HD Floats load(const BFloat16* x) {
+  uint16_t words __attribute__((vector_size(2 * kLanes)));
+  std::memcpy(&words, x, sizeof words);
+  return (Floats)(__builtin_convertvector(words, Ints) << 16);
+}
+
+FCOS_HD void store(const Floats& x, BFloat16* out) { // see narrow()
+  typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+  Bits bits = (Bits)x;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  bits = x == x ? bits : Bits{} + 0x7fc0;
+#if FCOS_REGISTERS == 512
+  __m256i packed = _mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  __m256i half[2];
+  std::memcpy(half, &bits, sizeof bits);
+  // It packs within each half of a register, so the quarters come out as 0, 2, 1, 3.
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+#endif
+  std::memcpy(out, &packed, sizeof packed);
+}
+
+FCOS_HD Floats load(const Half* x) {
+#if FCOS_REGISTERS == 512
+  __m256i words;
+  std::memcpy(&words, x, sizeof words);
+  return (Floats)_mm512_cvtph_ps(words);
+#else
+  __m128i words[2];
+  std::memcpy(words, x, sizeof words);
+  __m256 half[] = {_mm256_cvtph_ps(words[0]), _mm256_cvtph_ps(words[1])};
+  Floats out;
+  std::memcpy(&out, half, sizeof out);
+  return out;
+#endif
+}
+
+FCOS_HD void store(const Floats& x, Half* out) {
+#if FCOS_REGISTERS == 512
+  __m256i words = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  __m256 half[2];
+  std::memcpy(half, &x, sizeof x);
+  __m128i words[] = {
+      _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT),
+      _mm256_cvtps_ph(half[1], _MM_FROUND_TO_NEAREST_INT)};
+#endif
+  std::memcpy(out, &words, sizeof words);
+}
+#endif
 
 // Which of the lanes from i on are their point's true class, and which count at all.
 struct Lanes {
