@@ -12,6 +12,7 @@ from detectron2.config import CfgNode as CN
 from .errors import InputError
 
 _ADELAIDET = {
+    "NUM_CLASSES": 80,  # what all of them have: COCO's
     "LOCATION_OFFSET": 0.5,
     "LOCATION_PITCH": "stride",
     "RANGE_INCLUSIVE": True,
@@ -82,10 +83,18 @@ _MMDET_BASE = {
     "NMS_TH": 0.5,
 }
 
+_ROSINALITY = {
+    **_ORIGINAL,
+    "CENTER_SAMPLE": True,
+    "LOC_LOSS_TYPE": "giou",
+    "SYNC_NORMALIZER": False,  # there one more foreground point per image is counted
+}
+
 CONVENTIONS: dict[str, dict[str, object]] = {
     "adelaidet": _ADELAIDET,  # the authors' improved FCOS, aim-uofa/AdelaiDet
     "original": _ORIGINAL,  # tianzhi0549/FCOS, paper 1904.01355 v1
     "original_imprv": _ORIGINAL_IMPRV,  # tianzhi0549/FCOS, the FCOS_imprv_* configs
+    "rosinality": _ROSINALITY,  # rosinality/fcos-pytorch; with TOP_LEVELS_FROM "res5"
     "detectron2": _DETECTRON2,  # detectron2.modeling.meta_arch.fcos
     "torchvision": _TORCHVISION,  # torchvision.models.detection.fcos
     "mmdet_base": _MMDET_BASE,  # mmdetection 3.x, fcos_*_gn-head configs
@@ -94,7 +103,11 @@ CONVENTIONS: dict[str, dict[str, object]] = {
 
 
 def add_fcos_config(cfg: CN) -> None:
-    """Adds ``MODEL.FCOS`` and ``SOLVER.OPTIMIZER`` to a detectron2 config.
+    """Adds the keys of FCOS to a detectron2 config.
+
+    They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL_EMA``,
+    ``DATASETS.REGISTER``, and in ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and
+    AMP.PRECISION.
 
     Raises:
         InputError: the config has ``MODEL.FCOS`` already.
@@ -109,16 +122,40 @@ def add_fcos_config(cfg: CN) -> None:
     _add_targets(fcos)
     _add_losses(fcos)
     _add_inference(fcos)
+    cfg.MODEL.TIMM = CN()
+    _add_timm(cfg.MODEL.TIMM)
+    # Data sets of your own by name: {json: COCO file, images: folder}, with part: [0, 0.8] for a
+    # share of the images; or a Pascal VOC {voc: folder, split: train}. See docs/custom_data.md.
+    cfg.DATASETS.REGISTER = CN(new_allowed=True)
+    _add_training(cfg)
+
+
+def _add_training(cfg: CN) -> None:
     # "SGD" (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Batches that the IMS_PER_BATCH images of an iteration are read in, one after the other, for
+    # less memory. Normalisers, and statistics of BN, are those of a batch.
+    cfg.SOLVER.GRADIENT_ACCUMULATION = 1
+    # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling) or "bfloat16" (GPUs and CPUs).
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # Iterations that may be left out because a loss or a gradient is not finite; one more ends the
+    # training.
+    cfg.SOLVER.MAX_SKIPPED_ITERS = 0
+    # torch.compile for backbone and head.
+    cfg.MODEL.COMPILE = False
+    # Exponential moving average of the weights: what is evaluated, and saved with every checkpoint
+    # and as model_final_ema.pth.
+    cfg.MODEL_EMA = CN()
+    cfg.MODEL_EMA.ENABLED = False
+    cfg.MODEL_EMA.DECAY = 0.999
 
 
 def _add_head(fcos: CN) -> None:
     # Which implementation to follow where they differ: a key of CONVENTIONS. Sets every key below
     # whose default is None.
     fcos.CONVENTION = "adelaidet"
-    # K, without background.
-    fcos.NUM_CLASSES = 80
+    # K, without background. None: as many as the first training data set has.
+    fcos.NUM_CLASSES = None
     # Feature maps of the backbone that the head reads, by ascending stride, and their strides s.
     fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     fcos.FPN_STRIDES = [8, 16, 32, 64, 128]
@@ -216,6 +253,18 @@ def _add_inference(fcos: CN) -> None:
     fcos.INFERENCE_TH_TRAIN = 0.05
     fcos.PRE_NMS_TOPK_TRAIN = 1000
     fcos.POST_NMS_TOPK_TRAIN = 100
+
+
+def _add_timm(timm: CN) -> None:
+    # The model of MODEL.BACKBONE.NAME build_fcos_timm_fpn_backbone: one of timm.list_models(). Its
+    # feature maps are named res2 to res5 by stride as those of MODEL.RESNETS;
+    # MODEL.BACKBONE.FREEZE_AT 2 freezes all that res2 is computed from, and so on. Nothing is
+    # downloaded unless MODEL.WEIGHTS asks for it ("timm://convnext_tiny.fb_in1k").
+    timm.NAME = ""
+    # Batch norms of the model: "" as they are, "FrozenBN" or "SyncBN".
+    timm.NORM = ""
+    # More arguments of timm.create_model, like ["drop_path_rate=0.2", "strict_img_size=False"].
+    timm.OPTIONS = []
 
 
 def resolve_convention(cfg: CN) -> CN:

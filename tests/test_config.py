@@ -22,7 +22,6 @@ from fcos_d2.modeling import FCOSLoss, FCOSProposals
 from .modeling.tiny import sample, tiny_cfg, tiny_fcos, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-YAMLS = sorted(CONFIGS.rglob("*.yaml"))
 R_50 = "fcos_R_50_FPN_1x"
 ALL_LEVELS = ("p3", "p4", "p5", "p6", "p7")
 
@@ -280,45 +279,6 @@ def test_optimizer_is_the_one_named(ordinary):
     cfg = ordinary[0].clone()
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     assert describe(cfg) != ordinary[1] and "AdamW" in describe(cfg)
-
-
-# ---- the files in configs/ ----
-
-
-def test_there_are_configs():
-    assert {f"{R_50}.yaml", "Base-FCOS.yaml", "fcos_R_18_FPN_digits.yaml"} <= {
-        path.name for path in YAMLS
-    }
-
-
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_yaml_file_merges_and_its_model_can_be_built(path):
-    cfg = merged(path)
-    assert cfg.VERSION == 2
-    with torch.device("meta"):  # shapes and checks without the time of initial values
-        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-    assert model.losses.num_classes == cfg.MODEL.FCOS.NUM_CLASSES
-
-
-def test_output_of_every_experiment_is_a_folder_of_its_own():
-    folders = [merged(path).OUTPUT_DIR for path in YAMLS if path.name != "Base-FCOS.yaml"]
-    assert len(set(folders)) == len(folders)
-    for path in CONFIGS.glob("fcos_*.yaml"):
-        folder = merged(path).OUTPUT_DIR
-        assert folder == f"output/{path.stem}"
-
-
-def test_r_101_trains_twice_as_long_and_iou_changes_the_quality_alone():
-    base = merged(CONFIGS / f"{R_50}.yaml")
-    longer = merged(CONFIGS / "fcos_R_101_FPN_2x.yaml")
-    assert longer.MODEL.RESNETS.DEPTH == 101 and "R-101" in longer.MODEL.WEIGHTS
-    assert longer.SOLVER.MAX_ITER == 2 * base.SOLVER.MAX_ITER
-    pairs = zip(base.SOLVER.STEPS, longer.SOLVER.STEPS, strict=True)
-    assert all(2 * step == later for step, later in pairs)
-    iou = merged(CONFIGS / "fcos_R_50_FPN_1x_iou.yaml")
-    assert iou.MODEL.FCOS.BOX_QUALITY == "iou"
-    iou.MODEL.FCOS.BOX_QUALITY, iou.OUTPUT_DIR = base.MODEL.FCOS.BOX_QUALITY, base.OUTPUT_DIR
-    assert iou == base
 
 
 # ---- YAML and LazyConfig ----

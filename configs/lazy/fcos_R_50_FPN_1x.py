@@ -3,6 +3,7 @@
 from detectron2 import model_zoo
 
 from fcos_d2.data import FCOSDatasetMapper, load_dataset
+from fcos_d2.engine import TrainLoader
 
 from .common.fcos import model
 
@@ -11,6 +12,7 @@ lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
 optimizer = model_zoo.get_config("common/optim.py").SGD
 train = model_zoo.get_config("common/train.py").train
 
+dataloader.train._target_ = TrainLoader  # whose position is part of a checkpoint
 # Ours name the file, the annotation or the image that cannot be used.
 dataloader.train.dataset._target_ = load_dataset
 dataloader.test.dataset._target_ = load_dataset

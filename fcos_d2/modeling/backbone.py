@@ -1,17 +1,64 @@
-"""Backbones of FCOS: an FPN with extra levels computed from P5 or C5 (1904.01355 section 3.2)."""
+"""Backbones of FCOS: an FPN with extra levels computed from P5 or C5 (1904.01355 section 3.2).
+
+Under it detectron2's ResNets, whose deformable convolutions run on torchvision's kernel.
+"""
 
 from __future__ import annotations
 
 import math
 
 import fvcore.nn.weight_init as weight_init
-from detectron2.layers import ShapeSpec
+from detectron2.layers import DeformConv, ModulatedDeformConv, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 from ..config import fcos_settings
+
+
+class DeformConv2d(nn.Module):
+    """A deformable convolution of a detectron2 ResNet (DCN or DCNv2) on torchvision's kernel.
+
+    detectron2's own needs its compiled extension, and the modulated one a GPU. Names of weights
+    are the same.
+
+    Args:
+        conv: whose weight, normalisation and geometry to take over.
+    """
+
+    def __init__(self, conv: DeformConv | ModulatedDeformConv):
+        super().__init__()
+        self.weight, self.norm = conv.weight, conv.norm
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolves at shifted positions.
+
+        Args:
+            x: Tensor[B, C, H, W].
+            offset: Tensor[B, 18 G, H', W'], shifts (y, x) of 9 taps for each of G channel groups.
+            mask: Tensor[B, 9 G, H', W'], weight of each tap; None for all ones.
+
+        Returns:
+            Tensor[B, C', H', W'].
+        """
+        # Not in autocast's dtype, which is too coarse for positions.
+        x, offset = x.to(self.weight.dtype), offset.to(self.weight.dtype)
+        mask = None if mask is None else mask.to(self.weight.dtype)
+        geometry = self.stride, self.padding, self.dilation
+        x = deform_conv2d(x, offset, self.weight, None, *geometry, mask)
+        return x if self.norm is None else self.norm(x)
+
+
+def use_torchvision_deform_conv(module: nn.Module) -> nn.Module:
+    """Replaces detectron2's deformable convolutions inside ``module`` by DeformConv2d, in place."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (DeformConv, ModulatedDeformConv)):
+                parent.add_module(name, DeformConv2d(child))
+    return module
 
 
 class LastLevelP6(nn.Module):
@@ -66,5 +113,5 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """detectron2's ResNet (``MODEL.RESNETS``) under ``build_fpn``."""
-    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape))
+    """detectron2's ResNet or ResNeXt (``MODEL.RESNETS``, DCN included) under ``build_fpn``."""
+    return build_fpn(cfg, use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape)))

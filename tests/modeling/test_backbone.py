@@ -1,15 +1,17 @@
-"""build_fpn: which levels there are, what they are computed from, and what is refused."""
+"""Backbones: which levels there are, what they are computed from, and deformable convolutions."""
 
 import logging
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import DeformConv, ModulatedDeformConv, ShapeSpec
 from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
+from torch import nn
 
-from fcos_d2.modeling import build_fpn
+from fcos_d2.modeling import FCOS, build_fpn, use_torchvision_deform_conv
 
-from .tiny import STRIDES, TinyBottomUp, tiny_cfg, tiny_fcos
+from .tiny import STRIDES, TinyBottomUp, sample, tiny_cfg, tiny_fcos, train_step, without_gradient
 
 
 def make_fpn(*stages: str, **fcos):
@@ -121,3 +123,103 @@ def test_levels_that_are_computed_for_nothing_are_told(caplog):
         assert not caplog.messages
         tiny_fcos(TOP_LEVELS=2)
     assert "the backbone computes p6, p7" in caplog.messages[0]
+
+
+# ---- detectron2's ResNets with deformable convolutions ----
+
+
+def resnet_cfg(*options):
+    """A ResNet-50 of few channels with three levels on top, deformable from res4 on."""
+    resnets = {"DEPTH": 50, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 4}
+    resnets |= {"DEFORM_ON_PER_STAGE": [False, False, True, True], "DEFORM_MODULATED": True}
+    cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone", *options)
+    for key, value in resnets.items():
+        if f"MODEL.RESNETS.{key}" not in options:
+            cfg.MODEL.RESNETS[key] = value
+    return cfg
+
+
+def resnet(*options) -> nn.Module:
+    return build_backbone(resnet_cfg(*options), ShapeSpec(channels=3)).bottom_up
+
+
+def block(modulated: bool, **options) -> DeformBottleneckBlock:
+    """With offsets and masks at their initial values: no shift, and every mask 1/2."""
+    block = DeformBottleneckBlock(
+        16, 24, bottleneck_channels=8, norm="BN", deform_modulated=modulated, **options
+    )
+    return use_torchvision_deform_conv(block).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"num_groups": 2}, {"dilation": 2}])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_block_that_shifts_nothing_is_an_ordinary_one(modulated, options):
+    deformable = block(modulated, deform_num_groups=2, **options)
+    plain = BottleneckBlock(16, 24, bottleneck_channels=8, norm="BN", **options).eval()
+    weights = {k: v for k, v in deformable.state_dict().items() if "offset" not in k}
+    if modulated:
+        weights["conv2.weight"] = weights["conv2.weight"] / 2
+    plain.load_state_dict(weights)
+    x = torch.rand(2, 16, 12, 10)
+    torch.testing.assert_close(deformable(x), plain(x))
+
+
+def test_offsets_are_pairs_of_rows_and_columns_and_masks_come_last():
+    deformable = block(modulated=True)
+    x = torch.rand(1, 8, 9, 9)
+    offset, mask = torch.zeros(1, 18, 9, 9), torch.ones(1, 9, 9, 9)
+    offset[:, 0::2], offset[:, 1::2] = 2.0, -1.0
+    shifted = torch.zeros_like(x)
+    shifted[:, :, :-2, 1:] = x[:, :, 2:, :-1]
+    moved, still = (deformable.conv2(a, b, mask) for a, b in ((x, offset), (shifted, 0 * offset)))
+    # Not at the border, where the shifted image lacks what was pushed out of it.
+    torch.testing.assert_close(moved[:, :, 1:6, 2:-1], still[:, :, 1:6, 2:-1])
+
+
+def test_deformable_weights_have_detectron2s_names():
+    ours = resnet()
+    replaced = {
+        name for name, module in ours.named_modules() if "DeformConv2d" in str(type(module))
+    }
+    assert replaced == {f"res{s}.{b}.conv2" for s, n in ((4, 6), (5, 3)) for b in range(n)}
+    assert not any(isinstance(m, (DeformConv, ModulatedDeformConv)) for m in ours.modules())
+    names = {name for name in ours.state_dict() if name.startswith("res5.0.conv2")}
+    norm = {f"res5.0.conv2.norm.{k}" for k in ("weight", "bias", "running_mean", "running_var")}
+    assert names - {"res5.0.conv2.norm.num_batches_tracked"} == norm | {
+        "res5.0.conv2.weight", "res5.0.conv2_offset.weight", "res5.0.conv2_offset.bias",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("modulated, channels", [(False, 18), (True, 27)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kinds_and_groups_of_deformable_convolutions_follow_the_config(modulated, channels, groups):
+    keys = ["MODEL.RESNETS.DEFORM_MODULATED", modulated]
+    found = resnet(*keys, "MODEL.RESNETS.DEFORM_NUM_GROUPS", groups)
+    assert found.res4[0].conv2_offset.out_channels == groups * channels
+    assert found(torch.rand(1, 3, 64, 64))["res5"].shape[-2:] == (2, 2)
+
+
+def test_stages_that_are_deformable_follow_the_config():
+    found = resnet("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, False])
+    kinds = [type(getattr(found, f"res{s}")[0]) for s in (2, 3, 4, 5)]
+    assert [kind is DeformBottleneckBlock for kind in kinds] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("freeze_at", [2, 4])
+def test_deformable_detector_trains_all_that_is_not_frozen(freeze_at):
+    model = FCOS(resnet_cfg("MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.RESNETS.NORM", "BN"))
+    train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 64)])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not trained & set(without_gradient(model))
+    offsets = "backbone.bottom_up.res4.0.conv2_offset.weight"
+    assert (offsets in trained) == (freeze_at < 4)
+
+
+def test_deformable_convolution_computes_positions_in_full_precision_under_autocast():
+    deformable = block(modulated=True)
+    x = torch.rand(1, 16, 12, 10)
+    nn.init.normal_(deformable.conv2_offset.weight, std=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = deformable(x)
+        assert deformable.conv2(x[:, :8], x.new_zeros(1, 18, 12, 10)).dtype == torch.float32
+    torch.testing.assert_close(found.float(), deformable(x), rtol=0.05, atol=0.1)

@@ -1,0 +1,319 @@
+"""TimmBackbone: shapes and names of feature maps, what trains, and what is refused."""
+
+import builtins
+import logging
+
+import pytest
+import timm
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from timm.layers import FrozenBatchNormAct2d
+from torch import nn
+
+from fcos_d2 import InputError
+from fcos_d2.engine import Checkpointer
+from fcos_d2.modeling import FCOS, TimmBackbone
+from fcos_d2.modeling.timm_backbone import Blueprint
+from fcos_d2.modeling.timm_weights import TimmWeights
+
+from .tiny import STRIDES, sample, tiny_cfg, train_step, without_gradient
+
+BUILDER = "build_fcos_timm_fpn_backbone"
+# One of each kind of feature extractor that timm has, and one with channels last.
+MODELS = {
+    "test_resnet": [],
+    "test_convnext": [],
+    "test_efficientnet": [],
+    "dla46_c": [],
+    "hrnet_w18_small": [],
+    "test_mambaout": [],
+    "swin_tiny_patch4_window7_224": ["strict_img_size=False", "depths=[1,1,1,1]", "embed_dim=24"],
+}
+
+
+def timm_cfg(name: str, *options, **fcos):
+    levels = ("p3", "p4", "p5")
+    options = ("MODEL.BACKBONE.NAME", BUILDER, "MODEL.TIMM.NAME", name, *options)
+    return tiny_cfg("MODEL.BACKBONE.FREEZE_AT", 0, *options, levels=levels, **fcos)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_are_named_by_stride_and_have_the_channels_that_they_say(name):
+    body = TimmBackbone(name, ["res2", "res4", "res5"], options=MODELS[name])
+    shapes = body.output_shape()
+    maps = body.eval()(torch.rand(2, 3, 96, 160))
+    assert {key: shape.stride for key, shape in shapes.items()} == {
+        "res2": 4,
+        "res4": 16,
+        "res5": 32,
+    }
+    assert {key: tuple(value.shape) for key, value in maps.items()} == {
+        key: (2, shape.channels, 96 // shape.stride, 160 // shape.stride)
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_becomes_a_detector_all_of_which_trains(name):
+    model = FCOS(timm_cfg(name, "MODEL.TIMM.OPTIONS", MODELS[name]))
+    train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 64)])
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not trained & set(without_gradient(model))
+    assert any(key.startswith("backbone.bottom_up.body.") for key in trained)
+    assert len(model.eval()([sample(70, 50)])) == 1
+
+
+def test_maps_are_those_of_timm_itself():
+    body = TimmBackbone("test_resnet", ["res3", "res5"]).eval()
+    theirs = timm.create_model("test_resnet", features_only=True, out_indices=[2, 4]).eval()
+    theirs.load_state_dict(body.body.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    for ours, other in zip(body(image).values(), theirs(image), strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_channels_come_second_where_timm_puts_them_last():
+    name = "swin_tiny_patch4_window7_224"
+    body = TimmBackbone(name, ["res4"], options=MODELS[name]).eval()
+    image = torch.rand(1, 3, 64, 96)
+    assert torch.equal(body(image)["res4"].movedim(1, -1), body.body(image)[0])
+
+
+def test_nothing_beyond_the_deepest_map_is_built():
+    def count(*names):
+        return sum(p.numel() for p in TimmBackbone("test_resnet", names).parameters())
+
+    assert count("res3") < count("res3", "res4") < count("res3", "res4", "res5")
+    assert count("res4") == count("res3", "res4")
+
+
+def test_pyramid_on_top_has_the_levels_and_strides_of_a_resnets():
+    cfg = timm_cfg("test_convnext", TOP_LEVELS=2, TOP_LEVELS_FROM="res5")
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
+    assert {name: spec.stride for name, spec in backbone.output_shape().items()} == {
+        name: STRIDES[name] for name in ("p3", "p4", "p5", "p6", "p7")
+    }
+    assert backbone.top_block.p6.in_channels == backbone.bottom_up.output_shape()["res5"].channels
+
+
+# ---- what trains ----
+
+
+def frozen_by(freeze_at: int, name: str = "test_resnet") -> tuple[TimmBackbone, set[str]]:
+    body = TimmBackbone(name, ["res3", "res4", "res5"], freeze_at=freeze_at)
+    return body, {key for key, p in body.body.named_parameters() if not p.requires_grad}
+
+
+def test_freeze_at_freezes_what_the_map_of_that_stride_is_computed_from():
+    parameters = {key for key, _ in TimmBackbone("test_resnet").body.named_parameters()}
+    stages = ("conv1", "layer1", "layer2", "layer3", "layer4")
+    assert frozen_by(0)[1] == frozen_by(-1)[1] == set()
+    for freeze_at in (1, 2, 3, 4, 5):
+        body, frozen = frozen_by(freeze_at)
+        wanted = {key for key in parameters if key.startswith(stages[:freeze_at])}
+        # Frozen norms keep weights, but as buffers.
+        norms = {key for key in wanted if key not in dict(body.body.named_parameters())}
+        assert frozen == wanted - norms and norms
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_mambaout", "dla46_c"])
+def test_frozen_maps_do_not_change_in_training_and_the_others_do(name):
+    body, frozen = frozen_by(3, name)
+    assert frozen
+    norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
+    optimizer = torch.optim.SGD([p for p in body.parameters() if p.requires_grad], lr=1.0)
+    image = torch.rand(2, 3, 64, 64)
+    before = {key: value.detach().clone() for key, value in body.eval()(image).items()}
+    for _ in range(2):
+        body.train()(image)["res5"].square().mean().backward()
+        optimizer.step()
+    after = body.eval()(image)
+    assert torch.equal(before["res3"], after["res3"])
+    assert not torch.allclose(before["res5"], after["res5"])
+    assert all(norm.num_batches_tracked == 2 for norm in norms)
+
+
+def test_model_without_a_map_of_stride_2_cannot_freeze_up_to_it():
+    with pytest.raises(
+        InputError, match=r"FREEZE_AT must be one of \[0, 2, 3, 4, 5\] for test_conv"
+    ):
+        frozen_by(1, "test_convnext")
+
+
+def test_frozen_norm_has_constant_statistics_and_keeps_its_activation():
+    plain, frozen = (
+        TimmBackbone("test_efficientnet", norm=norm).eval() for norm in ("", "FrozenBN")
+    )
+    frozen.load_state_dict(plain.state_dict(), strict=False)
+    assert any(isinstance(module, FrozenBatchNormAct2d) for module in frozen.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    assert not any("bn" in name for name, _ in frozen.named_parameters())
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(plain(image), frozen.train()(image))
+
+
+def test_sync_norm_replaces_every_norm_that_is_not_frozen():
+    body = TimmBackbone("test_resnet", norm="SyncBN", freeze_at=2)
+    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any("Frozen" in type(module).__name__ for module in body.modules())
+
+
+def test_parameters_that_no_map_depends_on_are_not_trained():
+    """HRNet's last stage computes its four outputs with weights of their own."""
+    body = TimmBackbone("hrnet_w18_small", ["res5"])
+    image = torch.rand(1, 3, 64, 64)
+    body(image)["res5"].sum().backward()
+    unused = {key for key, p in body.named_parameters() if p.grad is None}
+    assert unused == {key for key, p in body.named_parameters() if not p.requires_grad} != set()
+
+
+def test_vovnet_builder_gives_attention_to_all_blocks():
+    def attention(builder):
+        with torch.device("meta"):
+            cfg = timm_cfg("ese_vovnet39b", "MODEL.BACKBONE.NAME", builder)
+            body = build_backbone(cfg, ShapeSpec(channels=3)).bottom_up.body
+        return [block.attn is not None for block in body.modules() if hasattr(block, "attn")]
+
+    assert attention(BUILDER) == [True, True, False, True, False, True]
+    assert attention("build_fcos_vovnet_fpn_backbone") == [True] * 6
+
+
+def test_options_are_arguments_of_timm():
+    body = TimmBackbone("test_resnet", options=["drop_path_rate=0.5", "stem_width=8"])
+    assert body.body.conv1[0].out_channels == 8
+    assert any(type(module).__name__ == "DropPath" for module in body.modules())
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("NAME", "test_efficientnet"), ("NORM", "FrozenBN"), ("OPTIONS", ["drop_path_rate=0.5"])],
+)
+def test_changing_a_key_changes_the_backbone(key, value):
+    cfg = timm_cfg("test_resnet")
+    assert key in cfg.MODEL.TIMM and len(cfg.MODEL.TIMM) == 3
+    before = repr(build_backbone(cfg, ShapeSpec(channels=3)))
+    cfg.MODEL.TIMM[key] = value
+    assert repr(build_backbone(cfg, ShapeSpec(channels=3))) != before
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("", {}, "timm has no model ''; timm.list_models"),
+        ("resnet51", {}, "no model 'resnet51'; did you mean resnet5"),
+        ("mobilenetv4", {}, "did you mean mobilenetv4_conv_"),
+        ("resnet50.a9_in1k", {}, "Invalid pretrained tag"),
+        ("test_vit", {}, "stride 16 alone, .*take a model with a pyramid, like convnext_tiny"),
+        ("sequencer2d_s", {}, "stride 7, 14 alone"),
+        ("swinv2_cr_tiny_ns_224", {}, "any size .*OPTIONS '\\[\"strict_img_size=False\"\\]'"),
+        ("test_maxvit", {}, "does not take images of any size .*take another model"),
+        ("inception_v4", {}, r"stride 2 has size \(61, 93\) .* instead of \(64, 96\)"),
+        ("test_resnet", {"out_features": ["res6"]}, r"res1, res2, .*got .*IN_FEATURES \['res6'\]"),
+        ("test_resnet", {"out_features": []}, r"got MODEL.FPN.IN_FEATURES \[\]"),
+        ("test_resnet", {"norm": "BN"}, "MODEL.TIMM.NORM must be one of .*got 'BN'"),
+        ("test_resnet", {"freeze_at": 7}, "FREEZE_AT must be one of .*got 7"),
+        ("test_resnet", {"options": ["depth=3"]}, "unexpected keyword.*correct MODEL.TIMM.OPTIONS"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_next_thing_to_do(name, options, message):
+    with pytest.raises(InputError, match=message):
+        TimmBackbone(name, **options)
+
+
+def test_missing_timm_is_named_with_the_command_that_installs_it(monkeypatch):
+    def without_timm(name, *rest, real=builtins.__import__, **options):
+        if name == "timm":
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    with pytest.raises(InputError, match="not installed; install it with: pip install timm"):
+        TimmBackbone("test_resnet")
+
+
+# ---- timm://NAME ----
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path) -> list[str]:
+    """Plays timm's server; names of the models whose weights it was asked for."""
+    asked, create = [], timm.create_model
+
+    def create_model(name, pretrained=False, **options):
+        if pretrained:
+            asked.append(name)
+            torch.manual_seed(len(name))
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    return asked
+
+
+def test_building_a_detector_downloads_nothing(downloads):
+    FCOS(timm_cfg("test_resnet", "MODEL.WEIGHTS", "timm://test_resnet.r160_in1k"))
+    assert downloads == []
+
+
+@pytest.mark.parametrize("norm", ["", "FrozenBN"])
+def test_weights_of_timm_are_downloaded_once_and_fill_the_backbone(norm, downloads):
+    name = "test_resnet.r160_in1k"
+    model = FCOS(timm_cfg("test_resnet", "MODEL.TIMM.NORM", norm))
+    for _ in range(2):
+        checkpointer = Checkpointer(model)
+        checkpointer.reset_class_layer = True  # as where a training starts
+        checkpointer.load(f"timm://{name}")
+    assert downloads == [name]
+    torch.manual_seed(len(name))
+    theirs = timm.create_model("test_resnet", features_only=True).state_dict()
+    ours = model.backbone.bottom_up.body.state_dict()
+    assert set(theirs) - set(ours) == {k for k in theirs if norm and "num_batches" in k}
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("resnet51", "no weights of this name; did you mean timm://resnet"),
+        ("dla34.in22k", "did you mean timm://dla34.in1k\\?"),
+        ("ese_vovnet99b", "did you mean timm://ese_vovnet"),
+        ("", "timm.list_pretrained\\(\\) has all names"),
+    ],
+)
+def test_weights_that_timm_does_not_have_are_refused(name, message, downloads):
+    with pytest.raises(InputError, match=f"MODEL.WEIGHTS timm://{name}: .*{message}"):
+        TimmWeights()._get_local_path(f"timm://{name}")
+    assert downloads == []
+
+
+def test_name_of_a_model_means_its_first_weights(downloads):
+    TimmWeights()._get_local_path("timm://test_resnet")
+    assert downloads == ["test_resnet"]
+
+
+def test_failed_download_is_told_in_one_line(monkeypatch, downloads):
+    def offline(self, *arguments, **options):
+        raise FileNotFoundError("check your connection")
+
+    monkeypatch.setattr(Blueprint, "create", offline)
+    with pytest.raises(InputError, match="from timm://dla34.in1k: check your connection"):
+        Checkpointer(nn.Linear(1, 1)).load("timm://dla34.in1k")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_weights_for_other_pixels_are_told(fits, caplog):
+    options = ["MODEL.WEIGHTS", "timm://test_resnet.r160_in1k"]
+    if fits:
+        options += ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [127.5] * 3]
+        options += ["MODEL.PIXEL_STD", [127.5] * 3]
+    with caplog.at_level(logging.WARNING):
+        cfg = timm_cfg("test_resnet", *options)
+        mean, std = build_backbone(cfg, ShapeSpec(channels=3)).bottom_up.pixel_statistics
+    assert mean == std == [127.5] * 3
+    warned = [m for m in caplog.messages if "RGB, MODEL.PIXEL_MEAN [127.5, 127.5, 127.5]" in m]
+    assert len(warned) == (not fits)

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""MODEL_ZOO.md: every published FCOS with its config, size, recipe and accuracy.
+
+    python tools/model_zoo.py [--output FILE]
+
+Sizes and recipes come from the configs, published accuracies and our own from the tables below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from fcos_d2 import add_fcos_config, resolve_convention
+
+ROOT = Path(__file__).parents[1]
+
+# Box AP of trainings of our own by config, "AP" or "AP (test-dev)": only what was measured.
+MEASURED = {"digits/fcos_R_18_FPN_digits": "65.5"}
+
+
+class Section(NamedTuple):
+    """Models of one implementation.
+
+    Attributes:
+        title: heading.
+        source: where the accuracies are published, as Markdown; empty for nowhere.
+        note: what to know about all of them.
+        models: published box AP on COCO's val2017 by config, with that on test-dev in parentheses;
+            empty where nothing is published.
+    """
+
+    title: str
+    source: str
+    note: str
+    models: Mapping[str, str]
+
+
+SECTIONS = (
+    Section(
+        "AdelaiDet: the improved FCOS",
+        "[README](https://github.com/aim-uofa/AdelaiDet/tree/master/configs/FCOS-Detection)",
+        "Convention `adelaidet`, the default here.",
+        {
+            "fcos_R_50_FPN_1x": "38.7 (38.8)",
+            "fcos_R_50_FPN_2x": "41.0 (41.4)",
+            "fcos_R_101_FPN_2x": "43.1 (43.2)",
+            "fcos_X_101_32x8d_FPN_2x": "43.9 (44.1)",
+            "fcos_X_101_64x4d_FPN_2x": "44.7 (44.8)",
+            "fcos_X_101_32x8d_dcnv2_FPN_2x": "46.6 (46.6)",
+            "fcos_R_50_FPN_1x_iou": "39.4",
+            "fcos_R_50_FPN_2x_iou": "41.5",
+            "fcos_R_101_FPN_2x_iou": "43.5",
+            "fcos_X_101_32x8d_FPN_2x_iou": "44.5",
+            "fcos_X_101_32x8d_dcnv2_FPN_2x_iou": "47.4",
+        },
+    ),
+    Section(
+        "AdelaiDet: VoVNet",
+        "[README](https://github.com/aim-uofa/AdelaiDet/tree/master/configs/FCOS-Detection/vovnet)",
+        "Attention (eSE) in all blocks; timm's own VoVNets have it in the last of each stage.",
+        {
+            "vovnet/fcos_V_39_FPN_3x": "43.5",
+            "vovnet/fcos_V_57_FPN_3x": "44.4",
+            "vovnet/fcos_V_99_FPN_3x": "45.2",
+        },
+    ),
+    Section(
+        "AdelaiDet: FCOS-RT",
+        "[README](https://github.com/aim-uofa/AdelaiDet/tree/master/configs/FCOS-Detection)",
+        "The published DLA-34 has 41,728 parameters more, the projections of two nested trees, "
+        "whose output nothing reads.",
+        {
+            "rt/fcos_RT_DLA_34_FPN_4x_shtw": "39.1 (39.2)",
+            "rt/fcos_RT_DLA_34_FPN_4x": "40.3 (40.3)",
+            "rt/fcos_RT_R_50_FPN_4x": "40.2 (40.2)",
+            "rt/fcos_RT_DLA_34_FPN_4x_shtw_bn": "38.9 (39.1)",
+            "rt/fcos_RT_DLA_34_FPN_4x_bn": "39.4 (39.9)",
+            "rt/fcos_RT_R_50_FPN_4x_bn": "39.3 (39.7)",
+        },
+    ),
+    Section(
+        "The original",
+        "[README](https://github.com/tianzhi0549/FCOS)",
+        "Conventions `original` (the paper of 2019) and `original_imprv`; COCO's minival of 2014, "
+        "which has the images of val2017.",
+        {
+            "original/fcos_R_50_FPN_1x": "37.1 (37.4)",
+            "original/fcos_R_101_FPN_2x": "41.4 (41.5)",
+            "original/fcos_X_101_32x8d_FPN_2x": "42.5 (42.7)",
+            "original/fcos_X_101_64x4d_FPN_2x": "43.0 (43.2)",
+            "original/fcos_imprv_R_50_FPN_1x": "38.7",
+            "original/fcos_imprv_dcnv2_R_50_FPN_1x": "42.3",
+            "original/fcos_imprv_R_101_FPN_2x": "43.0",
+            "original/fcos_imprv_dcnv2_R_101_FPN_2x": "45.6",
+            "original/fcos_imprv_X_101_32x8d_FPN_2x": "44.0",
+            "original/fcos_imprv_dcnv2_X_101_32x8d_FPN_2x": "46.4",
+            "original/fcos_imprv_X_101_64x4d_FPN_2x": "44.7",
+            "original/fcos_imprv_dcnv2_X_101_64x4d_FPN_2x": "46.6 (49.0 at several scales)",
+            "original/fcos_syncbn_bs32_c128_MNV2_FPN_1x": "30.9",
+            "original/fcos_syncbn_bs32_MNV2_FPN_1x": "33.1",
+            "original/fcos_bn_bs16_MNV2_FPN_1x": "31.0",
+        },
+    ),
+    Section(
+        "mmdetection",
+        "[README](https://github.com/open-mmlab/mmdetection/tree/main/configs/fcos)",
+        "Conventions `mmdet_base` and `mmdet_tricks`. Its own counts of parameters include those "
+        "of the frozen batch norms.",
+        {
+            "mmdetection/fcos_R_50_FPN_1x": "36.6",
+            "mmdetection/fcos_R_101_FPN_1x": "39.1",
+            "mmdetection/fcos_R_50_FPN_2x": "38.5",
+            "mmdetection/fcos_R_101_FPN_2x": "40.8",
+            "mmdetection/fcos_X_101_64x4d_FPN_2x": "42.6",
+            "mmdetection/fcos_tricks_R_50_FPN_1x": "38.7",
+            "mmdetection/fcos_tricks_dcnv2_R_50_FPN_1x": "42.3",
+        },
+    ),
+    Section(
+        "torchvision",
+        "[documentation](https://docs.pytorch.org/vision/stable/models/fcos.html)",
+        "Convention `torchvision`. Its own model has 25,355 parameters more, for the 11 numbers "
+        "between 0 and 90 that name no class of COCO.",
+        {"torchvision/fcos_R_50_FPN": "39.2"},
+    ),
+    Section(
+        "detectron2",
+        "[config](https://github.com/facebookresearch/detectron2/blob/main/configs/COCO-Detection/"
+        "fcos_R_50_FPN_1x.py)",
+        "Convention `detectron2`. No accuracy is published.",
+        {"detectron2/fcos_R_50_FPN_1x": ""},
+    ),
+    Section(
+        "rosinality/fcos-pytorch",
+        "[README](https://github.com/rosinality/fcos-pytorch)",
+        "Convention `rosinality`, P6 computed from C5. No accuracy is published; schedule and "
+        "pixels are those of the improved FCOS and of torchvision.",
+        {"rosinality/fcos_V_39_FPN": "", "rosinality/fcos_R_50_FPN": ""},
+    ),
+    Section(
+        "Other backbones and other data",
+        "",
+        "Recipes to start from. Their AP is that of their data: Pascal VOC 2007's test set, LVIS "
+        "v1's validation set, and the built-in digits'.",
+        {
+            "timm/fcos_convnext_tiny_FPN_1x": "",
+            "timm/fcos_swin_tiny_FPN_1x": "",
+            "voc/fcos_R_50_FPN_voc": "",
+            "lvis/fcos_R_50_FPN_lvis_1x": "",
+            "digits/fcos_R_18_FPN_digits": "",
+        },
+    ),
+)
+HEADER = """\
+# Model zoo
+
+Written by `python tools/model_zoo.py`; not to be edited.
+
+AP is box AP on COCO's val2017, on test-dev in parentheses. *Published* is what the authors report
+for their own code, *ours* what these configs reached here: empty until measured. Every config
+carries the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that weights of the
+authors are evaluated by the rules that they were trained with. Parameters include those of frozen
+layers, but not the constants of frozen batch norms.
+"""
+COLUMNS = ("config", "parameters", "images x iterations", "short side", "published", "ours")
+
+
+def read_config(name: str) -> CfgNode:
+    """The config ``configs/<name>.yaml`` with its conventions filled in."""
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    return resolve_convention(cfg)
+
+
+def count_parameters(cfg: CfgNode) -> int:
+    """Number of parameters of the detector, frozen ones included."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    with torch.device("meta"):  # shapes without the time of initial values
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _row(name: str, published: str) -> list[str]:
+    cfg = read_config(name)
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    two = len(sizes) == 2 and cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice"
+    side = f"{sizes[0]} {'or' if two else 'to'} {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return [
+        f"[{name.rpartition('/')[2]}](configs/{name}.yaml)",
+        f"{count_parameters(cfg):,}",
+        f"{cfg.SOLVER.IMS_PER_BATCH} x {cfg.SOLVER.MAX_ITER:,}",
+        side,
+        published,
+        MEASURED.get(name, ""),
+    ]
+
+
+def _section(section: Section) -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    rows += [_row(name, published) for name, published in section.models.items()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    source = f" Source: {section.source}." if section.source else ""
+    return f"## {section.title}\n\n{section.note}{source}\n\n{table}\n"
+
+
+def write_zoo() -> str:
+    """The text of MODEL_ZOO.md."""
+    return "\n".join([HEADER, *map(_section, SECTIONS)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "MODEL_ZOO.md", metavar="FILE", help="%(default)s"
+    )
+    options = parser.parse_args(arguments)
+    options.output.write_text(write_zoo())
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
