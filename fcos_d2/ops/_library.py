@@ -3,11 +3,17 @@
 Every op is declared once, in Python, with its reference as the implementation for all devices
 (``CompositeExplicitAutograd``). A compiled library adds kernels for ``CPU`` and ``CUDA``, which the
 dispatcher prefers: nothing else in the package knows or asks which of the two runs.
+
+Where the library for a device is not built, the first op that runs there says so in one warning per
+process; with ``FCOS_D2_STRICT=1`` in the environment every such op is an error instead.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +22,7 @@ import torch
 
 NAMESPACE = "fcos_d2"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_FOLDER = Path(__file__).parents[1]  # of the compiled libraries
 
 
 class Definition(NamedTuple):
@@ -30,6 +37,14 @@ class Definition(NamedTuple):
 
 OPS: dict[str, Definition] = {}
 
+_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}  # by the device whose kernels they hold
+_HOW_TO_BUILD = (
+    "in the source folder of fcos_d2 with: {}pip install -e . "
+    "(or: {}python setup.py build_ext --inplace)"
+)
+_loaded: set[str] = set()
+_has_warned = False
+
 
 def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
     """Declares ``schema`` with its reference implementation and its fake (shape-only) kernel.
@@ -40,7 +55,7 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
     OPS[name] = Definition(schema, reference, fake)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -62,6 +77,41 @@ def forbid_double_backward(name: str) -> None:
         )
 
     define_autograd(name, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def _announced(name: str, reference: Callable) -> Callable:
+    """``reference``, which first says so where it stands in for a library that is not built."""
+
+    @functools.wraps(reference)
+    def announced(*args):
+        _announce_reference(name, _device_type(args))
+        return reference(*args)
+
+    return announced
+
+
+def _device_type(args: tuple) -> str:
+    """Where the first tensor is, alone or in a list."""
+    values = (value for arg in args for value in (arg if isinstance(arg, list) else [arg]))
+    return next(value.device.type for value in values if isinstance(value, torch.Tensor))
+
+
+def _announce_reference(name: str, device_type: str) -> None:
+    global _has_warned
+    library = _LIBRARIES.get(device_type)
+    can_be_built = library is not None and (device_type != "cuda" or torch.version.cuda is not None)
+    if not can_be_built or library in _loaded:
+        return
+    demand = "FCOS_D2_CUDA=1 " if device_type == "cuda" else ""
+    message = (
+        f"fcos_d2: {name} runs on {device_type} as plain PyTorch, which is slow, because "
+        f"{_FOLDER / library}.so is not built; build it {_HOW_TO_BUILD.format(demand, demand)}"
+    )
+    if os.environ.get("FCOS_D2_STRICT") == "1":
+        raise RuntimeError(f"{message}; FCOS_D2_STRICT=1 makes this an error")
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(message, stacklevel=2)
 
 
 def backend() -> dict[str, dict[str, str]]:
@@ -86,7 +136,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _compiled_libraries() -> list[Path]:
-    paths = sorted(Path(__file__).parents[1].glob("_C*.so"))
+    paths = sorted(_FOLDER.glob("_C*.so"))
     # A torch without CUDA has nothing to open the other one with.
     return [path for path in paths if path.stem != "_C_cuda" or torch.version.cuda is not None]
 
@@ -96,10 +146,12 @@ def _load_compiled_libraries() -> None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
+            cause = error.__cause__ or error  # torch itself names the file only
             raise ImportError(
-                f"fcos_d2: the compiled library {path.name} does not load with torch "
-                f"{torch.__version__}: {error}; rebuild it with: pip install --no-deps -e ."
+                f"fcos_d2: the compiled library {path} does not load with torch "
+                f"{torch.__version__}: {cause}; rebuild it {_HOW_TO_BUILD.format('', '')}"
             ) from error
+        _loaded.add(path.stem)
 
 
 _load_compiled_libraries()

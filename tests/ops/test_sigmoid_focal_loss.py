@@ -83,7 +83,7 @@ def test_gradient_is_the_derivative_of_the_value(alpha, gamma):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("label", [0, 1])
 def test_every_finite_logit_gives_a_finite_loss_and_gradient(dtype, gamma, label):
-    for value in EXTREMES:
+    for value in [*EXTREMES, *([] if dtype == torch.float16 else [3e38, -3e38])]:
         x = torch.full((1, 1, 1, 1), value).to(dtype).requires_grad_()
         loss = sigmoid_focal_loss([x], labels([label]), 0.25, gamma)
         loss.backward()

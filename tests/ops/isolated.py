@@ -1,0 +1,50 @@
+"""Runs Python with an ``fcos_d2`` of its own: the same code, another compiled library or none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fcos_d2.ops import _library
+
+ROOT = Path(__file__).parents[2]
+BUILT = _library._FOLDER / "_C.so"
+
+
+def make_package(folder: Path, library: Path | None, whole: bool = False) -> Path:
+    """Makes ``folder / "fcos_d2"`` with ``library`` as its compiled one, or with none.
+
+    Unless ``whole``, it has nothing but the ops, which need torch alone.
+    """
+    package = folder / "fcos_d2"
+    package.mkdir(parents=True, exist_ok=True)
+    links = {path.name: path for path in (ROOT / "fcos_d2").iterdir() if path.suffix != ".so"}
+    if not whole:
+        links = {"ops": links["ops"]}
+        (package / "__init__.py").touch()
+    for name, target in {**links, "_C.so": library}.items():
+        (package / name).unlink(missing_ok=True)
+        if target is not None:
+            (package / name).symlink_to(target)
+    return folder
+
+
+def run(
+    folder: Path, *arguments: str, python: str | Path = sys.executable, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs Python where ``import fcos_d2`` finds the package in ``folder``."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("FCOS_D2_STRICT", "PYTHONPATH")}
+    return subprocess.run(
+        [str(python), *arguments],
+        cwd=folder, env={**inherited, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+# Runs the tests named in sys.argv on the ops of the current folder: pytest puts the source folder
+# in front of it, but finds fcos_d2 imported already.
+RUN_TESTS = """
+import sys, pytest, fcos_d2.ops
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""

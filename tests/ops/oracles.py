@@ -1,0 +1,176 @@
+"""What the ops must find, computed otherwise than by the reference: dense, and in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcos_d2.ops import Levels, point_coordinates
+
+TOLERANCE = 1e-6  # two numbers this close (relative to 1) may be told apart differently
+
+
+# ---- assign_targets ----
+
+
+def assign(
+    boxes: Tensor,
+    classes: Tensor,
+    offsets: Tensor,
+    levels: Levels,
+    ranges: list[tuple[float, float]],
+    num_classes: int,
+    center_radius: float,
+    inclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels, matched, ambiguous), each [B, P], by the whole matrix of points and boxes."""
+    rows = [
+        _assign_image(
+            boxes[first:last], classes[first:last], first,
+            levels, ranges, num_classes, center_radius, inclusive,
+        )
+        for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]  # fmt: skip
+    shape = (len(rows), levels.num_points)
+    return (
+        tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        or (torch.zeros(shape),) * 3
+    )
+
+
+def _assign_image(boxes, classes, first, levels, ranges, num_classes, center_radius, inclusive):
+    points = point_coordinates(levels)[:, None]  # [P, 1, 2]
+    per_level = list(zip(levels.strides, ranges, levels.points_per_level, strict=True))
+    stride, low, high = (
+        torch.cat([torch.full((n, 1), float(value)) for value, n in column])
+        for column in (
+            [(stride, n) for stride, _, n in per_level],
+            [(bounds[0], n) for _, bounds, n in per_level],
+            [(bounds[1], n) for _, bounds, n in per_level],
+        )
+    )
+    x1y1, x2y2 = boxes[:, :2], boxes[:, 2:]
+    sides = torch.cat((points - x1y1, x2y2 - points), dim=-1)  # [P, M, 4]
+    inside = (sides > 0).all(dim=-1)
+    size = sides.max(dim=-1).values
+    in_range = (size >= low) & (size <= high) if inclusive else (size > low) & (size < high)
+    area = (x2y2 - x1y1).prod(dim=1)
+    good = inside & in_range & (classes != -1) & area.isfinite()
+    if center_radius > 0:
+        away = (points - (x1y1 + x2y2) / 2).abs()
+        good &= (away < center_radius * stride[..., None]).all(dim=-1)
+    count = good.sum(dim=1)
+    # Infinity and one more box stand for "none": argmin takes the first of equal ones.
+    areas = torch.where(good, area, math.inf)
+    areas = torch.cat((areas, torch.full((len(areas), 1), math.inf)), dim=1)
+    best = areas.argmin(dim=1)
+    ignored = (inside & (classes == -1)).any(dim=1)
+    background = torch.where(ignored, -1, num_classes)
+    labels = torch.where(count > 0, torch.cat((classes, classes.new_zeros(1)))[best], background)
+    return labels.int(), torch.where(count > 0, best + first, -1).int(), count > 1
+
+
+# ---- select_candidates ----
+
+
+def scores_of(logits: Tensor, quality: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(class probability, its product with the quality) of one image and level, each [H W K]."""
+    cls = torch.sigmoid(logits.double()).flatten(1).t()
+    product = cls * torch.sigmoid(quality.double()).flatten()[:, None]
+    return cls.flatten().numpy(), product.flatten().numpy()
+
+
+def check_selection(
+    index: list[int], cls: np.ndarray, product: np.ndarray, slots: int, options: dict
+) -> None:
+    """Checks the pairs chosen of one image and level, in their order; index = point * K + class."""
+    tested = product if options["threshold_with_quality"] else cls
+    rank = product if options["rank_with_quality"] else cls
+    threshold = options["score_threshold"]
+    valid = ~np.isnan(product)
+    tested = np.where(valid, tested, -1)
+    may = tested >= threshold - TOLERANCE
+    must = tested > threshold + TOLERANCE
+    chosen = np.zeros(len(cls), dtype=bool)
+    chosen[index] = True
+    assert chosen.sum() == len(index), "a pair was chosen twice"
+    assert may[index].all(), "a pair below the threshold was chosen"
+    in_order = rank[index]
+    assert (in_order[1:] <= in_order[:-1] + TOLERANCE).all(), "not by descending rank"
+    left_out = rank[must & ~chosen]
+    if len(index) < slots:
+        assert len(left_out) == 0, "a pair above the threshold is missing"
+    elif len(left_out) and slots:
+        assert left_out.max() <= in_order.min() + TOLERANCE, "a better pair was left out"
+
+
+# ---- batched_nms ----
+
+
+def order_of(scores: Tensor) -> list[int]:
+    """By descending score; NaN first, equal ones by ascending index."""
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda i: (values[i] == values[i], -values[i], i))
+
+
+def overlaps(boxes: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Intersections and unions of all pairs, in float64 of the float32 coordinates."""
+    b = boxes.float().double().numpy()
+    top_left = np.maximum(b[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(b[:, None, 2:], b[None, :, 2:])
+    inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
+    area = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+    return inter, area[:, None] + area[None] - inter
+
+
+def is_close_call(inter: np.ndarray, union: np.ndarray, threshold: float) -> bool:
+    """Whether an IoU, other than that of boxes apart, lies within 1e-6 of the threshold."""
+    iou = np.divide(inter, union, out=np.zeros_like(inter), where=(union > 0) & (inter > 0))
+    np.fill_diagonal(iou, -1)
+    return bool(((np.abs(iou - threshold) < TOLERANCE) & (inter > 0)).any())
+
+
+def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float) -> list[int]:
+    """The kept of ``order``; ``rivals[i, j]`` where one of i and j can suppress the other."""
+    kept = []
+    for i in order:
+        if not any(rivals[i, j] and inter[i, j] > threshold * union[i, j] for j in kept):
+            kept.append(i)
+    return kept
+
+
+def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
+    """Follows the detections of one image and checks that each was the best at its turn.
+
+    Gives up without complaint where rounding may decide: an IoU at the threshold, a score at
+    ``min_score``.
+    """
+    inter, union = overlaps(boxes)
+    if is_close_call(inter, union, options["iou_threshold"]):
+        return
+    iou = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    rivals = (classes[:, None] == classes[None]).numpy() | options["class_agnostic"]
+    alive = scores.double().numpy().copy()
+    alive[np.isnan(alive) | (classes.numpy() < 0)] = -math.inf
+    for box, score, label in zip(*found, strict=True):
+        same = (boxes == box).all(dim=1).numpy() & (classes == label).numpy()
+        candidates = np.flatnonzero(same & (np.abs(alive - float(score)) <= TOLERANCE))
+        assert len(candidates), "no such box is left"
+        best = candidates[0]
+        assert alive[best] >= alive.max() - TOLERANCE, "not the best box left"
+        alive[best] = -math.inf
+        if options["method"] == "gaussian":
+            alive = np.where(
+                rivals[best], alive * np.exp(-(iou[best] ** 2) / options["sigma"]), alive
+            )
+        else:
+            lower = rivals[best] & (inter[best] > options["iou_threshold"] * union[best])
+            alive = np.where(lower & np.isfinite(alive), alive * (1 - iou[best]), alive)
+        if (np.abs(alive - options["min_score"]) <= TOLERANCE).any():
+            return
+        alive[~(alive > options["min_score"])] = -math.inf
+    if len(found[0]) < options["max_detections"]:
+        assert alive.max(initial=-math.inf) == -math.inf, "a box was left out"

@@ -1,0 +1,432 @@
+"""Random cases of every op for property tests: what a case is, and the tensors it stands for.
+
+A case is a few numbers and names, so that a failing one reads well and shrinks fast; the bulk of
+its data comes from its seed.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fcos_d2.ops import Levels, Targets, make_levels, reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# Logits at which naive formulas break: saturation, overflow of exp, softplus in half precision.
+EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
+BROKEN = [math.nan, math.inf, -math.inf]
+# Ways to lay a map [B, C, H, W] out in memory; each keeps its values.
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "channel_slice": lambda x: torch.cat((x, x[:, :1]), dim=1)[:, :-1],
+    "row_slice": lambda x: torch.cat((x, x[..., :1]), dim=3)[..., :-1],
+    "every_second": lambda x: torch.stack((x, x), dim=-1)[..., 0],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_inside": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+    "not_aligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+}
+SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pick(values, shape, g: torch.Generator) -> Tensor:
+    """Random elements of ``values``."""
+    values = torch.as_tensor(values)
+    return values[torch.randint(len(values), tuple(shape), generator=g)]
+
+
+seeds = st.integers(0, 2**31)
+layouts = st.sampled_from(list(LAYOUTS))
+dtypes = st.sampled_from(DTYPES)
+map_shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)
+
+
+def lay_out(maps: list[Tensor], names: list[str]) -> list[Tensor]:
+    """Every map in the memory layout of the name in its place."""
+    return [LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
+
+
+three_layouts = st.lists(layouts, min_size=3, max_size=3)
+
+
+# ---- assign_targets ----
+
+
+class AssignCase(NamedTuple):
+    seed: int
+    counts: list[int]
+    boxes: str
+    levels: Levels
+    ranges: list[tuple[float, float]]
+    center_radius: float
+    inclusive: bool
+    transposed: bool
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes, classes, offsets); classes in [-1, NUM_CLASSES)."""
+        g, m = generator(self.seed), sum(self.counts)
+        boxes = BOX_KINDS[self.boxes](m, g)
+        classes = torch.randint(-1, NUM_CLASSES, (m,), generator=g)
+        if self.transposed:
+            boxes, classes = boxes.t().contiguous().t(), torch.stack((classes, classes), 1)[:, 0]
+        return boxes, classes, torch.tensor([0, *self.counts]).cumsum(0)
+
+
+NUM_CLASSES = 5
+
+
+def grid_boxes(m: int, g: torch.Generator, unit: float = 2.0) -> Tensor:
+    """Multiples of 2 px, so that borders, bounds and equal areas are met all the time."""
+    corner = torch.randint(-4, 40, (m, 2), generator=g) * unit
+    return torch.cat((corner, corner + torch.randint(0, 30, (m, 2), generator=g) * unit), 1)
+
+
+def float_boxes(m: int, g: torch.Generator) -> Tensor:
+    corner = torch.rand(m, 2, generator=g) * 100 - 10
+    return torch.cat((corner, corner + torch.rand(m, 2, generator=g) ** 2 * 120), 1)
+
+
+def broken_boxes(m: int, g: torch.Generator) -> Tensor:
+    """Half of them inside out, without area, huge, infinite or NaN."""
+    boxes = grid_boxes(m, g)
+    values = [*BROKEN, 0.0, 1e30, -1e30, 3e38, -3e38, 1e-38]
+    broken = torch.where(torch.rand(m, 4, generator=g) < 0.5, pick(values, (m, 4), g), boxes)
+    return torch.where(torch.rand(m, 1, generator=g) < 0.5, broken, boxes)
+
+
+BOX_KINDS = {
+    "grid": grid_boxes,
+    "half_grid": lambda m, g: grid_boxes(m, g, 0.5),
+    "float": float_boxes,
+    "equal": lambda m, g: grid_boxes(min(m, 1), g).expand(m, 4),
+    "broken": broken_boxes,
+}
+
+
+@st.composite
+def levels(draw) -> Levels:
+    shapes = draw(st.lists(st.sampled_from([*SHAPES, (12, 10)]), min_size=1, max_size=3))
+    strides = draw(st.sampled_from([[4, 8, 16], [8, 16, 32], [8, 8, 8]]))[: len(shapes)]
+    image_shape = draw(st.sampled_from([None, None, (90, 70)]))
+    offset = draw(st.sampled_from([0.0, 0.5, 0.3]))
+    return make_levels(shapes, strides, offset=offset, image_shape=image_shape)
+
+
+@st.composite
+def assign_cases(draw) -> AssignCase:
+    where = draw(levels())
+    bounds = draw(st.sampled_from([(-1, 16, 32, math.inf), (0, 8, 8, 64), (4, 12.3, 40, 80)]))
+    counts = draw(st.lists(st.integers(0, 9), min_size=0, max_size=3))
+    if draw(st.integers(0, 19)) == 0:
+        counts = [*counts, draw(st.integers(60, 200))]  # more than the reference takes at a time
+    return AssignCase(
+        seed=draw(seeds),
+        counts=counts,
+        boxes=draw(st.sampled_from(list(BOX_KINDS))),
+        levels=where,
+        ranges=list(pairwise(bounds))[: len(where.strides)],
+        center_radius=draw(st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.5, math.inf])),
+        inclusive=draw(st.booleans()),
+        transposed=draw(st.booleans()),
+    )
+
+
+# ---- sigmoid_focal_loss ----
+
+
+class FocalCase(NamedTuple):
+    seed: int
+    shapes: list[tuple[int, int]]
+    images: int
+    num_classes: int
+    logits: str
+    dtype: torch.dtype
+    layouts: list[str]
+    alpha: float
+    gamma: float
+    upstream: float
+
+    def tensors(self) -> tuple[list[Tensor], Tensor]:
+        """(logits, labels)."""
+        g, make = generator(self.seed), LOGIT_KINDS[self.logits]
+        maps = [make((self.images, self.num_classes, h, w), g) for h, w in self.shapes]
+        points = sum(h * w for h, w in self.shapes)
+        labels = torch.randint(-1, self.num_classes + 1, (self.images, points), generator=g)
+        return lay_out([x.to(self.dtype) for x in maps], self.layouts), labels.int()
+
+
+def mixed_with(values, share=0.1):
+    """Normal logits, some of them replaced by ``values``."""
+
+    def make(shape, g):
+        ordinary = torch.randn(shape, generator=g) * 3 - 2
+        return torch.where(torch.rand(shape, generator=g) < share, pick(values, shape, g), ordinary)
+
+    return make
+
+
+LOGIT_KINDS = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g) * 3 - 2,
+    "wide": lambda shape, g: torch.randn(shape, generator=g) * 30,
+    "extreme": lambda shape, g: pick(EXTREME_LOGITS, shape, g),
+    "mixed": mixed_with(EXTREME_LOGITS),
+    "one_extreme": lambda shape, g: pick(EXTREME_LOGITS, (), g).expand(shape),
+    "broken": mixed_with(BROKEN),
+}
+
+
+focal_cases = st.builds(
+    FocalCase,
+    seed=seeds,
+    shapes=map_shapes,
+    images=st.integers(0, 3),
+    num_classes=st.sampled_from([1, 2, 3, 15, 16, 17, 40]),
+    logits=st.sampled_from(list(LOGIT_KINDS)),
+    dtype=dtypes,
+    layouts=three_layouts,
+    alpha=st.sampled_from([0.25, 0.25, -1.0, 0.0, 0.5, 1.0]),
+    gamma=st.sampled_from([2.0, 2.0, 0.0, 0.5, 1.0, 1.5, 3.0]),
+    upstream=st.sampled_from([1.0, -1.7, 1 / 512]),
+)
+
+
+# ---- box_loss ----
+
+
+class BoxCase(NamedTuple):
+    seed: int
+    shapes: list[tuple[int, int]]
+    images: int
+    ltrb: str
+    positive: float
+    dtype: torch.dtype
+    layouts: list[str]
+    options: dict
+    smoothing: list[float]
+    upstream: tuple[float, float]
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], Targets]:
+        """(ltrb, quality, targets); NaN in the targets of background points, never to be read."""
+        g, make = generator(self.seed), LTRB_KINDS[self.ltrb]
+        ltrb = [make((self.images, 4, h, w), g) for h, w in self.shapes]
+        quality = [mixed_with(EXTREME_LOGITS)((self.images, 1, h, w), g) for h, w in self.shapes]
+        points = (self.images, sum(h * w for h, w in self.shapes))
+        positive = torch.rand(points, generator=g) < self.positive
+        sides = torch.rand(*points, 4, generator=g) * 4 + 0.05
+        sides = torch.where(positive[..., None], sides, math.nan)
+        matched = torch.where(positive, 3, -1).int()
+        targets = Targets(None, matched, sides, reference.centerness(sides), None)
+        ltrb, quality = ([x.to(self.dtype) for x in maps] for maps in (ltrb, quality))
+        return lay_out(ltrb, self.layouts), lay_out(quality, self.layouts[::-1]), targets
+
+
+LTRB_KINDS = {
+    "near": lambda shape, g: torch.rand(shape, generator=g) * 4 + 0.05,
+    "relu": lambda shape, g: (torch.randn(shape, generator=g) * 2 + 1).relu(),
+    "zero": lambda shape, g: torch.zeros(shape),
+    "negative": lambda shape, g: torch.randn(shape, generator=g) * 2,
+    "large": lambda shape, g: torch.rand(shape, generator=g) * 1e4,
+    "small": lambda shape, g: torch.rand(shape, generator=g) * 1e-3,
+}
+
+
+box_cases = st.builds(
+    BoxCase,
+    seed=seeds,
+    shapes=map_shapes,
+    images=st.integers(0, 3),
+    ltrb=st.sampled_from(["near", *LTRB_KINDS]),
+    positive=st.sampled_from([0.0, 0.2, 1.0]),
+    dtype=dtypes,
+    layouts=three_layouts,
+    options=st.fixed_dictionaries(
+        {
+            "loss_type": st.sampled_from(["iou", "linear_iou", "giou", "diou", "ciou"]),
+            "quality_type": st.sampled_from(["centerness", "iou"]),
+            "weight_by_centerness": st.booleans(),
+        }
+    ),
+    smoothing=st.lists(st.sampled_from([0.0, 1.0, 0.125]), min_size=3, max_size=3),
+    upstream=st.sampled_from([(1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64)]),
+)
+
+
+# ---- select_candidates ----
+
+
+class SelectCase(NamedTuple):
+    seed: int
+    levels: Levels
+    images: int
+    num_classes: int
+    logits: str
+    ltrb: str
+    dtypes: list[torch.dtype]
+    layouts: list[str]
+    options: dict
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """(logits, ltrb, quality, image_sizes)."""
+        g, shapes = generator(self.seed), self.levels.shapes
+        make, make_ltrb = SCORE_KINDS[self.logits], LTRB_KINDS[self.ltrb]
+        logits = [make((self.images, self.num_classes, h, w), g) for h, w in shapes]
+        quality = [make((self.images, 1, h, w), g) for h, w in shapes]
+        ltrb = [make_ltrb((self.images, 4, h, w), g) for h, w in shapes]
+        maps = (
+            lay_out([x.to(dtype) for x in level], self.layouts)
+            for level, dtype in zip((logits, ltrb, quality), self.dtypes, strict=True)
+        )
+        return *maps, torch.randint(1, 120, (self.images, 2), generator=g)
+
+
+SCORE_KINDS = {
+    "normal": LOGIT_KINDS["normal"],
+    # Whole numbers: many ties, and no two scores so close that rounding could swap them.
+    "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
+    "equal": lambda shape, g: torch.full(shape, 1.0),
+    "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
+    "none_above": lambda shape, g: torch.rand(shape, generator=g) - 20,
+    "mixed": LOGIT_KINDS["mixed"],
+    "extreme": LOGIT_KINDS["extreme"],
+    "broken": LOGIT_KINDS["broken"],
+}
+
+
+select_cases = st.builds(
+    SelectCase,
+    seed=seeds,
+    levels=levels(),
+    images=st.integers(0, 2),
+    num_classes=st.sampled_from([1, 2, 5, 16, 17]),
+    logits=st.sampled_from(["normal", *SCORE_KINDS]),
+    ltrb=st.sampled_from(list(LTRB_KINDS)),
+    dtypes=st.lists(dtypes, min_size=3, max_size=3),
+    layouts=three_layouts,
+    options=st.fixed_dictionaries(
+        {
+            "score_threshold": st.sampled_from([0.05, 0.0, 0.3, 0.5, 0.9, 1.0]),
+            "topk": st.sampled_from([1, 3, 10, 100, 1000]),
+            "threshold_with_quality": st.booleans(),
+            "rank_with_quality": st.booleans(),
+            "score_rule": st.sampled_from(["sqrt", "product", "cls"]),
+            "clip": st.booleans(),
+        }
+    ),
+)
+
+
+# ---- batched_nms ----
+
+
+class NmsCase(NamedTuple):
+    seed: int
+    count: int
+    boxes: str
+    scores: str
+    num_classes: int
+    threshold: float
+    box_dtype: torch.dtype
+    score_dtype: torch.dtype
+    transposed: bool
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes, scores, classes) of one image; some classes are negative."""
+        g = generator(self.seed)
+        boxes = NMS_BOX_KINDS[self.boxes](self.count, g).to(self.box_dtype)
+        scores = NMS_SCORE_KINDS[self.scores](self.count, g).to(self.score_dtype)
+        classes = torch.randint(-1, self.num_classes, (self.count,), generator=g)
+        if self.transposed:
+            boxes, scores = boxes.t().contiguous().t(), torch.stack((scores, scores), 1)[:, 0]
+        return boxes, scores, classes
+
+
+def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
+    """A few objects, each found many times, around the origin."""
+    center = (torch.rand(4, 2, generator=g) * 200 - 100)[torch.randint(4, (n,), generator=g)]
+    center = center + torch.randn(n, 2, generator=g) * 3
+    half = 10 + torch.rand(n, 2, generator=g) * 10
+    return torch.cat((center - half, center + half), 1)
+
+
+def small_grid_boxes(n: int, g: torch.Generator) -> Tensor:
+    """Whole numbers up to 6: every IoU is a simple fraction, often the threshold itself."""
+    corner = torch.randint(-2, 3, (n, 2), generator=g)
+    return torch.cat((corner, corner + torch.randint(0, 5, (n, 2), generator=g)), 1).float()
+
+
+NMS_BOX_KINDS = {
+    "clustered": clustered_boxes,
+    "float": float_boxes,
+    "small_grid": small_grid_boxes,
+    "equal": lambda n, g: float_boxes(min(n, 1), g).expand(n, 4),
+    "broken": broken_boxes,
+}
+NMS_SCORE_KINDS = {
+    "distinct": lambda n, g: torch.randperm(n, generator=g) / 128 - 0.25,  # exact in half types
+    "ties": lambda n, g: torch.randint(0, 6, (n,), generator=g) / 4,
+    "equal": lambda n, g: torch.full((n,), 0.5),
+    "broken": lambda n, g: pick([*BROKEN, 0.0, -0.0, 0.5, 1.0], (n,), g),
+}
+nms_cases = st.builds(
+    NmsCase,
+    seed=seeds,
+    count=st.one_of(st.integers(0, 3), st.integers(0, 50), st.integers(90, 120)),
+    boxes=st.sampled_from(list(NMS_BOX_KINDS)),
+    scores=st.sampled_from(list(NMS_SCORE_KINDS)),
+    num_classes=st.sampled_from([1, 3, 80]),
+    threshold=st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0]),
+    box_dtype=dtypes,
+    score_dtype=dtypes,
+    transposed=st.booleans(),
+)
+
+
+class PaddedCase(NamedTuple):
+    seed: int
+    images: int
+    count: int
+    boxes: str
+    scores: str
+    num_classes: int
+    max_detections: int
+    options: dict
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes, scores, classes) of a batch; empty slots among the classes."""
+        g, shape = generator(self.seed), (self.images, self.count)
+        boxes = NMS_BOX_KINDS[self.boxes](self.images * self.count, g).reshape(*shape, 4)
+        if self.scores == "distinct" and self.options["method"] != "hard":
+            scores = torch.rand(shape, generator=g)
+        else:
+            scores = NMS_SCORE_KINDS[self.scores](self.images * self.count, g).reshape(shape)
+        return boxes, scores, torch.randint(-1, self.num_classes, shape, generator=g)
+
+
+padded_cases = st.builds(
+    PaddedCase,
+    seed=seeds,
+    images=st.integers(0, 3),
+    count=st.one_of(st.integers(0, 3), st.integers(0, 40)),
+    boxes=st.sampled_from(list(NMS_BOX_KINDS)),
+    scores=st.sampled_from(list(NMS_SCORE_KINDS)),
+    num_classes=st.sampled_from([1, 3, 80]),
+    max_detections=st.sampled_from([1, 5, 100]),
+    options=st.fixed_dictionaries(
+        {
+            "iou_threshold": st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 1.0]),
+            "class_agnostic": st.booleans(),
+            "method": st.sampled_from(["hard", "hard", "linear", "gaussian"]),
+            "sigma": st.sampled_from([0.5, 0.1]),
+            "min_score": st.sampled_from([0.0, 0.001, 0.3]),
+        }
+    ),
+)
