@@ -44,6 +44,7 @@ RULES = {
     ),
     "fcos_d2.data": ("fcos_d2.modeling", "fcos_d2.ops", "fcos_d2.engine", "fcos_d2.visualize"),
     "fcos_d2.weights": ("fcos_d2.modeling", "fcos_d2.engine"),
+    "fcos_d2.layouts": ("fcos_d2.modeling", "fcos_d2.engine", "fcos_d2.weights", "detectron2"),
     "fcos_d2.errors": ("fcos_d2", "torch", "detectron2"),
 }  # fmt: skip
 ONLY = {  # importer -> the parts of this package it may import

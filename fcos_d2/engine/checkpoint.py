@@ -1,34 +1,59 @@
-"""Reading weights: what does not fit is refused, with the tensors named."""
+"""Reading weights: of any FCOS, and what does not fit is refused before anything is changed."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import pickle
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.layers import CNNBlockBase
+from torch import nn
 
+from ..config import CONVENTIONS
 from ..errors import InputError, one_line_cause
+from ..modeling import FCOS
+from ..weights import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
+from .safe_load import load_safely
+from .saving import AtomicSaving
 
-CLASS_LAYER = "head.cls_logits."
 MOST_SHOWN = 5  # tensors named in an error, the others are counted
+# State that a detector has or lacks without detecting anything else.
+NEGLIGIBLE = ("losses.moving_fg", "num_batches_tracked", "pixel_mean", "pixel_std", "cell_anchors")
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that refuses what does not fit, instead of training from noise.
+class Misfit(NamedTuple):
+    """A tensor whose shape in the file is not that in the model."""
 
-    With ``reset_class_layer`` the class layer may be one of another number of classes; it keeps its
-    initial values then, which is how a detector is trained on from one data set to another.
+    name: str
+    file: tuple[int, ...]
+    model: tuple[int, ...]
+
+
+class Checkpointer(AtomicSaving, DetectionCheckpointer):
+    """DetectionCheckpointer for weights of every FCOS that refuses what does not fit.
+
+    Files are read without running what is in them. Weights of other implementations are recognised,
+    renamed and converted, and one line tells what they expect of the config.
+
+    With ``reset_class_layer`` the weights start a training: they may be those of a backbone alone,
+    and of another number of classes; the class layer keeps its initial values then. Without, they
+    must be those of the model, all of them.
     """
 
     reset_class_layer = False
+    _recognised: Recognised | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """See DetectionCheckpointer.
 
         Raises:
-            InputError: no such file, a file that is no checkpoint, or weights that do not fit.
+            InputError: no such file, a file that is no checkpoint, or weights that do not fit. The
+                model is as it was then.
         """
         self._source = path
         try:
@@ -41,55 +66,199 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> dict:
+        checkpoint = load_safely(filename)
+        layer = self.model.state_dict().get(f"{CLASS_LAYER}weight")
+        with self._naming_the_file():
+            self._recognised = read(checkpoint, None if layer is None else len(layer))
+        if self._recognised:
+            return {"model": self._recognised.weights}
+        if filename.endswith(".pkl") and not {"model", "__author__"} <= set(checkpoint):
+            blobs = checkpoint.get("blobs", checkpoint)
+            blobs = {key: blob for key, blob in blobs.items() if not key.endswith("_momentum")}
+            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):  # pycls
+            return {"model": unwrap(checkpoint)[0], "matching_heuristics": True}
+        return checkpoint if "model" in checkpoint else {"model": unwrap(checkpoint)[0]}
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
         try:
-            return super()._load_file(filename)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            cause = one_line_cause(error).partition(". ")[0]  # torch adds a page on what is safe
-            raise InputError(
-                f"{filename} is no checkpoint that can be read ({cause}); copy it again, or save "
-                "its tensors alone with torch.save(model.state_dict(), FILE)"
-            ) from error
+            yield
+        except InputError as error:
+            raise InputError(f"weights of {self._source} cannot be used: {error}") from error
 
     def _load_model(self, checkpoint: dict):
+        state = self.model.state_dict()
+        with self._naming_the_file():
+            weights = unwrap(checkpoint["model"])[0]
+        wrong: list[Misfit] = []
+        if checkpoint.pop("matching_heuristics", False):
+            caffe2 = checkpoint.get("__author__") == "Caffe2"
+            weights = align_and_update_state_dicts(state, weights, c2_conversion=caffe2)
+            wrong = _unplaced_by_shape(weights, state)
+        weights = fit(weights, state)
+        reset = self._check(weights, state, wrong)
+        checkpoint["model"] = {k: v for k, v in weights.items() if k not in reset}
         incompatible = super()._load_model(checkpoint)
-        if self.reset_class_layer:
-            self._accept_other_classes(incompatible)
-        if incompatible.incorrect_shapes:
-            raise InputError(
-                f"weights of {self._source} do not fit the model: "
-                f"{_list_shapes(incompatible.incorrect_shapes)}; use the config they were trained "
-                "with, or change MODEL.FCOS.NUM_CLASSES, MODEL.RESNETS or MODEL.FPN to match"
-            )
-        names = [name for name, _ in self.model.named_parameters()]
-        if names and set(names) <= set(incompatible.missing_keys):
-            raise InputError(
-                f"{self._source} holds nothing for this model: it has no {names[0]}, but "
-                f"{', '.join(incompatible.unexpected_keys[:2]) or 'nothing'}; set MODEL.WEIGHTS to "
-                "weights of this architecture"
-            )
+        missing = incompatible.missing_keys
+        missing[:] = [k for k in missing if k not in reset and not _negligible(k)]
+        if self._recognised:
+            self._tell_recognised(sum(k in state for k in self._recognised.weights) - len(reset))
         return incompatible
 
-    def _accept_other_classes(self, incompatible) -> None:
-        other = [
-            (name, got, expected)
-            for name, got, expected in incompatible.incorrect_shapes
-            if name.startswith(CLASS_LAYER) and got[1:] == expected[1:]
-        ]
-        for entry in other:
-            incompatible.incorrect_shapes.remove(entry)
-            incompatible.missing_keys.remove(entry[0])
-        if other:
-            _, got, expected = other[0]
-            logger.warning(
-                f"{self._source} has {got[0]} classes and the model {expected[0]}: {CLASS_LAYER}* "
-                "starts from its initial values, everything else is loaded"
+    def _check(self, weights: dict, state: dict, wrong: list[Misfit]) -> list[str]:
+        """Refuses weights that do not fit; names of the class layer if it is to be left alone."""
+        names = [name for name, _ in self.model.named_parameters()]
+        if names and not set(names) & set(weights) and not wrong:
+            raise InputError(
+                f"{self._source} holds nothing for this model: it has no {names[0]}, but "
+                f"{', '.join(list(weights)[:2]) or 'nothing'}; set MODEL.WEIGHTS to weights of "
+                "this architecture"
             )
+        wrong = wrong + _wrong_shapes(weights, state)
+        reset = self._accept_other_classes(wrong) if self.reset_class_layer else []
+        wrong = [misfit for misfit in wrong if misfit.name not in reset]
+        if wrong:
+            self._refuse(
+                _shorten([f"{name} expected {model}, got {file}" for name, file, model in wrong])
+            )
+        if not self.reset_class_layer:
+            self._check_complete(weights, state)
+        return reset
+
+    def _check_complete(self, weights: dict, state: dict) -> None:
+        missing = [name for name in state if name not in weights and not _negligible(name)]
+        unexpected = [name for name in weights if name not in state and not _negligible(name)]
+        faults = [
+            f"{fault} {_shorten(names)}"
+            for fault, names in (("they lack", missing), ("there is no place for", unexpected))
+            if names
+        ]
+        if faults:
+            self._refuse(" and ".join(faults))
+
+    def _refuse(self, fault: str) -> None:
+        advice = (
+            "use the config they were trained with, or change MODEL.FCOS.NUM_CLASSES, "
+            "MODEL.RESNETS or MODEL.FPN to match"
+        )
+        if self._recognised:
+            advice = self._describe_recognised("and refused")[0]
+        raise InputError(f"weights of {self._source} do not fit the model: {fault}; {advice}")
+
+    def _accept_other_classes(self, wrong: list[Misfit]) -> list[str]:
+        other = [
+            misfit
+            for misfit in wrong
+            if CLASS_LAYER in misfit.name and misfit.file[1:] == misfit.model[1:]
+        ]
+        if other:
+            logger.warning(
+                f"{self._source} has {other[0].file[0]} classes and the model {other[0].model[0]}: "
+                f"{CLASS_LAYER}* starts from its initial values, everything else is loaded"
+            )
+        return [misfit.name for misfit in other]
+
+    def _tell_recognised(self, count: int) -> None:
+        line, agrees = self._describe_recognised(f"{count} tensors loaded")
+        logger.log(logging.INFO if agrees else logging.WARNING, f"{self._source}: {line}")
+
+    def _describe_recognised(self, what: str) -> tuple[str, bool]:
+        """One line about the weights, and whether the model is what they need."""
+        needs = self._recognised.needs
+        text = f"recognised as {self._recognised.layout}, convention "
+        text += f"{' or '.join(needs.conventions)}, {what}; "
+        convention, different = differences(self.model, needs)
+        if self.reset_class_layer:  # told already
+            different.pop("MODEL.FCOS.NUM_CLASSES", None)
+        if not different:
+            return f"{text}the config agrees with it", True
+        changes = {key: f"{a} instead of {b}" for key, (a, b) in different.items()}
+        ours = [key for key in changes if key not in needs.settings]
+        if ours:  # one key sets them all
+            whole = ", ".join(f"{key.rpartition('.')[2]} {changes.pop(key)}" for key in ours)
+            changes = {"MODEL.FCOS.CONVENTION": f"{convention} ({whole})", **changes}
+        return f"{text}set {', '.join(f'{k} {v}' for k, v in changes.items())}", False
 
 
-def _list_shapes(incorrect: list[tuple]) -> str:
-    shown = [
-        f"{name} expected {tuple(expected)}, got {tuple(got)}"
-        for name, got, expected in incorrect[:MOST_SHOWN]
+def differences(model: nn.Module, needs: Needs) -> tuple[str, dict[str, tuple[object, object]]]:
+    """Where ``model`` is not what weights need: (convention, config key -> (needed, in use)).
+
+    Of several conventions that the weights may follow it is the one closest to the model's.
+    """
+    if not isinstance(model, FCOS):
+        return needs.conventions[0], {}
+    used = _settings_in_use(model)
+    found = []
+    for name in needs.conventions:
+        convention = {f"MODEL.FCOS.{key}": value for key, value in CONVENTIONS[name].items()}
+        wanted = {**convention, **needs.settings}
+        different = {
+            key: (wanted[key], used[key])
+            for key in wanted.keys() & used.keys()
+            if not _equal(wanted[key], used[key])
+        }
+        found.append((name, dict(sorted(different.items()))))
+    return min(found, key=lambda pair: len(pair[1]))
+
+
+def _settings_in_use(model: FCOS) -> dict[str, object]:
+    """What of the config decides about detections, by key, read from the model itself."""
+    head, grid, post = model.head, model.grid, model.postprocess
+    fcos = {
+        "NUM_CLASSES": head.cls_logits.out_channels,
+        "USE_RELU": head.use_relu,
+        "NORM_REG_TARGETS": head.norm_reg_targets,
+        "CENTERNESS_ON_REG": head.quality_on_box_tower,
+        "LOCATION_OFFSET": grid.offset,
+        "LOCATION_PITCH": grid.pitch,
+        "SCORE_RULE": post.selection["score_rule"],
+        "INFERENCE_TH_TEST": post.selection["score_threshold"],
+        "THRESH_WITH_CTR": post.selection["threshold_with_quality"],
+        "RANK_WITH_CTR": post.selection["rank_with_quality"],
+        "CLIP_BEFORE_NMS": post.selection["clip"],
+        "NMS_TH": post.suppression["iou_threshold"],
+    }
+    settings = {
+        "INPUT.FORMAT": model.input_format,
+        "MODEL.PIXEL_MEAN": [round(value, 4) for value in model.pixel_mean.flatten().tolist()],
+        "MODEL.PIXEL_STD": [round(value, 4) for value in model.pixel_std.flatten().tolist()],
+    }
+    for module in model.backbone.modules():
+        if isinstance(module, CNNBlockBase) and module.stride == 2 and hasattr(module, "conv3"):
+            settings["MODEL.RESNETS.STRIDE_IN_1X1"] = max(module.conv1.stride) == 2
+    return settings | {f"MODEL.FCOS.{key}": value for key, value in fcos.items()}
+
+
+def _equal(wanted: object, used: object) -> bool:
+    if isinstance(wanted, list):
+        return all(abs(a - b) < 1e-3 for a, b in zip(wanted, used, strict=True))
+    return wanted == used
+
+
+def _wrong_shapes(weights: dict, state: dict) -> list[Misfit]:
+    return [
+        Misfit(name, tuple(value.shape), tuple(state[name].shape))
+        for name, value in weights.items()
+        if name in state and value.shape != state[name].shape
     ]
-    more = len(incorrect) - len(shown)
-    return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def _unplaced_by_shape(weights: dict, state: dict) -> list[Misfit]:
+    """What detectron2's matching of names left where it was, because of its shape alone."""
+    return [
+        Misfit(name, tuple(value.shape), tuple(state[name].shape))
+        for ending, value in weights.items()
+        if ending not in state
+        for name in state
+        if name.endswith(f".{ending}") and name not in weights
+    ]
+
+
+def _negligible(name: str) -> bool:
+    return any(part in name for part in NEGLIGIBLE)
+
+
+def _shorten(texts: list[str]) -> str:
+    more = len(texts) - MOST_SHOWN
+    return ", ".join(texts[:MOST_SHOWN]) + (f", and {more} more" if more > 0 else "")

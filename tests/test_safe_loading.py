@@ -1,0 +1,301 @@
+"""Files of weights are read without running what is in them, or are refused in one line."""
+
+import argparse
+import builtins
+import collections
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fcos_d2 import InputError
+from fcos_d2.engine import Checkpointer
+from fcos_d2.engine.safe_load import Record, load_safely, load_trusted
+
+from .modeling.tiny import tiny_fcos
+
+pytest_plugins = ["tests.script"]
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path, call=os.system, arguments=None):
+        self._call, self._arguments = call, arguments or (f"touch {path}",)
+
+    def __reduce__(self):
+        return self._call, self._arguments
+
+
+def attacks(trace):
+    """Objects that run code when they are unpickled, in the ways that are in use."""
+    code = f"open({str(trace)!r}, 'w')"
+    return {
+        "system": Malicious(trace),
+        "eval": Malicious(trace, eval, (code,)),
+        "exec": Malicious(trace, exec, (code,)),
+        "open": Malicious(trace, open, (str(trace), "w")),
+        "torch": Malicious(trace, torch.hub.load, (str(trace.parent), "entry")),
+        "nested": {"head.cls_logits.weight": Malicious(trace)},
+        "storage": Malicious(
+            trace, torch.storage._load_from_bytes, (saved(Malicious(trace), pickle.dumps),)
+        ),
+    }
+
+
+def saved(content, how) -> bytes:
+    """What torch.save or pickle.dumps makes of ``content``."""
+    if how is pickle.dumps:
+        return pickle.dumps(content, protocol=2)
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=how == "zip")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", pickle.dumps], ids=["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
+@pytest.mark.parametrize("attack", attacks(Path("trace")))
+def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(how, suffix, attack, tmp_path):
+    trace = tmp_path / "trace"
+    content = {"model": {"a.weight": torch.zeros(2)}, "extra": attacks(trace)[attack]}
+    if how is pickle.dumps:
+        content["model"] = {"a.weight": np.zeros(2, np.float32)}
+    path = tmp_path / f"evil{suffix}"
+    path.write_bytes(saved(content, how))
+    with pytest.raises(InputError) as caught:
+        Checkpointer(nn.Linear(2, 2)).load(str(path))
+    message = str(caught.value)
+    assert not trace.exists()
+    assert "\n" not in message and len(message) < 600
+    assert f"{path} would call " in message
+    assert f"python tools/convert_weights.py --trust-pickle {path} OUT" in message
+
+
+@pytest.mark.parametrize("arguments", [(), ("--eval-only",), ("--resume",)])
+def test_train_net_refuses_a_malicious_file_in_one_line(script, tmp_path, arguments):
+    torch.save({"model": Malicious(tmp_path / "trace")}, tmp_path / "evil.pth")
+    result = script(*arguments, "MODEL.WEIGHTS", "evil.pth")
+    assert not (tmp_path / "trace").exists()
+    assert result.status == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("error: evil.pth would call ")
+
+
+def test_the_attacks_of_this_test_are_real(tmp_path):
+    for name in ("system", "eval", "open"):
+        trace = tmp_path / name
+        (tmp_path / "evil.pkl").write_bytes(saved(attacks(trace)[name], pickle.dumps))
+        load_trusted(str(tmp_path / "evil.pkl"))
+        assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "builtins.eval", "builtins.exec", "numpy.load", "torch.load", "operator.call"]
+    + ["fcos_d2.engine.safe_load.load_trusted", "fcos_d2.engine.safe_load.ALLOWED"],
+)
+def test_nothing_but_the_named_calls_can_be_named(name, tmp_path):
+    """By the opcodes GLOBAL and STACK_GLOBAL."""
+    module, _, function = name.rpartition(".")
+    old = f"c{module}\n{function}\n.".encode()
+    new = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, function)
+    )
+    for program in (old, new + b"\x93."):
+        (tmp_path / "program.pkl").write_bytes(program)
+        with pytest.raises(InputError, match=f"would call {name} "):
+            load_safely(str(tmp_path / "program.pkl"))
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote str."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_bytes
+
+
+ARRAYS = {
+    "float32": np.arange(6, dtype=np.float32).reshape(2, 3) / 7,
+    "float64, big-endian": np.linspace(0, 1, 5).astype(">f8"),
+    "float16": np.array([[0.5, -2]], np.float16),
+    "int64": np.array([2**40, -1]),
+    "bool": np.array([True, False]),
+    "column-major": np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4)),
+    "no dimension": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5, "python 2", "torch"])
+def test_arrays_come_back_as_tensors(name, protocol, tmp_path):
+    content = {"model": {"w": ARRAYS[name]}, "number": np.float64(0.25)}
+    path = tmp_path / "arrays.pkl"
+    if protocol == "torch":
+        torch.save(content, path)
+    elif protocol == "python 2":
+        with open(path, "wb") as file:
+            Python2Pickler(file, protocol=2).dump(content)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    loaded = load_safely(str(path))
+    tensor, expected = loaded["model"]["w"], ARRAYS[name]
+    assert tensor.shape == expected.shape and loaded["number"] == 0.25
+    assert tensor.numpy().dtype == expected.dtype.newbyteorder("=")
+    assert np.array_equal(tensor.numpy(), expected)
+
+
+def test_arrays_are_found_in_all_containers(tmp_path):
+    array = np.arange(3.0)
+    content = {"state": ("MT19937", [array, {"pos": array}]), "w": collections.OrderedDict(a=array)}
+    torch.save(content, tmp_path / "arrays.pth")
+    loaded = load_safely(str(tmp_path / "arrays.pth"))
+    first, second = loaded["state"][1]
+    for tensor in (first, second["pos"], loaded["w"]["a"]):
+        assert torch.equal(tensor, torch.arange(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array([{}], object), np.array(["text"]), np.zeros(2, [("a", "f4")]), np.zeros(2, "M8[s]")],
+)
+def test_arrays_of_other_than_numbers_are_refused(array, tmp_path):
+    (tmp_path / "arrays.pkl").write_bytes(pickle.dumps({"w": array}))
+    with pytest.raises(InputError, match="no checkpoint that can be read .*dtype"):
+        load_safely(str(tmp_path / "arrays.pkl"))
+
+
+def test_arrays_whose_bytes_do_not_fill_their_shape_are_refused(tmp_path):
+    program = pickle.dumps(np.arange(4, dtype=np.float32), protocol=2)
+    assert b"K\x04\x85" in program  # the shape (4,)
+    (tmp_path / "arrays.pkl").write_bytes(program.replace(b"K\x04\x85", b"K\x7f\x85"))
+    with pytest.raises(InputError, match="no checkpoint that can be read"):
+        load_safely(str(tmp_path / "arrays.pkl"))
+
+
+def test_records_beside_the_weights_are_read_past(tmp_path, monkeypatch):
+    """As torchvision's script and mmengine write them."""
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    buffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
+    buffer.mean = lambda self: 0
+    monkeypatch.setattr(
+        sys.modules["mmengine.logging.history_buffer"], "HistoryBuffer", buffer, raising=False
+    )
+    history = buffer()
+    history.values = np.array([1.0, 2.0])
+    history.methods = collections.OrderedDict(
+        mean=Malicious("", builtins.getattr, (buffer, "mean"))
+    )
+    content = {
+        "state_dict": {"w.weight": torch.ones(2)},
+        "args": argparse.Namespace(lr=0.02, device="cuda"),
+        "message_hub": {"log_scalars": {"loss": history}},
+    }
+    torch.save(content, tmp_path / "trained.pth")
+    monkeypatch.delitem(sys.modules, "mmengine.logging.history_buffer")
+    loaded = load_safely(str(tmp_path / "trained.pth"))
+    assert torch.equal(loaded["state_dict"]["w.weight"], torch.ones(2))
+    assert type(loaded["args"]) is type(loaded["message_hub"]["log_scalars"]["loss"]) is Record
+
+
+def test_reading_leaves_torchs_own_list_of_what_is_safe_alone(tmp_path):
+    before = set(torch.serialization.get_safe_globals())
+    torch.save({"args": argparse.Namespace()}, tmp_path / "a.pth")
+    load_safely(str(tmp_path / "a.pth"))
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def imagenet_weights(model) -> dict:
+    """The backbone's weights as the model zoo's files have them: arrays, without a prefix."""
+    prefix = "backbone.bottom_up."
+    return {
+        key.removeprefix(prefix): np.full(value.shape, 0.5, np.float32)
+        for key, value in model.state_dict().items()
+        if key.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("zoo", [True, False])
+def test_a_backbone_of_the_model_zoo_is_loaded_by_name(zoo, tmp_path):
+    model = tiny_fcos()
+    content = imagenet_weights(model)
+    if zoo:
+        content = {"model": content, "__author__": "Torchvision", "matching_heuristics": True}
+    with open(tmp_path / "R-50.pkl", "wb") as file:
+        Python2Pickler(file, protocol=2).dump(content)
+    checkpointer = Checkpointer(model)
+    checkpointer.reset_class_layer = True
+    checkpointer.load(str(tmp_path / "R-50.pkl"))
+    assert (model.backbone.bottom_up.stem.weight == 0.5).all()
+
+
+def test_a_backbone_of_another_width_is_refused_with_the_tensors(tmp_path):
+    model = tiny_fcos()
+    content = imagenet_weights(model)
+    content["stem.weight"] = np.zeros((16, 3, 3, 3), np.float32)
+    content = {"model": content, "__author__": "someone", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    checkpointer = Checkpointer(model)
+    checkpointer.reset_class_layer = True
+    before = model.backbone.bottom_up.stages[0].weight.clone()
+    with pytest.raises(InputError) as caught:
+        checkpointer.load(str(tmp_path / "R-50.pkl"))
+    expected = "backbone.bottom_up.stem.weight expected (8, 3, 3, 3), got (16, 3, 3, 3)"
+    assert expected in str(caught.value)
+    assert torch.equal(model.backbone.bottom_up.stages[0].weight, before)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", pickle.dumps], ids=["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_a_file_that_is_cut_off_is_refused(how, share, tmp_path):
+    content = {"model": {f"{i}.weight": torch.randn(40, 40) for i in range(4)}}
+    if how is pickle.dumps:
+        content["model"] = {key: value.numpy() for key, value in content["model"].items()}
+    whole = saved(content, how)
+    path = tmp_path / "cut.pth"
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError) as caught:
+        Checkpointer(nn.Linear(2, 2)).load(str(path))
+    assert "\n" not in str(caught.value)
+    assert f"{path} is no checkpoint that can be read" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xd8\xff\xe0 a picture", b"<html>404</html>", b"version https://git-lfs.github.com/spec"]
+    + [b"\x89PNG\r\n\x1a\n", b'{"model": 1}', b"\x00" * 100, b"PK\x03\x04 no zip", b"(lp0\n."],
+)
+def test_a_foreign_file_is_refused(content, tmp_path):
+    (tmp_path / "other.pth").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        Checkpointer(nn.Linear(2, 2)).load(str(tmp_path / "other.pth"))
+    assert "other.pth" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_torchscript_archive_is_refused(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "script.pth"))
+    with pytest.raises(InputError, match="script.pth is no checkpoint that can be read"):
+        load_safely(str(tmp_path / "script.pth"))
+
+
+def test_trusted_files_are_read_whatever_is_in_them(tmp_path):
+    content = {"model": {"w": torch.ones(2)}, "args": types.SimpleNamespace(a=1)}
+    torch.save(content, tmp_path / "torch.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(content))
+    for name in ("torch.pth", "plain.pkl"):
+        with pytest.raises(InputError, match="would call (types.SimpleNamespace|torch)"):
+            load_safely(str(tmp_path / name))
+        assert load_trusted(str(tmp_path / name))["args"].a == 1
