@@ -78,9 +78,10 @@ typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 struct VectorMath {
   using Number = Floats;
 
-  static FCOS_HD Floats exp(Floats x) { // x <= 0
+  static FCOS_HD Floats exp(Floats x) { // see exp_of_negative
     Floats lowest = Floats{} + kLowestExponent;
     Floats e = exp_polynomial<Floats, Bits>(x < lowest ? lowest : x);
+    e = x < lowest ? Floats{} : e;
     return x != x ? x : e;
   }
 

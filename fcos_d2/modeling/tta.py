@@ -1,0 +1,84 @@
+"""Test-time augmentation: several scales of every image, and their mirror images (TEST.AUG).
+
+The published recipe for FCOS: the candidates of all views are merged in pixels of the original
+image, and one NMS over all of them decides (1904.01355 section 4.1, "multi-scale testing"). It is
+the NMS of MODEL.FCOS, so soft-NMS works here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import DatasetMapperTTA, detector_postprocess
+from detectron2.structures import Instances
+from torch import nn
+
+from ..ops import Candidates, batched_nms_padded, select_candidates
+from .fcos import FCOS
+from .structures import to_instances
+
+
+class FCOSWithTTA(nn.Module):
+    """FCOS that looks at every image several times; takes and returns what ``FCOS`` does.
+
+    Give it images in their original size: a view enlarged from a reduced image shows no more.
+
+    Args:
+        model: the detector.
+        views: input dict (``image`` uint8 Tensor[C, H, W], ``height``, ``width``) -> one dict per
+            view, with the ``transforms`` that made its ``image`` from the original one.
+    """
+
+    @configurable
+    def __init__(self, *, model: FCOS, views: Callable[[dict], list[dict]]):
+        super().__init__()
+        self.model, self.views = model, views
+
+    @classmethod
+    def from_config(cls, cfg, model: FCOS):
+        """Arguments from TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP."""
+        return {"model": model, "views": DatasetMapperTTA(cfg)}
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: Sequence[dict]) -> list[dict]:
+        """One dict with ``instances`` per image, in pixels of (``height``, ``width``)."""
+        return [{"instances": self._detect(image)} for image in batched_inputs]
+
+    def _detect(self, original: dict) -> Instances:
+        image = original["image"]
+        height, width = (
+            original.get("height", image.shape[1]),
+            original.get("width", image.shape[2]),
+        )
+        views = self.views({"image": image, "height": height, "width": width})
+        found = [part for batch in _of_one_size(views) for part in self._look(batch)]
+        merged = (torch.cat(column)[None] for column in zip(*found, strict=True))
+        detections = batched_nms_padded(*merged, **self.model.postprocess.suppression)
+        instances = to_instances(detections, [(height, width)])[0]
+        return detector_postprocess(instances, height, width)
+
+    def _look(self, views: Sequence[dict]) -> Iterator[Candidates]:
+        """Candidates of every view, in pixels of the original image."""
+        model = self.model
+        images = model.preprocess_image(views)
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        logits, ltrb, quality, _ = model.head(features)
+        sizes = torch.tensor(images.image_sizes, device=model.device)
+        batch = select_candidates(
+            logits, ltrb, quality, model.levels(features, images), sizes,
+            **model.postprocess.selection,
+        )  # fmt: skip
+        for view, boxes, scores, classes in zip(views, *batch, strict=True):
+            back = view["transforms"].inverse()
+            original = torch.from_numpy(back.apply_box(boxes.cpu().numpy()))
+            yield Candidates(original.to(boxes), scores, classes)
+
+
+def _of_one_size(views: Sequence[dict]) -> Iterator[list[dict]]:
+    """Batches of views, without any padding between them."""
+    for _, batch in groupby(views, key=lambda view: view["image"].shape):
+        yield list(batch)

@@ -1,0 +1,348 @@
+"""Exported detectors: three formats, each beside the model that it was made of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fcos_d2 import CONVENTIONS, InputError, export
+from fcos_d2.data.digits import scenes
+from fcos_d2.export import (
+    FORMATS,
+    Agreement,
+    Float32GroupNorm,
+    compare,
+    export_detector,
+    load_exported,
+    read_metadata,
+    run_detector,
+)
+from fcos_d2.ops import Detections, batched_nms_padded
+from tests.modeling.tiny import tiny_fcos
+
+ROOT = Path(__file__).parents[1]
+METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
+METHODS = ("hard", "linear", "gaussian")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A detector with GN, whose random weights find something everywhere."""
+    torch.manual_seed(0)
+    return tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """The model's file in every format."""
+    folder = tmp_path_factory.mktemp("export")
+    paths = {format: folder / f"model{SUFFIXES[format]}" for format in FORMATS}
+    for format, path in paths.items():
+        export_detector(model, path, format, metadata=METADATA)
+    return paths
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def runner(request, files):
+    """Each file, opened by its runtime."""
+    return load_exported(files[request.param], request.param)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Uint8 Tensor[4, 3, 160, 160]."""
+    rng, writing = np.random.default_rng(0), scenes.load_handwriting("val", 0)
+    images = np.stack([scenes.compose_scene(writing, rng).image for _ in range(4)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def crowd(num_images=2, count=40):
+    """Crowded boxes, with equal scores, empty slots, a NaN and a box without area."""
+    corner = torch.rand(num_images, count, 2) * 40
+    boxes = torch.cat((corner, corner + 5 + torch.rand(num_images, count, 2) * 30), dim=2)
+    boxes[:, 3, 2:] = boxes[:, 3, :2]
+    scores = (torch.rand(num_images, count) * 20).round() / 20
+    scores[:, 5] = float("nan")
+    return boxes, scores, torch.randint(-1, 3, (num_images, count))
+
+
+def assert_same(got, expected):
+    for ours, theirs in zip(expected, got, strict=True):
+        torch.testing.assert_close(torch.as_tensor(theirs), ours)
+
+
+# ---- what the files find ----
+
+
+@pytest.mark.parametrize("size", [(160, 160), (97, 130), (64, 159)], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_file_finds_what_the_model_finds_in_the_same_order(runner, model, digits, batch, size):
+    images = digits[:batch, :, : size[0], : size[1]].contiguous()
+    result = compare(run_detector(model, images), runner(images))
+    assert result.exact, result
+    assert result.images == batch and result.detections > 10 * batch
+
+
+def test_outputs_have_fixed_shapes_and_say_which_slots_are_empty(runner, digits):
+    boxes, scores, classes, counts = runner(digits[:2, :, :40, :48].contiguous())
+    assert (boxes.shape, scores.shape, classes.shape) == ((2, 100, 4), (2, 100), (2, 100))
+    assert [x.dtype for x in (boxes, scores, classes, counts)] == [
+        torch.float32, torch.float32, torch.int64, torch.int32,
+    ]  # fmt: skip
+    empty = torch.arange(100) >= counts[:, None]
+    assert counts.min() > 0 and counts.max() < 100
+    assert (classes[empty] == -1).all() and (scores[empty] == 0).all() and (boxes[empty] == 0).all()
+    assert boxes[..., 0::2].max() <= 48 and boxes[..., 1::2].max() <= 40 and boxes.min() >= 0
+
+
+def test_image_without_detections_gives_counts_of_zero(tmp_path):
+    silent = tiny_fcos(INFERENCE_TH_TEST=1.0).eval()
+    export_detector(silent, tmp_path / "silent.ts", "torchscript")
+    found = load_exported(tmp_path / "silent.ts", "torchscript")(torch.zeros(2, 3, 64, 64).byte())
+    assert found.counts.tolist() == [0, 0] and (found.classes == -1).all()
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_convention_is_exported_with_its_rules(convention, digits, tmp_path):
+    model = tiny_fcos(CONVENTION=convention, INFERENCE_TH_TEST=0.002, NUM_CLASSES=3).eval()
+    export_detector(model, tmp_path / "model.ts", "torchscript")
+    images = digits[:2, :, :100, :140].contiguous()
+    result = compare(
+        run_detector(model, images), load_exported(tmp_path / "model.ts", "torchscript")(images)
+    )
+    assert result.exact and result.detections > 20, result
+
+
+def test_float16_weights_find_nearly_the_same(model, digits, tmp_path):
+    export_detector(model, tmp_path / "half.ts", "torchscript", half=True)
+    got = load_exported(tmp_path / "half.ts", "torchscript")(digits)
+    result = compare(run_detector(model, digits), got, box_tolerance=0.5, score_tolerance=0.005)
+    assert max(result.missed, result.extra) <= 0.05 * result.detections, result
+    assert got.boxes.dtype == got.scores.dtype == torch.float32
+    weights = torch.jit.load(tmp_path / "half.ts").state_dict()
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+    assert dtypes["head.cls_tower.0.weight"] == torch.float16
+    assert dtypes["head.cls_tower.1.weight"] == torch.float32, "group norm"
+
+
+def test_group_norm_of_float16_maps_does_not_overflow():
+    norm = nn.GroupNorm(2, 4)
+    x = torch.randn(1, 4, 64, 64) * 2000
+    expected = norm(x)
+    norm.__class__ = Float32GroupNorm
+    got = norm(x.half())
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), expected, atol=0.01, rtol=0.01)
+
+
+def test_model_is_left_as_it_was(model, tmp_path):
+    model.train()
+    export_detector(model, tmp_path / "half.ts", "torchscript", half=True)
+    assert model.training and next(model.parameters()).dtype == torch.float32
+    assert not any(isinstance(layer, Float32GroupNorm) for layer in model.modules())
+    model.eval()
+
+
+# ---- what the files are made of ----
+
+
+def test_onnx_has_standard_operators_alone(files):
+    proto = onnx.load(files["onnx"])
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+    assert not proto.functions
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
+    assert sum(node.op_type == "NonMaxSuppression" for node in proto.graph.node) == 1
+
+
+def test_onnx_names_its_axes(files):
+    session = onnxruntime.InferenceSession(files["onnx"], providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    assert (images.name, images.type) == ("images", "tensor(uint8)")
+    assert images.shape == ["batch", 3, "height", "width"]
+    assert {out.name: out.shape for out in session.get_outputs()} == {
+        "boxes": ["batch", 100, 4],
+        "scores": ["batch", 100],
+        "classes": ["batch", 100],
+        "counts": ["batch"],
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_file_carries_its_metadata(files, format):
+    assert read_metadata(files[format], format) == METADATA
+
+
+RUN_WITHOUT_US = """
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fcos_d2", "detectron2", "torchvision"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+tool, picture, *files = sys.argv[1:]
+for file in files:
+    sys.argv = [tool, file, picture, "--score", "0.08"]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code
+    print("end")
+"""
+
+
+def test_runner_needs_neither_fcos_d2_nor_detectron2(files, model, digits, tmp_path):
+    picture = tmp_path / "digits.png"
+    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(picture)
+    tool = ROOT / "tools" / "run_exported.py"
+    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, picture, *files.values()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other, third, rest = done.stdout.split("end\n")
+    assert one == other == third and not rest
+    small = Image.open(picture).resize((96, 128), Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    expected = run_detector(model, image[None])
+    lines = [json.loads(line) for line in one.splitlines()]
+    assert len(lines) == (expected.scores >= 0.08).sum() > 0
+    assert lines[0]["class"] == METADATA["classes"][expected.classes[0, 0]]
+    np.testing.assert_allclose(lines[0]["box"], expected.boxes[0, 0] * 120 / 96, atol=0.01)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_operator_that_is_not_standard_is_refused(format, tmp_path):
+    model = tiny_fcos(USE_DEFORMABLE=True)
+    with pytest.raises(InputError, match="torchvision.*deform_conv2d.*deformable"):
+        export_detector(model, tmp_path / "model", format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_format_and_missing_package_are_told(model, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="onnx, torch_export, torchscript, got 'caffe2'"):
+        export_detector(model, tmp_path / "x", "caffe2")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"onnx, onnxscript; pip install 'fcos-d2\[export\]'"):
+        export_detector(model, tmp_path / "x", "onnx")
+
+
+# ---- the parts ----
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_scripted_loop_is_batched_nms(method, agnostic):
+    suppress = export._nms_as_scripted_loop()
+    for count in (40, 6):
+        candidates = crowd(count=count)
+        rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": agnostic}
+        rule |= {"method": method, "sigma": 0.5}
+        assert_same(suppress(*candidates, **rule), batched_nms_padded(*candidates, **rule))
+
+
+class Suppression(nn.Module):
+    def __init__(self, suppress, **rule):
+        super().__init__()
+        self.suppress, self.rule = suppress, rule
+
+    def forward(self, boxes, scores, classes):
+        return tuple(self.suppress(boxes, scores, classes, **self.rule))
+
+
+def captured(module, candidates):
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    return torch.export.export(module, candidates, dynamic_shapes=(dynamic,) * 3)
+
+
+def test_while_loop_is_batched_nms_and_becomes_a_standard_loop_of_onnx(tmp_path):
+    rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": False}
+    rule |= {"method": "gaussian", "sigma": 0.5}
+    candidates = crowd()
+    program = captured(Suppression(export._nms_as_while_loop, **rule), candidates)
+    path = tmp_path / "loop.onnx"
+    onnx.save(torch.onnx.export(program, dynamo=True, verbose=False).model_proto, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    for num_images in (2, 3):
+        candidates = crowd(num_images)
+        expected = batched_nms_padded(*candidates, **rule)
+        assert_same(program.module()(*candidates), expected)
+        columns = (column.numpy() for column in candidates)
+        assert_same(session.run(None, dict(zip(names, columns, strict=True))), expected)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_non_max_suppression_of_onnx_is_batched_nms(agnostic, tmp_path):
+    """Also where fewer boxes come than slots are asked for."""
+    rule = {"iou_threshold": 0.4, "max_detections": 50, "class_agnostic": agnostic}
+    program = captured(Suppression(batched_nms_padded, **rule), crowd())
+    table = {torch.ops.fcos_d2.batched_nms_padded.default: export._nms_of_onnx(3)}
+    path = tmp_path / "nms.onnx"
+    result = torch.onnx.export(
+        program, dynamo=True, verbose=False, opset_version=18, custom_translation_table=table
+    )
+    onnx.save(result.model_proto, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    for num_images in (2, 3):
+        candidates = crowd(num_images)
+        columns = (column.numpy() for column in candidates)
+        got = session.run(None, dict(zip(names, columns, strict=True)))
+        assert_same(got, batched_nms_padded(*candidates, **rule))
+
+
+def test_top_gives_equal_values_in_their_order():
+    values = torch.tensor([[0.5, 0.25, -1.0, 0.5, 0.75, 0.25, 0.5, -1.0]])
+    values = torch.cat((values, torch.nextafter(values, torch.ones(()))), dim=1)
+    top, index = export._top_by_key(values, 9)
+    assert index.tolist() == [[12, 4, 8, 11, 14, 0, 3, 6, 9]]
+    assert torch.equal(top, values.gather(1, index))
+
+
+# ---- the comparison ----
+
+
+def detections(*rows):
+    boxes = torch.tensor([[row[:4] for row in rows]], dtype=torch.float32)
+    scores, classes = (torch.tensor([[row[i] for row in rows]]) for i in (4, 5))
+    return Detections(boxes, scores, classes, torch.tensor([len(rows)]))
+
+
+A, B, C = (0, 0, 9, 9, 0.9, 1), (4, 4, 9, 9, 0.8, 1), (2, 2, 7, 7, 0.8, 0)
+
+
+@pytest.mark.parametrize(
+    "got, missed, extra, moved",
+    [
+        ((A, B, C), 0, 0, 0),
+        ((A, C, B), 0, 0, 0),  # equal scores have no order that rounding respects
+        ((B, A, C), 0, 0, 2),
+        ((A, B), 1, 0, 0),
+        ((A, B, C, C), 0, 1, 0),
+        ((A, B, (2, 2, 7, 7, 0.8, 1)), 1, 1, 0),
+        (((0, 0, 9, 9.04, 0.90005, 1), B, C), 0, 0, 0),
+        (((0, 0, 9, 9.06, 0.9, 1), B, C), 1, 1, 0),
+        (((0, 0, 9, 9, 0.9002, 1), B, C), 1, 1, 0),
+    ],
+)
+def test_comparison_counts_what_differs(got, missed, extra, moved):
+    result = compare(detections(A, B, C), detections(*got))
+    assert (result.missed, result.extra, result.moved) == (missed, extra, moved)
+    assert result.exact == (not missed and not extra and not moved)
+
+
+def test_comparison_reports_the_largest_differences():
+    result = compare(
+        detections(A, B), detections((0, 0, 9, 9.04, 0.9, 1), (4, 4, 9, 9, 0.80005, 1))
+    )
+    assert result.box_error == pytest.approx(0.04, abs=1e-5)
+    assert result.score_error == pytest.approx(5e-5, abs=1e-6)
+    assert export.join([result, Agreement(1, 3, 1, 0, 0, 0.5, 0.0)])[:3] == (2, 5, 1)

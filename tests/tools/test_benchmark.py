@@ -1,0 +1,83 @@
+"""tools/benchmark.py: every part is measured, and says what it is."""
+
+import importlib.util
+from pathlib import Path
+from time import sleep
+
+import pytest
+
+from tests.tiny_training import CONFIG
+
+pytest_plugins = ["tests.script"]
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+HEADER = "| part | ms per batch | images per second | includes |"
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("benchmark", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_tool()
+
+
+@pytest.fixture
+def run(tiny_shapes, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+
+    def call(*words):
+        words = ["--config-file", config, "--seconds", "0.01", *words, "MODEL.DEVICE", "cpu"]
+        status = benchmark.main(list(map(str, words)))
+        return status, capsys.readouterr()
+
+    return call
+
+
+def table(out):
+    """name -> (milliseconds, images per second)."""
+    assert HEADER in out
+    rows = [line.split("|")[1:-1] for line in out.partition(HEADER)[2].splitlines()[2:]]
+    return {row[0].strip(): (float(row[1]), float(row[2])) for row in rows}
+
+
+def test_every_part_is_measured_on_the_data_of_the_config(run):
+    status, printed = run("--batch", 2)
+    assert status == 0, printed.err
+    rows = table(printed.out)
+    assert list(rows) == [
+        "data loading", "training step", "network", "post-processing", "inference", "end to end",
+    ]  # fmt: skip
+    for milliseconds, speed in rows.values():
+        assert milliseconds > 0 and speed == pytest.approx(2e3 / milliseconds, rel=0.1, abs=0.1)
+    assert "batch       2 images, float32\n" in printed.out
+    assert "resolution  short side 48, at most 64 (training); 48, at most 64" in printed.out
+    assert "weights     random" in printed.out and "device " in printed.out
+
+
+def test_random_images_need_no_data(run):
+    status, printed = run(
+        "--batch", 1, "--size", 40, 56, "--dtype", "bfloat16",
+        "DATASETS.TRAIN", "()", "DATASETS.TEST", "()",
+    )  # fmt: skip
+    assert status == 0, printed.err
+    assert list(table(printed.out)) == ["training step", "network", "post-processing", "inference"]
+    assert "40 x 56, random images" in printed.out and "bfloat16 autocast" in printed.out
+
+
+def test_parts_are_timed_by_what_they_do():
+    assert 10 <= benchmark._milliseconds(lambda: sleep(0.01), 0.05) < 40
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--batch", -3), "--batch and --size must be positive, got -3"),
+        (("--batch", 7), "fewer than 7 images; lower --batch"),
+    ],
+)
+def test_mistake_is_one_line(run, words, message):
+    status, printed = run(*words)
+    assert status == 2 and message in printed.err and len(printed.err.splitlines()) == 1
