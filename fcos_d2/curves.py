@@ -1,4 +1,4 @@
-"""Training curves: detectron2's metrics.json, read and drawn.
+"""Curves: of a training, from detectron2's metrics.json, and precision over recall.
 
 Nothing here opens a window, keeps state or needs a display.
 """
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from .errors import InputError
 
 LOSS_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MOST_CURVES = 6  # classes that are named; of more only the best and the worst
 AP_COLORS = {"AP": "#0072b2", "AP50": "#56b4e9", "AP75": "#009e73"}
 
 
@@ -103,6 +104,40 @@ def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> Non
     loss.tick_params(labelbottom=False)
     _plot_rate(rate, metrics)
     _plot_precision(precision, metrics)
+    figure.savefig(path, dpi=150)
+
+
+def plot_precision_recall(
+    precision: np.ndarray, class_names: Sequence[str], path: str | os.PathLike
+) -> None:
+    """Precision over recall: the mean of all classes, and every class faintly behind it.
+
+    The best and the worst few classes are named.
+
+    Args:
+        precision: [101, K] in 0 to 1, at recalls 0, 0.01 to 1; -1 for classes without an object.
+        class_names: K.
+        path: the picture to write; its suffix is the format.
+    """
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    _plain(axes)
+    axes.set_title("Precision over recall, IoU 0.5", loc="left", fontsize=12, color="#222222")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01))
+    axes.set_xlabel("recall", fontsize=9, color="#666666")
+    recall = np.linspace(0, 1, len(precision))
+    known = [k for k in range(len(class_names)) if precision[:, k].max(initial=-1) > -1]
+    order = sorted(known, key=lambda k: precision[:, k].mean())
+    shown = order if len(order) <= MOST_CURVES else [*order[:3], *order[-3:]]
+    for k in known:
+        color = LOSS_COLORS[shown.index(k) % len(LOSS_COLORS)] if k in shown else "#cccccc"
+        axes.plot(recall, precision[:, k], color=color, linewidth=1.2, alpha=0.7)
+        if k in shown:
+            axes.plot([], [], color=color, label=f"{class_names[k]} {precision[:, k].mean():.2f}")
+    if known:
+        mean = precision[:, known].mean(axis=1)
+        axes.plot(recall, mean, color="#222222", linewidth=2.4, label=f"mean {mean.mean():.2f}")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor="#444444")
     figure.savefig(path, dpi=150)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: boxes, the assignment of ground truth to points, contact sheets.
+"""Pictures: boxes, the assignment of ground truth to points, heat maps, contact sheets.
 
 Images are uint8 ``[H, W, 3]`` arrays, RGB, unless said otherwise; boxes are xyxy in pixels of their
 image. N boxes of an image; P points of all pyramid levels, level-major, row-major inside a level.
@@ -277,6 +277,59 @@ def _level_name(stride: int) -> str:
     return f"p{stride.bit_length() - 1}   " if stride & (stride - 1) == 0 else ""
 
 
+# ---- heat maps ----
+
+
+def draw_heat_maps(
+    image: np.ndarray, rows: Mapping[str, Sequence[np.ndarray]], levels: Levels
+) -> np.ndarray:
+    """What a model says at every point of every level, as colours from black (0) to white (1).
+
+    Every point colours the cell around it; the image shows through.
+
+    Args:
+        image: uint8 [H, W, 3], RGB, without padding.
+        rows: by name, one map [H, W] in [0, 1] per level, such as class probability or centerness;
+            a row of panels each.
+        levels: where the points lie.
+
+    Returns:
+        uint8 [h, w, 3], RGB.
+    """
+    scale = max(1.0, PANEL_SIDE / max(image.shape[:2]))
+    ground = _resize(image, scale).convert("L")
+    panels = [
+        [_draw_heat(ground, values, pitch, scale) for values, pitch in _with_pitch(maps, levels)]
+        for maps in rows.values()
+    ]
+    captions = [
+        [f"{name} {_as_array(m).min():.2f} to {_as_array(m).max():.2f}" for m in maps]
+        for name, maps in rows.items()
+    ]
+    titles = [f"{_level_name(stride)}stride {stride}" for stride in levels.strides]
+    return contact_sheet(panels, titles, captions=captions)
+
+
+def _with_pitch(maps: Sequence[np.ndarray], levels: Levels):
+    if [np.shape(m) for m in maps] != list(levels.shapes):
+        raise ValueError(
+            f"draw_heat_maps: maps must have the shapes {list(levels.shapes)} of levels, got "
+            f"{[np.shape(m) for m in maps]}; pass those of one image"
+        )
+    return zip(maps, levels.pitches, strict=True)
+
+
+def _draw_heat(ground: Image.Image, values: np.ndarray, pitch, scale: float) -> np.ndarray:
+    colors = matplotlib.colormaps["inferno"](_as_array(values).clip(0, 1))[..., :3]
+    cells = Image.fromarray((255 * colors).round().astype(np.uint8))
+    # Cells reach beyond the image where the batch is padded; what lies outside is cut off.
+    size = (cells.width * pitch[1] * scale, cells.height * pitch[0] * scale)
+    size = tuple(max(1, round(side)) for side in size)
+    heat = Image.new("RGB", ground.size)
+    heat.paste(cells.resize(size, Image.Resampling.NEAREST))
+    return np.asarray(Image.blend(ground.convert("RGB"), heat, 0.7))
+
+
 # ---- what a model sees and finds ----
 
 
@@ -297,15 +350,16 @@ def training_panels(
         class_names: K names; the numbers of the classes where None.
 
     Returns:
-        ``{"ground_truth", "assignment", "detections"}``: uint8 [h, w, 3] each, RGB.
+        ``{"ground_truth", "assignment", "heat", "detections"}``: uint8 [h, w, 3] each, RGB.
+        "heat" is the highest class probability and the box quality at every point.
     """
     first = batched_inputs[0]
-    image = _to_rgb(first["image"], model.input_format)
+    image = to_rgb(first["image"], model.input_format)
     scale = max(1.0, 1.5 * PANEL_SIDE / max(image.shape[:2]))
     truth = first["instances"]
     boxes, classes = truth.gt_boxes.tensor.cpu().numpy(), truth.gt_classes.tolist()
     with torch.no_grad(), _evaluating(model):
-        assignment = _assignment(model, first, image)
+        assignment, heat = _assignment_and_heat(model, first, image)
         # Without "height" and "width" the boxes stay in pixels of this image.
         found = model([{"image": first["image"]}])[0]["instances"].to("cpu")
     shown, title = _best(found, max_detections)
@@ -316,6 +370,7 @@ def training_panels(
     return {
         "ground_truth": contact_sheet([[truth]], [f"ground truth, {len(classes)} objects"]),
         "assignment": assignment,
+        "heat": heat,
         "detections": contact_sheet([[shown]], [title]),
     }
 
@@ -332,14 +387,17 @@ def _best(found: Instances, most: int) -> tuple[Instances, str]:
     return best, f"{len(best)} detections with {limit}"
 
 
-def _assignment(model: nn.Module, inputs: Mapping, image: np.ndarray) -> np.ndarray:
-    """The assignment picture of one image, by the model's own levels and rules."""
+def _assignment_and_heat(
+    model: nn.Module, inputs: Mapping, image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both pictures of one image, by the model's own levels and rules."""
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
-    levels = model.levels([features[name] for name in model.head_in_features], images)
+    features = [features[name] for name in model.head_in_features]
+    levels, predictions = model.levels(features, images), model.head(features)
     truth = inputs["instances"].to(images.tensor.device)
     targets = model.losses.assign(pack_ground_truth([truth]), levels)
-    return draw_assignment(
+    assignment = draw_assignment(
         image,
         targets.labels[0].cpu(),
         levels,
@@ -347,6 +405,11 @@ def _assignment(model: nn.Module, inputs: Mapping, image: np.ndarray) -> np.ndar
         targets.centerness[0].cpu(),
         truth.gt_boxes.tensor.cpu(),
     )
+    rows = {
+        "class probability": [m[0].float().sigmoid().amax(0).cpu() for m in predictions.logits],
+        model.losses.box_quality: [m[0, 0].float().sigmoid().cpu() for m in predictions.quality],
+    }
+    return assignment, draw_heat_maps(image, rows, levels)
 
 
 @contextmanager
@@ -361,7 +424,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _to_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
+def to_rgb(image: torch.Tensor, image_format: str) -> np.ndarray:
     """[C, H, W] in the model's channel order -> uint8 [H, W, 3], RGB."""
     rgb = convert_image_to_rgb(image.detach().cpu().permute(1, 2, 0), image_format)
     return np.ascontiguousarray(np.clip(np.rint(rgb), 0, 255).astype(np.uint8))

@@ -4,9 +4,10 @@ import json
 import math
 
 import matplotlib
+import numpy as np
 import pytest
 
-from fcos_d2.curves import ap_series, plot_training, read_metrics
+from fcos_d2.curves import ap_series, plot_precision_recall, plot_training, read_metrics
 from fcos_d2.errors import InputError
 
 
@@ -128,3 +129,28 @@ def test_plotting_repeats_itself_and_changes_no_global_state(tmp_path):
         plot_training(metrics, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert dict(matplotlib.rcParams) == settings
+
+
+def texts_of_precision_recall(precision, names, path) -> list[str]:
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_precision_recall(precision, names, path)
+    return path.read_text()
+
+
+def test_precision_over_recall_names_classes_with_their_average_and_the_mean(tmp_path):
+    precision = np.tile([1.0, 0.5, -1.0], (101, 1))
+    text = texts_of_precision_recall(precision, ["sure", "half", "absent"], tmp_path / "pr.svg")
+    assert "sure 1.00" in text and "half 0.50" in text and "mean 0.75" in text
+    assert "absent" not in text
+
+
+def test_of_many_classes_only_the_best_and_the_worst_are_named(tmp_path):
+    precision = np.tile(np.linspace(0.1, 0.9, 9), (101, 1))
+    names = [f"class{i}" for i in range(9)]
+    text = texts_of_precision_recall(precision, names, tmp_path / "pr.svg")
+    assert [name for name in names if f"{name} " in text] == [*names[:3], *names[-3:]]
+
+
+def test_precision_over_recall_without_any_object_is_an_empty_picture(tmp_path):
+    plot_precision_recall(np.full((101, 2), -1.0), ["a", "b"], tmp_path / "pr.png")
+    assert (tmp_path / "pr.png").stat().st_size > 0

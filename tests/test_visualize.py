@@ -18,6 +18,7 @@ from fcos_d2.visualize import (
     contact_sheet,
     draw_assignment,
     draw_boxes,
+    draw_heat_maps,
     draw_objects,
     training_panels,
 )
@@ -221,7 +222,7 @@ def test_training_panels_leave_no_trace_in_the_model(model, batch):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     panels = training_panels(model, batch)
-    assert list(panels) == ["ground_truth", "assignment", "detections"]
+    assert list(panels) == ["ground_truth", "assignment", "heat", "detections"]
     assert all(p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 for p in panels.values())
     assert [module.training for module in model.modules()] == modes and any(modes)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -262,6 +263,43 @@ def test_training_panels_show_no_more_detections_than_asked_for(model, batch):
 
 def test_image_without_objects_has_panels(model):
     assert training_panels(model, [sample(64, 64)])["assignment"].shape[2] == 3
+
+
+# ---- heat maps ----
+
+
+def test_every_point_colours_its_cell_from_black_to_white():
+    levels = make_levels([(2, 3), (1, 2)], [8, 16])
+    values = np.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.0]])
+    sheet = draw_heat_maps(plain(16, 24, 0), {"ctrness": [values, np.zeros((1, 2))]}, levels)
+    scale = PANEL_SIDE / 24
+    panel = sheet[TITLE : TITLE + round(16 * scale), GUTTER : GUTTER + PANEL_SIDE].astype(int)
+    cells = [
+        [panel[int((i + 0.5) * 8 * scale), int((j + 0.5) * 8 * scale)] for j in range(3)]
+        for i in range(2)
+    ]
+    assert cells[0][1].min() > 0.7 * 160 and cells[0][0].max() < 10
+    assert cells[0][0].sum() < cells[1][0].sum() < cells[0][1].sum()
+
+
+def test_heat_in_the_padding_is_cut_off():
+    levels = make_levels([(4, 4)], [8])
+    values = np.zeros((4, 4))
+    values[:, 2:] = 1
+    sheet = draw_heat_maps(plain(32, 16, 0), {"q": [values]}, levels)
+    assert sheet.shape[1] == 2 * GUTTER + 160
+    assert sheet[TITLE : TITLE + PANEL_SIDE, GUTTER : GUTTER + 160].max() < 10
+
+
+def test_heat_maps_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"maps must have the shapes \[\(2, 3\)\]"):
+        draw_heat_maps(plain(), {"q": [np.zeros((3, 2))]}, make_levels([(2, 3)], [8]))
+
+
+def test_training_panels_show_the_heat_of_both_factors_on_every_level(model, batch):
+    panel = training_panels(model, batch)["heat"]
+    assert panel.shape[1] == 3 * PANEL_SIDE + 4 * GUTTER
+    assert panel.shape[0] > 2 * round(PANEL_SIDE * 64 / 96)
 
 
 # ---- sheets ----

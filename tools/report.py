@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Pictures of a training: its curves, and validation images with what the model finds in them.
+"""A training in pictures: its curves, what the model finds, and a page to browse its mistakes.
 
-    python tools/report.py OUTPUT_DIR [--images N] [--score S]
+    python tools/report.py OUTPUT_DIR [--images N] [--score S] [--mistakes N]
 
-Reads what train_net.py left in OUTPUT_DIR and writes curves.png and contact_sheet.png beside it.
-The images are evenly spaced over the first test set, so nobody chose the pretty ones.
+Reads what train_net.py left in OUTPUT_DIR and writes curves.png and contact_sheet.png beside it,
+and report/index.html, which opens from disk. The images of the contact sheet are evenly spaced over
+the first test set, so nobody chose the pretty ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
+from tqdm import tqdm
 
 from fcos_d2 import InputError, add_fcos_config
 from fcos_d2.curves import Series, ap_series, plot_training, read_metrics
-from fcos_d2.data import FCOSDatasetMapper, load_dataset
+from fcos_d2.data import FCOSDatasetMapper, load_dataset, register_datasets
 from fcos_d2.engine import Checkpointer, Trainer
 from fcos_d2.errors import one_line_cause
+from fcos_d2.evaluation import Objects, ground_truth
+from fcos_d2.evaluation.report import write_report
 from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_objects
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
@@ -38,16 +41,8 @@ PAIRS_PER_ROW = 3
 CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
 
 
-class Objects(NamedTuple):
-    """Ground truth or detections of one image."""
-
-    boxes: np.ndarray  # [n, 4], xyxy in pixels of the image file
-    classes: list[int]  # -1 is a region to ignore
-    scores: list[float] | None = None
-
-
-def report(output_dir: Path, num_images: int, min_score: float) -> None:
-    """Writes both pictures and says where they are.
+def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:
+    """Writes the pictures and the page and says where they are.
 
     Raises:
         InputError: a file of the training is missing or cannot be used.
@@ -59,16 +54,27 @@ def report(output_dir: Path, num_images: int, min_score: float) -> None:
     sample = records[:: max(1, len(records) // num_images)][:num_images]
     found = _saved_detections(output_dir, cfg, records)
     if found is None:
-        found = _run_model(output_dir, cfg, sample)
+        found = _run_model(output_dir, cfg, records)
     precision = ", ".join(f"{key} {value:.1f}" for key, value in _final(ap_series(metrics)).items())
     shown = f"{len(sample)} of {len(records)} images, evenly spaced"
     heading = f"{name}:  {shown};  score ≥ {min_score}" + (f";  {precision}" if precision else "")
-    sheet = _sheet(sample, found, MetadataCatalog.get(name).thing_classes, min_score, heading)
+    class_names = MetadataCatalog.get(name).thing_classes
+    sheet = _sheet(sample, found, class_names, min_score, heading)
     plot_training(metrics, output_dir / "curves.png")
     Image.fromarray(sheet).save(output_dir / "contact_sheet.png")
+    page = write_report(
+        output_dir / "report",
+        f"{output_dir.name} on {name}",
+        records,
+        [found[record["image_id"]] for record in records],
+        class_names,
+        metrics,
+        num_mistakes,
+    )
     print(precision.replace(", ", "   ") or f"AP unknown: {output_dir} was never evaluated")
     print(f"curves         {output_dir / 'curves.png'}")
     print(f"contact sheet  {output_dir / 'contact_sheet.png'}")
+    print(f"page           {page}")
 
 
 def _require(path: Path, what: str) -> Path:
@@ -93,6 +99,7 @@ def _load_config(output_dir: Path) -> CfgNode:
             f"{path} is not a config that train_net.py wrote from a YAML file of this version "
             f"({one_line_cause(error)}); train again"
         ) from error
+    register_datasets(cfg.DATASETS.REGISTER)
     if not cfg.DATASETS.TEST:
         raise InputError(f"{path}: DATASETS.TEST is empty; set it to a data set with ground truth")
     if not torch.cuda.is_available():
@@ -134,28 +141,20 @@ def _evaluated_other_weights(output_dir: Path, cfg: CfgNode) -> bool:
     return Path(cfg.MODEL.WEIGHTS).resolve() != weights.resolve()
 
 
-def _run_model(output_dir: Path, cfg: CfgNode, sample: Sequence[Mapping]) -> dict[object, Objects]:
+def _run_model(output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]) -> dict[object, Objects]:
     weights = _require(_weights(output_dir), "finish the training")
     model = Trainer.build_model(cfg).eval()
     Checkpointer(model).load(str(weights))
     mapper = FCOSDatasetMapper(cfg, is_train=False)
     found = {}
     with torch.no_grad():
-        for record in sample:
+        for record in tqdm(records, disable=None):
             instances = model([mapper(dict(record))])[0]["instances"].to("cpu")
             boxes = instances.pred_boxes.tensor.numpy()
             found[record["image_id"]] = Objects(
                 boxes, instances.pred_classes.tolist(), instances.scores.tolist()
             )
     return found
-
-
-def _ground_truth(record: Mapping) -> Objects:
-    rows = []
-    for annotation in record.get("annotations", ()):
-        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        rows.append((box, -1 if annotation.get("iscrowd", 0) else annotation["category_id"]))
-    return Objects(*_columns(rows, 2))
 
 
 def _columns(rows: Sequence[tuple], count: int) -> list:
@@ -175,8 +174,9 @@ def _sheet(
     for record in sample:
         image = read_image(record["file_name"], "RGB")
         scale = PANEL_SIDE / max(image.shape[:2])
-        truth, (boxes, classes, scores) = _ground_truth(record), found[record["image_id"]]
-        pictures.append(draw_objects(image, truth.boxes, truth.classes, class_names, None, scale))
+        truth, (boxes, classes, scores, _) = ground_truth(record), found[record["image_id"]]
+        shown = [-1 if crowd else c for c, crowd in zip(truth.classes, truth.crowd, strict=True)]
+        pictures.append(draw_objects(image, truth.boxes, shown, class_names, None, scale))
         keep = np.flatnonzero(np.array(scores) >= min_score)
         scores, classes = [scores[i] for i in keep], [classes[i] for i in keep]
         pictures.append(draw_objects(image, boxes[keep], classes, class_names, scores, scale))
@@ -202,11 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--score", type=float, default=0.5, metavar="S", help="lowest shown (default: %(default)s)"
     )
+    parser.add_argument(
+        "--mistakes", type=int, default=24, metavar="N", help="of each kind (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
-    if options.images < 1:
-        parser.error(f"--images must be at least 1, got {options.images}")
+    for name in ("images", "mistakes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
-        report(options.output_dir, options.images, options.score)
+        report(options.output_dir, options.images, options.score, options.mistakes)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,24 @@
 """Data sets by name, the built-in ones among them, and the way from a data set to the model."""
 
-from .catalog import check_num_classes, load_dataset, prepare, register_digits
+from .catalog import (
+    check_num_classes,
+    class_names,
+    count_classes,
+    load_dataset,
+    prepare,
+    register_digits,
+)
+from .custom import register_datasets
 from .mapper import FCOSDatasetMapper
 
 __all__ = [
     "FCOSDatasetMapper",
     "check_num_classes",
+    "class_names",
+    "count_classes",
     "load_dataset",
     "prepare",
+    "register_datasets",
     "register_digits",
 ]
 

@@ -7,13 +7,16 @@ detectron2, has said that something is wrong.
 
 import json
 import math
-from collections.abc import Hashable, Iterable
+import os
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import chain
 from numbers import Real
 
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+
+from ..errors import InputError
 
 
 def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | None:
@@ -42,7 +45,14 @@ def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | 
 
 def problem_in_records(records: list[dict], num_classes: int | None) -> str | None:
     """The first annotation that cannot be used, for data that does not come from a COCO file."""
-    for record in records:
+    return next(iter(problems_in_records(records, num_classes)), (0, 0, None))[2]
+
+
+def problems_in_records(
+    records: list[dict], num_classes: int | None
+) -> Iterator[tuple[int, int, str]]:
+    """Every annotation that cannot be used: its record's index, its own, and what is wrong."""
+    for place, record in enumerate(records):
         for index, annotation in enumerate(record.get("annotations", ())):
             if count_flat_boxes([annotation], num_classes) is None:
                 box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
@@ -50,8 +60,11 @@ def problem_in_records(records: list[dict], num_classes: int | None) -> str | No
                     f"bbox_mode {mode!r} and category_id {annotation.get('category_id')!r} must be "
                     f"BoxMode.XYXY_ABS or XYWH_ABS and 0 to {num_classes or 'K'}-1"
                 )
-                return f"annotation {index} of image {record.get('file_name')}: {cause}"
-    return None
+                yield (
+                    place,
+                    index,
+                    f"annotation {index} of image {record.get('file_name')}: {cause}",
+                )
 
 
 def _problem_in_box(box, is_xyxy: bool) -> str | None:
@@ -72,20 +85,42 @@ def _problem_in_box(box, is_xyxy: bool) -> str | None:
 def problem_in_coco_file(json_file: str) -> str | None:
     """The first thing wrong with an annotation file; None if all is well."""
     try:
+        content = read_coco(json_file)
+    except InputError as error:
+        return str(error)
+    problems = problems_in_coco_annotations(content)
+    if not problems:
+        return None
+    count = f" ({len(problems)} annotations have problems)" if len(problems) > 1 else ""
+    return f"{json_file}: {next(iter(problems.values()))}{count}"
+
+
+def read_coco(json_file: str | os.PathLike) -> dict:
+    """The content of an annotation file; its annotations themselves are not looked at.
+
+    Raises:
+        InputError: it cannot be read, is not JSON, or lacks what makes a COCO file.
+    """
+    json_file = os.fspath(json_file)
+    try:
         with PathManager.open(json_file) as f:
             content = json.load(f)
     except json.JSONDecodeError as error:
-        return (
+        raise InputError(
             f"{json_file} is not valid JSON: {error.msg} in line {error.lineno} column "
             f"{error.colno}; copy or export it again"
-        )
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        return f"cannot read annotation file {json_file}: {error}; check its path and rights"
-    problem = _problem_in_coco(content)
-    return problem and f"{json_file}: {problem}"
+        raise InputError(
+            f"cannot read annotation file {json_file}: {error}; check its path and rights"
+        ) from error
+    problem = _problem_in_structure(content)
+    if problem:
+        raise InputError(f"{json_file}: {problem}")
+    return content
 
 
-def _problem_in_coco(content) -> str | None:
+def _problem_in_structure(content) -> str | None:
     if not isinstance(content, dict):
         return f"a COCO file is an object, this is a {type(content).__name__}; export it as COCO"
     for key in ("images", "categories"):
@@ -99,21 +134,25 @@ def _problem_in_coco(content) -> str | None:
             lacking = [field for field in needed if field not in entry]
             if lacking:
                 return f"entry {entry.get('id', index)} of {key!r} has no {lacking[0]!r}; add it"
-    return _problem_in_coco_annotations(content)
+    return None
 
 
-def _problem_in_coco_annotations(content: dict) -> str | None:
+def problems_in_coco_annotations(content: dict) -> dict[int, str]:
+    """Every annotation that cannot be used, by its index in ``content["annotations"]``.
+
+    Args:
+        content: of a COCO file, from ``read_coco``.
+    """
     images = {image["id"] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
-    first, count, seen = None, 0, set()
+    problems, seen = {}, set()
     for index, annotation in enumerate(content.get("annotations", ())):
         number = annotation.get("id")
         cause = _problem_in_coco_annotation(annotation, images, categories, seen)
         seen.add(repr(number))
         if cause:
-            count += 1
-            first = first or f"annotation {index if number is None else number}: {cause}"
-    return first and first + (f" ({count} annotations have problems)" if count > 1 else "")
+            problems[index] = f"annotation {index if number is None else number}: {cause}"
+    return problems
 
 
 def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, seen: set):

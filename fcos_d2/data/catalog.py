@@ -18,7 +18,13 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 from . import digits
-from .annotation_checks import count_flat_boxes, problem_in_coco_file, problem_in_records
+from .annotation_checks import (
+    count_flat_boxes,
+    problem_in_coco_file,
+    problem_in_records,
+    read_coco,
+)
+from .custom import ensure_annotations
 
 MOST_FOLDERS = 1000  # that are listed to find missing images; more of them would take too long
 
@@ -55,7 +61,9 @@ def _load_digits(name: str) -> list[dict]:
 
 
 def prepare(name: str) -> None:
-    """Guarantees that the annotation file of data set ``name`` is there; makes the built-in ones.
+    """Guarantees that the annotation file of data set ``name`` is there; makes what can be made.
+
+    That is the built-in data, and COCO files of data sets in the config that have none.
 
     Whoever opens ``MetadataCatalog.get(name).json_file`` calls this first: COCOEvaluator does so
     when it is constructed, before any data is loaded.
@@ -68,10 +76,12 @@ def prepare(name: str) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("digits_root"):
         digits.ensure_digits(metadata.digits_root)
+    ensure_annotations(name)
     json_file = metadata.get("json_file")
     if json_file and "://" not in json_file and not PathManager.exists(json_file):
         raise InputError(
-            f"data set {name!r}: annotation file {json_file} does not exist; {_where_data_lives()}"
+            f"data set {name!r}: annotation file {json_file} does not exist; "
+            f"{_where_data_lives(name)}"
         )
 
 
@@ -117,14 +127,11 @@ def load_dataset(
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
     """Makes sure that every data set has as many classes as the model.
 
-    Cheap after ``load_dataset``; before it, a data set whose classes are known only to its
-    annotation file is loaded for them.
-
     Raises:
         InputError: it has another number of classes.
     """
     for name in [names] if isinstance(names, str) else names:
-        classes = _classes(name)
+        classes = class_names(name)
         if classes is not None and len(classes) != num_classes:
             shown = ", ".join(map(str, classes[:3])) + (", ..." if len(classes) > 3 else "")
             raise InputError(
@@ -133,25 +140,43 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
             )
 
 
-def _classes(name: str) -> list[str] | None:
-    """Class names of a data set; None if it declares none."""
-    if name not in DatasetCatalog or not hasattr(MetadataCatalog.get(name), "thing_classes"):
-        load_dataset(name, filter_empty=False)
-    return MetadataCatalog.get(name).get("thing_classes")
+def count_classes(name: str) -> int | None:
+    """How many classes a data set has; None if it declares none."""
+    names = class_names(name)
+    return None if names is None else len(names)
+
+
+def class_names(name: str) -> list[str] | None:
+    """Class names of a data set in the order of the model's classes; None if it declares none.
+
+    Cheap after ``load_dataset``; before it, the annotation file may have to be read for them.
+
+    Raises:
+        InputError: unknown name, or an annotation file that cannot be used.
+    """
+    if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
+        return known  # of a data set that need not be there yet
+    prepare(name)
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if not json_file:
+        return None
+    categories = read_coco(json_file)["categories"]
+    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
 
 
 def _unknown_name(name: str) -> str:
     known = DatasetCatalog.list()
     close = difflib.get_close_matches(name, known, n=3)
-    advice = f"did you mean {' or '.join(close)}? Otherwise register it" if close else "register it"
+    advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
     return (
-        f"unknown data set {name!r}; {advice}: from detectron2.data.datasets import "
-        f"register_coco_instances; register_coco_instances({name!r}, {{}}, "
-        '"annotations.json", "image_folder")'
+        f"unknown data set {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+        "{json: annotations.json, images: image_folder}}}"
     )
 
 
-def _where_data_lives() -> str:
+def _where_data_lives(name: str) -> str:
+    if MetadataCatalog.get(name).get("described"):
+        return f"correct the paths in DATASETS.REGISTER.{name}"
     root = os.getenv("DETECTRON2_DATASETS")
     state = f"it is {root}" if root else "it is not set, which means ./datasets"
     return (
@@ -177,7 +202,7 @@ def _explain(error: Exception, names: Sequence[str]) -> str | None:
         return f"{_label(names)} have different classes; use data sets of the same classes together"
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        return f"{_label(names)}: {text}; {_where_data_lives()}"
+        return f"{_label(names)}: {text}; {_where_data_lives(names[0])}"
     if isinstance(error, AssertionError) and text:
         advice = "DATALOADER.FILTER_EMPTY_ANNOTATIONS False keeps images without objects"
         return f"{_label(names)}: {text}{' ' + advice if 'No valid data' in text else ''}"
@@ -227,7 +252,8 @@ def _check_annotations(records: list[dict], names: Sequence[str]) -> None:
 
 
 def _problem_in_annotation_file(name: str) -> str | None:
-    json_file = MetadataCatalog.get(name).get("json_file")
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("source_file") or metadata.get("json_file")
     return problem_in_coco_file(json_file) if json_file else None
 
 
@@ -257,5 +283,5 @@ def _check_image_files(records: list[dict], names: Sequence[str]) -> None:
     if missing:
         raise InputError(
             f"{_label(names)}: image {missing[0]} does not exist (missing: {len(missing)} of "
-            f"{len(records)}); {_where_data_lives()}"
+            f"{len(records)}); {_where_data_lives(names[0])}"
         )

@@ -6,6 +6,7 @@ Images that cannot be read are named, and crowd regions can be kept as ground tr
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
+from PIL import UnidentifiedImageError
 
 from ..errors import InputError
 
@@ -59,12 +60,18 @@ class FCOSDatasetMapper(DatasetMapper):
         try:
             utils.read_image(file_name, format=self.image_format)
         except Exception as cause:
-            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
             return (
-                f"cannot read image {file_name}: {reason or type(cause).__name__}; "
+                f"cannot read image {file_name}: {why_unreadable(cause)}; "
                 "replace the file or remove it from the annotations"
             )
         return None
+
+
+def why_unreadable(error: Exception) -> str:
+    """What ``read_image`` failed of, in words without the name of the file."""
+    if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
+        return "it is no image of a known format"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _crowd_as_ignored(annotation: dict) -> dict:

@@ -59,7 +59,7 @@ def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
         text = message(function, "digit_train")
         assert "unknown data set 'digit_train'" in text
         assert "did you mean digits_train" in text
-        assert "register_coco_instances('digit_train', {}," in text
+        assert "DATASETS: {REGISTER: {digit_train: {json: annotations.json, " in text
     assert "did you mean" not in message(load_dataset, "zzzzqqqq")
 
 

@@ -1,6 +1,7 @@
 """Makes the built-in data: ``python -m fcos_d2.data.digits [--root DIR] [--images N]``.
 
-They make themselves on first use; this is for looking at them, or for fewer or more images.
+They make themselves on first use; this is for looking at them, or for fewer or more images. With
+``--export FOLDER`` it writes some of them as a data set of somebody else, to practise on.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from . import (
     ensure_digits,
     image_folder,
 )
+from .export import export
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Makes what the command line asks for, says where, and returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[-1]
+        prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[2]
     )
     parser.add_argument("--root", type=Path, default=default_root(), help="default: %(default)s")
     parser.add_argument(
@@ -32,11 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="training images (default: %(default)s); validation gets a fifth of that",
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write N training images there under other names, with typical mistakes",
+    )
     options = parser.parse_args(arguments)
     if options.images < 1:
         parser.error(f"--images must be at least 1, got {options.images}")
     num_images = (options.images, max(1, options.images // 5))
     try:
+        if options.export:
+            print(f"labels in {export(options.root, options.export, options.images)}")
+            return 0
         ensure_digits(options.root, Recipe(num_images))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

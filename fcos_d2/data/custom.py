@@ -1,0 +1,219 @@
+"""The user's own data sets, described in the config instead of registered in Python.
+
+COCO: an annotation file and the folder its file names start from; ``part`` takes a share of the
+images, so that one file serves for training and validation. Pascal VOC: the folder that holds
+``Annotations``, ``ImageSets/Main`` and ``JPEGImages``. Class names always come from the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from ..errors import InputError
+from .annotation_checks import read_coco
+
+KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
+EXAMPLES = (
+    "write {json: annotations.json, images: image_folder} (optionally part: [0, 0.8], the share of "
+    "the images) or {voc: folder, split: train} (optionally classes: [names])"
+)
+
+
+def register_datasets(entries: Mapping[str, Mapping]) -> None:
+    """Gives every entry of DATASETS.REGISTER its name in detectron2's catalogs; opens no file.
+
+    Args:
+        entries: by name, ``{json, images[, part]}`` or ``{voc, split[, classes]}``. Paths are
+            relative to the working directory; ``~`` and ``$VARIABLES`` are replaced.
+
+    Raises:
+        InputError: an entry without what it needs, or of a name that is taken.
+    """
+    for name, entry in entries.items():
+        kind = _check_entry(name, entry)
+        if name in DatasetCatalog:
+            if not MetadataCatalog.get(name).get("described"):
+                raise InputError(
+                    f"DATASETS.REGISTER.{name}: a data set of this name exists already; "
+                    "choose another name"
+                )
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, partial(_load, name))
+        metadata = MetadataCatalog.get(name)
+        metadata.set(evaluator_type="coco", described=dict(entry))
+        if kind == "voc":
+            metadata.set(image_root=str(_path(entry["voc"]) / "JPEGImages"))
+        else:
+            metadata.set(image_root=str(_path(entry["images"])))
+            metadata.set(source_file=str(_path(entry["json"])))
+        if kind == "json" and "part" not in entry:
+            metadata.set(json_file=metadata.source_file)
+
+
+def _check_entry(name: str, entry) -> str:
+    """The kind of an entry, "json" or "voc"."""
+    place = f"DATASETS.REGISTER.{name}"
+    if not isinstance(entry, Mapping) or len(kinds := KEYS.keys() & entry.keys()) != 1:
+        raise InputError(f"{place} must say where the data lies, got {entry!r}; {EXAMPLES}")
+    (kind,) = kinds
+    for key in sorted({"json": {"images"}, "voc": {"split"}}[kind] - entry.keys()):
+        raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
+    for key in sorted(entry.keys() - KEYS[kind]):
+        raise InputError(f"{place} has an unknown key {key!r}; {EXAMPLES}")
+    part = entry.get("part", (0, 1))
+    numbers = isinstance(part, Sequence) and all(isinstance(p, (int, float)) for p in part)
+    if not numbers or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+        raise InputError(f"{place}.part must be two shares like [0, 0.8], got {part!r}")
+    return kind
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(str(text))))
+
+
+def _load(name: str) -> list[dict]:
+    ensure_annotations(name)
+    metadata = MetadataCatalog.get(name)
+    return load_coco_json(metadata.json_file, metadata.image_root, name)
+
+
+def ensure_annotations(name: str) -> None:
+    """Writes the COCO file of a described data set that has none of its own; once per process.
+
+    Raises:
+        InputError: its source is missing or cannot be used.
+    """
+    metadata = MetadataCatalog.get(name)
+    entry = metadata.get("described")
+    if not entry or metadata.get("json_file"):
+        return
+    if "voc" in entry:
+        content = read_voc(_path(entry["voc"]), entry["split"], entry.get("classes"))
+    else:
+        content = take_part(read_coco(metadata.source_file), *entry["part"])
+        if not content["images"]:
+            raise InputError(
+                f"DATASETS.REGISTER.{name}.part {list(entry['part'])} holds none of the images of "
+                f"{metadata.source_file}; widen it"
+            )
+    path = Path(_scratch().name, f"{name}.json")
+    path.write_text(json.dumps(content))
+    metadata.set(json_file=str(path))
+
+
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="fcos_d2_datasets_")
+
+
+def take_part(content: dict, low: float, high: float) -> dict:
+    """The images of a COCO file whose share lies in [low, high), with their annotations.
+
+    The share of an image depends on its file name alone: parts that do not overlap never have an
+    image in common, and new images move no old one from training to validation.
+    """
+    images = [i for i in content["images"] if low <= _share(str(i["file_name"])) < high]
+    kept = {image["id"] for image in images}
+    annotations = [a for a in content.get("annotations", ()) if a.get("image_id") in kept]
+    return {**content, "images": images, "annotations": annotations}
+
+
+def _share(file_name: str) -> float:
+    """A number in [0, 1), evenly spread over names."""
+    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:6], "big") / 2**48
+
+
+# ---- Pascal VOC ----
+
+
+def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> dict:
+    """A split of a Pascal VOC folder as the content of a COCO file.
+
+    Objects marked difficult become crowds, which evaluation leaves out of account. Pixels of VOC
+    are counted from 1, those of COCO from 0.
+
+    Args:
+        folder: holds Annotations/*.xml, ImageSets/Main/SPLIT.txt and JPEGImages.
+        split: a file of ImageSets/Main, without its suffix.
+        classes: names in the order of the model's classes; those of all annotations in the folder,
+            sorted, where None.
+
+    Raises:
+        InputError: a file is missing, no XML, or lacks a field.
+    """
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    try:
+        stems = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(
+            f"cannot read {listed}: {error.strerror}; a VOC folder lists the images of a split "
+            "there"
+        ) from error
+    if classes is None:
+        files = sorted((folder / "Annotations").glob("*.xml"))
+        classes = sorted({o.findtext("name", "") for f in files for o in _xml(f).iter("object")})
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+    }
+    for stem in stems:
+        _add_voc_image(content, folder, stem)
+    return content
+
+
+def _add_voc_image(content: dict, folder: Path, stem: str) -> None:
+    path = folder / "Annotations" / f"{stem}.xml"
+    root = _xml(path)
+    number = len(content["images"]) + 1
+    file_name = next((p.name for p in sorted((folder / "JPEGImages").glob(f"{stem}.*"))), None)
+    image = {"id": number, "file_name": file_name or root.findtext("filename", f"{stem}.jpg")}
+    image |= {side: int(_number(root, f"size/{side}", path)) for side in ("width", "height")}
+    content["images"].append(image)
+    ids = {category["name"]: category["id"] for category in content["categories"]}
+    for item in root.iter("object"):
+        name = item.findtext("name", "")
+        if name not in ids:
+            raise InputError(f"{path}: class {name!r} is none of {', '.join(ids)}; add it to them")
+        corners = [
+            _number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        x, y = corners[0] - 1, corners[1] - 1
+        width, height = corners[2] - x, corners[3] - y
+        content["annotations"].append(
+            {
+                "id": len(content["annotations"]) + 1,
+                "image_id": number,
+                "category_id": ids[name],
+                "bbox": [x, y, width, height],
+                "area": width * height,
+                "iscrowd": int(item.findtext("difficult", "0").strip() == "1"),
+            }
+        )
+
+
+def _xml(path: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"cannot read annotation file {path}: {error}; export it again") from error
+
+
+def _number(element: ElementTree.Element, field: str, path: Path) -> float:
+    text = element.findtext(field)
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: {field} must be a number, got {text!r}; correct it") from None

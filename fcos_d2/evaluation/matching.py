@@ -1,0 +1,195 @@
+"""Detections against ground truth by the rules of COCO, with everything kept that AP averages away.
+
+pycocotools decides what matches; this only takes its answers apart. N images, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
+MAX_DETECTIONS = 100  # per image and class
+
+
+class Objects(NamedTuple):
+    """Ground truth or detections of one image."""
+
+    boxes: np.ndarray  # [n, 4], xyxy in pixels of the image file
+    classes: list[int]
+    scores: list[float] | None = None  # of detections
+    crowd: list[bool] | None = None  # of ground truth
+
+
+class ImageMatches(NamedTuple):
+    """Which detection of an image found which object, at an IoU of 0.5."""
+
+    found: np.ndarray  # int [n] per detection: object, -1 for a false positive
+    ignored: np.ndarray  # bool [n] per detection: in a crowd, or beyond MAX_DETECTIONS
+    missed: np.ndarray  # bool [m] per object; never a crowd
+
+
+class Curve(NamedTuple):
+    """The detections of one class by falling score, at an IoU of 0.5."""
+
+    scores: np.ndarray  # [n]
+    correct: np.ndarray  # bool [n]
+    num_objects: int
+
+
+class Evaluation(NamedTuple):
+    """Average precision by class and size, and what it was computed from."""
+
+    precision: np.ndarray  # [10 IoUs, 101 recalls, K, 4 sizes] in 0 to 1; -1 without any object
+    images: list[ImageMatches]
+    curves: list[Curve]  # of K classes
+
+    def average(self, iou: int | None = None, class_: int | None = None, size: int = 0) -> float:
+        """Average precision in percent; not a number where there is no object.
+
+        Args:
+            iou: 0 for IoU 0.5, 5 for 0.75; the mean over all ten where None.
+            class_: the mean over all classes where None.
+            size: index into SIZES.
+        """
+        part = self.precision[:, :, :, size] if iou is None else self.precision[[iou], :, :, size]
+        part = part if class_ is None else part[:, :, class_]
+        part = part[part > -1]
+        return float(100 * part.mean()) if part.size else float("nan")
+
+
+def ground_truth(record: Mapping) -> Objects:
+    """The annotations of a dict in detectron2's form."""
+    annotations = record.get("annotations", ())
+    boxes = [
+        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+    ]
+    return Objects(
+        np.array(boxes, dtype=float).reshape(-1, 4),
+        [a["category_id"] for a in annotations],
+        crowd=[bool(a.get("iscrowd", 0)) for a in annotations],
+    )
+
+
+def evaluate_boxes(
+    truth: Sequence[Objects], found: Sequence[Objects], num_classes: int
+) -> Evaluation:
+    """Compares the detections of N images with their ground truth.
+
+    Args:
+        truth: N, without scores.
+        found: N, with scores.
+        num_classes: K.
+
+    Raises:
+        ValueError: another number of images in one than in the other.
+    """
+    if len(truth) != len(found):
+        raise ValueError(
+            f"evaluate_boxes: expected as many images, got {len(truth)} of truth and {len(found)} "
+            "of found"
+        )
+    objects, detections = _coco(truth, num_classes), _coco(found, num_classes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(objects, detections, "bbox")
+        evaluation.params.maxDets = [MAX_DETECTIONS]
+        evaluation.params.imgIds = list(range(len(truth)))
+        evaluation.params.catIds = list(range(1, num_classes + 1))
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]
+    images = [_no_matches(t, f) for t, f in zip(truth, found, strict=True)]
+    curves = [
+        _class_curve(_results(evaluation, class_, len(truth)), images)
+        for class_ in range(num_classes)
+    ]
+    return Evaluation(precision, images, curves)
+
+
+def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
+    """An index of pycocotools. Ids of annotations count within their image, from 1 (0 is none)."""
+    annotations = []
+    for number, (boxes, classes, scores, crowd) in enumerate(images):
+        for i, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, dtype=float).tolist()):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "place": i,
+                    "image_id": number,
+                    "category_id": classes[i] + 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": int(crowd is not None and crowd[i]),
+                    "score": 0.0 if scores is None else scores[i],
+                }
+            )
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i} for i in range(len(images))],
+        "categories": [{"id": i} for i in range(1, num_classes + 1)],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _no_matches(truth: Objects, found: Objects) -> ImageMatches:
+    count = len(found.boxes)
+    return ImageMatches(np.full(count, -1), np.ones(count, bool), np.zeros(len(truth.boxes), bool))
+
+
+class _Result(NamedTuple):
+    """What pycocotools says about one class in one image; places count within the image."""
+
+    image: int
+    detections: np.ndarray  # places, by falling score
+    scores: np.ndarray
+    matched: np.ndarray  # place of the object, -1 for none
+    ignored: np.ndarray
+    missed: np.ndarray  # places of objects
+    num_objects: int
+
+
+def _results(evaluation: COCOeval, class_: int, num_images: int) -> Iterator[_Result]:
+    num_areas = len(evaluation.params.areaRng)
+    start = class_ * num_areas * num_images  # the first area is "all", the first IoU is 0.5
+    objects, detections = evaluation.cocoGt.anns, evaluation.cocoDt.anns
+    for entry in evaluation.evalImgs[start : start + num_images]:
+        if entry is None:
+            continue
+        matches = entry["dtMatches"][0].astype(int)
+        real = ~np.asarray(entry["gtIgnore"], bool)
+        lost = real & (entry["gtMatches"][0] == 0)
+        yield _Result(
+            entry["image_id"],
+            np.array([detections[i]["place"] for i in entry["dtIds"]], int),
+            np.array(entry["dtScores"], float),
+            np.array([objects[i]["place"] if i else -1 for i in matches], int),
+            entry["dtIgnore"][0].astype(bool),
+            np.array([objects[entry["gtIds"][i]]["place"] for i in np.flatnonzero(lost)], int),
+            int(real.sum()),
+        )
+
+
+def _class_curve(results: Iterator[_Result], images: Sequence[ImageMatches]) -> Curve:
+    """The curve of one class; writes its matches into ``images``."""
+    scores, correct, num_objects = [np.zeros(0)], [np.zeros(0, bool)], 0
+    for result in results:
+        matches = images[result.image]
+        matches.found[result.detections] = result.matched
+        matches.ignored[result.detections] = result.ignored
+        matches.missed[result.missed] = True
+        scores.append(result.scores[~result.ignored])
+        correct.append(result.matched[~result.ignored] >= 0)
+        num_objects += result.num_objects
+    scores, correct = np.concatenate(scores), np.concatenate(correct)
+    order = np.argsort(-scores, kind="stable")
+    return Curve(scores[order], correct[order], num_objects)

@@ -1,0 +1,306 @@
+"""An evaluation as a page to browse: index.html and its pictures in one folder, opened from disk.
+
+AP by class and size comes from all detections. Mistakes are counted where every class is cut at its
+best threshold, as ``fcos-d2`` does: a false positive is a detection that is kept and matches
+nothing, a false negative an object that no kept detection matches, at an IoU of 0.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from ..curves import Series, plot_precision_recall, plot_training
+from ..visualize import class_color, draw_boxes
+from .matching import SIZES, Evaluation, ImageMatches, Objects, evaluate_boxes, ground_truth
+from .thresholds import DEFAULT, Threshold, best_thresholds, f1_score
+
+PICTURE_SIDE = 260
+CONTEXT = 1.0  # sides of a box that are shown around it
+NEAR = 0.1  # IoU from which a box is a bad box of an object rather than something else
+WHITE, RED = (255, 255, 255), (213, 0, 0)
+
+
+class Mistake(NamedTuple):
+    """One false positive or false negative, with its picture."""
+
+    image: int
+    box: np.ndarray  # xyxy
+    class_: int
+    score: float | None  # None for an object that was missed
+    kind: str
+    detail: str
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    records: Sequence[Mapping],
+    found: Sequence[Objects],
+    class_names: Sequence[str],
+    metrics: Mapping[str, Series] | None = None,
+    most: int = 24,
+) -> Path:
+    """Writes the page and its pictures.
+
+    Args:
+        folder: to write into; pictures of an earlier report are replaced.
+        title: of the page.
+        records: N images with annotations, in detectron2's form.
+        found: N, their detections.
+        class_names: K.
+        metrics: of the training, from ``read_metrics``.
+        most: mistakes of each kind that are shown.
+
+    Returns:
+        the page, ``folder/index.html``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = [ground_truth(record) for record in records]
+    evaluation = evaluate_boxes(truth, found, len(class_names))
+    best = best_thresholds(evaluation.curves)
+    plot_precision_recall(
+        evaluation.precision[0, :, :, 0], class_names, folder / "precision_recall.png"
+    )
+    if metrics:
+        plot_training(metrics, folder / "curves.png")
+    page = _template().render(
+        title=title,
+        summary=_summary(evaluation, best, truth),
+        sizes=_size_rows(evaluation, truth),
+        classes=_class_rows(evaluation, best, class_names),
+        galleries=_galleries(folder / "pictures", records, truth, found, best, class_names, most),
+        names=class_names,
+        has_curves=bool(metrics),
+    )
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _template():
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["percent"] = lambda v: "–" if math.isnan(v) else f"{v:.1f}"
+    return environment.get_template("report.html")
+
+
+# ---- numbers ----
+
+
+def _summary(
+    evaluation: Evaluation, best: Sequence[Threshold], truth: Sequence[Objects]
+) -> dict[str, str]:
+    average, curves = evaluation.average, evaluation.curves
+    f1 = 100 * f1_score(curves, [t.score for t in best])
+    fixed = 100 * f1_score(curves, [DEFAULT] * len(best))
+    values = {"AP": average(), "AP50": average(iou=0), "AP75": average(iou=5)}
+    values |= {"F1": f1, f"F1 at {DEFAULT}": fixed}
+    shown = {name: "–" if math.isnan(v) else f"{v:.1f}" for name, v in values.items()}
+    objects = sum(curve.num_objects for curve in curves)
+    return {"images": str(len(truth)), "objects": str(objects), **shown}
+
+
+def _size_rows(evaluation: Evaluation, truth: Sequence[Objects]) -> list[dict]:
+    areas = np.concatenate(
+        [np.zeros(0)]
+        + [(o.boxes[:, 2:] - o.boxes[:, :2]).prod(axis=1)[~np.array(o.crowd, bool)] for o in truth]
+    )
+    limits = [(0, math.inf), (0, 32**2), (32**2, 96**2), (96**2, math.inf)]
+    words = ["all", "below 32 × 32 pixels", "up to 96 × 96 pixels", "more"]
+    rows = []
+    for size, ((low, high), name) in enumerate(zip(limits, words, strict=True)):
+        count = int(((areas >= low) & (areas < high)).sum())
+        averages = [evaluation.average(iou, size=size) for iou in (None, 0, 5)]
+        rows.append({"name": f"{SIZES[size]}: {name}" if size else name, "count": count})
+        rows[-1] |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True))
+    return rows
+
+
+def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> list[dict]:
+    rows = []
+    for class_, (name, threshold) in enumerate(zip(names, best, strict=True)):
+        averages = [evaluation.average(iou, class_) for iou in (None, 0, 5)]
+        averages += [evaluation.average(None, class_, size) for size in (1, 2, 3)]
+        keys = ("ap", "ap50", "ap75", "small", "medium", "large")
+        row = {"name": name, "count": evaluation.curves[class_].num_objects}
+        row |= dict(zip(keys, averages, strict=True)) | {"threshold": f"{threshold.score:.2f}"}
+        row |= {k: 100 * getattr(threshold, k) for k in ("f1", "precision", "recall")}
+        rows.append(row | {"color": "#{:02x}{:02x}{:02x}".format(*class_color(class_))})
+    return rows
+
+
+# ---- mistakes ----
+
+
+def _cut(found: Objects, best: Sequence[Threshold]) -> Objects:
+    """The detections that reach the threshold of their class."""
+    keep = [i for i, c in enumerate(found.classes) if found.scores[i] >= best[c].score]
+    return Objects(
+        np.asarray(found.boxes)[keep].reshape(-1, 4),
+        [found.classes[i] for i in keep],
+        [found.scores[i] for i in keep],
+    )
+
+
+def false_positives(
+    truth: Sequence[Objects],
+    found: Sequence[Objects],
+    matches: Sequence[ImageMatches],
+    names: Sequence[str],
+) -> list[Mistake]:
+    """Detections that match nothing, the surest first, each with what it was instead."""
+    mistakes = []
+    for image, (objects, detections, match) in enumerate(zip(truth, found, matches, strict=True)):
+        for i in np.flatnonzero((match.found < 0) & ~match.ignored):
+            box, class_ = detections.boxes[i], detections.classes[i]
+            kind, detail = _explain(box, class_, objects, names)
+            mistakes.append(Mistake(image, box, class_, detections.scores[i], kind, detail))
+    return sorted(mistakes, key=lambda m: -m.score)
+
+
+def _explain(box: np.ndarray, class_: int, objects: Objects, names) -> tuple[str, str]:
+    overlaps = box_ious(box, objects.boxes)
+    same = np.array([c == class_ for c in objects.classes], bool)
+    own, other = overlaps * same, overlaps * ~same
+    if own.max(initial=0) >= 0.5:
+        return "duplicate", "the object is found by a better box"
+    if other.max(initial=0) >= 0.5:
+        return "wrong class", f"it is {names[objects.classes[int(other.argmax())]]}"
+    if own.max(initial=0) >= NEAR:
+        return "poor box", f"IoU {own.max():.2f}"
+    return "background", "no such object there"
+
+
+def false_negatives(
+    truth: Sequence[Objects],
+    kept: Sequence[Objects],
+    found: Sequence[Objects],
+    matches: Sequence[ImageMatches],
+    names: Sequence[str],
+) -> list[Mistake]:
+    """Objects that no kept detection matches, the largest first, each with what was found there."""
+    mistakes = []
+    for image, objects in enumerate(truth):
+        for i in np.flatnonzero(matches[image].missed):
+            box, class_ = objects.boxes[i], objects.classes[i]
+            kind, detail = _explain_miss(box, class_, kept[image], found[image], names)
+            mistakes.append(Mistake(image, box, class_, None, kind, detail))
+    return sorted(mistakes, key=lambda m: -float((m.box[2:] - m.box[:2]).prod()))
+
+
+def _explain_miss(box, class_: int, kept: Objects, found: Objects, names) -> tuple[str, str]:
+    overlaps = box_ious(box, kept.boxes) * np.array([c != class_ for c in kept.classes], bool)
+    if overlaps.max(initial=0) >= 0.5:
+        i = int(overlaps.argmax())
+        return "wrong class", f"found as {names[kept.classes[i]]} {kept.scores[i]:.2f}"
+    same = np.array([c == class_ for c in found.classes], bool)
+    overlaps = box_ious(box, found.boxes) * same
+    right = [found.scores[i] for i in np.flatnonzero(overlaps >= 0.5)]
+    if right:
+        return "low score", f"found with {max(right):.2f}"
+    if overlaps.max(initial=0) >= NEAR:
+        return "poor box", f"IoU {overlaps.max():.2f}"
+    return "not found", "nothing of its class there"
+
+
+def box_ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU [n] of one xyxy box with ``boxes`` [n, 4]; 0 where both have no area."""
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    intersection = sides.clip(0).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    union = areas - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+# ---- pictures ----
+
+
+def _galleries(
+    folder: Path,
+    records: Sequence[Mapping],
+    truth: Sequence[Objects],
+    found: Sequence[Objects],
+    best: Sequence[Threshold],
+    names: Sequence[str],
+    most: int,
+) -> list[dict]:
+    """Both galleries of the page; their pictures replace those in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.jpg"):
+        old.unlink()
+    kept = [_cut(objects, best) for objects in found]
+    matches = evaluate_boxes(truth, kept, len(names)).images
+    false = false_positives(truth, kept, matches, names)
+    missed = false_negatives(truth, kept, found, matches, names)
+    return [
+        _gallery("False positives", false[:most], records, truth, names, folder) | _totals(false),
+        _gallery("False negatives", missed[:most], records, truth, names, folder) | _totals(missed),
+    ]
+
+
+def _totals(mistakes: Sequence[Mistake]) -> dict:
+    kinds = Counter(mistake.kind for mistake in mistakes).most_common()
+    return {"kinds": kinds, "total": len(mistakes)}
+
+
+def _gallery(
+    title: str,
+    mistakes: Sequence[Mistake],
+    records: Sequence[Mapping],
+    truth: Sequence[Objects],
+    names: Sequence[str],
+    folder: Path,
+) -> dict:
+    """The items of one gallery; writes their pictures."""
+    items, prefix = [], title.lower().replace(" ", "_")
+    for number, mistake in enumerate(mistakes):
+        record = records[mistake.image]
+        image = read_image(record["file_name"], "RGB")
+        file = f"{prefix}_{number:03d}.jpg"
+        Image.fromarray(_close_up(image, mistake, truth[mistake.image], names)).save(
+            folder / file, quality=90
+        )
+        score = "" if mistake.score is None else f" {mistake.score:.2f}"
+        caption = f"{names[mistake.class_]}{score}"
+        name = Path(record["file_name"]).name
+        items.append({"file": file, "caption": caption, "kind": mistake.kind, "image": name})
+        items[-1] |= {"detail": mistake.detail, "class_": names[mistake.class_]}
+    return {"title": title, "items": items}
+
+
+def _close_up(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.ndarray:
+    """What surrounds a mistake: the box in red, objects in white."""
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = mistake.box
+    side = min((1 + 2 * CONTEXT) * max(x1 - x0, y1 - y0, 16), max(height, width))
+    left, top = ((a + b - side) / 2 for a, b in ((x0, x1), (y0, y1)))
+    left, top = (int(np.clip(v, 0, max(0, n - side))) for v, n in ((left, width), (top, height)))
+    crop = image[top : top + math.ceil(side), left : left + math.ceil(side)]
+    shift = np.array([left, top, left, top])
+    is_object = mistake.score is None
+    others = [
+        i for i, box in enumerate(truth.boxes) if not (is_object and (box == mistake.box).all())
+    ]
+    boxes = [*(truth.boxes[i] - shift for i in others), mistake.box - shift]
+    labels = [*(names[truth.classes[i]] for i in others), names[mistake.class_]]
+    colors = [*[WHITE] * len(others), RED]
+    # Objects further away would only leave their tags at the border.
+    inside = [i for i, b in enumerate(boxes) if (b[:2] < side).all() and (b[2:] > 0).all()]
+    scale = PICTURE_SIDE / max(crop.shape[:2])
+    return draw_boxes(
+        crop,
+        np.array([boxes[i] for i in inside]).reshape(-1, 4),
+        [labels[i] for i in inside],
+        colors=[colors[i] for i in inside],
+        scale=scale,
+    )

@@ -1,0 +1,165 @@
+"""From which score to believe a detection: per class, where F1 was best in an evaluation.
+
+One number for all classes costs precision in some and recall in others. The thresholds are measured
+whenever a model is evaluated and lie beside its weights, for ``fcos-d2`` to use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..data import class_names, load_dataset
+from ..errors import InputError
+from .matching import Curve, Objects, evaluate_boxes, ground_truth
+
+THRESHOLD_FILE = "score_thresholds.json"
+DEFAULT = 0.5  # for a class without any object, or a model that was never evaluated
+
+
+class Threshold(NamedTuple):
+    """The best score to cut one class at, and what it reaches there; all in 0 to 1."""
+
+    score: float
+    f1: float
+    precision: float
+    recall: float
+
+
+class Thresholds(NamedTuple):
+    """Those of all classes of a model."""
+
+    class_names: list[str]
+    scores: list[float]
+
+
+def best_threshold(curve: Curve) -> Threshold:
+    """Where F1 is best; the highest such score. Detections of that very score are kept.
+
+    A class without objects, or of which nothing was found, keeps ``DEFAULT``.
+    """
+    scores, correct, num_objects = curve
+    # Detections of one score are kept or dropped together.
+    ends = np.flatnonzero(np.append(scores[:-1] != scores[1:], True)[: len(scores)])
+    if not num_objects or not correct.any():
+        return Threshold(DEFAULT, 0.0, 0.0, 0.0)
+    hits = np.cumsum(correct)[ends]
+    f1 = 2 * hits / (ends + 1 + num_objects)
+    best = int(f1.argmax())
+    kept = ends[best] + 1
+    return Threshold(
+        float(scores[ends[best]]),
+        float(f1[best]),
+        float(hits[best] / kept),
+        float(hits[best] / num_objects),
+    )
+
+
+def best_thresholds(curves: Sequence[Curve]) -> list[Threshold]:
+    """``best_threshold`` of every class."""
+    return [best_threshold(curve) for curve in curves]
+
+
+def f1_score(curves: Sequence[Curve], scores: Sequence[float]) -> float:
+    """F1, 0 to 1, of classes cut at their ``scores``; the mean over those that have objects."""
+    values = []
+    for curve, score in zip(curves, scores, strict=True):
+        kept = curve.scores >= score
+        if curve.num_objects:
+            values.append(2 * curve.correct[kept].sum() / (kept.sum() + curve.num_objects))
+    return float(np.mean(values)) if values else 0.0
+
+
+def write_thresholds(
+    path: str | os.PathLike, names: Sequence[str], thresholds: Sequence[Threshold], dataset: str
+) -> None:
+    """Writes the thresholds of all classes, with what they reached, as JSON."""
+    classes = [
+        {
+            "name": name,
+            "threshold": t.score,
+            "f1": t.f1,
+            "precision": t.precision,
+            "recall": t.recall,
+        }
+        for name, t in zip(names, thresholds, strict=True)
+    ]
+    content = {"measured_on": dataset, "iou": 0.5, "classes": classes}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_thresholds(path: str | os.PathLike) -> Thresholds:
+    """What ``write_thresholds`` has written.
+
+    Raises:
+        InputError: it cannot be read or is something else.
+    """
+    try:
+        classes = json.loads(Path(path).read_text())["classes"]
+        names = [str(entry["name"]) for entry in classes]
+        scores = [float(entry["threshold"]) for entry in classes]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} holds no score thresholds ({error}); evaluate the model again with "
+            "train_net.py --eval-only"
+        ) from error
+    return Thresholds(names, scores)
+
+
+class ThresholdEvaluator(DatasetEvaluator):
+    """Measures the best thresholds of a data set and writes them into ``output_dir``.
+
+    Its results are ``{"best_f1": {"F1", "F1_at_0.5"}}`` in percent: with the best threshold of each
+    class, and with 0.5 for all.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str):
+        self._dataset_name, self._output_dir = dataset_name, output_dir
+        self._found: dict[object, Objects] = {}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._found = {}
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Takes the detections of a batch."""
+        for given, output in zip(inputs, outputs, strict=True):
+            found = output["instances"].to("cpu")
+            self._found[given["image_id"]] = Objects(
+                found.pred_boxes.tensor.numpy(), found.pred_classes.tolist(), found.scores.tolist()
+            )
+
+    def evaluate(self) -> dict | None:
+        """Results and file, in the main process; None in the others."""
+        parts = comm.gather(self._found)
+        if not comm.is_main_process():
+            return None
+        found = {key: value for part in parts for key, value in part.items()}
+        records = load_dataset(self._dataset_name, filter_empty=False)
+        names = class_names(self._dataset_name) or MetadataCatalog.get(self._dataset_name).get(
+            "thing_classes"
+        )
+        if not names or not any(record.get("annotations") for record in records):
+            return {}
+        records = [record for record in records if record["image_id"] in found]
+        evaluation = evaluate_boxes(
+            [ground_truth(record) for record in records],
+            [found[record["image_id"]] for record in records],
+            len(names),
+        )
+        best = best_thresholds(evaluation.curves)
+        write_thresholds(Path(self._output_dir, THRESHOLD_FILE), names, best, self._dataset_name)
+        f1 = [
+            f1_score(evaluation.curves, scores)
+            for scores in ([t.score for t in best], [DEFAULT] * len(best))
+        ]
+        return {"best_f1": {"F1": 100 * f1[0], "F1_at_0.5": 100 * f1[1]}}

@@ -1,0 +1,93 @@
+"""Looking through a whole data set: everything broken is named, everything else is counted."""
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
+
+
+def test_every_broken_annotation_and_image_is_named_and_the_rest_is_kept(coco):
+    coco.content["annotations"][0]["bbox"][2] = -3
+    coco.content["annotations"].append(coco.annotation(104, 1, 9))
+    coco.content["annotations"].append(coco.annotation(105, 1, 1))
+    coco.content["images"][2]["width"] = 61
+    (coco.folder / "2.png").write_bytes((coco.folder / "2.png").read_bytes()[:60])
+    found = inspect_dataset(coco.register())
+    assert [p.partition(":")[0] for p in found.annotation_problems] == [
+        "annotation 101",
+        "annotation 104",
+    ]
+    assert found.num_problems == 4
+    paths = [str(coco.folder / name) for name in ("2.png", "3.png")]
+    assert list(found.image_problems) == paths
+    assert found.image_problems[paths[1]] == "it is 60 x 40 pixels, but 61 x 40 by the annotations"
+    (record,) = found.records
+    assert record["image_id"] == 1 and len(record["annotations"]) == 1
+
+
+def test_images_may_be_left_unread_but_not_missing(coco):
+    (coco.folder / "1.png").write_bytes(b"")
+    (coco.folder / "2.png").unlink()
+    found = inspect_dataset(coco.register(), read_images=False)
+    assert found.image_problems == {str(coco.folder / "2.png"): "it does not exist"}
+
+
+def test_progress_sees_every_image(coco):
+    seen = []
+
+    def progress(images, total):
+        for image in images:
+            seen.append(total)
+            yield image
+
+    inspect_dataset(coco.register(), progress=progress)
+    assert seen == [3, 3, 3]
+
+
+def test_contents_are_counted(coco):
+    annotations = coco.content["annotations"]
+    annotations += [
+        coco.annotation(201, 1, 1, (5, 6, 20, 10)),
+        coco.annotation(202, 1, 1, (5, 6, 20, 10)),  # twice
+        coco.annotation(203, 1, 1, (50, 6, 12, 10)),  # two pixels over the border
+        coco.annotation(204, 1, 1, (50, 6, 0, 10)),  # flat
+        coco.annotation(205, 1, 1, (0, 0, 30, 30), iscrowd=1),
+    ]
+    annotations.pop(2)  # of image 3
+    coco.content["categories"].append({"id": 7, "name": "never"})
+    contents = describe_contents(inspect_dataset(coco.register()))
+    assert contents.boxes_per_class == [5, 1, 0] and contents.images_per_class == [2, 1, 0]
+    assert contents.num_boxes == 6 and contents.num_empty == 1 and contents.num_crowds == 1
+    assert contents.num_flat == contents.num_outside == contents.num_repeated == 1
+
+
+def test_clean_content_lacks_what_is_broken_alone(coco):
+    coco.content["annotations"][0]["bbox"][2] = -3
+    name = coco.register()
+    clean = without_problems(str(coco.json_file), str(coco.folder), {str(coco.folder / "2.png")})
+    assert [image["id"] for image in clean["images"]] == [1, 3]
+    assert [annotation["id"] for annotation in clean["annotations"]] == [103]
+    assert clean["categories"] == coco.content["categories"]
+    assert inspect_dataset(name).num_problems == 1
+
+
+def test_data_registered_in_python_is_looked_through_too(coco):
+    good = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    image = {"file_name": str(coco.folder / "1.png"), "width": 60, "height": 40}
+    records = [{**image, "annotations": [good, {**good, "bbox": [5, 2, 3, 4]}]}]
+    DatasetCatalog.register("python_train", lambda: records)
+    MetadataCatalog.get("python_train").thing_classes = ["disc"]
+    coco.names.append("python_train")
+    found = inspect_dataset("python_train")
+    assert (
+        len(found.annotation_problems) == 1 and "has negative size" in found.annotation_problems[0]
+    )
+    assert found.records[0]["annotations"] == [good] and found.source_file is None
+
+
+@pytest.mark.parametrize("error", ["", "x"])
+def test_file_that_is_no_image_is_told_so(coco, error):
+    (coco.folder / "1.png").write_text(error)
+    (reason,) = inspect_dataset(coco.register()).image_problems.values()
+    assert reason == "it is no image of a known format"

@@ -1,0 +1,134 @@
+"""docs/custom_data.md as a new user follows it, by its own words: from a foreign folder to a video.
+
+The commands run in this process. Only the number of images and the length of the training are ours.
+"""
+
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.utils.logger import setup_logger
+
+import train_net
+from fcos_d2 import demo
+from fcos_d2.data.digits import __main__ as make_digits
+from fcos_d2.engine import run_script
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "custom_data.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
+SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "VIS_PERIOD", "0"]
+SHORT += ["TEST.EVAL_PERIOD", "0", "MODEL.FCOS.INFERENCE_TH_TEST", "0.01"]
+STATUSES = [0, 1, 1, 0, 0, 0, 0, 1]  # of the commands: the check and the video have complaints
+
+
+def tool(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(words: list[str]) -> int:
+    return run_script(train_net.main, default_argument_parser().parse_args(words))
+
+
+def execute(words: list[str]) -> int:
+    """What a shell would run; its exit status."""
+    if words[0] == "fcos-d2":
+        return demo.main(words[1:])
+    if words[0] != "python":
+        return subprocess.run(words, check=False).returncode
+    if words[1:3] == ["-m", "fcos_d2.data.digits"]:
+        return make_digits.main(words[3:])
+    return train(words[2:]) if words[1] == "train_net.py" else tool(words[1]).main(words[2:])
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch, capsys):
+    """Runs a command of the page in a folder that has only what a checkout has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+    def run(command: str, *more: str) -> SimpleNamespace:
+        status = execute([*shlex.split(command), *more])
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    yield run
+    for name in ("dice_train", "dice_val"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+    # Handlers of detectron2 hold on to this test's captured stdout.
+    for name in ("detectron2", "fvcore", "fcos_d2"):
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+
+
+def write_config() -> None:
+    (config,) = [block for kind, block in BLOCKS if kind == "yaml"]
+    Path("dice.yaml").write_text(config)
+
+
+def follow(shell, training: list[str], export: list[str]) -> list[SimpleNamespace]:
+    """Everything on the page in order; what came of it."""
+    write_config()
+    more = {"--export": export, "train_net": training}
+    return [
+        shell(command, *next((more[k] for k in more if k in command), [])) for command in COMMANDS
+    ]
+
+
+def test_page_leads_from_a_foreign_folder_to_a_detection_video(shell, digits_root):
+    done = follow(shell, SHORT, ["--images", "40", "--root", str(digits_root)])
+    assert [d.status for d in done] == STATUSES, [d.err[-500:] for d in done]
+    export, check, clean, _, _, _, _, found = done
+    assert "labels in dice/labels.json" in export.out
+    assert "image dice/photos/photo_0002.png: " in check.out
+    assert re.search(r"annotation \d+: bbox .* has negative size", check.out)
+    assert re.search(r"joker +0 +0 +never used", check.out)
+    assert "labels_clean.json" in clean.out
+    assert len(list(Path("output/dice/data/dice_train").iterdir())) == 6
+    thresholds = json.loads(Path("output/dice/score_thresholds.json").read_text())
+    names = ["nil", "ace", "deuce", "trey", "cater", "cinque", "sice", "joker"]
+    assert [entry["name"] for entry in thresholds["classes"]] == names
+    assert Path("output/dice/report/index.html").is_file()
+    # Of 40 photos one is broken: named, skipped, and told by the exit status.
+    assert "skipped dice/photos/photo_0002.png: " in found.err
+    assert len(json.loads(Path("output/dice/found.json").read_text())) == 39
+    assert Path("output/dice/found.mp4").stat().st_size > 1000
+
+
+def test_broken_data_does_not_train_and_says_what_is_broken(shell, digits_root):
+    write_config()
+    assert shell(COMMANDS[0], "--images", "40", "--root", str(digits_root)).status == 0
+    refused = shell("python train_net.py --config-file dice.yaml", *SHORT)
+    last = refused.err.strip().splitlines()[-1]
+    assert refused.status == 2 and last.startswith("error: ") and "negative size" in last
+
+
+def test_export_refuses_to_overwrite_and_to_make_up_images(shell, digits_root):
+    Path("dice").mkdir()
+    refused = shell(COMMANDS[0], "--root", str(digits_root))
+    assert refused.status == 2 and "dice exists already" in refused.err
+    Path("dice").rmdir()
+    refused = shell(COMMANDS[0], "--root", str(digits_root), "--images", "41")
+    assert refused.status == 2 and "--images must be from 2 to 40" in refused.err
+
+
+@pytest.mark.slow
+def test_page_leads_to_a_detector_that_finds_dice(shell, tmp_path):
+    training = ["SOLVER.MAX_ITER", "1200", "TEST.EVAL_PERIOD", "0"]
+    done = follow(shell, training, ["--images", "1600", "--root", str(tmp_path / "datasets")])
+    assert [d.status for d in done] == STATUSES, done[5].err[-500:]
+    results = json.loads(Path("output/dice/metrics.json").read_text().splitlines()[-1])
+    assert results["bbox/AP50"] > 20
+    assert results["best_f1/F1"] > results["best_f1/F1_at_0.5"]

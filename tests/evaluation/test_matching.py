@@ -1,0 +1,119 @@
+"""Detections against ground truth, by hand and beside detectron2's own evaluator."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from fcos_d2.evaluation import Objects, evaluate_boxes, ground_truth
+
+
+def objects(boxes, classes, scores=None, crowd=None) -> Objects:
+    return Objects(np.array(boxes, float).reshape(-1, 4), list(classes), scores, crowd)
+
+
+A, B, FAR = [0, 0, 20, 20], [40, 40, 80, 90], [100, 100, 120, 120]
+
+
+def test_every_object_is_found_once_by_the_best_score():
+    truth = objects([A, B], [0, 1])
+    found = objects([A, A, B, FAR], [0, 0, 1, 0], [0.6, 0.9, 0.8, 0.7])
+    evaluation = evaluate_boxes([truth], [found], 2)
+    (image,) = evaluation.images
+    assert image.found.tolist() == [-1, 0, 1, -1]
+    assert not image.ignored.any() and not image.missed.any()
+    curve = evaluation.curves[0]
+    assert curve.scores.tolist() == [0.9, 0.7, 0.6]
+    assert curve.correct.tolist() == [True, False, False] and curve.num_objects == 1
+    assert evaluation.average() == pytest.approx(100)
+
+
+def test_places_count_within_their_image_and_empty_images_are_fine():
+    truth = [objects([], []), objects([FAR, A], [1, 1]), objects([B], [0])]
+    found = [objects([A], [0], [0.5]), objects([A], [1], [0.9]), objects([], [], [])]
+    images = evaluate_boxes(truth, found, 2).images
+    assert [image.found.tolist() for image in images] == [[-1], [1], []]
+    assert [image.missed.tolist() for image in images] == [[], [True, False], [True]]
+
+
+def test_detections_in_a_crowd_are_left_out_and_a_crowd_is_never_missed():
+    truth = objects([A, B], [0, 0], crowd=[False, True])
+    found = objects([A, [42, 42, 60, 60], FAR], [0, 0, 0], [0.9, 0.8, 0.7])
+    evaluation = evaluate_boxes([truth], [found], 1)
+    assert evaluation.images[0].ignored.tolist() == [False, True, False]
+    assert evaluation.curves[0].correct.tolist() == [True, False]
+    assert not evaluate_boxes([truth], [objects([], [], [])], 1).images[0].missed[1]
+
+
+def test_class_without_objects_has_no_average():
+    evaluation = evaluate_boxes([objects([A], [0])], [objects([A], [1], [0.9])], 3)
+    assert evaluation.average(class_=0) == 0
+    assert math.isnan(evaluation.average(class_=2))
+    assert evaluation.average() == 0
+
+
+def test_other_numbers_of_images_are_refused():
+    with pytest.raises(ValueError, match="as many images, got 1 of truth and 0"):
+        evaluate_boxes([objects([A], [0])], [], 1)
+
+
+def test_ground_truth_of_a_record_has_corners_and_crowds():
+    annotations = [
+        {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2, "iscrowd": 1},
+        {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0},
+    ]
+    truth = ground_truth({"annotations": annotations})
+    assert truth.boxes.tolist() == [[1, 2, 4, 6], [1, 2, 3, 4]]
+    assert truth.classes == [2, 0] and truth.crowd == [True, False]
+    assert ground_truth({}).boxes.shape == (0, 4)
+
+
+@pytest.fixture
+def random_data(tmp_path):
+    """Twelve images of random objects under the name "random_boxes", and random detections."""
+    rng = np.random.default_rng(0)
+    images, annotations, found = [], [], []
+    for number in range(12):
+        corners = rng.uniform(0, 150, (rng.integers(0, 6), 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(8, 120, corners.shape)], 1)
+        classes = rng.integers(0, 3, len(boxes))
+        images.append({"id": number + 7, "file_name": "", "width": 300, "height": 300})
+        for box, class_ in zip(boxes, classes, strict=True):
+            size = box[2:] - box[:2]
+            annotation = {"id": len(annotations) + 1, "image_id": number + 7}
+            annotation |= {"category_id": int(class_) + 1, "iscrowd": int(rng.random() < 0.1)}
+            annotation |= {"bbox": [*box[:2], *size], "area": float(size.prod())}
+            annotations.append(annotation)
+        moved = np.repeat(boxes, 3, 0) + rng.normal(0, 6, (3 * len(boxes), 4))
+        moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2])
+        classes = np.where(rng.random(len(moved)) < 0.8, np.repeat(classes, 3), 0)
+        found.append(objects(moved, classes.tolist(), rng.random(len(moved)).tolist()))
+    categories = [{"id": i + 1, "name": str(i)} for i in range(3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "r.json").write_text(json.dumps(content, default=float))
+    register_coco_instances("random_boxes", {}, str(tmp_path / "r.json"), str(tmp_path))
+    yield DatasetCatalog.get("random_boxes"), found
+    DatasetCatalog.remove("random_boxes")
+    MetadataCatalog.remove("random_boxes")
+
+
+def test_averages_are_those_of_detectron2(random_data, tmp_path):
+    records, found = random_data
+    ours = evaluate_boxes([ground_truth(record) for record in records], found, 3)
+    theirs = COCOEvaluator("random_boxes", ("bbox",), output_dir=str(tmp_path), use_fast_impl=False)
+    theirs.reset()
+    for record, (boxes, classes, scores, _) in zip(records, found, strict=True):
+        instances = Instances((300, 300), pred_boxes=Boxes(torch.tensor(boxes)))
+        instances.scores, instances.pred_classes = torch.tensor(scores), torch.tensor(classes)
+        theirs.process([record], [{"instances": instances}])
+    expected = theirs.evaluate()["bbox"]
+    averages = {"AP": {}, "AP50": {"iou": 0}, "AP75": {"iou": 5}}
+    averages |= {"APs": {"size": 1}, "APm": {"size": 2}, "APl": {"size": 3}, "AP-1": {"class_": 1}}
+    for name, options in averages.items():
+        assert ours.average(**options) == pytest.approx(expected[name], abs=1e-6), name

@@ -1,0 +1,149 @@
+"""The page of an evaluation: mistakes are the right ones, and all that it shows lies beside it."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from fcos_d2.evaluation import Objects, evaluate_boxes, ground_truth
+from fcos_d2.evaluation.report import box_ious, false_negatives, false_positives, write_report
+
+NAMES = ["disc", "box & <co>", "never"]
+A, NEAR_A, POOR_A, B, FAR = (
+    [10, 10, 50, 50], [12, 12, 50, 50], [30, 10, 70, 50], [80, 60, 120, 90], [2, 90, 20, 110]
+)  # fmt: skip
+
+
+def record(path, *objects) -> dict:
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": c} for box, c in objects
+    ]
+    return {"file_name": str(path), "annotations": annotations}
+
+
+def detections(*found) -> Objects:
+    boxes, classes, scores = zip(*found, strict=True) if found else ((), (), ())
+    return Objects(np.array(boxes, float).reshape(-1, 4), list(classes), list(scores))
+
+
+def mistakes(truth, found):
+    truth = [ground_truth(record("", *truth))]
+    matches = evaluate_boxes(truth, [found], 3).images
+    return (
+        false_positives(truth, [found], matches, NAMES),
+        false_negatives(truth, [found], [found], matches, NAMES),
+    )
+
+
+def test_false_positives_are_told_apart_and_the_surest_come_first():
+    found = detections((A, 0, 0.9), (NEAR_A, 0, 0.6), (POOR_A, 0, 0.5), (B, 0, 0.8), (FAR, 1, 0.7))
+    false, missed = mistakes([(A, 0), (B, 1)], found)
+    assert [(m.score, m.kind) for m in false] == [
+        (0.8, "wrong class"),
+        (0.7, "background"),
+        (0.6, "duplicate"),
+        (0.5, "poor box"),
+    ]
+    assert false[0].detail == f"it is {NAMES[1]}" and false[3].detail == "IoU 0.33"
+    (miss,) = missed
+    assert miss.kind == "wrong class" and miss.detail == "found as disc 0.80"
+
+
+def test_false_negatives_are_told_apart_and_the_largest_come_first():
+    truth = [ground_truth(record("", (FAR, 2), (A, 0), (B, 1)))]
+    found = [detections((POOR_A, 0, 0.4), (B, 1, 0.2))]
+    kept = [detections()]
+    matches = evaluate_boxes(truth, kept, 3).images
+    missed = false_negatives(truth, kept, found, matches, NAMES)
+    assert [(m.kind, m.detail) for m in missed] == [
+        ("poor box", "IoU 0.33"),
+        ("low score", "found with 0.20"),
+        ("not found", "nothing of its class there"),
+    ]
+    assert all(m.score is None for m in missed)
+
+
+def test_iou_by_hand():
+    overlaps = box_ious(np.array([0, 0, 2, 2]), [[0, 0, 2, 2], [1, 0, 3, 2], [5, 5, 6, 6]])
+    assert overlaps == pytest.approx([1, 1 / 3, 0])
+    assert box_ious(np.array([1, 1, 1, 1]), [[1, 1, 1, 1]]) == [0]
+
+
+class Page(HTMLParser):
+    """Files that a page shows, figures by class, and whether its tags close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.classes, self.text = [], [], text
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if "src" in attributes:
+            self.sources.append(attributes["src"])
+        if tag == "figure":
+            self.classes.append(attributes["data-class"])
+
+
+@pytest.fixture
+def page(tmp_path):
+    records = []
+    for number, objects in enumerate([[(A, 0), (B, 1)], [(A, 1)], []]):
+        path = tmp_path / f"<{number}>.png"
+        Image.new("RGB", (128, 112), (120, 120, 120)).save(path)
+        records.append(record(path, *objects))
+    found = [
+        detections((A, 0, 0.9), (FAR, 0, 0.95)),
+        detections((NEAR_A, 1, 0.8), (B, 1, 0.9)),
+        detections(),
+    ]
+
+    def write(found=found, **options) -> Page:
+        path = write_report(tmp_path / "report", "R & D", records, found, NAMES, **options)
+        return Page(path.read_text())
+
+    return write
+
+
+def test_page_shows_files_of_its_own_folder_alone(page, tmp_path):
+    shown = page()
+    assert len(shown.sources) > 3
+    for source in shown.sources:
+        assert not re.match(r"\w+:|/", source)
+        assert Image.open(tmp_path / "report" / source).size[0] > 100
+    assert "http" not in shown.text
+    assert set(shown.classes) == {"disc", NAMES[1]}
+
+
+def test_names_are_text_and_not_markup(page):
+    text = page().text
+    assert "<co>" not in text and "box &amp; &lt;co&gt;" in text and "R &amp; D" in text
+    assert "&lt;0&gt;.png" in text
+
+
+def test_page_shows_as_many_mistakes_as_asked_for_and_no_old_ones(page, tmp_path):
+    many = page()
+    few = page(most=1)
+    pictures = list(Path(tmp_path, "report", "pictures").iterdir())
+    assert len(many.classes) > len(few.classes) == 2 == len(pictures)
+
+
+def test_close_up_shows_the_mistake_in_red_and_objects_in_white(page, tmp_path):
+    page()
+    picture = np.asarray(Image.open(tmp_path / "report/pictures/false_positives_000.jpg")).astype(
+        int
+    )
+    assert ((picture - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
+    missed = np.asarray(Image.open(tmp_path / "report/pictures/false_negatives_000.jpg")).astype(
+        int
+    )
+    assert ((missed - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
+
+
+def test_model_that_finds_nothing_has_a_page_too(page):
+    shown = page([detections()] * 3)
+    assert "not found 3" in shown.text and "0 in all" in shown.text

@@ -1,0 +1,244 @@
+"""fcos-d2 from the user's side: every kind of input and output, with a detector that finds much."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fcos_d2 import demo
+from fcos_d2.evaluation import THRESHOLD_FILE
+from fcos_d2.predictor import Predictor
+from tests.modeling.tiny import tiny_cfg, tiny_fcos
+
+cv2 = pytest.importorskip("cv2", reason="videos need OpenCV")
+
+NAMES = ["disc", "box", "cross"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a training leaves: config.yaml, weights that find something everywhere, thresholds."""
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = ("INPUT.MIN_SIZE_TEST", 64, "OUTPUT_DIR", str(folder), "DATASETS.TRAIN", ())
+    (folder / "config.yaml").write_text(tiny_cfg(*sizes, "DATASETS.TEST", ()).dump())
+    model = tiny_fcos()
+    nn.init.constant_(model.head.cls_logits.bias, 1.0)
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    write_thresholds(folder, [0.0, 0.0, 0.0])
+    return folder
+
+
+def write_thresholds(folder, scores) -> None:
+    classes = [{"name": n, "threshold": s} for n, s in zip(NAMES, scores, strict=True)]
+    (folder / THRESHOLD_FILE).write_text(json.dumps({"classes": classes}))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three readable images, one of them in a folder below, and a text file."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.jpg", "more/c.png"]):
+        pixels = np.random.default_rng(number).integers(0, 255, (48, 64 + number, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "notes.txt").write_text("not for us")
+    return folder
+
+
+def write_video(path, frames=5, size=(64, 48)):
+    codec = cv2.VideoWriter_fourcc(*"MJPG")
+    video = cv2.VideoWriter(str(path), codec, 10, size)
+    for number in range(frames):
+        video.write(np.full((size[1], size[0], 3), 20 * number, np.uint8))
+    video.release()
+    return path
+
+
+def frames_of(path) -> list[np.ndarray]:
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (frame := capture.read()[1]) is not None:
+        frames.append(frame)
+    return frames
+
+
+@pytest.fixture
+def fcos_d2(trained, capsys):
+    """Runs the command; its exit status, stdout and stderr."""
+
+    def run(*arguments):
+        status = demo.main([*map(str, arguments), "--config-file", str(trained / "config.yaml")])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_folder_becomes_a_folder_of_the_same_names(fcos_d2, photos, tmp_path):
+    status, out, err = fcos_d2(photos, "--output", tmp_path / "found", "--batch-size", 2)
+    assert status == 0 and "skipped" not in err
+    assert "in 3 images" in out
+    for name in ("a.png", "b.jpg", "more/c.png"):
+        drawn = np.asarray(Image.open(tmp_path / "found" / name))
+        assert drawn.shape[1] == 320  # small images are enlarged, so that labels have room
+        assert (drawn.astype(int) - drawn.mean()).std() > 1
+    assert not (tmp_path / "found" / "notes.txt").exists()
+
+
+def test_pattern_and_single_file(fcos_d2, photos, tmp_path):
+    assert fcos_d2(photos / "*.jpg", "--output", tmp_path / "all")[0] == 0
+    assert [p.name for p in (tmp_path / "all").iterdir()] == ["b.jpg"]
+    assert fcos_d2(photos / "a.png", "--output", tmp_path / "one.jpg")[0] == 0
+    assert Image.open(tmp_path / "one.jpg").size == (320, 240)
+
+
+def test_json_holds_every_picture_with_names_and_boxes_in_its_pixels(fcos_d2, photos, tmp_path):
+    status, _, _ = fcos_d2(photos, "--json", tmp_path / "found.json")
+    entries = json.loads((tmp_path / "found.json").read_text())
+    assert status == 0 and [e["width"] for e in entries] == [64, 65, 66]
+    assert [e["file"] for e in entries] == [
+        str(photos / name) for name in ("a.png", "b.jpg", "more/c.png")
+    ]
+    for entry in entries:
+        assert entry["frame"] is None and entry["objects"]
+        for item in entry["objects"]:
+            x0, y0, x1, y1 = item["box"]
+            assert 0 <= x0 <= x1 <= entry["width"] and 0 <= y0 <= y1 <= entry["height"]
+            assert item["class"] == NAMES[item["class_id"]] and 0 <= item["score"] <= 1
+
+
+def test_video_becomes_a_video_of_as_many_frames(fcos_d2, tmp_path):
+    video = write_video(tmp_path / "street.avi")
+    status, out, _ = fcos_d2(video, "--output", tmp_path / "found", "--batch-size", 2)
+    assert status == 0 and "in 5 images" in out
+    capture = cv2.VideoCapture(str(tmp_path / "found" / "street.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    frames = frames_of(tmp_path / "found" / "street.mp4")
+    assert len(frames) == 5 and frames[0].shape == (240, 320, 3)
+
+
+def test_images_of_different_sizes_become_one_video_undistorted(fcos_d2, photos, tmp_path):
+    Image.new("RGB", (48, 96)).save(photos / "z.png")
+    assert fcos_d2(photos, "--output", tmp_path / "all.mp4", "--fps", 2, "--score", 1.0)[0] == 0
+    frames = frames_of(tmp_path / "all.mp4")
+    assert len(frames) == 4 and {frame.shape for frame in frames} == {(240, 320, 3)}
+
+
+def test_frames_stop_a_video(fcos_d2, tmp_path):
+    video = write_video(tmp_path / "street.avi", frames=9)
+    status, out, _ = fcos_d2(video, "--frames", 4, "--json", tmp_path / "f", "--batch-size", 3)
+    assert status == 0 and "in 4 images" in out
+    assert [e["frame"] for e in json.loads((tmp_path / "f").read_text())] == [0, 1, 2, 3]
+
+
+def test_camera_is_read_until_it_ends(fcos_d2, tmp_path, monkeypatch):
+    video = str(write_video(tmp_path / "camera.avi", frames=3))
+    opened, real = [], cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path: opened.append(path) or real(video))
+    status, out, _ = fcos_d2("--webcam", 7, "--output", tmp_path)
+    assert status == 0 and "in 3 images" in out and opened == [7]
+    monkeypatch.undo()
+    assert len(frames_of(tmp_path / "camera_7.mp4")) == 3
+
+
+def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, photos, tmp_path):
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
+    (photos / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "empty").mkdir()
+    missing = [tmp_path / "none.png", tmp_path / "*.gif", tmp_path / "empty"]
+    status, out, err = fcos_d2(photos, *missing, "--json", tmp_path / "found.json")
+    assert status == 1 and "in 3 images" in out
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 3
+    for path in (photos / "broken.png", photos / "broken.mp4", *missing):
+        assert f"skipped {path}: " in err
+    assert err.count("skipped") == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing.png", "--output", "x"], "no input that can be read"),
+        (["a.png", "--output", "x", "--weights", "none.pth"], "none.pth: no such file"),
+        (["a.png", "--output", "x", "--opts", "MODEL.FCOS.NMS", "1"], "unknown config key"),
+        (["a.png", "--output", "/proc/x/a"], "cannot write"),
+    ],
+)
+def test_what_makes_everything_impossible_is_one_line(
+    fcos_d2, photos, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(photos)
+    status, _, err = fcos_d2(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and last.startswith("error: ") and message in last
+
+
+def test_untrained_folder_says_how_to_get_weights(fcos_d2, photos, tmp_path):
+    status, _, err = fcos_d2(photos, "--output", tmp_path / "x", "--opts", "OUTPUT_DIR", tmp_path)
+    assert status == 2 and "train first, or pass --weights FILE" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.png"], ["a.png", "--output", "x", "--frames", "0"]])
+def test_senseless_command_line_is_refused(fcos_d2, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        fcos_d2(*arguments)
+    assert caught.value.code == 2
+
+
+def test_missing_opencv_names_the_command_that_installs_it(fcos_d2, tmp_path, monkeypatch):
+    video = write_video(tmp_path / "street.avi")
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    status, _, err = fcos_d2(video, "--output", tmp_path / "x")
+    assert status == 2 and "pip install opencv-python-headless" in err
+
+
+# ---- thresholds ----
+
+
+def scores_by_class(fcos_d2, photos, path, *arguments) -> dict[str, list[float]]:
+    assert fcos_d2(photos / "a.png", "--json", path, *arguments)[0] == 0
+    (entry,) = json.loads(path.read_text())
+    return {name: [o["score"] for o in entry["objects"] if o["class"] == name] for name in NAMES}
+
+
+def test_every_class_is_cut_at_its_own_score(fcos_d2, trained, photos, tmp_path):
+    everything = scores_by_class(fcos_d2, photos, tmp_path / "f")
+    assert all(len(scores) > 3 for scores in everything.values())
+    limits = [max(everything["disc"]) + 0.01, sorted(everything["box"])[-2] - 1e-4, 0.0]
+    write_thresholds(trained, limits)
+    try:
+        found = scores_by_class(fcos_d2, photos, tmp_path / "f")
+        assert not found["disc"] and len(found["box"]) == 2
+        assert found["cross"] == everything["cross"]
+        one_for_all = scores_by_class(fcos_d2, photos, tmp_path / "f", "--score", 0.0)
+        assert one_for_all == everything
+    finally:
+        write_thresholds(trained, [0.0, 0.0, 0.0])
+
+
+def test_thresholds_of_another_model_are_refused(fcos_d2, trained, photos, tmp_path):
+    content = {"classes": [{"name": "one", "threshold": 0.5}]}
+    before = (trained / THRESHOLD_FILE).read_text()
+    for text in (json.dumps(content), "[]", "{"):
+        (trained / THRESHOLD_FILE).write_text(text)
+        status, _, err = fcos_d2(photos, "--output", tmp_path / "x")
+        assert status == 2 and "--eval-only" in err
+    (trained / THRESHOLD_FILE).write_text(before)
+
+
+def test_predictor_hands_the_model_its_channel_order_and_size():
+    class Model(nn.Module):
+        def forward(self, batch):
+            self.seen = batch
+            raise StopIteration
+
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[..., 0] = 200  # red
+    for input_format, channel in (("RGB", 0), ("BGR", 2)):
+        model = Model()
+        with pytest.raises(StopIteration):
+            Predictor(model, (40, 60), input_format, 0.5)([image])
+        (seen,) = model.seen
+        assert seen["image"].shape == (3, 30, 60) and (seen["height"], seen["width"]) == (20, 40)
+        assert (seen["image"][channel] == 200).all() and seen["image"].sum() == 200 * 30 * 60

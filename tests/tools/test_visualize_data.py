@@ -1,0 +1,153 @@
+"""tools/visualize_data.py: what it says and draws, on a data set with one of every mistake."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+TOOL = Path(__file__).parents[2] / "tools" / "visualize_data.py"
+CONFIG = """
+MODEL:
+  FCOS:
+    IN_FEATURES: ["p3", "p4"]
+    FPN_STRIDES: [8, 16]
+    SIZES_OF_INTEREST: [32]
+DATASETS:
+  REGISTER:
+    seen_train: {json: "labels.json", images: "photos", part: [0, 0.5]}
+    seen_val: {json: "labels.json", images: "photos", part: [0.5, 1]}
+  TRAIN: ["seen_train"]
+  TEST: ["seen_val"]
+INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 128, RANDOM_FLIP: "none"}
+OUTPUT_DIR: "output"
+VERSION: 2
+"""
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("visualize_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.fixture
+def labels(tmp_path, monkeypatch):
+    """Twenty photos of 64 x 64 with a box of 3 pixels and one of 40 each; two of three classes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    images, annotations = [], []
+    for n in range(20):
+        Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "photos" / f"{n}.png")
+        images.append({"id": n, "file_name": f"{n}.png", "width": 64, "height": 64})
+        for category, box in ((1, [17 + n % 3, 17, 3, 3]), (2, [12, 12, 40, 40])):
+            annotation = {"id": len(annotations) + 1, "image_id": n, "category_id": category}
+            annotations.append(annotation | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": i, "name": name} for i, name in enumerate(("dot", "disc", "never"), 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    write(content)
+    yield content
+    for name in ("seen_train", "seen_val"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def write(content) -> None:
+    Path("labels.json").write_text(json.dumps(content))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = tool.main(["--config-file", "config.yaml", *arguments])
+    return status, *capsys.readouterr()
+
+
+def test_sound_data_is_ready_and_its_classes_are_counted(labels, capsys):
+    status, out, _ = run(capsys, "--check")
+    assert status == 0 and out.rstrip().endswith("ready to train")
+    assert out.count("never used") == 2
+    lines = [line.split() for line in out.splitlines() if line.startswith("  dot")]
+    assert sum(int(words[1]) for words in lines) == 20
+
+
+def test_small_objects_that_no_point_learns_are_counted_and_levels_suggested(labels, capsys):
+    _, out, _ = run(capsys, "--check", "--dataset", "seen_train")
+    count = out.partition(" images,")[0].split()[-1]
+    assert f"boxes that no point learns: {count} of {2 * int(count)} (50.0 %)" in out
+    assert f"({count} too small, 0 covered by smaller boxes)" in out
+    assert "other levels would leave only" in out and "FPN_STRIDES: [4, 8]" in out
+    assert "raise INPUT.MIN_SIZE_TRAIN" in out
+    # The suggestion is a config: with it the same check is content.
+    text = out.partition("MODEL:\n")[2].splitlines()
+    yaml = ["MODEL:"] + [line[4:] for line in text if line.startswith("      ")]
+    Path("better.yaml").write_text("_BASE_: config.yaml\n" + "\n".join(yaml) + "\n")
+    assert tool.main(["--config-file", "better.yaml", "--check", "--dataset", "seen_train"]) == 0
+    assert f"boxes that no point learns: {count} of" not in capsys.readouterr().out
+
+
+def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
+    labels["annotations"][3]["bbox"] = [20, 20, -5, 5]
+    write(labels)
+    Path("photos/4.png").write_bytes(Path("photos/4.png").read_bytes()[:50])
+    Path("photos/5.png").unlink()
+    status, out, _ = run(capsys, "--check")
+    assert status == 1 and "3 problems: training would stop" in out
+    for broken in ("image photos/4.png: ", "image photos/5.png: ", "annotation 4: bbox"):
+        assert broken in out
+    status, out, _ = run(capsys, "--check", "--clean")
+    assert status == 1 and "labels_clean.json; name it in the config instead of labels.json" in out
+    assert not [line for line in out.splitlines() if line.startswith("--clean")]
+    config = Path("config.yaml")
+    config.write_text(config.read_text().replace("labels.json", "labels_clean.json"))
+    status, out, _ = run(capsys, "--check")
+    assert status == 0 and "ready to train" in out
+    assert len(json.loads(Path("labels_clean.json").read_text())["images"]) == 18
+
+
+def test_images_are_not_read_where_asked_not_to(labels, capsys):
+    Path("photos/4.png").write_bytes(b"")
+    assert run(capsys, "--check", "--skip-images")[0] == 0
+
+
+def test_classes_in_another_order_and_another_number_are_problems(labels, capsys):
+    labels["categories"][0]["name"], labels["categories"][1]["name"] = "disc", "dot"
+    Path("other.json").write_text(json.dumps(labels))
+    config = Path("config.yaml")
+    config.write_text(
+        config.read_text().replace(
+            'seen_val: {json: "labels.json"', 'seen_val: {json: "other.json"'
+        )
+    )
+    status, out, _ = run(capsys, "--check", "--skip-images", "MODEL.FCOS.NUM_CLASSES", "7")
+    assert status == 1
+    assert "seen_val has the classes disc, dot, never, but seen_train has dot, disc, never" in out
+    assert "NUM_CLASSES is 7; set it to 3 or leave it out" in out
+
+
+def test_pictures_show_objects_and_the_points_of_every_level(labels, capsys):
+    status, out, _ = run(capsys, "--images", "2", "--output", "drawn")
+    assert status == 0 and "drawn/seen_train" in out
+    files = sorted(Path("drawn").rglob("*.png"))
+    assert len(files) == 4
+    picture = np.asarray(Image.open(files[0]))
+    assert picture.shape[1] > 2 * 320 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--check", "--dataset", "unknown"], "unknown data set 'unknown'"),
+        (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no data set is named"),
+        (["MODEL.FCOS.SIZES_OF_INTEREST", "[1, 2, 3]"], "1 rising bounds between 2 levels"),
+    ],
+)
+def test_senseless_command_is_one_line(labels, capsys, arguments, message):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""Looks at the data of a config before it is trained on.
+
+    python tools/visualize_data.py --config-file FILE [--output DIR] [--images N]
+    python tools/visualize_data.py --config-file FILE --check [--clean] [--skip-images]
+
+Draws images as training sees them, with their boxes and the points that learn them on every level.
+--check reads everything instead: what is broken, what the classes are, which boxes no point learns
+under the configured levels, and which levels would fit better. Its exit status is 1 if training
+would stop. --clean also writes annotation files without what is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+from PIL import Image
+from tqdm import tqdm
+
+from fcos_d2 import InputError
+from fcos_d2.config import fcos_settings
+from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
+from fcos_d2.data.inspection import (
+    Inspection,
+    boxes_of,
+    describe_contents,
+    inspect_dataset,
+    without_problems,
+)
+from fcos_d2.engine import read_cfg
+from fcos_d2.level_fit import (
+    MISSED,
+    STRIDES,
+    LevelFit,
+    Pyramid,
+    Sample,
+    image_levels,
+    measure_fit,
+    suggest_pyramid,
+)
+from fcos_d2.modeling.losses import FCOSLoss
+from fcos_d2.modeling.structures import PointGrid, pack_ground_truth
+from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_assignment, draw_objects, to_rgb
+
+MOST_SHOWN = 20  # broken things that are listed, the others are counted
+MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
+
+
+# ---- pictures ----
+
+
+def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> None:
+    """Writes one picture per image: what training sees, and the points that learn it.
+
+    Raises:
+        InputError: a data set cannot be used.
+    """
+    losses, grid = _rules(cfg)
+    mapper = FCOSDatasetMapper(cfg, is_train=True)
+    for name in names:
+        records = load_dataset(name, filter_empty=False)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for record in records[:: max(1, len(records) // num_images)][:num_images]:
+            picture = _picture(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
+            path = folder / name / f"{Path(record['file_name']).stem}.png"
+            Image.fromarray(picture).save(path)
+        print(f"{name}: pictures in {folder / name}")
+
+
+def _picture(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
+    image, truth = to_rgb(sample["image"], image_format), sample["instances"]
+    scale = max(1.0, PANEL_SIDE / max(image.shape[:2]))
+    boxes = truth.gt_boxes.tensor
+    objects = draw_objects(
+        image, boxes.numpy(), truth.gt_classes.tolist(), class_names(name), scale=scale
+    )
+    levels = image_levels(image.shape[:2], grid)
+    targets = losses.assign(pack_ground_truth([truth]), levels)
+    points = draw_assignment(
+        image, targets.labels[0], levels, losses.num_classes, targets.centerness[0], boxes
+    )
+    title = f"{Path(sample['file_name']).name}, {len(boxes)} objects"
+    return contact_sheet([[objects], [points]], [title])
+
+
+def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, PointGrid]:
+    """The assignment of the config, or what it would be with other levels."""
+    if pyramid is not None:
+        cfg = cfg.clone()
+        cfg.MODEL.FCOS.FPN_STRIDES = pyramid.strides
+        cfg.MODEL.FCOS.SIZES_OF_INTEREST = pyramid.sizes_of_interest
+    fcos = fcos_settings(cfg)
+    try:
+        losses = FCOSLoss(cfg)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return losses, PointGrid(fcos.FPN_STRIDES, fcos.LOCATION_OFFSET, fcos.LOCATION_PITCH)
+
+
+# ---- check ----
+
+
+def check(cfg: CfgNode, names: Sequence[str], read_images: bool, clean: bool) -> bool:
+    """Prints everything about the data sets; whether training can use them as they are.
+
+    Raises:
+        InputError: an annotation file cannot be read at all.
+    """
+    inspections = [inspect_dataset(name, read_images, partial(_bar, name)) for name in names]
+    for inspection in inspections:
+        _print_contents(inspection)
+        if inspection.records:
+            _print_levels(cfg, inspection)
+    print()
+    problems = sum(inspection.num_problems for inspection in inspections)
+    mismatches = _class_mismatches(cfg, inspections)
+    for line in mismatches:
+        print(line)
+    if clean:
+        _write_clean(inspections)
+    elif problems:
+        print("--clean writes annotation files without what is broken")
+    problems += len(mismatches)
+    print(f"{problems} problems: training would stop" if problems else "ready to train")
+    return not problems
+
+
+def _bar(name: str, images: Iterable, total: int) -> Iterable:
+    return tqdm(images, desc=name, total=total, leave=False, disable=None)
+
+
+def _print_contents(inspection: Inspection) -> None:
+    contents = describe_contents(inspection)
+    print(f"\n{inspection.name}")
+    print(f"  {len(inspection.records)} images, {contents.num_boxes} boxes that can be used")
+    broken = [f"image {name}: {why}" for name, why in inspection.image_problems.items()]
+    broken += inspection.annotation_problems
+    if broken:
+        print(f"\n  broken: {len(broken)}")
+        _print_some(broken)
+    notes = [
+        (contents.num_empty, "images without objects"),
+        (contents.num_crowds, "crowd regions (MODEL.FCOS.IGNORE_CROWD leaves them unlearned)"),
+        (contents.num_flat, "boxes of zero width or height, which nothing learns"),
+        (contents.num_outside, "boxes that reach over the border of their image"),
+        (contents.num_repeated, "boxes that are there twice"),
+    ]
+    for count, what in notes:
+        if count:
+            print(f"  note: {count} {what}")
+    print("\n  class                     boxes    images")
+    counts = zip(contents.boxes_per_class, contents.images_per_class, strict=True)
+    most = max(contents.boxes_per_class, default=1)
+    for name, (boxes, images) in zip(inspection.class_names, counts, strict=True):
+        bar = "#" * round(20 * boxes / max(most, 1))
+        print(f"  {name[:22]:22} {boxes:8} {images:9}  {bar if boxes else 'never used'}")
+
+
+def _print_some(lines: Sequence[str]) -> None:
+    for line in lines[:MOST_SHOWN]:
+        print(f"    {line}")
+    if len(lines) > MOST_SHOWN:
+        print(f"    and {len(lines) - MOST_SHOWN} more")
+
+
+def _class_mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
+    """Data sets that number their classes differently, and a model of another number."""
+    first, lines = inspections[0], []
+    for other in inspections[1:]:
+        if other.class_names != first.class_names:
+            lines.append(
+                f"{other.name} has the classes {', '.join(other.class_names)}, but {first.name} "
+                f"has {', '.join(first.class_names)}; a model knows classes by their order"
+            )
+    count, num_classes = len(first.class_names), cfg.MODEL.FCOS.NUM_CLASSES
+    if count and count != num_classes:
+        lines.append(f"MODEL.FCOS.NUM_CLASSES is {num_classes}; set it to {count} or leave it out")
+    return lines
+
+
+def _write_clean(inspections: Sequence[Inspection]) -> None:
+    """One annotation file beside each that has problems, or whose images have."""
+    broken = [inspection for inspection in inspections if inspection.num_problems]
+    for inspection in broken:
+        if inspection.source_file is None:
+            print(f"--clean: {inspection.name} has no COCO file; correct its annotations by hand")
+    for source in dict.fromkeys(i.source_file for i in broken if i.source_file):
+        parts = [i for i in inspections if i.source_file == source]
+        unusable = set().union(*(i.image_problems for i in parts))
+        path = Path(source).with_name(f"{Path(source).stem}_clean.json")
+        path.write_text(json.dumps(without_problems(source, parts[0].image_root, unusable)))
+        print(f"without what is broken: {path}; name it in the config instead of {source}")
+
+
+def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
+    """The fit of the configured levels and of the suggested ones, at the sizes of training."""
+    records = inspection.records[:: max(1, len(inspection.records) // MOST_MEASURED)]
+    sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
+    samples = {
+        size: [_sample(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
+    }
+    fits = {size: measure_fit(samples[size], *_rules(cfg)) for size in sizes}
+    for size, fit in fits.items():
+        print(f"\n  levels at INPUT.MIN_SIZE_TRAIN {size}, {fit.num_images} images")
+        _print_fit(fit, *_rules(cfg))
+    _print_suggestion(cfg, samples[sizes[0]], fits[sizes[0]])
+
+
+def _print_suggestion(cfg: CfgNode, samples: Sequence[Sample], configured: LevelFit) -> None:
+    pyramid = suggest_pyramid(samples)
+    fit = measure_fit(samples, *_rules(cfg, pyramid))
+    share = _share(fit.unserved, fit.num_boxes)
+    if fit.unserved >= configured.unserved:
+        print(f"  these levels fit: those of the paper's proportions would leave {share} unlearned")
+    else:
+        print(f"\n  other levels would leave only {share} unlearned:")
+        for line in _as_yaml(pyramid):
+            print(f"    {line}")
+    if min(pyramid.strides) == STRIDES[0] and fit.too_small > MISSED * fit.num_boxes:
+        print("  many objects are small: raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
+
+
+def _sample(record: dict, size: int, max_size: int) -> Sample:
+    height, width = record["height"], record["width"]
+    new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
+    boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
+    return Sample(new, boxes * np.array([new[1] / width, new[0] / height] * 2))
+
+
+def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
+    print("    stride   box sizes        boxes   points per image")
+    for stride, (low, high), boxes, points in zip(
+        grid.strides, losses.size_ranges, fit.boxes_per_level, fit.points_per_level, strict=True
+    ):
+        # A distance of the range is about half of the box's longer side.
+        sizes = f"{max(0, 2 * low):.0f} to {2 * high:.0f}".replace("to inf", "and more")
+        print(f"    {stride:6}   {sizes:14} {boxes:7} {points / fit.num_images:11.1f}")
+    print(f"    boxes that no point learns: {_share(fit.unserved, fit.num_boxes)}", end="")
+    print(f" ({fit.too_small} too small, {fit.covered} covered by smaller boxes)")
+    positive = sum(fit.points_per_level)
+    print(f"    ambiguous points: {_share(fit.ambiguous, positive)}")
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} ({100 * count / max(total, 1):.1f} %)"
+
+
+def _as_yaml(pyramid: Pyramid) -> list[str]:
+    numbers = [stride.bit_length() - 1 for stride in pyramid.strides]
+    stages = [f"res{n}" for n in numbers if n <= 5] or ["res5"]
+    top = max(0, numbers[-1] - 5)
+    return [
+        "MODEL:",
+        f"  RESNETS: {{OUT_FEATURES: {json.dumps(stages)}}}",
+        f"  FPN: {{IN_FEATURES: {json.dumps(stages)}}}",
+        "  FCOS:",
+        f"    IN_FEATURES: {json.dumps([f'p{n}' for n in numbers])}",
+        f"    FPN_STRIDES: {pyramid.strides}",
+        f"    SIZES_OF_INTEREST: {pyramid.sizes_of_interest}",
+        f"    TOP_LEVELS: {top}",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE")
+    parser.add_argument(
+        "--dataset", action="append", metavar="NAME", help="instead of the config's"
+    )
+    parser.add_argument("--check", action="store_true", help="report instead of pictures")
+    parser.add_argument("--clean", action="store_true", help="write repaired annotation files")
+    parser.add_argument("--skip-images", action="store_true", help="check without reading images")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")
+    parser.add_argument("--images", type=int, default=12, metavar="N", help="default: %(default)s")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="override the config")
+    options = parser.parse_args(arguments)
+    if options.images < 1:
+        parser.error(f"--images must be at least 1, got {options.images}")
+    try:
+        cfg = read_cfg(options.config_file, options.opts)
+        names = options.dataset or list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+        if not names:
+            raise InputError("no data set is named; set DATASETS.TRAIN or pass --dataset NAME")
+        if options.check or options.clean:
+            return int(not check(cfg, names, not options.skip_images, options.clean))
+        draw(cfg, names, options.output or Path(cfg.OUTPUT_DIR) / "data", options.images)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
