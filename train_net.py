@@ -4,6 +4,7 @@
 python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
 python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS output/digits/model_final.pth
 python train_net.py --config-file FILE --num-gpus 8 SOLVER.BASE_LR 0.02 OUTPUT_DIR output/mine
+torchrun --nproc-per-node 2 train_net.py --config-file FILE OUTPUT_DIR output/mine
 """
 
 import sys
@@ -12,7 +13,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import Checkpointer, Trainer, is_lazy, run_lazy, run_script, setup_cfg
+from fcos_d2.engine import Trainer, evaluate, is_lazy, run_lazy, run_script, setup_cfg
 
 
 def main(args):
@@ -24,10 +25,7 @@ def main(args):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
-    model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    results = Trainer.test(cfg, model)
+    results = evaluate(cfg, resume=args.resume)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -5,7 +5,9 @@ Both call themselves 0.6, so nothing here asks for a version.
 
 import logging
 
+import torch.distributed as dist
 from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
 
 from .errors import InputError
 
@@ -13,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(DefaultTrainer):
-    """DefaultTrainer whose checkpoints hold the optimizer (and the gradient scaler).
+    """DefaultTrainer whose checkpoints hold the optimizer, and all else that ``_trainer`` saves.
 
-    0.6 leaves them out, so that ``--resume`` starts with empty momenta; main keeps them under
+    0.6 leaves it out, so that ``--resume`` starts with empty momenta; main keeps it under
     "_trainer" and cannot resume from a checkpoint without it. This writes what main writes, reads
     both, and is the same code on both: it goes past DefaultTrainer to TrainerBase.
     """
@@ -44,3 +46,18 @@ class ResumableTrainer(DefaultTrainer):
 
 def _is_adam(optimizer_state: dict) -> bool:
     return any("betas" in group for group in optimizer_state["param_groups"])
+
+
+def create_local_process_group(size: int) -> None:
+    """Tells ``detectron2.utils.comm`` which processes are on this machine: ``size`` on each.
+
+    0.6 does that in its own launch() alone; main has a function of this name for all others.
+    """
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, dist.get_world_size(), size):
+        ranks = list(range(first, first + size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -188,7 +188,13 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
 # ---- what nvcc makes of it ----
 
 # Registers that a kernel may use: 64 let 1024 threads share a multiprocessor.
-BUDGETS = {"assign_kernel": 40, "sums_kernel": 40}  # all others:
+BUDGETS = {
+    "assign_kernel": 40,
+    "sums_kernel": 40,
+    "padded_kernel": 40,
+    "flat_kernel": 40,
+    "finish_kernel": 128,  # a block for each level of an image: fewer than multiprocessors
+}  # all others:
 BUDGET = 64
 DOUBLE_BUDGET = 128  # for checking gradients, not for speed
 
@@ -267,8 +273,8 @@ def test_library_links_and_its_kernels_are_registered(hopper, tmp_path, monkeypa
 import torch
 from fcos_d2 import ops
 torch.ops.load_library({str(output)!r})
-for name in ("assign_targets", "sigmoid_focal_loss", "box_loss"):
-    assert ops.backend()[name]["CUDA"] == "compiled", name
+for name, kernels in ops.backend().items():
+    assert kernels["CUDA"] == "compiled", name
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
 
@@ -354,3 +360,20 @@ def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
     assert sum(instruction.is_wide_load() for instruction in path[:first_use]) == 2
     stores = sum("STG" in text and ".128" in text for text in texts)
     assert stores == (2 if grad else 0)
+
+
+@needs_nvcc
+@pytest.mark.skipif(find_disassembler() is None, reason="needs cuobjdump")
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
+@pytest.mark.parametrize("kernel", ["scan", "collect"])
+def test_scan_of_logits(hopper, dtype, kernel):
+    """Four 16-byte loads under way before the first is looked at; few instructions per logit."""
+    folder, _ = hopper
+    code = disassemble(folder / "select_candidates.o", f"{kernel}_kernelI{dtype}E")
+    first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load()]
+    assert len(wide) == 4
+    assert not any("FSETP" in c.text for c in code[first:last])
+    end = next(i for i in range(last, len(code)) if "BAR." in code[i].text)
+    logits = 4 * 8
+    assert sum("FSETP" in c.text for c in code[last:end]) == logits
+    assert end - first <= 8 * logits

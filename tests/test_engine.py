@@ -4,24 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fcos_d2 import add_fcos_config
 from fcos_d2._compat import ResumableTrainer
-from fcos_d2.engine import AssignmentStatistics, Checkpointer, Trainer, evaluator_for, run_script
-from fcos_d2.engine.trainer import training_errors
+from fcos_d2.engine import AssignmentStatistics, Checkpointer, Trainer, evaluator_for
+from fcos_d2.engine.hooks import WeightAveraging
+from fcos_d2.engine.step import StepTrainer
+from fcos_d2.engine.trainer import averaged_model, batch_size
 from fcos_d2.errors import InputError
 
-
-@pytest.fixture
-def cfg():
-    cfg = get_cfg()
-    add_fcos_config(cfg)
-    return cfg
+pytest_plugins = ["tests.script"]
 
 
 @pytest.fixture
@@ -45,18 +40,49 @@ def named_data():
         MetadataCatalog.remove(name)
 
 
+class Fragile(nn.Module):
+    """Two losses that are finite as long as its inputs are, and one whose gradient may not be."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.root = nn.BatchNorm1d(3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch):
+        x = torch.stack([sample["x"] for sample in batch])
+        root = (self.root * x.abs().sum()).sqrt() if x.any() else (0 * self.root).sqrt()
+        return {"loss_a": self.norm(x).sum() + x.sum(), "loss_b": root}
+
+
+def fragile_batch(value: float) -> list[dict]:
+    return [
+        {"x": torch.tensor([value, 0, 1.0 * (value != 0)]), "file_name": f"{n}.png"} for n in "ab"
+    ]
+
+
+def fragile_steps(values, **options) -> tuple[StepTrainer, EventStorage]:
+    """A trainer after one step for each of ``values``."""
+    model = Fragile()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    trainer = StepTrainer(model, map(fragile_batch, values), optimizer, **options)
+    with EventStorage() as storage:
+        for trainer.iter in range(len(values)):
+            storage.iter = trainer.iter
+            trainer.run_step()
+    return trainer, storage
+
+
 def small_model():
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
 
 
 @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
-def test_both_optimizers_honour_the_solver_keys(cfg, name):
-    cfg.merge_from_list(
+def test_both_optimizers_honour_the_solver_keys(fcos_cfg, name):
+    fcos_cfg.merge_from_list(
         ["SOLVER.OPTIMIZER", name, "SOLVER.BASE_LR", 0.5, "SOLVER.WEIGHT_DECAY", 0.25]
         + ["SOLVER.WEIGHT_DECAY_NORM", 0.125, "SOLVER.BIAS_LR_FACTOR", 2.0]
     )
     model = small_model()
-    optimizer = Trainer.build_optimizer(cfg, model)
+    optimizer = Trainer.build_optimizer(fcos_cfg, model)
     assert isinstance(optimizer, {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}[name])
     settings = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -69,11 +95,11 @@ def test_both_optimizers_honour_the_solver_keys(cfg, name):
 
 
 @pytest.mark.parametrize("name", ["SGD", "ADAMW"])
-def test_gradients_are_clipped_for_both_optimizers(cfg, name):
-    cfg.merge_from_list(["SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", True])
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
+def test_gradients_are_clipped_for_both_optimizers(fcos_cfg, name):
+    fcos_cfg.merge_from_list(["SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", True])
+    fcos_cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.5
     model = small_model()
-    optimizer = Trainer.build_optimizer(cfg, model)
+    optimizer = Trainer.build_optimizer(fcos_cfg, model)
     (1000 * model(torch.ones(1, 3, 2, 2))).sum().backward()
     optimizer.step()
     assert max(p.grad.abs().max() for p in model.parameters()) == 0.5
@@ -181,35 +207,111 @@ def test_an_error_lists_five_tensors_and_counts_the_others(tmp_path):
     assert "and 3 more" in str(caught.value)
 
 
-def test_a_checkpoint_that_needs_unpickling_is_refused_in_one_line(tmp_path):
-    torch.save({"model": {}, "args": SimpleNamespace(a=1)}, tmp_path / "pickled.pth")
-    with pytest.raises(InputError, match="pickled.pth is no checkpoint that can be read") as caught:
-        Checkpointer(small_model()).load(str(tmp_path / "pickled.pth"))
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+# ---- numbers that are not finite ----
 
 
-def test_a_loss_report_with_numpy_2_numbers_is_readable():
-    with pytest.raises(InputError) as caught, training_errors():
-        raise FloatingPointError(
-            "Loss became infinite or NaN at iteration=7!\n"
-            "loss_dict = {'loss_fcos_cls': np.float64(nan), 'loss_fcos_loc': np.float64(0.5)}"
-        )
-    assert str(caught.value).startswith(
-        "Loss became infinite or NaN at iteration=7! "
-        "loss_dict = {'loss_fcos_cls': nan, 'loss_fcos_loc': 0.5}; try a lower SOLVER.BASE_LR"
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_itself_iteration_and_images(value):
+    with pytest.raises(InputError) as caught:
+        fragile_steps([1.0, 2.0, value])
+    message = str(caught.value)
+    assert message.startswith("iteration 2: loss_a is nan")
+    assert "for images a.png, b.png; look at these images" in message
+    assert "SOLVER.BASE_LR" in message and "SOLVER.MAX_SKIPPED_ITERS" in message
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameters():
+    with pytest.raises(InputError, match="iteration 1: gradient of root is not finite for images"):
+        fragile_steps([1.0, 0.0])
+
+
+def test_some_iterations_may_be_skipped_and_leave_nothing_behind(caplog):
+    trainer, storage = fragile_steps([1.0, float("nan"), 0.0, 1.0], max_skipped=2)
+    expected, _ = fragile_steps([1.0, 1.0])
+    ours, theirs = trainer.model.state_dict(), expected.model.state_dict()
+    for name in ("root", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"):
+        assert torch.equal(ours[name], theirs[name]), name
+    assert [record.message[:30] for record in caplog.records] == [
+        "iteration 1: loss_a is nan, lo", "iteration 2: gradient of root "
+    ]  # fmt: skip
+    assert "skipped, 2 of 2" in caplog.text
+    assert storage.latest()["skipped_iterations"] == (2, 2)
+    assert len(storage.history("loss_a").values()) == 2
+    with EventStorage():
+        assert trainer.state_dict()["skipped"] == 2
+
+
+def test_one_skipped_iteration_too_many_ends_the_training():
+    with pytest.raises(InputError, match="iteration 2: .*, after 1 skipped ones"):
+        fragile_steps([float("nan"), 1.0, float("nan")], max_skipped=1)
+
+
+# ---- accumulation, averages ----
+
+
+def test_accumulated_gradients_are_those_of_the_mean():
+    values = [1.0, 2.0, 3.0]
+    model = Fragile()
+    trainer = StepTrainer(
+        model, map(fragile_batch, values), torch.optim.SGD(model.parameters(), 0.01), accumulation=3
     )
+    with EventStorage() as storage:
+        trainer.run_step()
+    alone = Fragile()
+    losses = [sum(alone(fragile_batch(value)).values()) for value in values]
+    (sum(losses) / 3).backward()
+    assert storage.latest()["total_loss"][0] == pytest.approx((sum(losses) / 3).item(), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_an_input_error_of_a_spawned_process_is_one_line(monkeypatch, capsys):
-    def spawn(*args, **kwargs):
-        text = (
-            "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call "
-            "last):\n  File 'x.py', line 1\nfcos_d2.errors.InputError: no such data; do that\n"
-        )
-        raise torch.multiprocessing.ProcessRaisedException(text, 1, 4242)
+@pytest.mark.parametrize(("images", "accumulation"), [(6, 4), (6, 0), (0, 1)])
+def test_images_that_cannot_be_divided_are_refused(images, accumulation):
+    with pytest.raises(InputError, match=f"{images} images .*GRADIENT_ACCUMULATION"):
+        batch_size(images, accumulation)
 
-    monkeypatch.setattr("fcos_d2.engine.script.launch", spawn)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
-    assert run_script(lambda args: None, args) == 2
-    assert capsys.readouterr().err == "error: no such data; do that\n"
+
+def test_average_follows_the_weights_and_statistics(tmp_path):
+    model = Fragile()
+    averaged = averaged_model(model, 0.75)
+    hook = WeightAveraging(averaged, Checkpointer(model, str(tmp_path)))
+    hook.trainer = SimpleNamespace(model=model, iter=0, max_iter=3)
+    expected = None
+    for hook.trainer.iter in range(3):
+        for tensor in (model.root.data, model.norm.running_mean):
+            tensor += 1
+        new = torch.cat((model.root.detach().view(1), model.norm.running_mean))
+        expected = new.clone() if expected is None else 0.75 * expected + 0.25 * new
+        assert (tmp_path / "model_final_ema.pth").exists() is False
+        hook.after_step()
+    saved = torch.load(tmp_path / "model_final_ema.pth")["model"]
+    found = torch.cat((saved["root"].view(1), saved["norm.running_mean"]))
+    torch.testing.assert_close(found, expected)
+    assert not any(p.requires_grad for p in averaged.parameters())
+    assert not (tmp_path / "last_checkpoint").exists()  # nothing to resume from
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(InputError, match="MODEL_EMA.DECAY must be in"):
+        averaged_model(small_model(), decay)
+
+
+def test_the_average_is_evaluated_saved_and_found_again(script, monkeypatch):
+    evaluated = []
+
+    def test(cls, cfg, model):
+        evaluated.append({key: value.clone() for key, value in model.state_dict().items()})
+        return {}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    ema = ("MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5)
+    assert script(*ema, "SOLVER.MAX_ITER", 3).status == 0
+    output = script.folder / "output"
+    last, average = (torch.load(output / f"model_final{x}.pth")["model"] for x in ("", "_ema"))
+    assert not torch.equal(last["head.cls_logits.bias"], average["head.cls_logits.bias"])
+    weights = ("--eval-only", "MODEL.WEIGHTS")
+    assert script(*weights, "output/model_final_ema.pth").status == 0
+    assert script(*weights, "output/model_final.pth", *ema).status == 0
+    assert script(*weights, "output/model_final.pth").status == 0
+    torch.testing.assert_close(evaluated, [dict(average)] * 3 + [dict(last)], rtol=0, atol=0)

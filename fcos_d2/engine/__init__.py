@@ -7,16 +7,21 @@ from .checkpoint import Checkpointer
 from .hooks import AssignmentStatistics, TrainingPanels
 from .lazy import is_lazy, run_lazy
 from .script import run_script
-from .setup import setup_cfg
-from .trainer import Trainer, evaluator_for
+from .setup import choose_device, read_cfg, setup_cfg
+from .train_loader import TrainLoader
+from .trainer import Trainer, evaluate, evaluator_for
 
 __all__ = [
     "AssignmentStatistics",
     "Checkpointer",
+    "TrainLoader",
     "Trainer",
     "TrainingPanels",
+    "choose_device",
+    "evaluate",
     "evaluator_for",
     "is_lazy",
+    "read_cfg",
     "run_lazy",
     "run_script",
     "setup_cfg",

@@ -6,25 +6,21 @@ import logging
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    AMPTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    default_writers,
-    hooks,
-)
+from detectron2.engine import HookBase, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from omegaconf import OmegaConf
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
 from .checkpoint import Checkpointer
-from .hooks import AssignmentStatistics
+from .distributed import distribute
+from .hooks import AssignmentStatistics, CheckpointHook, EvaluationHook, WeightAveraging
 from .setup import check_config_file
-from .trainer import training_errors
+from .step import StepTrainer, usable_precision
+from .trainer import averaged_model, batch_size, forget_metrics, training_errors
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +34,54 @@ def run_lazy(args) -> dict | None:
     """Trains or (``--eval-only``) evaluates what a LazyConfig file describes.
 
     The file has the keys of detectron2's lazyconfig_train_net: model, optimizer, lr_multiplier,
-    dataloader and train; ``args.opts`` are overrides like ``train.max_iter=100``.
+    dataloader and train; ``args.opts`` are overrides like ``train.max_iter=100``. Keys that only
+    this function knows, with their defaults: ``train.amp.precision="float16"``,
+    ``train.gradient_accumulation=1``, ``train.max_skipped_iters=0`` and
+    ``train.model_ema=dict(enabled=False, decay=0.999)``; config.py explains them.
     """
     cfg = _load_lazy(args)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="fcos_d2")
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"no GPU found: train.device {cfg.train.device} becomes cpu")
-        cfg.train.device, cfg.train.amp.enabled = "cpu", False
+        cfg.train.device = "cpu"
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         Checkpointer(model).load(cfg.train.init_checkpoint)
         return _test_lazy(cfg, model)
-    cfg.optimizer.params.model = model
-    model = create_ddp_model(model, **cfg.train.ddp)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(
-        model, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer)
-    )
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
-    trainer.register_hooks(_lazy_hooks(cfg, model, checkpointer))
+    trainer = _lazy_trainer(cfg, model)
+    ema = OmegaConf.select(cfg, "train.model_ema") or {"enabled": False}
+    averaged = averaged_model(model, ema.get("decay", 0.999) if ema["enabled"] else 0)
+    states = {"ema": averaged} if averaged else {}
+    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer, **states)
+    checkpoints = CheckpointHook(checkpointer, **cfg.train.checkpointer)
+    trainer.register_hooks(_lazy_hooks(cfg, checkpoints, averaged))
     resuming = args.resume and checkpointer.has_checkpoint()
     checkpointer.reset_class_layer = not resuming
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    with training_errors():
-        trainer.train(trainer.iter + 1 if resuming else 0, cfg.train.max_iter)
+    first = trainer.iter + 1 if resuming else 0
+    if resuming and comm.is_main_process():
+        forget_metrics(f"{cfg.train.output_dir}/metrics.json", first)
+    with training_errors(), checkpoints.listening():
+        trainer.train(first, cfg.train.max_iter)
     return None
+
+
+def _lazy_trainer(cfg, model: nn.Module) -> StepTrainer:
+    train, loader = cfg.train, cfg.dataloader.train
+    accumulation = train.get("gradient_accumulation", 1)
+    loader.total_batch_size = batch_size(loader.total_batch_size, accumulation)
+    cfg.optimizer.params.model = model
+    return StepTrainer(
+        distribute(model, **train.ddp),
+        instantiate(loader),
+        instantiate(cfg.optimizer),
+        accumulation=accumulation,
+        amp_dtype=usable_precision(
+            train.amp.get("precision", "float16") if train.amp.enabled else None, train.device
+        ),
+        max_skipped=train.get("max_skipped_iters", 0),
+    )
 
 
 def _load_lazy(args):
@@ -82,15 +101,19 @@ def _load_lazy(args):
     return cfg
 
 
-def _lazy_hooks(cfg, model: nn.Module, checkpointer: Checkpointer) -> list[HookBase | None]:
+def _lazy_hooks(
+    cfg, checkpoints: CheckpointHook, averaged: AveragedModel | None
+) -> list[HookBase | None]:
     train, is_main = cfg.train, comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if is_main else []
+    model = averaged.module if averaged else checkpoints.checkpointer.model
     return [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         AssignmentStatistics() if is_main else None,
-        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
-        hooks.EvalHook(train.eval_period, lambda: _test_lazy(cfg, model)),
+        WeightAveraging(averaged, checkpoints.checkpointer) if averaged else None,
+        checkpoints,
+        EvaluationHook(train.eval_period, lambda model: _test_lazy(cfg, model), model, checkpoints),
         hooks.PeriodicWriter(writers, period=train.log_period) if is_main else None,
     ]
 

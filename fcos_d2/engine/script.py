@@ -1,24 +1,66 @@
-"""Running a script's main function on as many GPUs as asked for, and its exit status."""
+"""Running a script's main function in as many processes as asked for, and its exit status."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import launch
 
 from ..errors import InputError, one_line_cause
+from .distributed import join_torchrun, started_by_torchrun
+from .hooks import Preempted
 
 
 def run_script(main: Callable, args) -> int:
-    """Runs ``main(args)`` on as many GPUs as ``args`` says; the exit status of the script.
+    """Runs ``main(args)``, on as many GPUs as ``args`` says; the exit status of the script.
+
+    Started by torchrun, this is one of its processes: they form a group, with gloo where there is
+    no GPU, and ``args`` has no say.
 
     0: done. 1 (by SystemExit): TEST.EXPECTED_RESULTS not met. 2: InputError, printed in one line.
-    130: interrupted.
+    75: stopped by SIGTERM, after saving all that --resume needs. 130: interrupted.
     """
     try:
-        _check_gpus(args)
+        if started_by_torchrun():
+            _run_under_torchrun(main, args)
+        else:
+            _launch(main, args)
+    except InputError as error:
+        return _tell_input_error(one_line_cause(error))
+    except torch.multiprocessing.ProcessRaisedException as error:
+        cause = one_line_cause(error)
+        marker = f"{InputError.__module__}.{InputError.__name__}: "
+        if not cause.startswith(marker):
+            raise
+        return _tell_input_error(cause.removeprefix(marker))
+    except Preempted:
+        return _tell_preempted()
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code != Preempted.STATUS:
+            raise
+        return _tell_preempted()
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_under_torchrun(main: Callable, args) -> None:
+    join_torchrun()
+    main(args)
+    dist.destroy_process_group()  # after an error, torchrun ends those who wait for this process
+
+
+def _launch(main: Callable, args) -> None:
+    _check_gpus(args)
+    with _signals_passed_on() if args.num_gpus > 1 else contextlib.nullcontext():
         launch(
             main,
             args.num_gpus,
@@ -27,20 +69,21 @@ def run_script(main: Callable, args) -> int:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except InputError as error:
-        print(f"error: {one_line_cause(error)}", file=sys.stderr)
-        return 2
-    except torch.multiprocessing.ProcessRaisedException as error:
-        cause = one_line_cause(error)
-        marker = f"{InputError.__module__}.{InputError.__name__}: "
-        if not cause.startswith(marker):
-            raise
-        print(f"error: {cause.removeprefix(marker)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """SIGTERM is for the processes that train; this one waits for them."""
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_gpus(args) -> None:
@@ -49,5 +92,16 @@ def _check_gpus(args) -> None:
     if args.num_gpus > max(found, 1):
         raise InputError(
             f"--num-gpus is {args.num_gpus}, but {found} {'GPU is' if found == 1 else 'GPUs are'} "
-            f"there; pass --num-gpus {max(found, 1)}{'' if found else ', which runs on the CPU'}"
+            f"there; pass --num-gpus {max(found, 1)}"
+            + ("" if found else ", or start processes on the CPU with torchrun --nproc-per-node N")
         )
+
+
+def _tell_input_error(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _tell_preempted() -> int:
+    print("stopped by SIGTERM; everything is saved, --resume continues", file=sys.stderr)
+    return Preempted.STATUS

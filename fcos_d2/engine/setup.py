@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import yaml
@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_fcos_config, resolve_convention
-from ..data import prepare
+from ..data import count_classes, prepare, register_datasets
 from ..errors import InputError, one_line_cause
 
 logger = logging.getLogger(__name__)
@@ -34,23 +34,41 @@ def setup_cfg(args) -> CfgNode:
     Raises:
         InputError: file, key, value or data set name that cannot be used.
     """
-    cfg = get_cfg()
-    add_fcos_config(cfg)
-    if args.config_file:
-        _merge_file(cfg, args.config_file)
-    with _config_errors(cfg, "on the command line"):
-        cfg.merge_from_list(args.opts or [])
-    resolve_convention(cfg)
+    cfg = read_cfg(args.config_file, args.opts)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if name not in DatasetCatalog:
             prepare(name)  # which says so, and what to do
-    notice = _choose_device(cfg)
+    notice = choose_device(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
     if notice:
         logger.warning(notice)
     return cfg
+
+
+def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """A config with every key filled in and its own data sets registered; it can still be changed.
+
+    Args:
+        config_file: YAML, or "" for the defaults.
+        opts: KEY VALUE pairs that override it.
+
+    Raises:
+        InputError: file, key or value that cannot be used; a data set that is needed for
+            MODEL.FCOS.NUM_CLASSES and cannot be read.
+    """
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    with _config_errors(cfg, "on the command line"):
+        cfg.merge_from_list(list(opts or []))
+    register_datasets(cfg.DATASETS.REGISTER)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if cfg.MODEL.FCOS.NUM_CLASSES is None and names:
+        cfg.MODEL.FCOS.NUM_CLASSES = count_classes(names[0])
+    return resolve_convention(cfg)
 
 
 def check_config_file(path: str) -> None:
@@ -131,13 +149,14 @@ def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
     return f"{key} must be {type(default).__name__}, {got}; {advice}"
 
 
-def _choose_device(cfg: CfgNode) -> str | None:
+def choose_device(cfg: CfgNode) -> str | None:
     """Sets the CPU where a GPU is asked for and there is none; what to tell the user then."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return None
     notice = f"no GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu"
     cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.AMP.ENABLED:
-        cfg.SOLVER.AMP.ENABLED = False
+    amp = cfg.SOLVER.AMP
+    if amp.ENABLED and amp.PRECISION == "float16":  # which the CPU is not made for
+        amp.ENABLED = False
         notice += ", SOLVER.AMP.ENABLED becomes False"
     return notice

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import logging
-import re
+import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -14,37 +17,92 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import IterableDataset
 
 from .._compat import ResumableTrainer
 from ..data import FCOSDatasetMapper, check_num_classes, load_dataset, prepare
 from ..errors import InputError, one_line_cause
+from ..evaluation import ThresholdEvaluator
+from ..modeling import FCOS
+from ..modeling.tta import FCOSWithTTA
 from .checkpoint import Checkpointer
-from .hooks import AssignmentStatistics, TrainingPanels
+from .distributed import distribute
+from .hooks import (
+    AssignmentStatistics,
+    CheckpointHook,
+    EvaluationHook,
+    TrainingPanels,
+    WeightAveraging,
+)
+from .step import StepTrainer, usable_precision
+from .train_loader import TrainLoader, sampler_from_config
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Trainer(ResumableTrainer):
-    """DefaultTrainer for FCOS, driven by a config of ``setup_cfg``."""
+    """DefaultTrainer for FCOS, driven by a config of ``setup_cfg``.
+
+    Its checkpoints hold all that decides how training goes on: model, average of the model,
+    optimizer, schedule, loss scale, position in the data and random numbers of all processes.
+    """
+
+    def __init__(self, cfg):
+        # Not DefaultTrainer's, which takes a step, a way to distribute and a checkpointer for given
+        # that know neither the CPU nor how to continue.
+        TrainerBase.__init__(self)
+        cfg = scale_to_processes(cfg)
+        amp = cfg.SOLVER.AMP
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = StepTrainer(
+            distribute(model, broadcast_buffers=False),
+            self.build_train_loader(cfg),
+            optimizer,
+            accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
+            amp_dtype=usable_precision(amp.PRECISION if amp.ENABLED else None, cfg.MODEL.DEVICE),
+            max_skipped=cfg.SOLVER.MAX_SKIPPED_ITERS,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.averaged = averaged_model(model, cfg.MODEL_EMA.DECAY if cfg.MODEL_EMA.ENABLED else 0)
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            trainer=weakref.proxy(self),
+            **({"ema": self.averaged} if self.averaged else {}),
+        )
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_model(cls, cfg) -> nn.Module:
-        """DefaultTrainer's, for which wrong values in ``cfg`` are the user's error."""
+        """DefaultTrainer's, compiled if MODEL.COMPILE; wrong values are the user's error."""
         try:
-            return super().build_model(cfg)
+            model = super().build_model(cfg)
         except ValueError as error:
             if str(error).startswith("FCOS"):
                 raise InputError(one_line_cause(error)) from error
             raise
+        if cfg.MODEL.COMPILE:
+            # In place, so that checkpoints stay as they are. Losses and detections are operators
+            # that a compiler could not improve.
+            model.backbone.compile()
+            model.head.compile()
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -66,7 +124,7 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """DefaultTrainer's, with FCOSDatasetMapper and checked data."""
+        """A TrainLoader of checked data, by FCOSDatasetMapper."""
         names = cfg.DATASETS.TRAIN
         if not names:
             raise InputError(
@@ -74,8 +132,16 @@ class Trainer(ResumableTrainer):
             )
         records = load_dataset(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         check_num_classes(names, cfg.MODEL.FCOS.NUM_CLASSES)
-        return build_detection_train_loader(
-            cfg, dataset=records, mapper=FCOSDatasetMapper(cfg, is_train=True)
+        mapper = FCOSDatasetMapper(cfg, is_train=True)
+        if isinstance(records, IterableDataset):  # whose order is its own business
+            return build_detection_train_loader(cfg, dataset=records, mapper=mapper)
+        return TrainLoader(
+            records,
+            mapper=mapper,
+            make_sampler=sampler_from_config(cfg, records),
+            total_batch_size=batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION),
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
     @classmethod
@@ -91,35 +157,189 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the data set's type (``evaluator_type`` in its metadata)."""
-        return evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference")
+        """The evaluator of the data set's type (``evaluator_type`` in its metadata).
 
-    def build_hooks(self) -> list[HookBase]:
+        On the first data set the best score thresholds are measured too, into OUTPUT_DIR.
+        """
+        evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference")
+        if dataset_name != cfg.DATASETS.TEST[0]:
+            return evaluator
+        return DatasetEvaluators([evaluator, ThresholdEvaluator(dataset_name, cfg.OUTPUT_DIR)])
+
+    @classmethod
+    def test(cls, cfg, model: nn.Module, evaluators=None) -> OrderedDict:
+        """DefaultTrainer's; TEST.AUG.ENABLED adds results of test-time augmentation, as ``*_TTA``.
+
+        The folder ``inference_TTA`` keeps its detections.
+        """
+        results = super().test(cfg, model, evaluators)
+        if not cfg.TEST.AUG.ENABLED or evaluators is not None:
+            return results
+        if not isinstance(model, FCOS):
+            raise InputError(
+                "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS, "
+                f"got {cfg.MODEL.META_ARCHITECTURE}; set TEST.AUG.ENABLED False"
+            )
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # every view is made from the original image
+        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
+        evaluators = [evaluator_for(name, folder) for name in cfg.DATASETS.TEST]
+        augmented = super().test(cfg, FCOSWithTTA(cfg, model), evaluators)
+        results.update({f"{key}_TTA": value for key, value in augmented.items()})
+        return results
+
+    def build_hooks(self) -> list[HookBase | None]:
         """DefaultTrainer's, with ours before the writers."""
-        # Here, because DefaultTrainer makes its checkpointer and then hands it to its hooks.
-        self.checkpointer = Checkpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        cfg, is_main = self.cfg, comm.is_main_process()
+        self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        evaluated = self.averaged.module if self.averaged else self.checkpointer.model
+        return [
+            hooks.IterationTimer(),  # first, so that it times the step alone
+            AssignmentStatistics() if is_main else None,
+            self._build_panels() if is_main and cfg.VIS_PERIOD > 0 else None,
+            hooks.LRScheduler(),
+            self._build_precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            # Before checkpoints, which are to have its result.
+            WeightAveraging(self.averaged, self.checkpointer) if self.averaged else None,
+            # Before the evaluation, so that there is something to look at if that fails.
+            self._checkpoints,
+            EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluator(), evaluated, self._checkpoints),
+            hooks.PeriodicWriter(self.build_writers(), period=20) if is_main else None,
+        ]
+
+    def _build_panels(self) -> TrainingPanels:
+        metadata = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0])
+        return TrainingPanels(self.cfg.VIS_PERIOD, metadata.get("thing_classes"))
+
+    def _build_precise_bn(self) -> hooks.PreciseBN | None:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        if not get_bn_modules(self.model):
+            return None
+        # Its loader is another one, so that the training's goes on undisturbed.
+        loader = self.build_train_loader(cfg)
+        return hooks.PreciseBN(
+            cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
         )
-        default = super().build_hooks()
-        ours: list[HookBase] = []
-        if comm.is_main_process():
-            ours.append(AssignmentStatistics())
-            if self.cfg.VIS_PERIOD > 0:
-                metadata = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0])
-                names = metadata.get("thing_classes")
-                ours.append(TrainingPanels(self.cfg.VIS_PERIOD, names))
-        return [default[0], *ours, *default[1:]]  # after IterationTimer, which times the step alone
+
+    def _evaluator(self):
+        this = weakref.proxy(self)  # a hook must not own its trainer
+
+        def evaluate(model: nn.Module) -> dict:
+            this._last_eval_results = this.test(this.cfg, model)
+            return this._last_eval_results
+
+        return evaluate
 
     def resume_or_load(self, resume: bool = True) -> None:
         """DefaultTrainer's; only weights that start a training may have other classes."""
         checkpointer = self.checkpointer
-        checkpointer.reset_class_layer = not (resume and checkpointer.has_checkpoint())
+        resume = resume and checkpointer.has_checkpoint()
+        checkpointer.reset_class_layer = not resume
         super().resume_or_load(resume=resume)
+        if resume and comm.is_main_process():
+            forget_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json", self.start_iter)
 
     def train(self):
-        """DefaultTrainer's, with a loss that is not finite told in one line."""
-        with training_errors():
-            return super().train()
+        """DefaultTrainer's; SIGTERM saves and stops, and a user's error is told in one line."""
+        with training_errors(), self._checkpoints.listening():
+            try:
+                return super().train()
+            finally:
+                self._trainer.close()
+
+
+def evaluate(cfg, resume: bool = False) -> OrderedDict:
+    """Results on DATASETS.TEST of the weights in MODEL.WEIGHTS.
+
+    Args:
+        cfg: of ``setup_cfg``. With MODEL_EMA.ENABLED, the average of the weights is evaluated if
+            the checkpoint has one.
+        resume: evaluate the last checkpoint in OUTPUT_DIR instead.
+
+    Raises:
+        InputError: weights or data that cannot be used.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if cfg.MODEL_EMA.ENABLED and "ema" in rest:
+        averaged = averaged_model(model, cfg.MODEL_EMA.DECAY)
+        averaged.load_state_dict(rest["ema"])
+        model = averaged.module
+    return Trainer.test(cfg, model)
+
+
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:
+    """The exponential moving average of ``model``, which starts at its first update.
+
+    Statistics of BN are averaged as well: those of the last weights would not fit.
+
+    Args:
+        model: the detector.
+        decay: share of the average that an update keeps, in (0, 1); 0 for no average at all.
+
+    Raises:
+        InputError: another decay.
+    """
+    if not 0 <= decay < 1:
+        raise InputError(f"MODEL_EMA.DECAY must be in (0, 1), got {decay}; 0.999 is common")
+    if not decay:
+        return None
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return averaged.requires_grad_(False)
+
+
+def scale_to_processes(cfg):
+    """``cfg`` for as many processes as there are, by SOLVER.REFERENCE_WORLD_SIZE; see docs.
+
+    Raises:
+        InputError: a batch that the reference cannot divide.
+    """
+    reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference and images % reference:
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide SOLVER.IMS_PER_BATCH "
+            f"{images}; set it to the number of processes that the schedule was made for"
+        )
+    return ResumableTrainer.auto_scale_workers(cfg, comm.get_world_size())
+
+
+def batch_size(images: int, accumulation: int) -> int:
+    """Images of all processes per batch, if a step of ``images`` takes ``accumulation`` batches.
+
+    Raises:
+        InputError: it cannot be divided so.
+    """
+    processes = comm.get_world_size()
+    if accumulation < 1 or images < 1 or images % (accumulation * processes):
+        raise InputError(
+            f"{images} images (SOLVER.IMS_PER_BATCH) cannot be divided by {processes} (processes) "
+            f"x {accumulation} (SOLVER.GRADIENT_ACCUMULATION); make it a multiple of "
+            f"{max(accumulation, 1) * processes}"
+        )
+    return images // accumulation
+
+
+def forget_metrics(path: str, first: int) -> None:
+    """Cuts off what a training that resumes at iteration ``first`` will write again."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "r+b") as file:
+        while line := file.readline():
+            if not _is_before(line, first):
+                file.seek(-len(line), os.SEEK_CUR)
+                file.truncate()
+                return
+
+
+def _is_before(line: bytes, first: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["iteration"] < first
+    except ValueError:  # it was cut off
+        return False
 
 
 def evaluator_for(dataset_name: str, output_dir: str) -> DatasetEvaluator:
@@ -148,7 +368,7 @@ def evaluator_for(dataset_name: str, output_dir: str) -> DatasetEvaluator:
 
 @contextlib.contextmanager
 def training_errors() -> Iterator[None]:
-    """Makes an InputError of a loss that is not finite, and keeps InputErrors out of the log.
+    """Keeps InputErrors out of the log, and makes one of a full disk.
 
     detectron2's loop logs the traceback of whatever ends it; for these, ``run_script`` prints the
     line that matters.
@@ -156,22 +376,22 @@ def training_errors() -> Iterator[None]:
 
     def is_bug(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (FloatingPointError, InputError))
+        return not (isinstance(error, InputError) or _is_full_disk(error))
 
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(is_bug)
     try:
         yield
-    except FloatingPointError as error:
-        raise InputError(_describe_nan(error)) from error
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise InputError(
+            f"cannot write {error.filename or 'to the output folder'}: {error.strerror}; make room "
+            "or set OUTPUT_DIR, and continue with --resume"
+        ) from error
     finally:
         loop.removeFilter(is_bug)
 
 
-def _describe_nan(error: FloatingPointError) -> str:
-    # numpy 2 prints its numbers as np.float64(nan)
-    message = re.sub(r"np\.float\d+\(([^)]*)\)", r"\1", one_line_cause(error))
-    return (
-        f"{message.rstrip('.')}; try a lower SOLVER.BASE_LR, more SOLVER.WARMUP_ITERS or "
-        "SOLVER.CLIP_GRADIENTS.ENABLED True"
-    )
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS

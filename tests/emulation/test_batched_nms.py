@@ -1,0 +1,340 @@
+"""csrc/cuda/batched_nms.cu keeps what greedy suppression in float64 keeps, with the CPU's bits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_d2.ops import backend, reference
+from fcos_d2.ops.batched_nms import NMS_METHODS
+
+from . import emulated
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+
+HAS_CPU_KERNEL = backend()["batched_nms"]["CPU"] == "compiled"
+CLOSE = 1e-6  # what is this close to a bound may fall on either side of it
+
+
+def overlapping(count):
+    size = torch.rand(count, 2) * 30 + 2
+    corner = torch.rand(count, 2) * 40 - 20
+    return torch.cat((corner, corner + size), dim=1)
+
+
+def with_infinities(count):
+    boxes = overlapping(count)
+    kind = torch.randint(40, boxes.shape)
+    for i, special in enumerate((math.nan, math.inf, -math.inf)):
+        boxes = torch.where(kind == i, special, boxes)
+    return boxes
+
+
+# Boxes of several kinds; those of integers meet thresholds exactly.
+BOXES = {
+    "overlapping": overlapping,
+    "integers": lambda count: torch.cat(
+        (corner := torch.randint(4, (count, 2)), corner + torch.randint(5, (count, 2))), dim=1
+    ).float(),
+    "one": lambda count: overlapping(1).expand(count, 4),
+    "far": lambda count: overlapping(count) + torch.arange(count)[:, None] * 100.0,
+    "chain": lambda count: torch.arange(count)[:, None] + torch.tensor([0.0, 0, 4, 4]),
+    "infinities": with_infinities,
+}
+SCORES = {
+    "different": torch.rand,
+    "ties": lambda count: torch.randint(5, (count,)) / 5,
+    "all equal": lambda count: torch.full((count,), 0.5),
+    "negative": torch.randn,
+    "special": lambda count: torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1.0])[
+        torch.randint(6, (count,))
+    ],
+}
+
+
+def iou_matrix(boxes):
+    """float64 [N, N]; NaN where there is no union."""
+    a, b = boxes.double()[:, None], boxes.double()[None]
+    extent = (torch.minimum(a, b)[..., 2:] - torch.maximum(a, b)[..., :2]).clamp(min=0)
+    inter = extent.prod(dim=-1)
+    area = (boxes.double()[:, 2:] - boxes.double()[:, :2]).prod(dim=-1)
+    return inter / (area[:, None] + area[None] - inter)
+
+
+def greedy(boxes, scores, groups, threshold):
+    """(kept indices in float64, whether no overlap is too close to the threshold to tell)."""
+    iou = iou_matrix(boxes)
+    rivals = groups[:, None] == groups[None]
+    close = ((iou - threshold).abs() < CLOSE) & rivals
+    is_exact = bool((boxes == boxes.round()).all()) and threshold in (0.0, 0.25, 0.5, 1.0)
+    hit = (iou > threshold) & rivals
+    alive = torch.ones(len(boxes), dtype=torch.bool)
+    kept = []
+    for i in torch.sort(scores.double(), descending=True, stable=True).indices.tolist():
+        if alive[i]:
+            kept.append(i)
+            alive &= ~hit[i]
+    return kept, is_exact or not close.any()
+
+
+def assert_flat_is_greedy(boxes, scores, groups, threshold):
+    kept = emulated.ops().batched_nms(boxes, scores, groups, threshold)
+    assert kept.dtype == torch.int64
+    if HAS_CPU_KERNEL:
+        assert torch.equal(kept, torch.ops.fcos_d2.batched_nms(boxes, scores, groups, threshold))
+    expected, is_clear = greedy(boxes.float(), scores, groups, threshold)
+    if is_clear and boxes.isfinite().all():
+        assert kept.tolist() == expected
+    return kept
+
+
+def padded_arguments(boxes, scores, classes, threshold=0.5, detections=100, **options):
+    return (
+        boxes, scores, classes, threshold, detections, options.get("class_agnostic", False),
+        options.get("method", "hard"), options.get("sigma", 0.5), options.get("min_score", 0.001),
+    )  # fmt: skip
+
+
+def run_padded(*arguments, **options):
+    """The emulated op; it must have the bits of the CPU's."""
+    arguments = padded_arguments(*arguments, **options)
+    found = emulated.ops().batched_nms_padded(*arguments)
+    if HAS_CPU_KERNEL:
+        expected = torch.ops.fcos_d2.batched_nms_padded(*arguments)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    return found
+
+
+def assert_holds(found, image, boxes, scores, classes):
+    """Checks that an image has these detections and nothing else."""
+    count = len(scores)
+    assert found[3][image] == count and found[3].dtype == torch.int32
+    assert torch.equal(found[0][image, :count], boxes)
+    assert torch.equal(found[2][image, :count], classes)
+    torch.testing.assert_close(found[1][image, :count], scores, rtol=1e-5, atol=1e-12)
+    assert (found[0][image, count:] == 0).all() and (found[1][image, count:] == 0).all()
+    assert (found[2][image, count:] == -1).all()
+
+
+def assert_padded_is_greedy(boxes, scores, classes, threshold, detections, class_agnostic=False):
+    options = {"class_agnostic": class_agnostic}
+    found = run_padded(boxes, scores, classes, threshold, detections, **options)
+    for b in range(len(boxes)):
+        valid = (classes[b] >= 0) & (scores[b] > -math.inf)
+        candidates = [x[b][valid] for x in (boxes, scores, classes)]
+        groups = torch.zeros_like(candidates[2]) if class_agnostic else candidates[2]
+        kept, is_clear = greedy(*candidates[:2], groups, threshold)
+        if is_clear and boxes.isfinite().all():
+            assert_holds(found, b, *(x[kept[:detections]] for x in candidates))
+
+
+def soft_greedy(boxes, scores, classes, threshold, detections, options):
+    """(indices, scores, whether nothing is too close to tell) of soft-NMS in float64."""
+    iou = iou_matrix(boxes).nan_to_num(0)
+    alive = torch.where((classes >= 0) & ~scores.isnan(), scores.double(), -math.inf)
+    kept, kept_scores, is_clear = [], [], True
+    while len(kept) < detections and (alive > -math.inf).any():
+        best = int(alive.argmax())
+        near = (alive - alive[best]).abs() < CLOSE * abs(alive[best])
+        is_clear &= int(near.sum()) == 1
+        kept.append(best)
+        kept_scores.append(alive[best].item())
+        rival = (classes == classes[best]) | options["class_agnostic"]
+        if options["method"] == "linear":
+            is_clear &= not (rival & ((iou[best] - threshold).abs() < CLOSE)).any()
+            factor = torch.where(iou[best] > threshold, 1 - iou[best], 1.0)
+        else:
+            factor = torch.exp(-(iou[best] ** 2) / options["sigma"])
+        alive = torch.where(rival & (alive > -math.inf), alive * factor, alive)
+        alive[best] = -math.inf
+        is_clear &= not ((alive - options["min_score"]).abs() < CLOSE).any()
+        alive = torch.where(alive > options["min_score"], alive, -math.inf)
+    return kept, torch.tensor(kept_scores).float(), is_clear
+
+
+def assert_padded_is_soft_greedy(boxes, scores, classes, threshold, detections, **options):
+    options = {"class_agnostic": False, "sigma": 0.5, "min_score": 0.001, **options}
+    found = run_padded(boxes, scores, classes, threshold, detections, **options)
+    for b in range(len(boxes)):
+        arguments = boxes[b], scores[b], classes[b], threshold, detections
+        kept, kept_scores, is_clear = soft_greedy(*arguments, options)
+        if is_clear and boxes.isfinite().all() and not scores.isinf().any():
+            assert_holds(found, b, boxes[b][kept], kept_scores, classes[b][kept])
+
+
+def random_batch(images, count, kind="overlapping", scores="different", num_classes=3, empty=0.1):
+    """(boxes, scores, classes) with some slots empty."""
+    classes = torch.randint(num_classes, (images, count))
+    return (
+        torch.stack([BOXES[kind](count) for _ in range(images)]),
+        torch.stack([SCORES[scores](count) for _ in range(images)]),
+        torch.where(torch.rand(images, count) < empty, -1, classes),
+    )
+
+
+@pytest.mark.parametrize("kind", BOXES)
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.6, 1.0])
+def test_both_forms_are_greedy(kind, scores, threshold):
+    boxes, values, classes = random_batch(1, 150, kind, scores)
+    assert_flat_is_greedy(boxes[0], values[0], classes[0], threshold)
+    assert_padded_is_greedy(boxes, values, classes, threshold, 20)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("num_classes", [1, 100])
+def test_sizes(count, num_classes):
+    boxes, scores, classes = random_batch(2, count, num_classes=num_classes)
+    assert_padded_is_greedy(boxes, scores, classes, 0.5, 100)
+    assert_padded_is_soft_greedy(boxes, scores, classes, 0.5, 30, method="linear")
+    assert_flat_is_greedy(boxes.flatten(0, 1), scores.flatten(), classes.flatten(), 0.5)
+
+
+@pytest.mark.parametrize("detections", [1, 63, 64, 65, 2000])
+@pytest.mark.parametrize("scores", ["different", "all equal"])
+def test_more_boxes_than_are_sorted_at_a_time(detections, scores):
+    batch = random_batch(1, 1800, "far", scores)
+    assert_padded_is_greedy(*batch, 0.5, detections)
+
+
+def test_search_goes_on_until_the_slots_are_full():
+    """The best 1,200 boxes suppress each other; what fills the slots comes after them."""
+    boxes, _, classes = random_batch(1, 1500, "far", num_classes=1, empty=0)
+    boxes[0, :1200] = boxes[0, 0]
+    scores = torch.linspace(1, 0, 1500)[None]
+    found = run_padded(boxes, scores, classes, 0.5, 10)
+    assert torch.equal(found[0][0], boxes[0, [0, *range(1200, 1209)]])
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("kind", BOXES)
+def test_soft_suppression(method, class_agnostic, kind):
+    batch = random_batch(2, 60, kind)
+    options = {"method": method, "class_agnostic": class_agnostic}
+    assert_padded_is_soft_greedy(*batch, 0.3, 25, **options)
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize("scores", SCORES)
+def test_soft_suppression_has_the_bits_of_the_cpu_for_any_scores(method, scores):
+    batch = random_batch(2, 60, "infinities", scores)
+    run_padded(*batch, 0.3, 80, method=method, min_score=0.0, sigma=0.01)
+
+
+def test_classes_of_any_number_are_apart():
+    boxes, scores, _ = random_batch(1, 40, "one")
+    classes = torch.tensor([0, 2**32, 2**62, 1]).repeat(10)[None]
+    found = run_padded(boxes, scores, classes, 0.5)
+    assert found[3].tolist() == [4] and set(found[2][0, :4].tolist()) == set(classes[0].tolist())
+    assert len(assert_flat_is_greedy(boxes[0], scores[0], classes[0], 0.5)) == 4
+    assert len(assert_flat_is_greedy(boxes[0], scores[0], -classes[0], 0.5)) == 4
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 1000])
+def test_flat_form_waits_for_earlier_boxes_of_a_group(num_groups):
+    boxes = overlapping(700)
+    assert_flat_is_greedy(boxes, torch.rand(700), torch.randint(num_groups, (700,)), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_flat_form_takes_other_dtypes(dtype):
+    boxes, scores = overlapping(100).to(dtype), torch.rand(100).to(dtype)
+    groups = torch.randint(3, (100,))
+    kept = emulated.ops().batched_nms(boxes, scores, groups, 0.5)
+    assert torch.equal(kept, reference.batched_nms(boxes, scores, groups, 0.5))
+
+
+def test_tensors_of_any_layout():
+    boxes, scores, classes = random_batch(2, 50)
+    expected = run_padded(boxes, scores, classes)
+    strided = boxes.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    found = run_padded(strided, scores.t().contiguous().t(), classes.t().contiguous().t())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    kept = emulated.ops().batched_nms(strided[0], scores[0], classes[0], 0.5)
+    assert torch.equal(kept, emulated.ops().batched_nms(boxes[0], scores[0], classes[0], 0.5))
+
+
+@pytest.mark.parametrize("images, count", [(0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize("method", NMS_METHODS)
+def test_no_images_or_no_boxes(images, count, method):
+    batch = torch.zeros(images, count, 4), torch.zeros(images, count)
+    found = run_padded(*batch, torch.zeros(images, count).long(), 0.5, 5, method=method)
+    assert found[0].shape == (images, 5, 4) and found[3].sum() == 0 and (found[2] == -1).all()
+
+
+@pytest.mark.parametrize("method", NMS_METHODS)
+def test_order_of_blocks_and_threads_changes_no_bit(method):
+    batch = random_batch(3, 200, scores="ties")
+    expected = run_padded(*batch, method=method)
+    flat = [x.flatten(0, 1) for x in batch]
+    kept = emulated.ops().batched_nms(*flat, 0.5)
+    for number in range(1, 5):
+        with emulated.schedule(number):
+            found = run_padded(*batch, method=method)
+            assert torch.equal(emulated.ops().batched_nms(*flat, 0.5), kept)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_shuffled_boxes_give_the_same_detections():
+    boxes, scores, classes = random_batch(1, 200)
+    order = torch.randperm(200)
+    found = run_padded(boxes[:, order], scores[:, order], classes[:, order])
+    expected = run_padded(boxes, scores, classes)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    kept = emulated.ops().batched_nms(boxes[0, order], scores[0, order], classes[0, order], 0.5)
+    wanted = emulated.ops().batched_nms(boxes[0], scores[0], classes[0], 0.5)
+    assert torch.equal(order[kept], wanted)
+
+
+def test_fake_kernels_tell_the_truth():
+    boxes, scores, classes = random_batch(2, 30)
+    for method in NMS_METHODS:
+        arguments = padded_arguments(boxes, scores, classes, method=method)
+        emulated.opcheck("batched_nms_padded", *arguments)
+    emulated.opcheck("batched_nms", boxes[0], scores[0], classes[0], 0.5)
+
+
+CASES = {
+    "images": st.integers(1, 2),
+    "count": st.integers(0, 150),
+    "kind": st.sampled_from(list(BOXES)),
+    "scores": st.sampled_from(list(SCORES)),
+    "num_classes": st.sampled_from([1, 3, 80]),
+    "threshold": st.sampled_from([0.0, 0.25, 0.5, 0.6, 1.0]),
+    "detections": st.sampled_from([1, 10, 30, 200]),
+    "class_agnostic": st.booleans(),
+    "method": st.sampled_from(NMS_METHODS),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def check_random_case(
+    images, count, kind, scores, num_classes, threshold, detections, class_agnostic, method, seed
+):
+    torch.manual_seed(seed)
+    batch = random_batch(images, count, kind, scores, num_classes)
+    limits = threshold, detections
+    with emulated.schedule(seed % 3):
+        if method == "hard":
+            assert_padded_is_greedy(*batch, *limits, class_agnostic)
+            assert_flat_is_greedy(*(x.flatten(0, 1) for x in batch), threshold)
+        else:
+            options = {"class_agnostic": class_agnostic, "method": method}
+            assert_padded_is_soft_greedy(*batch, *limits, **options)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(**CASES)
+def test_random_cases(**case):
+    check_random_case(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(**CASES)
+def test_twenty_thousand_random_cases(**case):
+    check_random_case(**case)

@@ -1,0 +1,201 @@
+"""Several processes, with gloo on the CPU: they learn and find what a single one does."""
+
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fcos_d2.engine import run_script
+from fcos_d2.engine.distributed import TORCHRUN, started_by_torchrun
+from fcos_d2.engine.hooks import Preempted
+from fcos_d2.engine.trainer import scale_to_processes
+from fcos_d2.errors import InputError
+
+from .tiny_training import ROOT, metrics, python, write_config
+
+pytest_plugins = ["tests.script"]
+
+# Without BN, whose statistics are those of a process, and without Adam, which makes of a gradient's
+# last bit a whole step.
+ALIKE = ("MODEL.RESNETS.NORM", "GN", "SOLVER.OPTIMIZER", "SGD", "SOLVER.IMS_PER_BATCH", 4)
+ALIKE += ("SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.01, "DATALOADER.NUM_WORKERS", 1)
+ALIKE += ("MODEL_EMA.ENABLED", True)
+
+
+def torchrun(script, *words, cwd, **options):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script]
+    return python(*command, *words, cwd=cwd, **options)
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    done = torchrun(ROOT / "tests/two_processes.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert sorted(done.stdout.splitlines()) == ["agreed 0", "agreed 1"]
+
+
+def test_torchrun_trains_and_evaluates_as_a_single_process_does(script, tmp_path):
+    config = write_config(tmp_path / "data")
+    words = ("--config-file", config, *ALIKE, "OUTPUT_DIR", "two")
+    done = torchrun(ROOT / "train_net.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert script(*ALIKE, "OUTPUT_DIR", "one").status == 0
+    one, two = (torch.load(tmp_path / f / "model_final.pth") for f in ("one", "two"))
+    assert two["trainer"]["_trainer"]["data_loader"]["num_processes"] == 2
+    assert len(two["trainer"]["_trainer"]["random_states"]) == 2
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-5)
+    momenta = (c["trainer"]["_trainer"]["optimizer"]["state"] for c in (two, one))
+    torch.testing.assert_close(*momenta, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(*map(metrics, (tmp_path / "two", tmp_path / "one")), strict=True):
+        ours = {key: value for key, value in ours.items() if not key.startswith("fcos/")}
+        assert ours == pytest.approx({key: theirs[key] for key in ours}, rel=1e-4, nan_ok=True)
+    assert any("bbox/AP" in line for line in metrics(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_evaluation_of_two_processes_is_that_of_one(script, tmp_path):
+    config = write_config(tmp_path / "data")
+    assert script("SOLVER.MAX_ITER", 60, "DATASETS.TEST", "()").status == 0
+    words = ("--eval-only", "MODEL.WEIGHTS", tmp_path / "output/model_final.pth")
+    alone = script(*words).results[0]["bbox"]
+    expected = f'[["bbox", "AP", {alone["AP"]}, 0.0], ["bbox", "AP50", {alone["AP50"]}, 0.0]]'
+    assert alone["AP"] > 0
+    words = ("--config-file", config, *words, "TEST.EXPECTED_RESULTS", expected)
+    done = torchrun(ROOT / "train_net.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
+    config = write_config(tmp_path / "data")
+    options = ("SOLVER.MAX_ITER", 400, "SOLVER.CHECKPOINT_PERIOD", 1000, "DATASETS.TEST", "()")
+    words = ("--config-file", config, *options, *ALIKE[:6])
+    child = os.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        words = [str(word) for word in (sys.executable, *command, ROOT / "train_net.py", *words)]
+        os.execv(sys.executable, words)
+    log = tmp_path / "output/log.txt"
+    while not (log.exists() and "iter: 19" in log.read_text()):
+        time.sleep(0.1)
+        assert os.waitpid(child, os.WNOHANG)[0] == 0, "it ended before its first report"
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    name = (tmp_path / "output/last_checkpoint").read_text()
+    saved = torch.load(tmp_path / "output" / name)
+    assert 19 <= saved["iteration"] < 399 and name == f"model_{saved['iteration']:07d}.pth"
+    more = ("SOLVER.MAX_ITER", saved["iteration"] + 3)
+    done = torchrun(ROOT / "train_net.py", "--resume", *words, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert f"Starting training from iteration {saved['iteration'] + 1}" in log.read_text()
+
+
+# ---- starting ----
+
+
+ARGS = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+
+
+def spawned(monkeypatch, error: Exception) -> int:
+    """The status of a script whose processes on two GPUs end with ``error``."""
+
+    def launch(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("fcos_d2.engine.script.launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return run_script(lambda args: None, ARGS)
+
+
+def test_an_input_error_of_a_spawned_process_is_one_line(monkeypatch, capsys):
+    text = (
+        "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call "
+        "last):\n  File 'x.py', line 1\nfcos_d2.errors.InputError: no such data; do that\n"
+    )
+    error = torch.multiprocessing.ProcessRaisedException(text, 1, 4242)
+    assert spawned(monkeypatch, error) == 2
+    assert capsys.readouterr().err == "error: no such data; do that\n"
+
+
+def test_spawned_processes_that_were_preempted_give_the_script_their_status(monkeypatch, capsys):
+    def exited(status):
+        return torch.multiprocessing.ProcessExitedException("exited", 0, 4242, exit_code=status)
+
+    assert spawned(monkeypatch, exited(Preempted.STATUS)) == Preempted.STATUS
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        spawned(monkeypatch, exited(1))
+
+
+def test_sigterm_is_passed_on_to_spawned_processes(monkeypatch):
+    def launch(main, *args, **kwargs):
+        context = torch.multiprocessing.get_context("fork")
+        ready = context.Event()
+        child = context.Process(target=_exit_on_sigterm, args=(ready,))
+        child.start()
+        assert ready.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        child.join(30)
+        assert child.exitcode == Preempted.STATUS
+        message = "process 0 exited"
+        raise torch.multiprocessing.ProcessExitedException(message, 0, 1, child.exitcode)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("fcos_d2.engine.script.launch", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run_script(lambda args: None, ARGS) == Preempted.STATUS
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def _exit_on_sigterm(ready) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(Preempted.STATUS))
+    ready.set()
+    time.sleep(60)
+
+
+def test_more_gpus_than_there_are_points_to_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run_script(lambda args: None, ARGS) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
+def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in zip(TORCHRUN, "1122", strict=True):
+        monkeypatch.setenv(name, value)
+    assert started_by_torchrun() and run_script(lambda args: None, ARGS) == 2
+    assert "2 processes, but 1 GPU is there; pass --nproc-per-node 1" in capsys.readouterr().err
+
+
+# ---- scaling ----
+
+
+def reference_cfg(cfg, **solver):
+    cfg.merge_from_list([x for k, v in solver.items() for x in (f"SOLVER.{k}", v)])
+    return cfg
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+
+
+def test_one_key_scales_the_schedule_to_the_number_of_processes(fcos_cfg, two_processes):
+    schedule = {"IMS_PER_BATCH": 16, "BASE_LR": 0.01, "MAX_ITER": 90, "STEPS": (60, 80)}
+    cfg = reference_cfg(fcos_cfg, **schedule, WARMUP_ITERS=10, REFERENCE_WORLD_SIZE=8)
+    solver = scale_to_processes(cfg).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (4, 0.0025, 360)
+    assert (solver.STEPS, solver.WARMUP_ITERS) == ((240, 320), 40)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    assert scale_to_processes(cfg).SOLVER.MAX_ITER == 90
+
+
+def test_a_reference_that_does_not_divide_the_batch_is_refused(fcos_cfg):
+    cfg = reference_cfg(fcos_cfg, IMS_PER_BATCH=15, REFERENCE_WORLD_SIZE=8)
+    with pytest.raises(InputError, match="REFERENCE_WORLD_SIZE 8 does not divide .*IMS_PER_BATCH"):
+        scale_to_processes(cfg)

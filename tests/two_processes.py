@@ -1,0 +1,126 @@
+"""One of two processes, started by torchrun: what they do together is what one does alone.
+
+The lone process is this one too, before it joins the other. Prints "agreed" and the rank.
+"""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from fcos_d2.engine.distributed import distribute, join_torchrun, share_buffers
+from fcos_d2.engine.step import StepTrainer
+from fcos_d2.errors import InputError
+from tests.modeling.tiny import sample, tiny_fcos
+
+STEPS, IMAGES = 20, 8
+BOXES = [[8.0, 8, 40, 48], [20.0, 4, 60, 30]]
+
+
+def batches(objects=lambda image: True) -> list[list[dict]]:
+    """STEPS batches of IMAGES; only those that ``objects`` says hold any."""
+    torch.manual_seed(5)
+    return [
+        [
+            {**sample(64, 96, BOXES[: 1 + n % 2] if objects(n) else []), "file_name": f"{n}.png"}
+            for n in range(IMAGES)
+        ]
+        for _ in range(STEPS)
+    ]
+
+
+def my_part(whole: list[list[dict]]) -> list[list[dict]]:
+    """The images of this process."""
+    return [batch[comm.get_rank() :: comm.get_world_size()] for batch in whole]
+
+
+def train(model, data, accumulation: int = 1, steps: int = STEPS, **options):
+    """(losses of every step, gradients of the first, final weights, the trainer)."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
+    wrapped = distribute(model, broadcast_buffers=False)
+    trainer = StepTrainer(wrapped, data, optimizer, accumulation=accumulation, **options)
+    losses, gradients = [], []
+    with EventStorage() as storage:
+        for trainer.iter in range(steps):
+            storage.iter = trainer.iter
+            trainer.run_step()
+            losses.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
+            gradients = gradients or [p.grad.clone() for p in model.parameters()]
+    return losses, gradients, dict(model.named_parameters()), trainer
+
+
+def assert_same(together, alone) -> None:
+    if comm.is_main_process():  # which writes the losses of all
+        for ours, theirs in zip(together[0], alone[0], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(together[1], alone[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[2], alone[2], rtol=1e-5, atol=1e-5)
+
+
+def nonfinite(model) -> None:
+    """Images of one process only, and both know which."""
+    data = my_part(batches())
+    if comm.get_rank() == 1:
+        data[2][0]["image"] = data[2][0]["image"] * float("inf")
+    with pytest.raises(InputError) as caught:
+        train(model, data, steps=4)
+    message = str(caught.value)
+    assert message.startswith("iteration 2: loss_fcos_"), message
+    assert "is nan" in message and "process 1" in message and "process 0" not in message
+    assert "1.png, 3.png, 5.png, 7.png" in message
+    trainer = train(model, data, steps=4, max_skipped=1)[3]
+    assert trainer._skipped == 1
+
+
+def main() -> None:
+    """All scenarios; any failure is a traceback."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    torch.manual_seed(1)
+    model = tiny_fcos()
+    everywhere, nowhere = batches(), batches(lambda image: False)
+    even = batches(lambda image: image % 2 == 0)  # of the first process
+    alone = {"all": train(model, everywhere), "even": train(model, even, steps=4)}
+
+    join_torchrun()
+    rank = comm.get_rank()
+    assert (comm.get_world_size(), comm.get_local_rank()) == (2, rank)
+    assert_same(train(model, my_part(everywhere)), alone["all"])
+    assert_same(train(model, my_part(even), steps=4), alone["even"])
+    nothing = train(model, my_part(nowhere), steps=2)
+    assert comm.is_main_process() is (nothing[0][0].get("loss_fcos_loc") == 0)
+    # Two batches per step, whose objects are as many: the mean is the whole.
+    halved = [batch[:4] * 2 for batch in everywhere]
+    twice = [batch for batch in halved for _ in range(2)]
+    assert_same(
+        train(model, my_part(twice), accumulation=2, steps=4),
+        train(model, my_part(halved), steps=4),
+    )
+    nonfinite(model)
+
+    trainer = train(model, my_part(everywhere), steps=1)[3]
+    trainer.stop_requested = rank == 1
+    with EventStorage():
+        trainer._batches = iter(my_part(everywhere))
+        trainer.run_step()
+    assert trainer.stopping, "one was asked to stop, both must know"
+    trainer.collect_random_states()
+    assert len(trainer._random_states) == (2 if rank == 0 else 0)
+
+    model.pixel_mean.fill_(rank)
+    share_buffers(model)
+    assert model.pixel_mean.eq(0).all()
+    with pytest.raises(InputError, match="SyncBN needs GPUs"):
+        distribute(tiny_fcos(NORM="SyncBN"))
+    comm.synchronize()
+    dist.destroy_process_group()
+    print(f"agreed {rank}")
+
+
+if __name__ == "__main__":
+    main()
