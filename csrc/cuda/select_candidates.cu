@@ -27,10 +27,10 @@ namespace {
 
 constexpr int kScanThreads = 256, kFinishThreads = 512;
 
-// Blocks of a scan that shall fit on a multiprocessor. Half precision brings twice the logits in
-// as many registers.
+// Blocks of a scan that shall fit on a multiprocessor: as many as leave the compiler the registers
+// with which it starts all loads of a turn at once.
 template <class T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 6 : sizeof(T) == 4 ? 4 : 2;
+constexpr int kMinBlocks = sizeof(T) == 2 ? 5 : sizeof(T) == 4 ? 4 : 2;
 
 constexpr int kTileSize = 8192;  // logits that a block looks at together
 constexpr int kTilePoints = 512; // at most; their classes, at most 128
@@ -194,10 +194,33 @@ __device__ float read_quality(const Plan& plan, int level, int64_t image, int64_
 
 template <int Threads>
 struct Scratch {
-  float quality[kTilePoints], bound[kTilePoints];
+  alignas(16) float bound[kTilePoints]; // of every point
+  float quality[kTilePoints];
   uint16_t survivors[kTileSize];
   unsigned of_warps[Threads / 32];
 };
+
+// Bounds of the elements of a vector.
+template <int V>
+__device__ __forceinline__ void load_bounds(
+    const float* bound, bool same_point, unsigned row, unsigned vector, float (&out)[V]) {
+  if constexpr (V == 1) {
+    out[0] = bound[same_point ? row : vector];
+  } else if (same_point) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      out[j] = bound[row];
+    }
+  } else {
+    using Words = std::conditional_t<V % 4 == 0, float4, float2>;
+    constexpr int kEach = int(sizeof(Words) / sizeof(float));
+#pragma unroll
+    for (int j = 0; j < V; j += kEach) {
+      Words words = *reinterpret_cast<const Words*>(bound + vector * V + j);
+      memcpy(out + j, &words, sizeof words);
+    }
+  }
+}
 
 // Bit i * V + j is for element j of the i-th vector of this thread: whether it exceeds the bound.
 template <class T, int V, int Threads>
@@ -236,11 +259,14 @@ __device__ uint32_t find_survivors(const Plan& plan, const Tile& tile, const flo
       if (rows_of[k] < rows) {
         typename Compute<T>::Type x[V];
         unpack<T, V>(logits[k], x);
+        float limit[V];
+        load_bounds<V>(bound, level.columns_are_classes, rows_of[k], vectors_of[k], limit);
+        uint32_t exceed = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          float limit = bound[level.columns_are_classes ? rows_of[k] : vectors_of[k] * V + j];
-          survivors |= uint32_t(float(x[j]) > limit) << ((turn + k) * V + j);
+          exceed |= float(x[j]) > limit[j] ? 1u << j : 0;
         }
+        survivors |= exceed << ((turn + k) * V);
       }
     }
   }
@@ -362,31 +388,37 @@ struct FinishScratch {
   unsigned count;
 };
 
-// Counts the keys of a range that the best `wanted` of it end in. Where all have one rank, the first
-// tiles have the best.
+// Narrows a range of keys to those among which the best `wanted` of it end. Where all have one rank,
+// the first tiles have the best, and no others are looked at.
 template <class T>
-__device__ Bin count_range(
-    const Plan& plan, int level, int64_t image, const Range& range, unsigned wanted,
+__device__ Bin narrow(
+    const Plan& plan, int level, int64_t image, unsigned wanted, Range* range,
     FinishScratch& scratch) {
-  bool one_rank = range.low >> 32 == (range.high - 1) >> 32;
-  int shift = range.shift(), class_tiles = plan.level[level].class_tiles;
+  const LevelPlan& p = plan.level[level];
+  uint32_t rank = uint32_t((range->high - 1) >> 32);
+  bool one_rank = range->low >> 32 == rank;
+  int shift = range->shift();
+  uint64_t least = 0;
   if (threadIdx.x == 0) {
     scratch.count = 0;
   }
   clear_bins<kFinishThreads>(scratch.bins);
-  for (int i = 0; i < plan.level[level].tiles; ++i) {
+  for (int i = 0; i < p.tiles && least == 0; ++i) {
     Tile tile = make_tile(plan, level, image, i);
-    scan_tile<T>(plan, tile, range.low, scratch.scan, [&](bool valid, uint64_t key) {
-      valid = valid && range.contains(key);
-      count_key(valid, unsigned((key - range.low) >> shift), scratch.bins);
+    scan_tile<T>(plan, tile, range->low, scratch.scan, [&](bool valid, uint64_t key) {
+      valid = valid && range->contains(key);
+      count_key(valid, unsigned((key - range->low) >> shift), scratch.bins);
       count_key(valid, 0, &scratch.count);
     });
-    if (one_rank && scratch.count >= wanted && (i + 1) % class_tiles == 0) {
-      break;
+    if (one_rank && scratch.count >= wanted && (i + 1) % p.class_tiles == 0) {
+      int64_t end = int64_t(tile.first_point + tile.num_points) * plan.args.num_classes;
+      least = ranking_key(rank, uint32_t(end - 1)); // later tiles have nothing to add
     }
   }
-  __syncthreads();
-  return find_bin<kFinishThreads>(scratch.bins, wanted, scratch.scan.of_warps, &scratch.found);
+  Bin bin = find_bin<kFinishThreads>(scratch.bins, wanted, scratch.scan.of_warps, &scratch.found);
+  range->high = min(range->high, range->low + (uint64_t(bin.index + 1) << shift));
+  range->low = max(range->low + (uint64_t(bin.index) << shift), least);
+  return bin;
 }
 
 // Replaces an overflowed list; returns how many keys it has then.
@@ -406,11 +438,8 @@ __device__ unsigned replace_list(
     if (range.low >> 32 == least >> 32) {
       range.low = max(range.low, least); // no index is larger
     }
-    bin = count_range<T>(plan, level, image, range, segment.wanted - above, scratch);
+    bin = narrow<T>(plan, level, image, segment.wanted - above, &range, scratch);
     above += bin.above;
-    int shift = range.shift();
-    range.high = min(range.high, range.low + (uint64_t(bin.index + 1) << shift));
-    range.low += uint64_t(bin.index) << shift;
   }
   if (threadIdx.x == 0) {
     scratch.count = 0;
