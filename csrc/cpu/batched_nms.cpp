@@ -80,8 +80,9 @@ class Kept {
     for (size_t id = 0; id + 1 < first_block_.size(); ++id) {
       first_block_[id + 1] = first_block_[id] + (first_block_[id + 1] + kBlock - 1) / kBlock;
     }
-    blocks_.resize(size_t(first_block_.back()));
-    std::memset(blocks_.data(), 0xff, blocks_.size() * sizeof(Block)); // NaN
+    Block empty;
+    std::memset(&empty, 0xff, sizeof empty); // NaN
+    blocks_.assign(size_t(first_block_.back()), empty);
   }
 
   // True, and the box is remembered, where nothing of its class that was kept before suppresses it.

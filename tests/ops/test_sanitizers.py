@@ -145,7 +145,8 @@ def test_kernels_are_clean_under_the_sanitizers(level, tmp_path):
     files = [str(HERE / f"test_{name}.py") for name in (*names, "properties")]
     # What does not depend on the instructions is looked at once.
     only = "compiled" if level == LEVELS[-1] else "compiled and (focal or label or kept or padded)"
-    options = ["-x", "-m", "not slow", "-k", only]
+    # -s: a sanitizer ends the process, and with it what pytest has captured.
+    options = ["-x", "-s", "-m", "not slow", "-k", only]
     done = run(tmp_path, level, "-c", isolated.RUN_TESTS, *options, *files, sanitized=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
