@@ -28,11 +28,7 @@ struct Block {
   float x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
 };
 
-// Compiled once per instruction set; the first call chooses.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-bool any_exceeds(const Block* blocks, int64_t count, const float* box, float threshold) {
+FCOS_CLONES bool any_exceeds(const Block* blocks, int64_t count, const float* box, float threshold) {
   float box_area = area(box);
   for (const Block* block = blocks; block < blocks + count; ++block) {
     int any = 0;

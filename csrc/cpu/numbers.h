@@ -6,6 +6,13 @@
 #include "../core/arguments.h"
 #include "../core/scores.h"
 
+// Before a function: compiled once per instruction set, the first call chooses.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define FCOS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FCOS_CLONES
+#endif
+
 namespace fcos::cpu {
 
 // Storage of the half-precision types; arithmetic happens in float.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../core/ranking.h"
@@ -17,6 +18,8 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kRun = 32;                      // logits looked at without a branch
+constexpr int64_t kLogitsPerPiece = 400'000; // about 0.1 ms
 
 struct Candidate {
   uint64_t key; // of rank and of index = point * K + class
@@ -28,14 +31,20 @@ class Best {
  public:
   explicit Best(int64_t k) : k_(size_t(k)) {}
 
-  bool wants(float rank) const { return rank >= worst_; }
+  // No candidate of a lower rank is among the best.
+  float worst() const { return worst_; }
 
-  void add(float rank, uint32_t index, float score) {
+  // True where `worst` has become higher.
+  bool add(float rank, uint32_t index, float score) {
     found_.push_back({ranking_key(rank, index), score});
-    if (found_.size() >= 2 * k_ + kSlack) {
-      shrink();
+    if (found_.size() < 2 * k_ + kSlack) {
+      return false;
     }
+    shrink();
+    return true;
   }
+
+  void add(const Best& other) { found_.insert(found_.end(), other.found_.begin(), other.found_.end()); }
 
   const std::vector<Candidate>& sorted() {
     if (found_.size() > k_) {
@@ -61,14 +70,51 @@ class Best {
   std::vector<Candidate> found_;
 };
 
-// One level of one image: probabilities of quality, and the bound every logit must exceed.
-struct LevelScan {
-  const SelectCandidates& args;
-  int level;
-  int64_t image;
-  std::vector<float> quality, bound;
+// The first run of kRun logits from `first` on in which one exceeds its bound; `size` for none.
+template <class T>
+FCOS_HD int64_t find_run(const T* x, const float* bounds, int64_t first, int64_t size) {
+  for (; first + kRun <= size; first += kRun) {
+    int any = 0;
+    for (int i = 0; i < kRun; ++i) {
+      any |= float(widen(x[first + i])) > bounds[first + i];
+    }
+    if (any) {
+      return first;
+    }
+  }
+  return first; // what is left is shorter than a run
+}
+FCOS_CLONES int64_t next_run(const float* x, const float* bounds, int64_t first, int64_t size) {
+  return find_run(x, bounds, first, size);
+}
+FCOS_CLONES int64_t next_run(const double* x, const float* bounds, int64_t first, int64_t size) {
+  return find_run(x, bounds, first, size);
+}
+FCOS_CLONES int64_t next_run(const BFloat16* x, const float* bounds, int64_t first, int64_t size) {
+  return find_run(x, bounds, first, size);
+}
+FCOS_CLONES int64_t next_run(const Half* x, const float* bounds, int64_t first, int64_t size) {
+  return find_run(x, bounds, first, size);
+}
 
-  LevelScan(const SelectCandidates& a, int l, int64_t i) : args(a), level(l), image(i) {
+// Logits -> probabilities; `size` is a multiple of kLanes.
+FCOS_CLONES void sigmoid_in_place(float* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Floats lanes;
+    std::memcpy(&lanes, x + i, sizeof lanes);
+    lanes = sigmoid<Floats, Bits>(lanes);
+    std::memcpy(x + i, &lanes, sizeof lanes);
+  }
+}
+
+// One level of one image.
+struct LevelOfImage {
+  int64_t image;
+  int level;
+  std::vector<float> quality; // probability
+  std::vector<float> bound;   // that a logit must exceed
+
+  void find_bounds(const SelectCandidates& args) {
     const Map& map = args.quality.level[level];
     int64_t padded = (map.num_points + kLanes - 1) / kLanes * kLanes;
     quality.assign(padded, 0);
@@ -80,92 +126,127 @@ struct LevelScan {
         quality[p] = float(widen(data[element(map.data_layout, image, 0, p)]));
       }
     });
-    for (int64_t p = 0; p < padded; p += kLanes) {
-      Floats x;
-      std::memcpy(&x, &quality[p], sizeof x);
-      x = sigmoid<Floats, Bits>(x);
-      std::memcpy(&quality[p], &x, sizeof x);
-    }
-    set_bounds(map.num_points);
-  }
-
-  void set_bounds(int64_t num_points) {
-    for (int64_t p = 0; p < num_points; ++p) {
+    sigmoid_in_place(quality.data(), padded);
+    for (int64_t p = 0; p < map.num_points; ++p) {
       bound[p] = logit_bound(args, quality[p]);
     }
   }
-
-  // Scores kLanes logits of points [point, point + kLanes) of one class, or of classes
-  // [channel, channel + kLanes) of one point.
-  void score(Floats x, Floats q, int count, int64_t point, int64_t channel, bool planes, Best* best) {
-    Floats cls = sigmoid<Floats, Bits>(x);
-    Floats both = cls * q;
-    for (int i = 0; i < count; ++i) {
-      float rank = rank_of(args, cls[i], both[i]);
-      if (passes(args, cls[i], both[i]) && best->wants(rank)) {
-        int64_t p = planes ? point + i : point, k = planes ? channel : channel + i;
-        uint32_t index = uint32_t(p * args.num_classes + k);
-        best->add(rank, index, score_of(args, cls[i], both[i]));
-      }
-    }
-  }
-
-  template <class T>
-  void scan(const T* data, int64_t size, const float* q, const float* bounds, int step, int64_t point,
-            int64_t channel, bool planes, Best* best) {
-    for (int64_t first = 0; first < size; first += kLanes) {
-      int count = int(std::min<int64_t>(kLanes, size - first));
-      Floats x = Floats{} - kInfinity;
-      if constexpr (sizeof(T) == 4) {
-        std::memcpy(&x, data + first, sizeof(float) * count);
-      } else {
-        for (int i = 0; i < count; ++i) {
-          x[i] = float(widen(data[first + i]));
-        }
-      }
-      Floats limit, quality_here;
-      std::memcpy(&limit, bounds + first * step, sizeof limit);
-      if (!step) {
-        limit = Floats{} + bounds[0];
-      }
-      Ints above = x > limit;
-      int any = 0;
-      for (int i = 0; i < kLanes; ++i) {
-        any |= above[i];
-      }
-      if (!any) {
-        continue;
-      }
-      std::memcpy(&quality_here, q + first * step, sizeof quality_here);
-      if (!step) {
-        quality_here = Floats{} + q[0];
-      }
-      score(x, quality_here, count, planes ? point + first : point,
-            planes ? channel : channel + first, planes, best);
-    }
-  }
-
-  void run(Best* best) {
-    const Map& map = args.logits.level[level];
-    dispatch(args.logits_dtype, [&](auto zero) {
-      using T = decltype(zero);
-      const T* data = static_cast<const T*>(map.data) + image * map.data_layout.image;
-      if (points_are_neighbours(map)) {
-        for (int k = 0; k < args.num_classes; ++k) {
-          scan(data + k * map.data_layout.channel, map.num_points, quality.data(), bound.data(), 1, 0, k,
-               true, best);
-        }
-      } else {
-        std::vector<float> one_quality(kLanes), one_bound(kLanes);
-        for (int64_t p = 0; p < map.num_points; ++p) {
-          one_quality[0] = quality[p], one_bound[0] = bound[p];
-          scan(data + p * map.data_layout.point, args.num_classes, one_quality.data(), one_bound.data(), 0,
-               p, 0, false, best);
-        }
-      }
-    });
-  }
 };
+
+// Scores logits, kLanes at a time, and keeps the best.
+class Scorer {
+ public:
+  Scorer(const SelectCandidates& args, const LevelOfImage& on, int64_t k)
+      : best(k), bound(on.bound), args_(args), on_(on) {}
+
+  // Logits of consecutive points of one class, or (bounds alike) of consecutive classes of one point.
+  template <class T>
+  void take(const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel, bool is_pixel) {
+    for (int64_t first = 0; first < size; first += kRun) {
+      first = next_run(x, bounds, first, size);
+      int64_t last = std::min(first + kRun, size);
+      int64_t above[kRun];
+      int count = 0;
+      for (int64_t i = first; i < last; ++i) { // without a branch, which would be hard to predict
+        above[count] = i;
+        count += float(widen(x[i])) > bounds[i];
+      }
+      for (int n = 0; n < count; ++n) {
+        int64_t i = above[n];
+        int64_t p = is_pixel ? point : point + i, c = is_pixel ? channel + i : channel;
+        push(float(widen(x[i])), on_.quality[p], uint32_t(p * args_.num_classes + c));
+      }
+    }
+  }
+
+  void flush() {
+    sigmoid_in_place(logit_, kLanes);
+    bool is_full = false;
+    for (int i = 0; i < pending_; ++i) {
+      float cls = logit_[i], both = cls * quality_[i], rank = rank_of(args_, cls, both);
+      if (passes(args_, cls, both) && rank >= best.worst()) {
+        is_full |= best.add(rank, index_[i], score_of(args_, cls, both));
+      }
+    }
+    pending_ = 0;
+    if (is_full) {
+      raise_bounds();
+    }
+  }
+
+  Best best;
+  std::vector<float> bound; // rises as better candidates are found
+
+ private:
+  void push(float logit, float quality, uint32_t index) {
+    logit_[pending_] = logit, quality_[pending_] = quality, index_[pending_] = index;
+    if (++pending_ == kLanes) {
+      flush();
+    }
+  }
+
+  // No class probability exceeds 1, and no rank the class probability.
+  void raise_bounds() {
+    float worst = best.worst(), lowest = logit_below(worst);
+    for (size_t p = 0; p < bound.size(); ++p) {
+      bool hopeless = args_.rank_with_quality && on_.quality[p] < worst;
+      bound[p] = hopeless ? kInfinity : max_of(bound[p], lowest);
+    }
+  }
+
+  const SelectCandidates& args_;
+  const LevelOfImage& on_;
+  int pending_ = 0;
+  float logit_[kLanes] = {}, quality_[kLanes] = {};
+  uint32_t index_[kLanes];
+};
+
+// A piece of work: some channel planes of a level of an image, or some of its pixels.
+struct Piece {
+  const LevelOfImage* on;
+  int64_t first, last;
+};
+
+std::vector<Piece> pieces(const SelectCandidates& args, const std::vector<LevelOfImage>& levels) {
+  std::vector<Piece> all;
+  for (const LevelOfImage& on : levels) {
+    const Map& map = args.logits.level[on.level];
+    int64_t total = points_are_neighbours(map) ? args.num_classes : map.num_points;
+    int64_t logits = int64_t(map.num_points) * args.num_classes;
+    int64_t step = std::max<int64_t>(1, total * kLogitsPerPiece / std::max<int64_t>(1, logits));
+    for (int64_t first = 0; first < total && logits > 0; first += step) {
+      all.push_back({&on, first, std::min(first + step, total)});
+    }
+  }
+  return all;
+}
+
+Best best_of(const SelectCandidates& args, const Piece& piece) {
+  const LevelOfImage& on = *piece.on;
+  const Map& map = args.logits.level[on.level];
+  Scorer scorer(args, on, args.slots[on.level + 1] - args.slots[on.level]);
+  dispatch(args.logits_dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = static_cast<const T*>(map.data) + on.image * map.data_layout.image;
+    if (points_are_neighbours(map)) {
+      for (int64_t c = piece.first; c < piece.last; ++c) {
+        const T* plane = data + c * map.data_layout.channel;
+        scorer.take(plane, scorer.bound.data(), map.num_points, 0, c, false);
+      }
+      return;
+    }
+    std::vector<float> bounds(args.num_classes);
+    for (int64_t p = piece.first; p < piece.last; ++p) {
+      if (scorer.bound[p] < kInfinity) {
+        std::fill(bounds.begin(), bounds.end(), scorer.bound[p]);
+        scorer.take(
+            data + p * map.data_layout.point, bounds.data(), args.num_classes, p, 0, true);
+      }
+    }
+  });
+  scorer.flush();
+  return std::move(scorer.best);
+}
 
 void decode(const SelectCandidates& args, int l, int64_t image, uint32_t index, float* box) {
   const Map& map = args.ltrb.level[l];
@@ -185,22 +266,15 @@ void decode(const SelectCandidates& args, int l, int64_t image, uint32_t index, 
   }
 }
 
-void select_level(const SelectCandidates& args, int level, int64_t image) {
-  int64_t first = args.slots[level], last = args.slots[level + 1];
-  int64_t base = image * args.slots[args.levels.count];
-  if (first == last) {
-    return;
-  }
-  Best best(last - first);
-  LevelScan(args, level, image).run(&best);
-  const std::vector<Candidate>& found = best.sorted();
+void write(const SelectCandidates& args, const LevelOfImage& on, Best* best) {
+  int64_t first = args.slots[on.level], last = args.slots[on.level + 1];
+  const std::vector<Candidate>& found = best->sorted();
   for (int64_t slot = first; slot < last; ++slot) {
-    int64_t out = base + slot, i = slot - first;
-    bool filled = i < int64_t(found.size());
+    int64_t out = on.image * args.slots[args.levels.count] + slot, i = slot - first;
     float* box = args.boxes + 4 * out;
-    if (filled) {
+    if (i < int64_t(found.size())) {
       uint32_t index = ranking_index(found[i].key);
-      decode(args, level, image, index, box);
+      decode(args, on.level, on.image, index, box);
       args.scores[out] = found[i].score;
       args.classes[out] = index % uint32_t(args.num_classes);
     } else {
@@ -214,11 +288,31 @@ void select_level(const SelectCandidates& args, int level, int64_t image) {
 } // namespace
 
 void select_candidates(const SelectCandidates& args, ParallelFor parallel_for) {
-  int64_t levels = args.levels.count;
-  parallel_for(args.num_images * levels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      select_level(args, int(item % levels), item / levels);
+  std::vector<LevelOfImage> levels;
+  for (int64_t image = 0; image < args.num_images; ++image) {
+    for (int level = 0; level < args.levels.count; ++level) {
+      levels.push_back({image, level, {}, {}});
     }
+  }
+  auto for_each = [&](size_t count, auto&& function) {
+    parallel_for(int64_t(count), 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        function(i);
+      }
+    });
+  };
+  for_each(levels.size(), [&](int64_t i) { levels[i].find_bounds(args); });
+  std::vector<Piece> all = pieces(args, levels);
+  std::vector<Best> best(all.size(), Best(0));
+  for_each(all.size(), [&](int64_t i) { best[i] = best_of(args, all[i]); });
+  for_each(levels.size(), [&](int64_t i) {
+    Best together(args.slots[levels[i].level + 1] - args.slots[levels[i].level]);
+    for (size_t piece = 0; piece < all.size(); ++piece) {
+      if (all[piece].on == &levels[i]) {
+        together.add(best[piece]);
+      }
+    }
+    write(args, levels[i], &together);
   });
 }
 

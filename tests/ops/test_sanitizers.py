@@ -44,7 +44,7 @@ def build(level: str, sanitized: bool) -> Path:
     jobs = {}
     for source in sources:
         arguments, target = [*extension.extra_compile_args, *options], folder / source.name
-        if "target_clones" in source.read_text():  # the compiler chooses, and not at run time
+        if "FCOS_CLONES" in source.read_text():  # the compiler chooses, and not at run time
             arguments.append(f'-DPROCESSOR_OF_THE_TEST="arch={level}"')
             target = target.with_name(f"{level}-{target.name}")
         jobs[target.with_name(f"{target.name}.o")] = (str(source), arguments)
