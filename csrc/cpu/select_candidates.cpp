@@ -1,6 +1,10 @@
 // select_candidates: the score rule becomes one bound on the logit per point, so that almost every
 // logit costs one comparison; survivors are scored exactly and the best kept in a bounded buffer.
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -70,31 +74,49 @@ class Best {
   std::vector<Candidate> found_;
 };
 
-// The first run of kRun logits from `first` on in which one exceeds its bound; `size` for none.
+// Writes the runs of kRun logits, by number, in which one exceeds its bound; returns how many they
+// are. What is left at the end, shorter than a run, counts as one of them.
 template <class T>
-FCOS_HD int64_t find_run(const T* x, const float* bounds, int64_t first, int64_t size) {
-  for (; first + kRun <= size; first += kRun) {
+FCOS_HD int64_t find_runs(const T* x, const float* bounds, int64_t size, int32_t* runs) {
+  int64_t count = 0, whole = size / kRun;
+  for (int64_t run = 0; run < whole; ++run) {
     int any = 0;
-    for (int i = 0; i < kRun; ++i) {
-      any |= float(widen(x[first + i])) > bounds[first + i];
+    for (int64_t i = run * kRun; i < (run + 1) * kRun; ++i) {
+      any |= float(widen(x[i])) > bounds[i];
     }
-    if (any) {
-      return first;
-    }
+    runs[count] = int32_t(run);
+    count += any != 0;
   }
-  return first; // what is left is shorter than a run
+  runs[count] = int32_t(whole);
+  return count + (size > whole * kRun);
 }
-FCOS_CLONES int64_t next_run(const float* x, const float* bounds, int64_t first, int64_t size) {
-  return find_run(x, bounds, first, size);
+FCOS_CLONES int64_t runs_above(const float* x, const float* bounds, int64_t size, int32_t* runs) {
+  return find_runs(x, bounds, size, runs);
 }
-FCOS_CLONES int64_t next_run(const double* x, const float* bounds, int64_t first, int64_t size) {
-  return find_run(x, bounds, first, size);
+FCOS_CLONES int64_t runs_above(const double* x, const float* bounds, int64_t size, int32_t* runs) {
+  return find_runs(x, bounds, size, runs);
 }
-FCOS_CLONES int64_t next_run(const BFloat16* x, const float* bounds, int64_t first, int64_t size) {
-  return find_run(x, bounds, first, size);
+FCOS_CLONES int64_t runs_above(const BFloat16* x, const float* bounds, int64_t size, int32_t* runs) {
+  return find_runs(x, bounds, size, runs);
 }
-FCOS_CLONES int64_t next_run(const Half* x, const float* bounds, int64_t first, int64_t size) {
-  return find_run(x, bounds, first, size);
+FCOS_CLONES int64_t runs_above(const Half* x, const float* bounds, int64_t size, int32_t* runs) {
+  return find_runs(x, bounds, size, runs);
+}
+
+// A bit for each of the logits that exceed their bounds.
+uint32_t exceeding(const float* logits, const float* bounds, int count) {
+  uint32_t bits = 0;
+  int i = 0;
+#if defined(__SSE2__)
+  for (; i + 4 <= count; i += 4) {
+    __m128 above = _mm_cmpgt_ps(_mm_loadu_ps(logits + i), _mm_loadu_ps(bounds + i));
+    bits |= uint32_t(_mm_movemask_ps(above)) << i;
+  }
+#endif
+  for (; i < count; ++i) {
+    bits |= uint32_t(logits[i] > bounds[i]) << i;
+  }
+  return bits;
 }
 
 // Logits -> probabilities; `size` is a multiple of kLanes.
@@ -142,19 +164,18 @@ class Scorer {
   // Logits of consecutive points of one class, or (bounds alike) of consecutive classes of one point.
   template <class T>
   void take(const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel, bool is_pixel) {
-    for (int64_t first = 0; first < size; first += kRun) {
-      first = next_run(x, bounds, first, size);
-      int64_t last = std::min(first + kRun, size);
-      int64_t above[kRun];
-      int count = 0;
-      for (int64_t i = first; i < last; ++i) { // without a branch, which would be hard to predict
-        above[count] = i;
-        count += float(widen(x[i])) > bounds[i];
-      }
-      for (int n = 0; n < count; ++n) {
-        int64_t i = above[n];
-        int64_t p = is_pixel ? point : point + i, c = is_pixel ? channel + i : channel;
-        push(float(widen(x[i])), on_.quality[p], uint32_t(p * args_.num_classes + c));
+    runs_.resize(size / kRun + 1);
+    int64_t num_runs = runs_above(x, bounds, size, runs_.data());
+    for (int64_t r = 0; r < num_runs; ++r) {
+      int64_t first = int64_t(runs_[r]) * kRun, last = std::min(first + kRun, size);
+      float logits[kRun];
+      std::transform(x + first, x + last, logits, [](T logit) { return float(widen(logit)); });
+      uint32_t above = exceeding(logits, bounds + first, int(last - first));
+      for (; above != 0; above &= above - 1) {
+        int j = __builtin_ctz(above);
+        int64_t p = is_pixel ? point : point + first + j;
+        int64_t c = is_pixel ? channel + first + j : channel;
+        push(logits[j], on_.quality[p], uint32_t(p * args_.num_classes + c));
       }
     }
   }
@@ -196,6 +217,7 @@ class Scorer {
 
   const SelectCandidates& args_;
   const LevelOfImage& on_;
+  std::vector<int32_t> runs_;
   int pending_ = 0;
   float logit_[kLanes] = {}, quality_[kLanes] = {};
   uint32_t index_[kLanes];
