@@ -1,0 +1,125 @@
+"""The documentation tells the truth: links lead somewhere, commands can be typed, examples run."""
+
+import ast
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from fcos_d2.config import add_fcos_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "csrc/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# What stands for something of the reader's.
+PLACEHOLDER = re.compile(r"FILE|HOST|NAME|\.\.\.")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The code blocks of a page in one of the languages; "" is for those that name none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if language in languages]
+
+
+def commands() -> list:
+    """(page, words) of every command that the pages show in blocks without a language."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "", "bash", "sh"):
+            for line in re.sub(r"\\\n\s*", "", block).splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] in ("python", "torchrun", "make", "fcos-d2"):
+                    found.append(pytest.param(page, words, id=f"{page.stem}: {' '.join(words)}"))
+    return found
+
+
+def config_keys(cfg: CfgNode, prefix: str = "") -> set[str]:
+    keys = set()
+    for key, value in cfg.items():
+        name = f"{prefix}{key}"
+        keys |= config_keys(value, f"{name}.") if isinstance(value, CfgNode) else {name}
+    return keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    inside = [target for target in targets if not re.match(r"https?:", target)]
+    assert [target for target in inside if not (page.parent / target).exists()] == []
+
+
+def test_every_page_of_docs_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    names = [page.name for page in PAGES if page.parent.name == "docs" and page.name != "index.md"]
+    assert [name for name in names if f"({name})" not in index] == []
+
+
+def test_commands_are_found():
+    assert len(commands()) > 30
+
+
+@pytest.mark.parametrize("page, words", commands())
+def test_command_can_be_typed(page, words):
+    """Its script is there and knows its flags, its config file and keys exist."""
+    program, *words = words
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    source = source_of(program, words)
+    if source is None:  # a module of Python itself
+        return
+    known = source.read_text() + detectron2_flags(source)
+    flags = [word.partition("=")[0] for word in words[script_at(words) :] if word.startswith("--")]
+    assert [flag for flag in flags if f'"{flag}"' not in known] == []
+    for flag, value in zip(words, words[1:], strict=False):
+        made_on_the_way = not value.startswith("configs/")
+        if flag == "--config-file" and not PLACEHOLDER.search(value) and not made_on_the_way:
+            assert (ROOT / value).is_file()
+    keys = [word for word in words if re.fullmatch(r"[A-Z_]+(\.[A-Z0-9_]+)*", word)]
+    keys = [key for key in keys if "." in key or key == "OUTPUT_DIR"]
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    assert [key for key in keys if key not in config_keys(cfg)] == []
+
+
+def script_at(words: list[str]) -> int:
+    return next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+
+
+def source_of(program: str, words: list[str]) -> Path | None:
+    """The file that reads the flags of a command."""
+    if program == "fcos-d2":
+        return ROOT / "fcos_d2" / "demo.py"
+    if words[0] == "-m":
+        module = ROOT / words[1].replace(".", "/")
+        if words[1].partition(".")[0] not in ("fcos_d2", "benchmarks", "tests"):
+            return None
+        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+    script = ROOT / words[script_at(words)]
+    assert script.is_file(), script
+    return ROOT / "fcos_d2" / "demo.py" if script.parent.name == "demo" else script
+
+
+def detectron2_flags(source: Path) -> str:
+    """The source of detectron2's parser, where the script uses it."""
+    if "default_argument_parser" not in source.read_text():
+        return ""
+    from detectron2.engine import defaults
+
+    return Path(defaults.__file__).read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_is_python(page):
+    for code in blocks(page, "python"):
+        ast.parse(code)
+
+
+def test_examples_of_the_operators_run():
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "ops.md"), module_relative=False)
+    assert tried > 20 and failed == 0
