@@ -1,0 +1,72 @@
+"""Memory stays flat over thousands of calls: nothing that a call makes outlives it."""
+
+import gc
+import os
+
+import pytest
+import torch
+
+from .modeling.tiny import sample, tiny_fcos
+
+pytestmark = pytest.mark.slow
+
+WARM_UP = 0.2  # share of the calls after which memory is first measured
+GROWTH = 0.01  # of the resident memory, allowed from there to the end
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_flat(call, times: int) -> None:
+    for _ in range(int(times * WARM_UP)):
+        call()
+    before = resident_bytes()
+    for _ in range(times - int(times * WARM_UP)):
+        call()
+    after = resident_bytes()
+    assert after - before < GROWTH * before, f"{before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
+
+
+def batch(generator: torch.Generator) -> list[dict]:
+    """Two images of changing size, with none to three objects."""
+    samples = []
+    for _ in range(2):
+        height, width = (int(torch.randint(32, 97, (), generator=generator)) for _ in range(2))
+        count = int(torch.randint(0, 4, (), generator=generator))
+        corner = torch.rand(count, 2, generator=generator) * 16
+        boxes = torch.cat((corner, corner + 4 + torch.rand(count, 2, generator=generator) * 12), 1)
+        samples.append(sample(height, width, boxes.tolist(), [0] * count))
+    return samples
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [batch(generator) for _ in range(50)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_ten_thousand_inferences(batches):
+    model, number = tiny_fcos(INFERENCE_TH_TEST=0.001).eval(), iter(range(10_000))
+
+    def infer():
+        with torch.no_grad():
+            model(batches[next(number) % len(batches)])
+
+    assert_flat(infer, 10_000)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_two_thousand_training_steps(batches):
+    model, number = tiny_fcos().train(), iter(range(2_000))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        sum(model(batches[next(number) % len(batches)]).values()).backward()
+        optimizer.step()
+
+    assert_flat(step, 2_000)
