@@ -1,0 +1,110 @@
+"""Training ops on a GPU: the results of the CPU, no waiting, few launches, CUDA graphs, streams."""
+
+import pytest
+import torch
+
+from fcos_d2.ops import assign_targets, backend, box_loss, sigmoid_focal_loss
+
+from . import inputs
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        backend()["assign_targets"]["CUDA"] != "compiled",
+        reason="fcos_d2/_C_cuda.so is not built",
+    ),
+]
+
+CLASSES, LEVELS = 80, inputs.pyramid()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def only_kernels(implementation):
+    if implementation == "reference":
+        pytest.skip("is about the compiled kernels")
+
+
+def batch(device="cuda", dtype=torch.float32, counts=(20, 0, 3), seed=0):
+    """(maps, packed ground truth) of three images, one without objects."""
+    torch.manual_seed(seed)
+    maps = inputs.predictions(LEVELS, len(counts), CLASSES, dtype)
+    truth = inputs.ground_truth(counts, CLASSES)
+    return [[x.to(device) for x in level] for level in maps], [x.to(device) for x in truth]
+
+
+def losses_and_gradients(maps, truth):
+    """What a training step computes outside of convolutions, without waiting for anything."""
+    maps = [[x.detach().requires_grad_() for x in level] for level in maps]
+    ranges = inputs.ranges(len(LEVELS.strides))
+    targets = assign_targets(*truth, LEVELS, ranges, num_classes=CLASSES)
+    scale = 1 / targets.counts[..., 0].sum().clamp(min=1)
+    cls = sigmoid_focal_loss(maps[0], targets.labels, scale=scale, save_gradient=True)
+    box, quality = box_loss(maps[1], maps[2], targets)
+    flat = [x for level in maps for x in level]
+    losses = (cls, box, quality)
+    return [*losses, *torch.autograd.grad(cls + (box + quality) * scale, flat)]
+
+
+def assert_close(found, expected, dtype):
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want.cpu(), rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_and_gradients_are_those_of_the_cpu(dtype):
+    found = losses_and_gradients(*batch(dtype=dtype))
+    assert_close(found, losses_and_gradients(*batch("cpu", dtype)), dtype)
+
+
+def test_the_same_bits_in_every_run():
+    arguments = batch(dtype=torch.bfloat16)
+    first = losses_and_gradients(*arguments)
+    for _ in range(100):
+        for got, want in zip(losses_and_gradients(*arguments), first, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_nothing_waits_for_the_gpu():
+    arguments = batch()
+    losses_and_gradients(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses_and_gradients(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_follows_its_inputs():
+    maps, truth = batch()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        losses_and_gradients(maps, truth)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = losses_and_gradients(maps, truth)
+    for seed in (1, 2, 3):
+        other_maps, other_truth = batch(seed=seed)
+        pairs = [*zip(sum(maps, []), sum(other_maps, []), strict=True)]
+        for old, new in [*pairs, *zip(truth, other_truth, strict=True)]:
+            old.copy_(new)
+        graph.replay()
+        assert_close(found, losses_and_gradients(other_maps, other_truth), torch.float32)
+
+
+def test_two_streams_do_not_disturb_each_other():
+    batches = [batch(seed=seed) for seed in (1, 2)]
+    expected = [losses_and_gradients(*arguments) for arguments in batches]
+    streams = [torch.cuda.Stream() for _ in batches]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, arguments in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(losses_and_gradients(*arguments))
+        torch.cuda.synchronize()
+        for got, want in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
