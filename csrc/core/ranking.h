@@ -32,4 +32,12 @@ FCOS_HD uint32_t ranking_index(uint64_t key) {
   return ~uint32_t(key);
 }
 
+// The rank of a key of a non-negative float.
+FCOS_HD float ranking_rank(uint64_t key) {
+  uint32_t bits = uint32_t(key >> 32);
+  float rank;
+  std::memcpy(&rank, &bits, sizeof rank);
+  return rank;
+}
+
 } // namespace fcos

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -22,56 +24,63 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kRun = 32;                      // logits looked at without a branch
-constexpr int64_t kLogitsPerPiece = 400'000; // about 0.1 ms
+constexpr int kRun = 32;                       // logits looked at without a branch
+constexpr int64_t kPointsPerBlock = 4096;      // looked at together: their bounds stay in the cache
+constexpr int64_t kLogitsPerThread = 400'000; // about 0.1 ms
 
-struct Candidate {
-  uint64_t key; // of rank and of index = point * K + class
-  float score;
-};
-
-// The best `k` of any number of candidates, in memory for 2 k.
+// The best `k` of any number of candidates by key (ranking.h), in memory for 2 k.
 class Best {
  public:
-  explicit Best(int64_t k) : k_(size_t(k)) {}
+  explicit Best(int64_t k = 0) : k_(size_t(k)) {}
 
   // No candidate of a lower rank is among the best.
   float worst() const { return worst_; }
 
   // True where `worst` has become higher.
-  bool add(float rank, uint32_t index, float score) {
-    found_.push_back({ranking_key(rank, index), score});
-    if (found_.size() < 2 * k_ + kSlack) {
+  bool add(uint64_t key) {
+    size_t limit = 2 * k_ + kSlack;
+    if (found_.size() == found_.capacity()) {
+      found_.reserve(std::min(limit, 2 * found_.size() + kSlack));
+    }
+    found_.push_back(key);
+    if (found_.size() < limit) {
       return false;
     }
-    shrink();
+    drop_the_rest();
     return true;
   }
 
-  void add(const Best& other) { found_.insert(found_.end(), other.found_.begin(), other.found_.end()); }
+  void add(const Best& other) {
+    found_.insert(found_.end(), other.found_.begin(), other.found_.end());
+    trim();
+  }
 
-  const std::vector<Candidate>& sorted() {
+  // Gives back the memory of all but the best.
+  void trim() {
     if (found_.size() > k_) {
-      shrink();
+      drop_the_rest();
     }
-    std::sort(found_.begin(), found_.end(), better);
+    found_.shrink_to_fit();
+  }
+
+  const std::vector<uint64_t>& sorted() {
+    std::sort(found_.begin(), found_.end(), std::greater<>());
     return found_;
   }
 
  private:
   static constexpr size_t kSlack = 256;
-  static bool better(const Candidate& a, const Candidate& b) { return a.key > b.key; }
 
-  void shrink() {
-    std::nth_element(found_.begin(), found_.begin() + int64_t(k_) - 1, found_.end(), better);
+  void drop_the_rest() {
+    std::nth_element(
+        found_.begin(), found_.begin() + int64_t(k_) - 1, found_.end(), std::greater<>());
     found_.resize(k_);
-    uint32_t bits = uint32_t(found_[k_ - 1].key >> 32);
-    std::memcpy(&worst_, &bits, sizeof bits);
+    worst_ = ranking_rank(found_[k_ - 1]);
   }
 
   size_t k_;
   float worst_ = 0;
-  std::vector<Candidate> found_;
+  std::vector<uint64_t> found_;
 };
 
 // Writes the runs of kRun logits, by number, in which one exceeds its bound; returns how many they
@@ -133,37 +142,84 @@ FCOS_CLONES void sigmoid_in_place(float* x, int64_t size) {
 struct LevelOfImage {
   int64_t image;
   int level;
-  std::vector<float> quality; // probability
-  std::vector<float> bound;   // that a logit must exceed
-
-  void find_bounds(const SelectCandidates& args) {
-    const Map& map = args.quality.level[level];
-    int64_t padded = (map.num_points + kLanes - 1) / kLanes * kLanes;
-    quality.assign(padded, 0);
-    bound.assign(padded, kInfinity);
-    dispatch(args.quality_dtype, [&](auto zero) {
-      using T = decltype(zero);
-      const T* data = static_cast<const T*>(map.data);
-      for (int64_t p = 0; p < map.num_points; ++p) {
-        quality[p] = float(widen(data[element(map.data_layout, image, 0, p)]));
-      }
-    });
-    sigmoid_in_place(quality.data(), padded);
-    for (int64_t p = 0; p < map.num_points; ++p) {
-      bound[p] = logit_bound(args, quality[p]);
-    }
-  }
+  Best best; // of the stretches that are done
+  std::mutex mutex;
 };
 
-// Scores logits, kLanes at a time, and keeps the best.
+int64_t num_slots(const SelectCandidates& args, int level) {
+  return args.slots[level + 1] - args.slots[level];
+}
+
+// Looks through points of one level of one image and keeps the best candidates.
 class Scorer {
  public:
-  Scorer(const SelectCandidates& args, const LevelOfImage& on, int64_t k)
-      : best(k), bound(on.bound), args_(args), on_(on) {}
+  Scorer(const SelectCandidates& args, const LevelOfImage& on)
+      : args_(args), on_(on), best_(num_slots(args, on.level)) {}
+
+  Best best_of(int64_t first, int64_t last) {
+    for (; first < last; first += kPointsPerBlock) {
+      first_point_ = first, num_points_ = std::min(kPointsPerBlock, last - first);
+      find_bounds();
+      dispatch(args_.logits_dtype, [&](auto zero) { take_block<decltype(zero)>(); });
+      flush(); // before the bounds go
+    }
+    best_.trim();
+    return std::move(best_);
+  }
+
+ private:
+  void find_bounds() {
+    const Map& map = args_.quality.level[on_.level];
+    int64_t padded = (num_points_ + kLanes - 1) / kLanes * kLanes;
+    quality_.assign(padded, 0);
+    bound_.resize(padded);
+    dispatch(args_.quality_dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const T* data = static_cast<const T*>(map.data);
+      for (int64_t p = 0; p < num_points_; ++p) {
+        quality_[p] = float(widen(data[element(map.data_layout, on_.image, 0, first_point_ + p)]));
+      }
+    });
+    sigmoid_in_place(quality_.data(), padded);
+    for (int64_t p = 0; p < num_points_; ++p) {
+      bound_[p] = logit_bound(args_, quality_[p]);
+    }
+    raise_bounds();
+  }
+
+  // No class probability exceeds 1, and no rank the class probability.
+  void raise_bounds() {
+    float worst = best_.worst(), lowest = logit_below(worst);
+    for (int64_t p = 0; p < num_points_; ++p) {
+      bool hopeless = args_.rank_with_quality && quality_[p] < worst;
+      bound_[p] = hopeless ? kInfinity : max_of(bound_[p], lowest);
+    }
+  }
+
+  template <class T>
+  void take_block() {
+    const Map& map = args_.logits.level[on_.level];
+    const Layout& layout = map.data_layout;
+    const T* data = static_cast<const T*>(map.data) + element(layout, on_.image, 0, first_point_);
+    if (points_are_neighbours(map)) {
+      for (int64_t c = 0; c < args_.num_classes; ++c) {
+        take(data + c * layout.channel, bound_.data(), num_points_, 0, c, false);
+      }
+      return;
+    }
+    bounds_of_classes_.resize(args_.num_classes);
+    for (int64_t p = 0; p < num_points_; ++p) {
+      if (bound_[p] < kInfinity) {
+        std::fill(bounds_of_classes_.begin(), bounds_of_classes_.end(), bound_[p]);
+        take(data + p * layout.point, bounds_of_classes_.data(), args_.num_classes, p, 0, true);
+      }
+    }
+  }
 
   // Logits of consecutive points of one class, or (bounds alike) of consecutive classes of one point.
   template <class T>
-  void take(const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel, bool is_pixel) {
+  void take(
+      const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel, bool is_pixel) {
     runs_.resize(size / kRun + 1);
     int64_t num_runs = runs_above(x, bounds, size, runs_.data());
     for (int64_t r = 0; r < num_runs; ++r) {
@@ -175,8 +231,15 @@ class Scorer {
         int j = __builtin_ctz(above);
         int64_t p = is_pixel ? point : point + first + j;
         int64_t c = is_pixel ? channel + first + j : channel;
-        push(logits[j], on_.quality[p], uint32_t(p * args_.num_classes + c));
+        push(logits[j], quality_[p], uint32_t((first_point_ + p) * args_.num_classes + c));
       }
+    }
+  }
+
+  void push(float logit, float quality, uint32_t index) {
+    logit_[pending_] = logit, quality_of_[pending_] = quality, index_[pending_] = index;
+    if (++pending_ == kLanes) {
+      flush();
     }
   }
 
@@ -184,9 +247,9 @@ class Scorer {
     sigmoid_in_place(logit_, kLanes);
     bool is_full = false;
     for (int i = 0; i < pending_; ++i) {
-      float cls = logit_[i], both = cls * quality_[i], rank = rank_of(args_, cls, both);
-      if (passes(args_, cls, both) && rank >= best.worst()) {
-        is_full |= best.add(rank, index_[i], score_of(args_, cls, both));
+      float cls = logit_[i], both = cls * quality_of_[i], rank = rank_of(args_, cls, both);
+      if (passes(args_, cls, both) && rank >= best_.worst()) {
+        is_full |= best_.add(ranking_key(rank, index_[i]));
       }
     }
     pending_ = 0;
@@ -195,146 +258,87 @@ class Scorer {
     }
   }
 
-  Best best;
-  std::vector<float> bound; // rises as better candidates are found
-
- private:
-  void push(float logit, float quality, uint32_t index) {
-    logit_[pending_] = logit, quality_[pending_] = quality, index_[pending_] = index;
-    if (++pending_ == kLanes) {
-      flush();
-    }
-  }
-
-  // No class probability exceeds 1, and no rank the class probability.
-  void raise_bounds() {
-    float worst = best.worst(), lowest = logit_below(worst);
-    for (size_t p = 0; p < bound.size(); ++p) {
-      bool hopeless = args_.rank_with_quality && on_.quality[p] < worst;
-      bound[p] = hopeless ? kInfinity : max_of(bound[p], lowest);
-    }
-  }
-
   const SelectCandidates& args_;
   const LevelOfImage& on_;
+  Best best_;
+  int64_t first_point_ = 0, num_points_ = 0; // of the block
+  std::vector<float> quality_;               // probability of every point of the block
+  std::vector<float> bound_;                 // that its logits must exceed; rises with `best_`
+  std::vector<float> bounds_of_classes_;     // of one point
   std::vector<int32_t> runs_;
   int pending_ = 0;
-  float logit_[kLanes] = {}, quality_[kLanes] = {};
+  float logit_[kLanes] = {}, quality_of_[kLanes] = {};
   uint32_t index_[kLanes];
 };
 
-// A piece of work: some channel planes of a level of an image, or some of its pixels.
-struct Piece {
-  const LevelOfImage* on;
-  int64_t first, last;
-};
+float read(const Map& map, DType dtype, int64_t image, int64_t channel, int64_t point) {
+  return dispatch(dtype, [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(map.data);
+    return float(widen(data[element(map.data_layout, image, channel, point)]));
+  });
+}
 
-std::vector<Piece> pieces(const SelectCandidates& args, const std::vector<LevelOfImage>& levels) {
-  std::vector<Piece> all;
-  for (const LevelOfImage& on : levels) {
-    const Map& map = args.logits.level[on.level];
-    int64_t total = points_are_neighbours(map) ? args.num_classes : map.num_points;
-    int64_t logits = int64_t(map.num_points) * args.num_classes;
-    int64_t step = std::max<int64_t>(1, total * kLogitsPerPiece / std::max<int64_t>(1, logits));
-    for (int64_t first = 0; first < total && logits > 0; first += step) {
-      all.push_back({&on, first, std::min(first + step, total)});
-    }
+void write_candidate(const SelectCandidates& args, const LevelOfImage& on, uint32_t index, int64_t to) {
+  int l = on.level;
+  int64_t point = index / uint32_t(args.num_classes), channel = index % uint32_t(args.num_classes);
+  float cls = sigmoid(read(args.logits.level[l], args.logits_dtype, on.image, channel, point));
+  float quality = sigmoid(read(args.quality.level[l], args.quality_dtype, on.image, 0, point));
+  float distances[4], *box = args.boxes + 4 * to;
+  for (int side = 0; side < 4; ++side) {
+    distances[side] = read(args.ltrb.level[l], args.ltrb_dtype, on.image, side, point);
   }
-  return all;
-}
-
-Best best_of(const SelectCandidates& args, const Piece& piece) {
-  const LevelOfImage& on = *piece.on;
-  const Map& map = args.logits.level[on.level];
-  Scorer scorer(args, on, args.slots[on.level + 1] - args.slots[on.level]);
-  dispatch(args.logits_dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T* data = static_cast<const T*>(map.data) + on.image * map.data_layout.image;
-    if (points_are_neighbours(map)) {
-      for (int64_t c = piece.first; c < piece.last; ++c) {
-        const T* plane = data + c * map.data_layout.channel;
-        scorer.take(plane, scorer.bound.data(), map.num_points, 0, c, false);
-      }
-      return;
-    }
-    std::vector<float> bounds(args.num_classes);
-    for (int64_t p = piece.first; p < piece.last; ++p) {
-      if (scorer.bound[p] < kInfinity) {
-        std::fill(bounds.begin(), bounds.end(), scorer.bound[p]);
-        scorer.take(
-            data + p * map.data_layout.point, bounds.data(), args.num_classes, p, 0, true);
-      }
-    }
-  });
-  scorer.flush();
-  return std::move(scorer.best);
-}
-
-void decode(const SelectCandidates& args, int l, int64_t image, uint32_t index, float* box) {
-  const Map& map = args.ltrb.level[l];
-  const Level& level = args.levels.level[l];
-  int64_t point = index / uint32_t(args.num_classes);
-  float distances[4];
-  dispatch(args.ltrb_dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T* data = static_cast<const T*>(map.data);
-    for (int c = 0; c < 4; ++c) {
-      distances[c] = float(widen(data[element(map.data_layout, image, c, point)]));
-    }
-  });
-  decode_box(level, point, distances, box);
+  decode_box(args.levels.level[l], point, distances, box);
   if (args.clip) {
-    clip_box(float(args.image_sizes[2 * image]), float(args.image_sizes[2 * image + 1]), box);
+    const int64_t* size = args.image_sizes + 2 * on.image;
+    clip_box(float(size[0]), float(size[1]), box);
   }
+  args.scores[to] = score_of(args, cls, cls * quality);
+  args.classes[to] = channel;
 }
 
-void write(const SelectCandidates& args, const LevelOfImage& on, Best* best) {
-  int64_t first = args.slots[on.level], last = args.slots[on.level + 1];
-  const std::vector<Candidate>& found = best->sorted();
-  for (int64_t slot = first; slot < last; ++slot) {
-    int64_t out = on.image * args.slots[args.levels.count] + slot, i = slot - first;
-    float* box = args.boxes + 4 * out;
-    if (i < int64_t(found.size())) {
-      uint32_t index = ranking_index(found[i].key);
-      decode(args, on.level, on.image, index, box);
-      args.scores[out] = found[i].score;
-      args.classes[out] = index % uint32_t(args.num_classes);
-    } else {
-      box[0] = box[1] = box[2] = box[3] = 0;
-      args.scores[out] = 0;
-      args.classes[out] = -1;
-    }
+void write(const SelectCandidates& args, LevelOfImage& on) {
+  int64_t to = on.image * args.slots[args.levels.count] + args.slots[on.level];
+  int64_t end = to + num_slots(args, on.level);
+  for (uint64_t key : on.best.sorted()) {
+    write_candidate(args, on, ranking_index(key), to++);
   }
+  std::fill(args.boxes + 4 * to, args.boxes + 4 * end, 0.0f);
+  std::fill(args.scores + to, args.scores + end, 0.0f);
+  std::fill(args.classes + to, args.classes + end, -1);
 }
 
 } // namespace
 
 void select_candidates(const SelectCandidates& args, ParallelFor parallel_for) {
-  std::vector<LevelOfImage> levels;
-  for (int64_t image = 0; image < args.num_images; ++image) {
-    for (int level = 0; level < args.levels.count; ++level) {
-      levels.push_back({image, level, {}, {}});
-    }
+  int64_t points_per_image = 0;
+  for (int level = 0; level < args.levels.count; ++level) {
+    points_per_image += args.logits.level[level].num_points;
   }
-  auto for_each = [&](size_t count, auto&& function) {
-    parallel_for(int64_t(count), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        function(i);
+  std::vector<LevelOfImage> levels(size_t(args.num_images * args.levels.count));
+  for (size_t i = 0; i < levels.size(); ++i) {
+    levels[i].image = int64_t(i) / args.levels.count;
+    levels[i].level = int(int64_t(i) % args.levels.count);
+    levels[i].best = Best(num_slots(args, levels[i].level));
+  }
+  // All points of all images in one row, so that threads get equal shares.
+  int64_t grain = 1 + kLogitsPerThread / (args.num_classes + 1);
+  parallel_for(args.num_images * points_per_image, grain, [&](int64_t first, int64_t last) {
+    int64_t begin = 0;
+    for (LevelOfImage& on : levels) {
+      int64_t size = args.logits.level[on.level].num_points;
+      int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, size);
+      if (from < to) {
+        Best found = Scorer(args, on).best_of(from, to);
+        std::lock_guard<std::mutex> lock(on.mutex);
+        on.best.add(found);
       }
-    });
-  };
-  for_each(levels.size(), [&](int64_t i) { levels[i].find_bounds(args); });
-  std::vector<Piece> all = pieces(args, levels);
-  std::vector<Best> best(all.size(), Best(0));
-  for_each(all.size(), [&](int64_t i) { best[i] = best_of(args, all[i]); });
-  for_each(levels.size(), [&](int64_t i) {
-    Best together(args.slots[levels[i].level + 1] - args.slots[levels[i].level]);
-    for (size_t piece = 0; piece < all.size(); ++piece) {
-      if (all[piece].on == &levels[i]) {
-        together.add(best[piece]);
-      }
+      begin += size;
     }
-    write(args, levels[i], &together);
+  });
+  parallel_for(int64_t(levels.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      write(args, levels[i]);
+    }
   });
 }
 

@@ -1,0 +1,56 @@
+// Loaded before libc by test_memory.py: counts the bytes that a process has taken from it.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <malloc.h>
+
+static long held, peak;
+
+static void* taken(void* memory) {
+  if (memory) {
+    long now = __atomic_add_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED), highest = peak;
+    while (now > highest && !__atomic_compare_exchange_n(
+                                &peak, &highest, now, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+  return memory;
+}
+
+// Defines `next`, what libc calls `name`.
+#define NEXT(result, name, ...) \
+  static result (*next)(__VA_ARGS__); \
+  next = next ? next : (result(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
+
+void* malloc(size_t size) {
+  NEXT(void*, "malloc", size_t);
+  return taken(next(size));
+}
+
+void* aligned_alloc(size_t alignment, size_t size) {
+  NEXT(void*, "aligned_alloc", size_t, size_t);
+  return taken(next(alignment, size));
+}
+
+int posix_memalign(void** memory, size_t alignment, size_t size) {
+  NEXT(int, "posix_memalign", void**, size_t, size_t);
+  int error = next(memory, alignment, size);
+  if (!error) {
+    taken(*memory);
+  }
+  return error;
+}
+
+void free(void* memory) {
+  NEXT(void, "free", void*);
+  __atomic_sub_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED);
+  next(memory);
+}
+
+// Starts a measurement; returns the bytes held now.
+long memory_of_the_test_start(void) {
+  return peak = held;
+}
+
+// The most bytes held since the start.
+long memory_of_the_test_peak(void) {
+  return peak;
+}

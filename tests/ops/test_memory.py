@@ -1,0 +1,106 @@
+"""The most memory an op takes on the CPU: all of it, counted at malloc (memory.c)."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import isolated
+
+pytestmark = [
+    pytest.mark.parametrize("implementation", ["compiled"], indirect=True),
+    pytest.mark.skipif(not isolated.BUILT.exists(), reason="nothing is compiled"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's"),
+    pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
+]
+
+# Prints the shares of the maps, by name, that each workload takes beyond what was held before.
+MEASURE = """
+import ctypes, json, sys, torch
+from fcos_d2.ops import *
+from tests.ops import inputs
+torch.set_num_threads(2)
+torch.manual_seed(0)
+counter = ctypes.CDLL(sys.argv[1])
+start, peak = counter.memory_of_the_test_start, counter.memory_of_the_test_peak
+start.restype = peak.restype = ctypes.c_long
+levels = inputs.pyramid(800, 1344)
+shares = {}
+
+def measure(name, function, maps):
+    function()
+    before = start()
+    function()
+    shares[name] = (peak() - before) / sum(level.nbytes for level in maps)
+
+def postprocess(images, prior, topk):
+    logits, ltrb, quality = inputs.predictions(levels, images, 80, prior=prior)
+    sizes = torch.tensor([[800, 1344]] * images)
+
+    def detect():
+        found = select_candidates(logits, ltrb, quality, levels, sizes, topk=topk)
+        return batched_nms_padded(*found)
+
+    measure(f"{images} images, prior {prior}, top {topk}", detect, [*logits, *ltrb, *quality])
+
+def train(boxes):
+    logits, ltrb, quality = inputs.predictions(levels, 2, 80)
+    maps = [level.requires_grad_() for level in (*logits, *ltrb, *quality)]
+    truth = inputs.ground_truth([boxes] * 2, 80, 800, 1344)
+
+    def assign():
+        return assign_targets(*truth, levels, inputs.RANGES, num_classes=80)
+
+    def step():
+        targets = assign()
+        box, centerness = box_loss(ltrb, quality, targets)
+        loss = sigmoid_focal_loss(logits, targets.labels, save_gradient=True)
+        return torch.autograd.grad(loss + box + centerness, maps)
+
+    measure(f"assignment of {boxes} boxes", assign, maps)
+    measure(f"step with {boxes} boxes", step, maps)
+
+for images in 1, 2:
+    for prior in -20, -5, 25:
+        postprocess(images, prior, 1000)
+postprocess(1, -20, 1)
+train(8)
+train(1000)
+print(json.dumps(shares))
+"""
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory) -> dict[str, float]:
+    library = tmp_path_factory.mktemp("memory") / "memory.so"
+    source = Path(__file__).with_name("memory.c")
+    command = ["cc", "-O1", "-fPIC", "-shared", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    command = ["-W", "ignore", "-c", MEASURE, str(library)]
+    done = isolated.run(isolated.ROOT, *command, LD_PRELOAD=str(library))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+# No candidate, thousands of them, and every logit one.
+@pytest.mark.parametrize("prior", [-20, -5, 25])
+@pytest.mark.parametrize("images", [1, 2])
+def test_postprocessing_takes_a_twentieth_of_the_head_outputs(shares, images, prior):
+    # What it returns, of fixed shapes, is nearly 2 percent.
+    assert 0.018 < shares[f"{images} images, prior {prior}, top 1000"] <= 0.05
+
+
+def test_memory_of_postprocessing_follows_the_candidates_asked_for(shares):
+    assert shares["1 images, prior -20, top 1"] < 0.01
+
+
+@pytest.mark.parametrize("boxes", [8, 1000])
+def test_losses_take_little_more_than_their_gradients(shares, boxes):
+    assert 1 <= shares[f"step with {boxes} boxes"] <= 1.2
+
+
+def test_memory_of_assignment_does_not_grow_with_the_boxes(shares):
+    assert shares["assignment of 1000 boxes"] <= 1.1 * shares["assignment of 8 boxes"]
