@@ -105,7 +105,14 @@ struct BoxLoss {
 
 constexpr double kEps = 1e-7;    // keeps denominators away from zero
 constexpr double kMinIou = 1e-6; // below it -log(IoU) is flat
+constexpr double kLogMinIou = -13.815510557964274;
 constexpr double kPi = 3.14159265358979323846;
+
+// By how much a exceeds b.
+template <class T>
+FCOS_HD T beyond(T a, T b) {
+  return max_of(a - b, T(0));
+}
 
 // Loss of prediction p against truth t, both around the same point; see reference.iou_loss.
 template <class T>
@@ -122,7 +129,16 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       overlaps && p.bottom < t.bottom ? overlap_w : T(0)};
   T w = p.left + p.right, h = p.top + p.bottom;
   T target_w = t.left + t.right, target_h = t.top + t.bottom;
-  T both = w * h + target_w * target_h - inter;
+  // What is not in both boxes, by the extents beyond the overlap: no difference of areas, which
+  // would lose all digits of the loss where the boxes are nearly the same.
+  T more_w = beyond(p.left, t.left) + beyond(p.right, t.right);
+  T more_h = beyond(p.top, t.top) + beyond(p.bottom, t.bottom);
+  T less_w = beyond(t.left, p.left) + beyond(t.right, p.right);
+  T less_h = beyond(t.top, p.top) + beyond(t.bottom, p.bottom);
+  T different = overlaps ? overlap_w * (more_h + less_h) + overlap_h * (more_w + less_w) +
+          more_w * more_h + less_w * less_h
+                         : w * h + target_w * target_h;
+  T both = inter + different;
   Ltrb<T> d_both = {
       h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
   T denominator = both + smoothing + eps;
@@ -135,14 +151,15 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
   if (type == LossType::kIou) {
     bool flat = !(iou > T(kMinIou));
     return {
-        -std::log(max_of(iou, T(kMinIou))),
+        flat ? T(-kLogMinIou) : std::log1p((different + eps) / (inter + smoothing)),
         iou,
         {flat ? T(0) : -d_iou.left / iou,
          flat ? T(0) : -d_iou.top / iou,
          flat ? T(0) : -d_iou.right / iou,
          flat ? T(0) : -d_iou.bottom / iou}};
   }
-  BoxLoss<T> out = {1 - iou, iou, {-d_iou.left, -d_iou.top, -d_iou.right, -d_iou.bottom}};
+  T distinct = (different + eps) / denominator; // 1 - iou
+  BoxLoss<T> out = {distinct, iou, {-d_iou.left, -d_iou.top, -d_iou.right, -d_iou.bottom}};
   if (type == LossType::kLinearIou) {
     return out;
   }
@@ -155,7 +172,8 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
     T cover = cover_w * cover_h;
     Ltrb<T> d_cover = {
         grows.left * cover_h, grows.top * cover_w, grows.right * cover_h, grows.bottom * cover_w};
-    T empty = (cover - both) / (cover + eps);
+    T uncovered = overlaps ? more_w * less_h + less_w * more_h : cover - both;
+    T empty = uncovered / (cover + eps);
     out.loss += empty;
     out.slope.left += (d_cover.left - d_both.left - empty * d_cover.left) / (cover + eps);
     out.slope.top += (d_cover.top - d_both.top - empty * d_cover.top) / (cover + eps);
@@ -179,7 +197,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
 
   T angle = std::atan2(w, h) - std::atan2(target_w, target_h);
   T aspect = T(4 / (kPi * kPi)) * (angle * angle);
-  T trade_off = aspect / (1 - iou + aspect + eps); // a constant to the gradient (1911.08287)
+  T trade_off = aspect / (distinct + aspect + eps); // a constant to the gradient (1911.08287)
   T factor = trade_off * (T(8 / (kPi * kPi)) * angle) / (w * w + h * h + eps);
   out.loss += trade_off * aspect;
   out.slope.left += factor * h;

@@ -128,9 +128,11 @@ struct Loop {
 
   // Adds the losses and returns the gradient of one vector of logits.
   FCOS_HD Floats take(Floats x, const Lanes& lane) {
+    const Floats zero{};
     Floats z = lane.is_true ? -x : x;
     Floats weight = lane.is_true ? weight_true : weight_other;
-    weight = lane.active ? weight : Floats{};
+    z = lane.active ? z : zero; // it may be NaN
+    weight = lane.active ? weight : zero;
     FocalTerms<Floats> terms = focal_terms<VectorMath, Gamma>(z, gamma);
     if constexpr (Loss) {
       partial += weight * terms.loss;
@@ -216,7 +218,8 @@ double run_in_double(const FocalStrip& strip, const FocalOptions& options) {
     double alpha = options.alpha;
     double weight = alpha < 0 ? 1 : is_true ? alpha : 1 - alpha;
     weight = label == -1 ? 0 : weight;
-    auto terms = focal_terms<ScalarMath<double>, -1>(is_true ? -logits[i] : logits[i], options.gamma);
+    double z = label == -1 ? 0 : is_true ? -logits[i] : logits[i];
+    auto terms = focal_terms<ScalarMath<double>, -1>(z, options.gamma);
     total += weight * terms.loss;
     if (grad) {
       grad[i] = options.scale * (is_true ? -weight : weight) * terms.slope;

@@ -61,7 +61,6 @@ struct FastMath {
   }
 
   static FCOS_HD float reciprocal(float x) { return fast_reciprocal(x); }
-  static FCOS_HD float pow(float x, float y) { return std::pow(x, y); }
 };
 
 // For results that are rounded to 11 bits or fewer: off by at most 3e-5.

@@ -204,12 +204,13 @@ __device__ __forceinline__ void take_patch(
   }
 }
 
-// What a kernel makes of the logits. Half gradients alone need no exact functions.
+// What a kernel makes of the logits. An exponent beyond 2 multiplies every error, so the kernels for
+// any exponent take exact functions; gradients of half types alone need none.
 template <class T, int Gamma, bool Loss, bool Grad>
 struct Kind {
   using Real = typename Compute<T>::Type;
   using Math = std::conditional_t<
-      sizeof(T) == 8, ScalarMath<double>,
+      sizeof(T) == 8 || Gamma < 0, ScalarMath<Real>,
       std::conditional_t<Loss || sizeof(T) == 4, FastMath, CoarseMath>>;
 
   static __device__ FocalTerms<Real> terms(const Plan& plan, Real z) {

@@ -117,7 +117,8 @@ def centerness(ltrb: Tensor) -> Tensor:
     left, top, right, bottom = ltrb.unbind(dim=-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
-    return (horizontal * vertical).sqrt()
+    # Through float64, so that it is rounded as IEEE 754 says, which torch's root of float32 is not.
+    return (horizontal * vertical).double().sqrt().to(ltrb.dtype)
 
 
 def _check_ground_truth(boxes: Tensor, classes: Tensor, offsets: Tensor, num_classes: int) -> None:
@@ -206,13 +207,13 @@ def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, 
     Seen so, both halves of the loss are one formula: ``weight * sigmoid(z)^gamma * softplus(z)``.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
-    is_true_class = labels[:, None] == classes
+    is_true_class, is_ignored = labels[:, None] == classes, labels[:, None] == -1
     sign = torch.where(is_true_class, -1.0, 1.0).to(_accumulate_dtype(logits))
     weight = torch.ones_like(sign)
     if alpha >= 0:
         weight = torch.where(is_true_class, alpha, 1 - alpha).to(sign.dtype)
-    weight = weight * (labels[:, None] != -1)
-    return sign * logits, sign, weight
+    # The logit may be NaN.
+    return (sign * logits).masked_fill(is_ignored, 0), sign, weight.masked_fill(is_ignored, 0)
 
 
 def _labels_like_maps(labels: Tensor, maps: list[Tensor]) -> list[Tensor]:
@@ -305,15 +306,26 @@ def iou_loss(
     d_inter = torch.where(overlaps[..., None], d_inter, 0.0)
     pred_w, pred_h = pred[..., 0] + pred[..., 2], pred[..., 1] + pred[..., 3]
     target_w, target_h = target[..., 0] + target[..., 2], target[..., 1] + target[..., 3]
-    union = pred_w * pred_h + target_w * target_h - inter
+    # What is not in both boxes, by the extents beyond the overlap: no difference of areas, which
+    # would lose all digits of the loss where the boxes are nearly the same.
+    more, less = (pred - target).clamp(min=0), (target - pred).clamp(min=0)
+    more_w, more_h = (more[..., :2] + more[..., 2:]).unbind(dim=-1)
+    less_w, less_h = (less[..., :2] + less[..., 2:]).unbind(dim=-1)
+    different = overlap_w * (more_h + less_h) + overlap_h * (more_w + less_w)
+    different = different + more_w * more_h + less_w * less_h
+    different = torch.where(overlaps, different, pred_w * pred_h + target_w * target_h)
+    union = inter + different
     d_union = torch.stack((pred_h, pred_w, pred_h, pred_w), dim=-1) - d_inter
     denominator = union + smoothing + EPS
     iou = (inter + smoothing) / denominator
     d_iou = (d_inter - iou[..., None] * d_union) / denominator[..., None]
     if loss_type == "iou":
-        d_loss = torch.where((iou > MIN_IOU)[..., None], -d_iou / iou[..., None], 0.0)
-        return -iou.clamp(min=MIN_IOU).log(), iou, d_loss
-    loss, d_loss = 1 - iou, -d_iou
+        steep = iou > MIN_IOU
+        loss = ((different + EPS) / (inter + smoothing)).log1p()  # -log(iou)
+        loss = torch.where(steep, loss, -math.log(MIN_IOU))
+        return loss, iou, torch.where(steep[..., None], -d_iou / iou[..., None], 0.0)
+    distinct = (different + EPS) / denominator  # 1 - iou
+    loss, d_loss = distinct, -d_iou
     if loss_type == "linear_iou":
         return loss, iou, d_loss
 
@@ -322,7 +334,8 @@ def iou_loss(
     if loss_type == "giou":
         cover = cover_w * cover_h
         d_cover = _interleave(d_cover_w * cover_h[..., None], d_cover_h * cover_w[..., None])
-        empty = (cover - union) / (cover + EPS)  # share of the enclosing box that neither covers
+        uncovered = torch.where(overlaps, more_w * less_h + less_w * more_h, cover - union)
+        empty = uncovered / (cover + EPS)  # share of the enclosing box that neither covers
         d_empty = (d_cover - d_union - empty[..., None] * d_cover) / (cover + EPS)[..., None]
         return loss + empty, iou, d_loss + d_empty
 
@@ -338,7 +351,7 @@ def iou_loss(
 
     angle = torch.atan2(pred_w, pred_h) - torch.atan2(target_w, target_h)
     aspect = 4 / math.pi**2 * angle**2
-    trade_off = aspect / (1 - iou + aspect + EPS)  # a constant to the gradient (1911.08287)
+    trade_off = aspect / (distinct + aspect + EPS)  # a constant to the gradient (1911.08287)
     d_angle = torch.stack((pred_h, -pred_w, pred_h, -pred_w), dim=-1)
     d_angle = d_angle / (pred_w**2 + pred_h**2 + EPS)[..., None]
     d_aspect = 8 / math.pi**2 * angle[..., None] * d_angle

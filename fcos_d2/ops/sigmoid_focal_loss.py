@@ -24,7 +24,8 @@ def sigmoid_focal_loss(
     """Sum of the focal loss over all points and classes (arXiv 1708.02002, equation 5).
 
     The one-hot target is never formed: a point of label c is positive for class c and negative for
-    the other K - 1, a background point is negative for all K, an ignored point counts for nothing.
+    the other K - 1, a background point is negative for all K, an ignored point counts for nothing,
+    whatever its logits are.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, float32, float16, bfloat16 or float64, in any

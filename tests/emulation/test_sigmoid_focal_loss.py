@@ -67,7 +67,7 @@ def assert_equals_reference(logits, labels, alpha=0.25, gamma=2.0, rtol=1e-6):
 def assert_saved_gradient_is_right(logits, labels, alpha, gamma, loss, wanted):
     """``wanted`` belongs to the upstream gradient -1.7."""
     ops = emulated.ops()
-    scale, factor, one = (loss.new_tensor(x) for x in (1.7, -1.0, 1.0))
+    scale, factor, one = (loss.new_tensor(x) for x in (3.4, -0.5, 1.0))
     value, grads = ops.sigmoid_focal_loss_with_gradient(logits, labels, scale, alpha, gamma)
     torch.testing.assert_close(value, loss, rtol=1e-6, atol=0, equal_nan=True)
     kept = [grad.clone() for grad in grads]
@@ -75,7 +75,7 @@ def assert_saved_gradient_is_right(logits, labels, alpha, gamma, loss, wanted):
     ops.sigmoid_focal_loss_correct_gradient(grads, one, *others)
     for grad, before, want in zip(grads, kept, wanted, strict=True):
         torch.testing.assert_close(grad, before, rtol=0, atol=0, equal_nan=True)
-        assert_gradient_close(grad, -want)
+        assert_gradient_close(grad, -2 * want)
     ops.sigmoid_focal_loss_correct_gradient(grads, factor, *others)
     for grad, want in zip(grads, wanted, strict=True):
         assert_gradient_close(grad, want)

@@ -82,6 +82,17 @@ def test_smoothing_is_added_to_intersection_and_union():
     )
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("error", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, -1, 1), (-1, 1, -1, 1), (-1, -1, -1, -1)])
+def test_losses_of_good_boxes_keep_their_digits(loss_type, error, signs):
+    truth = torch.tensor([3.0, 5.0, 4.0, 2.0])
+    pred = truth * (1 + error * torch.tensor([0.3, 0.7, 0.9, 0.4]) * torch.tensor(signs))
+    expected, _, _ = iou_loss(pred.double(), truth.double(), loss_type)
+    loss, _ = one_point(pred.tolist(), truth.tolist(), loss_type=loss_type)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_disjoint_boxes_have_a_finite_loss():
     pred, target = (
         [-3.0, 1.0, 4.0, 1.0],
