@@ -6,13 +6,13 @@ They are built against the torch of the environment that is installed into; none
     pip install -e .                      the package with its libraries
     python setup.py build_ext --inplace   the libraries again, only what changed
 
-The CUDA library is built where there are nvcc, a torch with CUDA, and a GPU to run it on. The
-environment can say more:
+The CUDA library is built where there are nvcc and a torch with CUDA, GPU or not: it may be for an
+image, or for other nodes of a cluster. The environment can say more:
 
-    FCOS_D2_CUDA=1          build it, GPU or not; what is missing is an error
+    FCOS_D2_CUDA=1          what is missing for it is an error
     FCOS_D2_CUDA=0          do not build it
-    TORCH_CUDA_ARCH_LIST    build it, GPU or not, for these GPUs, like "8.0;9.0+PTX"; otherwise for
-                            the one of this machine, or without one for all that torch supports
+    TORCH_CUDA_ARCH_LIST    build it for these GPUs, like "8.0;9.0+PTX"; otherwise for the one of
+                            this machine, or without one for all that torch supports (minutes)
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ TORCH_MISSING = """
 """
 NVCC_MISSING = """
 
-    fcos_d2: FCOS_D2_CUDA=1 needs nvcc, which is neither on PATH nor in CUDA_HOME. Type:
+    fcos_d2: the CUDA library needs nvcc, which is neither on PATH nor in CUDA_HOME. Type:
 
         pip install "cuda-toolkit[nvcc,cudart,cccl]=={torch}.*"
 """
-NO_CUDA_IN_TORCH = "fcos_d2: FCOS_D2_CUDA=1 needs a torch with CUDA, this is torch {torch}"
+NO_CUDA_IN_TORCH = "fcos_d2: the CUDA library needs a torch with CUDA, this is torch {torch}"
 OTHER_CUDA = (
     "fcos_d2: nvcc is of CUDA {nvcc} but torch was built with CUDA {torch}: install CUDA toolkit "
     "{torch} and point CUDA_HOME to it, or install a torch for CUDA {nvcc}"
@@ -278,25 +278,19 @@ def cuda_library(nvcc: str, torch: Path) -> Extension:
     return library
 
 
-def wants_cuda() -> bool:
-    """Says whether to try and build for the GPU."""
-    choice = os.environ.get("FCOS_D2_CUDA", "auto")
-    if choice in ("0", "1"):
-        return choice == "1"
-    return bool(os.environ.get("TORCH_CUDA_ARCH_LIST") or visible_gpus())
-
-
 def find_cuda_libraries(torch: Path) -> list[Extension]:
-    """Lists the CUDA library if it is wanted and can be built."""
-    if not wants_cuda():
+    """Lists the CUDA library if it can be built; here need be no GPU, for an image or another node."""
+    choice = os.environ.get("FCOS_D2_CUDA", "auto")
+    if choice == "0":
         return []
     nvcc = find_nvcc()
     obstacle = cuda_obstacle(nvcc, torch)
     if obstacle is None:
         return [cuda_library(nvcc, torch)]
-    if os.environ.get("FCOS_D2_CUDA") == "1":
+    if choice == "1":
         raise SystemExit(obstacle)
-    print(f"{obstacle.strip()}\nfcos_d2: built without CUDA", file=sys.stderr)
+    if nvcc or os.environ.get("TORCH_CUDA_ARCH_LIST") or visible_gpus():
+        print(f"{obstacle.strip()}\nfcos_d2: built without CUDA", file=sys.stderr)
     return []
 
 

@@ -82,9 +82,12 @@ def cuda_libraries(machine, **torch_options) -> list[str]:
     return [ext.name for ext in SETUP.find_cuda_libraries(machine.torch(**torch_options))]
 
 
-def test_nothing_is_built_for_cuda_where_there_is_no_gpu(machine):
-    machine.nvcc()
+def test_nothing_is_built_for_cuda_where_there_is_no_nvcc(machine, capsys):
     assert cuda_libraries(machine) == []
+    assert capsys.readouterr().err == ""
+    machine.gpu("9.0")  # then somebody may wonder
+    assert cuda_libraries(machine) == []
+    assert "cuda-toolkit[nvcc" in capsys.readouterr().err
 
 
 def test_cuda_is_built_for_the_gpus_of_the_machine(machine):
@@ -120,9 +123,8 @@ def test_only_unknown_architectures_is_an_error_that_lists_the_known(machine, mo
         cuda_libraries(machine)
 
 
-def test_forced_without_a_gpu_means_what_torch_was_built_for(machine, monkeypatch):
+def test_without_a_gpu_it_is_built_for_what_torch_was_built_for(machine, monkeypatch):
     machine.nvcc()
-    monkeypatch.setenv("FCOS_D2_CUDA", "1")
     monkeypatch.setattr(SETUP, "torch_architectures", lambda torch: ["7.5", "8.0", "12.0+PTX"])
     (library,) = SETUP.find_cuda_libraries(machine.torch())
     gencodes = [arg for arg in library.nvcc_args if "gencode" in arg]

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kTileWidth = 32, kTileHeight = 8;
 constexpr int kThreads = kTileWidth * kTileHeight;
-constexpr int kMinBlocks = 6; // that shall fit on a multiprocessor: at most 40 registers
+constexpr int kMinBlocks = kThreadsOfMultiprocessor / kThreads; // mostly 6: at most 40 registers
 
 struct Tile {
   int image, level;

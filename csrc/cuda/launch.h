@@ -49,6 +49,13 @@ struct BlocksOfLevels {
 
 constexpr int64_t kMaxBlocks = INT_MAX; // of a grid in x
 
+// The fewest that a multiprocessor holds of the GPUs that this pass of the compiler is for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kThreadsOfMultiprocessor = 1024; // Turing
+#else
+constexpr int kThreadsOfMultiprocessor = 1536;
+#endif
+
 inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

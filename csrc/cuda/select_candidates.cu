@@ -30,7 +30,8 @@ constexpr int kScanThreads = 256, kFinishThreads = 512;
 // Blocks of a scan that shall fit on a multiprocessor: as many as leave the compiler the registers
 // with which it starts all loads of a turn at once.
 template <class T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 5 : sizeof(T) == 4 ? 4 : 2;
+constexpr int kMinBlocks =
+    std::min(sizeof(T) == 2 ? 5 : sizeof(T) == 4 ? 4 : 2, kThreadsOfMultiprocessor / kScanThreads);
 
 constexpr int kTileSize = 8192;  // logits that a block looks at together
 constexpr int kTilePoints = 512; // at most; their classes, at most 128
