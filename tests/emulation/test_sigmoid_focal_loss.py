@@ -43,12 +43,15 @@ def random_labels(shapes, num_classes, images):
     return torch.where(kind > 0.9, -1, labels).int()
 
 
-def assert_equals_reference(logits, labels, alpha=0.25, gamma=2.0, rtol=1e-6):
+def assert_equals_reference(logits, labels, alpha=0.25, gamma=2.0):
     ops = emulated.ops()
     wide = [level.double() for level in logits]
     loss = ops.sigmoid_focal_loss(logits, labels, alpha, gamma)
     expected = reference.sigmoid_focal_loss(wide, labels, alpha, gamma)
     assert loss.dtype == reference._accumulate_dtype(logits[0])
+    # The emulator makes exp and 1/x as wrong as a GPU may make them, which p^2 softplus(z) triples;
+    # in a sum the errors of one logit and another cancel.
+    rtol = 1e-6 if sum(level.numel() for level in logits) >= 100 else 1.5e-6
     if logits[0].dtype == torch.float64:
         rtol = 1e-8  # torch's softplus(x) is x for x > 20
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=1e-30, equal_nan=True)
@@ -145,9 +148,8 @@ def test_weights(alpha):
 def test_extreme_logits(dtype, gamma, label):
     for value in [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4, min(torch.finfo(dtype).max, 3e38)]:
         x = torch.full((1, 1, 1, 1), value).to(dtype)
-        loss, (grad,) = assert_equals_reference(
-            [x], torch.full((1, 1), label, dtype=torch.int32), gamma=gamma, rtol=2e-6
-        )
+        label_map = torch.full((1, 1), label, dtype=torch.int32)
+        loss, (grad,) = assert_equals_reference([x], label_map, gamma=gamma)
         assert loss.isfinite() and grad.isfinite().all()
 
 
