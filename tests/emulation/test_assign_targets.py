@@ -6,11 +6,11 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import Targets, make_levels, reference
 from tests.ops import inputs
+from tests.ops.strategies import MANY, for_all
 
 from . import emulated
 
@@ -182,14 +182,6 @@ def check_random_case(counts, radius, inclusive, offset, step, seed):
         )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(**CASES)
-def test_random_cases(**case):
-    check_random_case(**case)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@given(**CASES)
-def test_twenty_thousand_random_cases(**case):
-    check_random_case(**case)
+@MANY
+def test_random_cases(cases):
+    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import backend, reference
 from fcos_d2.ops.batched_nms import NMS_METHODS
+from tests.ops.strategies import MANY, for_all
 
 from . import emulated
 
@@ -327,14 +327,6 @@ def check_random_case(
             assert_padded_is_soft_greedy(*batch, *limits, **options)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(**CASES)
-def test_random_cases(**case):
-    check_random_case(**case)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@given(**CASES)
-def test_twenty_thousand_random_cases(**case):
-    check_random_case(**case)
+@MANY
+def test_random_cases(cases):
+    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

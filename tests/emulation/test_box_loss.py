@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import reference
+from tests.ops.strategies import LAYOUTS, MANY, for_all
 
 from . import emulated
-from .test_sigmoid_focal_loss import LAYOUTS
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 
@@ -181,14 +180,6 @@ def check_random_case(shapes, images, layout, dtype, seed, **options):
         assert_equals_reference(*maps, random_targets(shapes, images), **options)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(**CASES)
-def test_random_cases(**case):
-    check_random_case(**case)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@given(**CASES)
-def test_twenty_thousand_random_cases(**case):
-    check_random_case(**case)
+@MANY
+def test_random_cases(cases):
+    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import backend, make_levels, point_coordinates, reference
 from fcos_d2.ops.select_candidates import SCORE_RULES
+from tests.ops.strategies import LAYOUTS, MANY, for_all
 
 from . import emulated
-from .test_sigmoid_focal_loss import LAYOUTS
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 
@@ -296,14 +295,6 @@ def check_random_case(shapes, images, num_classes, layout, dtype, spread, seed, 
         assert_selects_the_best(maps, levels_of(shapes), **options)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(**CASES)
-def test_random_cases(**case):
-    check_random_case(**case)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@given(**CASES)
-def test_twenty_thousand_random_cases(**case):
-    check_random_case(**case)
+@MANY
+def test_random_cases(cases):
+    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

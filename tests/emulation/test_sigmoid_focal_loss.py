@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import reference
+from tests.ops.strategies import LAYOUTS, MANY, for_all
 
 from . import emulated
 
@@ -15,19 +15,6 @@ pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emula
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 3.0]
-# Ways to lay a map [B, K, H, W] out in memory; each keeps its values.
-LAYOUTS = {
-    "nchw": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
-    "channel_slice": lambda x: torch.cat((x, x[:, :1]), dim=1)[:, :-1],
-    "channels_last_slice": lambda x: LAYOUTS["channels_last"](torch.cat((x, x), 1)).chunk(2, 1)[0],
-    "row_slice": lambda x: torch.cat((x, x[..., :1]), dim=3)[..., :-1],
-    "every_second": lambda x: torch.stack((x, x), dim=-1)[..., 0],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch_inside": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
-    "not_aligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
-    "expanded_batch": lambda x: x[:1].expand_as(x) if len(x) > 1 else x,
-}
 
 
 def random_logits(shapes, num_classes, images, dtype, spread=3.0):
@@ -293,14 +280,6 @@ def check_random_case(shapes, classes, images, layout, dtype, gamma, alpha, valu
         assert_equals_reference(logits, random_labels(shapes, classes, images), alpha, gamma)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(**CASES)
-def test_random_cases(**case):
-    check_random_case(**case)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
-@given(**CASES)
-def test_twenty_thousand_random_cases(**case):
-    check_random_case(**case)
+@MANY
+def test_random_cases(cases):
+    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -10,28 +10,47 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fcos_d2.ops import Levels, Targets, make_levels, reference
 
+# A sample, the same in every run of the suite, and a campaign, which is another one every time.
+SAMPLE, CAMPAIGN = 120, 20_000
+MANY = pytest.mark.parametrize(
+    "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Logits at which naive formulas break: saturation, overflow of exp, softplus in half precision.
 EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 BROKEN = [math.nan, math.inf, -math.inf]
-# Ways to lay a map [B, C, H, W] out in memory; each keeps its values.
+# Ways to lay a map [B, C, H, W] out in memory; each keeps its values, but for images that are one.
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
     "channel_slice": lambda x: torch.cat((x, x[:, :1]), dim=1)[:, :-1],
+    "channels_last_slice": lambda x: LAYOUTS["channels_last"](torch.cat((x, x), 1)).chunk(2, 1)[0],
     "row_slice": lambda x: torch.cat((x, x[..., :1]), dim=3)[..., :-1],
     "every_second": lambda x: torch.stack((x, x), dim=-1)[..., 0],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "batch_inside": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
     "not_aligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "expanded_batch": lambda x: x[:1].expand_as(x),
 }
 SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
+
+
+def for_all(strategy, cases: int, holds) -> None:
+    """Calls ``holds`` with that many random cases; a failure is shrunk and printed."""
+    settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=cases <= SAMPLE,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(strategy)(holds))()
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcos_d2.ops import (
@@ -23,19 +22,7 @@ from fcos_d2.ops import (
 )
 
 from . import oracles, strategies
-
-SAMPLE, CAMPAIGN = 120, 20_000
-MANY = pytest.mark.parametrize(
-    "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
-)
-
-
-def for_all(strategy, cases, holds) -> None:
-    """Calls ``holds`` with that many random cases; a failure is shrunk and printed."""
-    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    settings(max_examples=cases, deadline=None, suppress_health_check=checks)(
-        given(strategy)(holds)
-    )()
+from .strategies import MANY, for_all
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
