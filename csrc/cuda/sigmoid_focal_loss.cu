@@ -204,14 +204,16 @@ __device__ __forceinline__ void take_patch(
   }
 }
 
-// What a kernel makes of the logits. An exponent beyond 2 multiplies every error, so the kernels for
-// any exponent take exact functions; gradients of half types alone need none.
+// What a kernel makes of the logits. In a loss the errors of single logits cancel; in a gradient of
+// float32 they do not, one of a half type does not show them. An exponent beyond 2 multiplies every
+// error, so the kernels for any exponent take exact functions.
 template <class T, int Gamma, bool Loss, bool Grad>
 struct Kind {
   using Real = typename Compute<T>::Type;
   using Math = std::conditional_t<
       sizeof(T) == 8 || Gamma < 0, ScalarMath<Real>,
-      std::conditional_t<Loss || sizeof(T) == 4, FastMath, CoarseMath>>;
+      std::conditional_t<
+          sizeof(T) == 4 && Grad, FineMath, std::conditional_t<Loss, FastMath, CoarseMath>>>;
 
   static __device__ FocalTerms<Real> terms(const Plan& plan, Real z) {
     return focal_terms<Math, Gamma>(z, Real(plan.gamma));

@@ -86,7 +86,7 @@ def ops() -> SimpleNamespace:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return SimpleNamespace(
         **{
-            name: poisoned(op)
+            name: poison()(op)
             for name, op in overloads().items()
             if has_kernel(f"{NAMESPACE}::{name}", "CPU")
         }
@@ -99,19 +99,15 @@ def opcheck(name: str, *args) -> None:
     torch.library.opcheck(overloads()[name], args, test_utils=names)
 
 
-def poisoned(op):
-    """``op`` in a world where torch.empty returns NaN and the largest integers."""
-
-    @functools.wraps(op)
-    def call(*args):
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)
-        try:
-            return op(*args)
-        finally:
-            torch.use_deterministic_algorithms(before)
-
-    return call
+@contextlib.contextmanager
+def poison():
+    """A world where torch.empty returns NaN and the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Runs every test of the ops on every implementation that is there."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fcos_d2.ops import _library, backend
+from tests.emulation import emulated
 
 REFERENCE = torch.library.Library("fcos_d2_reference", "DEF")
 
@@ -25,6 +28,18 @@ def _define_reference() -> None:
             )
 
 
+def _overload(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.fcos_d2_reference, name).default
+
+
+def _replace_ops(monkeypatch, overloads: dict[str, torch._ops.OpOverload]) -> None:
+    """Lets the wrappers call other overloads."""
+    for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, torch._ops.OpOverload):
+                monkeypatch.setattr(module, attribute, overloads[value.name().split("::")[1]])
+
+
 _define_reference()
 _IS_COMPILED = any("compiled" in keys.values() for keys in backend().values())
 
@@ -36,15 +51,19 @@ _IS_COMPILED = any("compiled" in keys.values() for keys in backend().values())
         pytest.param(
             "compiled", marks=pytest.mark.skipif(not _IS_COMPILED, reason="nothing is compiled")
         ),
+        pytest.param(
+            "emulated",
+            marks=pytest.mark.skipif(
+                emulated.missing() is not None, reason=str(emulated.missing())
+            ),
+        ),
     ],
 )
-def implementation(request, monkeypatch) -> str:
-    """Makes the wrappers call the reference, or whatever the dispatcher prefers."""
+def implementation(request, monkeypatch) -> Iterator[str]:
+    """Makes the wrappers call the reference, what the dispatcher prefers, or CUDA's on the CPU."""
     if request.param == "reference":
-        for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
-            for attribute, value in list(vars(module).items()):
-                if isinstance(value, torch._ops.OpOverload):
-                    name = value.name().split("::")[1]
-                    shadow = getattr(torch.ops.fcos_d2_reference, name).default
-                    monkeypatch.setattr(module, attribute, shadow)
-    return request.param
+        _replace_ops(monkeypatch, {name: _overload(name) for name in _library.OPS})
+    if request.param == "emulated":
+        _replace_ops(monkeypatch, emulated.overloads())
+    with emulated.poison() if request.param == "emulated" else contextlib.nullcontext():
+        yield request.param

@@ -17,6 +17,7 @@ class Recorder(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
 def test_every_op_is_driven(implementation):
     with Recorder() as recorder:
         drive_kernels.main("cpu")
