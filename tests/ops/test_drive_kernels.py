@@ -1,5 +1,6 @@
 """What `make gpu-check` hands to compute-sanitizer."""
 
+import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcos_d2.ops import backend
