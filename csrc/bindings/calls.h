@@ -7,7 +7,7 @@
 
 #include "maps.h"
 
-namespace fcos __attribute__((visibility("hidden"))) { // as torch's stable Tensor is
+namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
 
 inline Levels make_levels(
     const char* op, const std::vector<int64_t>& shapes, const std::vector<int64_t>& strides,
@@ -105,7 +105,9 @@ struct FocalLossCall {
   FocalLossCall(
       const char* op, const std::vector<Tensor>& logits, const Tensor& given_labels, double alpha,
       double gamma, CanWalk can_walk)
-      : op(op), maps(op, "logits", logits, can_walk), labels(torch::stable::contiguous(given_labels)) {
+      : op(op),
+        maps(op, "logits", logits, can_walk),
+        labels(torch::stable::contiguous(given_labels)) {
     check_device(op, "labels", labels, logits[0]);
     args.dtype = dtype_of(logits[0]);
     args.num_images = labels.size(0), args.num_points = labels.size(1);
@@ -163,7 +165,8 @@ struct BoxLossCall {
     args.target_centerness = this->target_centerness.const_data_ptr<float>();
     args.loss_type =
         choose<LossType>(op, "loss_type", loss_type, {"iou", "linear_iou", "giou", "diou", "ciou"});
-    args.quality_type = choose<QualityType>(op, "quality_type", quality_type, {"centerness", "iou"});
+    args.quality_type =
+        choose<QualityType>(op, "quality_type", quality_type, {"centerness", "iou"});
     args.weight_by_centerness = weight_by_centerness;
     std::copy(smoothing.begin(), smoothing.end(), args.smoothing);
     describe();
@@ -172,7 +175,8 @@ struct BoxLossCall {
   void make_losses() {
     box_loss = empty(ltrb.first(), {}, loss_dtype(ltrb.first()));
     quality_loss = empty(ltrb.first(), {}, loss_dtype(ltrb.first()));
-    args.box_loss = box_loss.mutable_data_ptr(), args.quality_loss = quality_loss.mutable_data_ptr();
+    args.box_loss = box_loss.mutable_data_ptr(),
+    args.quality_loss = quality_loss.mutable_data_ptr();
   }
 
   void make_grads(const Tensor& grad_box, const Tensor& grad_quality) {

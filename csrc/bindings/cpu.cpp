@@ -60,8 +60,8 @@ FocalLossCall focal_loss_call(
   FocalLossCall call(op, logits, labels, alpha, gamma, can_walk);
   const int32_t* y = call.args.labels;
   int num_classes = call.args.num_classes;
-  bool known = std::all_of(
-      y, y + labels.numel(), [=](int32_t k) { return k >= -1 && k <= num_classes; });
+  bool known =
+      std::all_of(y, y + labels.numel(), [=](int32_t k) { return k >= -1 && k <= num_classes; });
   STD_TORCH_CHECK(
       known, "sigmoid_focal_loss: labels must lie in [-1, ", num_classes, "]: -1 is ignored, ",
       num_classes, " is background");
@@ -179,16 +179,14 @@ Tensor batched_nms(
 // How this library was built, as JSON. The FCOS_D2_* macros come from setup.py.
 std::string build_info() {
   return std::string("{\"torch\": \"" FCOS_D2_TORCH_VERSION "\"") +
-      ", \"compiler\": \"" __VERSION__ "\"" +
-      ", \"cxx_standard\": " + std::to_string(__cplusplus) +
-      ", \"flags\": \"" FCOS_D2_FLAGS "\"}";
+         ", \"compiler\": \"" __VERSION__ "\"" +
+         ", \"cxx_standard\": " + std::to_string(__cplusplus) +
+         ", \"flags\": \"" FCOS_D2_FLAGS "\"}";
 }
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fcos_d2, m) {
-  m.def("build_info() -> str");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fcos_d2, m) { m.def("build_info() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(fcos_d2, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));

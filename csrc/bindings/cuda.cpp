@@ -52,9 +52,7 @@ void check_launch(const char* op, cudaError_t error) {
 }
 
 // Kernels take any strides.
-bool can_walk(const Layout&, const Layout&) {
-  return true;
-}
+bool can_walk(const Layout&, const Layout&) { return true; }
 
 // ---- assign_targets ----
 
@@ -183,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batched_nms_padded(
   Tensor lowered = empty(boxes, {cuda::batched_nms_padded_scores(call.args)}, ScalarType::Float);
   check_launch(
       "batched_nms_padded",
-      cuda::launch_batched_nms_padded(
-          call.args, lowered.mutable_data_ptr<float>(), device.stream));
+      cuda::launch_batched_nms_padded(call.args, lowered.mutable_data_ptr<float>(), device.stream));
   return call.outputs();
 }
 

@@ -10,7 +10,7 @@
 
 #include "../core/arguments.h"
 
-namespace fcos __attribute__((visibility("hidden"))) { // as torch's stable Tensor is
+namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -63,8 +63,7 @@ using CanWalk = bool (*)(const Layout& map, const Layout& grad);
 // One tensor per level. Only what the kernels cannot walk is copied.
 class TensorMaps {
  public:
-  TensorMaps(
-      const char* op, const char* name, const std::vector<Tensor>& maps, CanWalk can_walk)
+  TensorMaps(const char* op, const char* name, const std::vector<Tensor>& maps, CanWalk can_walk)
       : given_(maps), can_walk_(can_walk) {
     STD_TORCH_CHECK(
         !maps.empty() && maps.size() <= kMaxLevels, op, ": ", name, " must have 1 to ", kMaxLevels,

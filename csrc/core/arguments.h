@@ -76,7 +76,7 @@ struct BoxLossArgs {
   QualityType quality_type;
   bool weight_by_centerness;
   double smoothing[kMaxLevels];
-  void *box_loss, *quality_loss;            // forward
+  void *box_loss, *quality_loss;       // forward
   const void *grad_box, *grad_quality; // backward, of the two losses
 };
 

@@ -37,9 +37,7 @@ FCOS_HD float longest(const Ltrb<float>& d) {
   return max_of(max_of(d.left, d.top), max_of(d.right, d.bottom));
 }
 
-FCOS_HD float area(const float* box) {
-  return product(box[2] - box[0], box[3] - box[1]);
-}
+FCOS_HD float area(const float* box) { return product(box[2] - box[0], box[3] - box[1]); }
 
 // Areas of intersection and union of two boxes. A NaN coordinate makes the union NaN, which no
 // comparison exceeds.
@@ -123,8 +121,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
   bool overlaps = overlap_w > 0 && overlap_h > 0;
   T inter = overlaps ? overlap_w * overlap_h : T(0);
   Ltrb<T> d_inter = {
-      overlaps && p.left < t.left ? overlap_h : T(0),
-      overlaps && p.top < t.top ? overlap_w : T(0),
+      overlaps && p.left < t.left ? overlap_h : T(0), overlaps && p.top < t.top ? overlap_w : T(0),
       overlaps && p.right < t.right ? overlap_h : T(0),
       overlaps && p.bottom < t.bottom ? overlap_w : T(0)};
   T w = p.left + p.right, h = p.top + p.bottom;
@@ -136,11 +133,10 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
   T less_w = beyond(t.left, p.left) + beyond(t.right, p.right);
   T less_h = beyond(t.top, p.top) + beyond(t.bottom, p.bottom);
   T different = overlaps ? overlap_w * (more_h + less_h) + overlap_h * (more_w + less_w) +
-          more_w * more_h + less_w * less_h
+                               more_w * more_h + less_w * less_h
                          : w * h + target_w * target_h;
   T both = inter + different;
-  Ltrb<T> d_both = {
-      h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
+  Ltrb<T> d_both = {h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
   T denominator = both + smoothing + eps;
   T iou = (inter + smoothing) / denominator;
   Ltrb<T> d_iou = {
@@ -153,10 +149,8 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
     return {
         flat ? T(-kLogMinIou) : std::log1p((different + eps) / (inter + smoothing)),
         iou,
-        {flat ? T(0) : -d_iou.left / iou,
-         flat ? T(0) : -d_iou.top / iou,
-         flat ? T(0) : -d_iou.right / iou,
-         flat ? T(0) : -d_iou.bottom / iou}};
+        {flat ? T(0) : -d_iou.left / iou, flat ? T(0) : -d_iou.top / iou,
+         flat ? T(0) : -d_iou.right / iou, flat ? T(0) : -d_iou.bottom / iou}};
   }
   T distinct = (different + eps) / denominator; // 1 - iou
   BoxLoss<T> out = {distinct, iou, {-d_iou.left, -d_iou.top, -d_iou.right, -d_iou.bottom}};

@@ -40,10 +40,10 @@ FCOS_HD float product(float a, float b) {
 template <class T>
 struct ScalarMath {
   using Number = T;
-  static FCOS_HD T exp(T x) { return std::exp(x); }          // of x <= 0
-  static FCOS_HD T log1p(T x) { return std::log1p(x); }      // of x in [0, 1]
-  static FCOS_HD T reciprocal(T x) { return T(1) / x; }      // of x in [1, 2]
-  static FCOS_HD T pow(T x, T y) { return std::pow(x, y); }  // of x in [0, 1], y > 0
+  static FCOS_HD T exp(T x) { return std::exp(x); }         // of x <= 0
+  static FCOS_HD T log1p(T x) { return std::log1p(x); }     // of x in [0, 1]
+  static FCOS_HD T reciprocal(T x) { return T(1) / x; }     // of x in [1, 2]
+  static FCOS_HD T pow(T x, T y) { return std::pow(x, y); } // of x in [0, 1], y > 0
 };
 
 } // namespace fcos

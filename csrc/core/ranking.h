@@ -28,9 +28,7 @@ FCOS_HD uint32_t ordered_bits(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-FCOS_HD uint32_t ranking_index(uint64_t key) {
-  return ~uint32_t(key);
-}
+FCOS_HD uint32_t ranking_index(uint64_t key) { return ~uint32_t(key); }
 
 // The rank of a key of a non-negative float.
 FCOS_HD float ranking_rank(uint64_t key) {

@@ -52,9 +52,7 @@ FCOS_HD Number sigmoid(Number x) {
   out = x < lowest ? zero : out;
   return x != x ? x : out;
 }
-FCOS_HD float sigmoid(float x) {
-  return sigmoid<float, uint32_t>(x);
-}
+FCOS_HD float sigmoid(float x) { return sigmoid<float, uint32_t>(x); }
 
 // A (point, class) pair is a candidate when its class probability, or the product of that with the
 // probability of quality, exceeds the threshold. NaN never does.
@@ -67,9 +65,9 @@ FCOS_HD float rank_of(const SelectCandidates& args, float cls, float product) {
 }
 
 FCOS_HD float score_of(const SelectCandidates& args, float cls, float product) {
-  return args.score_rule == ScoreRule::kSqrt ? std::sqrt(product)
-      : args.score_rule == ScoreRule::kProduct ? product
-                                               : cls;
+  return args.score_rule == ScoreRule::kSqrt      ? std::sqrt(product)
+         : args.score_rule == ScoreRule::kProduct ? product
+                                                  : cls;
 }
 
 // Every class logit of a class probability above `probability` exceeds this, whatever is rounded.

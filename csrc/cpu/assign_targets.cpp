@@ -10,7 +10,7 @@
 namespace fcos::cpu {
 namespace {
 
-constexpr int64_t kGrain = 65536; // points worth a thread, about 0.1 ms
+constexpr int64_t kGrain = 65536;     // points worth a thread, about 0.1 ms
 constexpr int64_t kPointsPerBox = 16; // that take as long as a box
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -57,7 +57,8 @@ Window window(float low, float high, float origin, float pitch, int size) {
     return {0, size - 1};
   }
   float limit = float(size);
-  float first = std::floor((low - origin) / pitch) - 1, last = std::ceil((high - origin) / pitch) + 1;
+  float first = std::floor((low - origin) / pitch) - 1,
+        last = std::ceil((high - origin) / pitch) + 1;
   return {int(std::clamp(first, 0.f, limit)), int(std::clamp(last, -1.f, limit - 1))};
 }
 
@@ -86,8 +87,8 @@ bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
   // The largest distance of an inner point to a side lies between half the longer side and all of
   // it; the margins cover rounding.
   float side = std::max(box[2] - box[0], box[3] - box[1]);
-  bool fits = side * 1.001f >= on.range.low && side * 0.499f <= on.range.high &&
-      std::isfinite(out->area);
+  bool fits =
+      side * 1.001f >= on.range.low && side * 0.499f <= on.range.high && std::isfinite(out->area);
   return ignored || fits;
 }
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kGrain = 4096; // boxes worth a thread, at least 0.1 ms
-constexpr int kBlock = 8; // boxes compared without a branch
+constexpr int kBlock = 8;        // boxes compared without a branch
 
 // Kept boxes of one class, coordinate by coordinate. Places that are not taken hold NaN, which
 // overlaps nothing.
@@ -28,7 +28,8 @@ struct Block {
   float x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
 };
 
-FCOS_CLONES bool any_exceeds(const Block* blocks, int64_t count, const float* box, float threshold) {
+FCOS_CLONES bool any_exceeds(
+    const Block* blocks, int64_t count, const float* box, float threshold) {
   float box_area = area(box);
   for (const Block* block = blocks; block < blocks + count; ++block) {
     int any = 0;
@@ -233,11 +234,12 @@ std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
 } // namespace
 
 void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
-  parallel_for(args.num_images, 1 + kGrain / (args.num_boxes + 1), [&](int64_t first, int64_t last) {
-    for (int64_t image = first; image < last; ++image) {
-      args.method == NmsMethod::kHard ? hard(args, image) : soft(args, image);
-    }
-  });
+  parallel_for(
+      args.num_images, 1 + kGrain / (args.num_boxes + 1), [&](int64_t first, int64_t last) {
+        for (int64_t image = first; image < last; ++image) {
+          args.method == NmsMethod::kHard ? hard(args, image) : soft(args, image);
+        }
+      });
 }
 
 std::vector<int64_t> batched_nms(

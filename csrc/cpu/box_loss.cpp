@@ -37,11 +37,12 @@ PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image
   T weight = args.weight_by_centerness ? centerness : T(1);
   T wanted = args.quality_type == QualityType::kCenterness ? centerness : box.iou;
   const Map& logits = args.quality.level[l];
-  T logit = widen(
-      static_cast<const Storage*>(logits.data)[element(logits.data_layout, image, 0, point)]);
+  T logit =
+      widen(static_cast<const Storage*>(logits.data)[element(logits.data_layout, image, 0, point)]);
   box.loss *= weight;
-  box.slope = {weight * box.slope.left, weight * box.slope.top, weight * box.slope.right,
-               weight * box.slope.bottom};
+  box.slope = {
+      weight * box.slope.left, weight * box.slope.top, weight * box.slope.right,
+      weight * box.slope.bottom};
   return {box, quality_loss(logit, wanted)};
 }
 

@@ -24,8 +24,8 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kRun = 32;                       // logits looked at without a branch
-constexpr int64_t kPointsPerBlock = 4096;      // looked at together: their bounds stay in the cache
+constexpr int kRun = 32;                      // logits looked at without a branch
+constexpr int64_t kPointsPerBlock = 4096;     // looked at together: their bounds stay in the cache
 constexpr int64_t kLogitsPerThread = 400'000; // about 0.1 ms
 
 // The best `k` of any number of candidates by key (ranking.h), in memory for 2 k.
@@ -105,7 +105,8 @@ FCOS_CLONES int64_t runs_above(const float* x, const float* bounds, int64_t size
 FCOS_CLONES int64_t runs_above(const double* x, const float* bounds, int64_t size, int32_t* runs) {
   return find_runs(x, bounds, size, runs);
 }
-FCOS_CLONES int64_t runs_above(const BFloat16* x, const float* bounds, int64_t size, int32_t* runs) {
+FCOS_CLONES int64_t
+runs_above(const BFloat16* x, const float* bounds, int64_t size, int32_t* runs) {
   return find_runs(x, bounds, size, runs);
 }
 FCOS_CLONES int64_t runs_above(const Half* x, const float* bounds, int64_t size, int32_t* runs) {
@@ -219,7 +220,8 @@ class Scorer {
   // Logits of consecutive points of one class, or (bounds alike) of consecutive classes of one point.
   template <class T>
   void take(
-      const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel, bool is_pixel) {
+      const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel,
+      bool is_pixel) {
     runs_.resize(size / kRun + 1);
     int64_t num_runs = runs_above(x, bounds, size, runs_.data());
     for (int64_t r = 0; r < num_runs; ++r) {
@@ -278,7 +280,8 @@ float read(const Map& map, DType dtype, int64_t image, int64_t channel, int64_t 
   });
 }
 
-void write_candidate(const SelectCandidates& args, const LevelOfImage& on, uint32_t index, int64_t to) {
+void write_candidate(
+    const SelectCandidates& args, const LevelOfImage& on, uint32_t index, int64_t to) {
   int l = on.level;
   int64_t point = index / uint32_t(args.num_classes), channel = index % uint32_t(args.num_classes);
   float cls = sigmoid(read(args.logits.level[l], args.logits_dtype, on.image, channel, point));

@@ -125,10 +125,9 @@ __device__ void write(
   float quality = 0;
   if (choice.index >= 0) {
     d = sides(x, y, args.boxes + 4 * int64_t(choice.index));
-    d = {d.left / level.stride,
-         d.top / level.stride,
-         d.right / level.stride,
-         d.bottom / level.stride};
+    d = {
+        d.left / level.stride, d.top / level.stride, d.right / level.stride,
+        d.bottom / level.stride};
     quality = centerness(d);
     label = int(args.classes[choice.index]);
   }
@@ -143,13 +142,11 @@ __device__ void check_offsets(const AssignTargets& args, int image, int64_t begi
   bool first = image > 0 || begin == 0;
   bool last = image + 1 < args.num_images || end == args.num_boxes;
   FCOS_ASSERT(
-      rises && first && last,
-      "assign_targets: gt_offsets must rise from 0 to the number of boxes");
+      rises && first && last, "assign_targets: gt_offsets must rise from 0 to the number of boxes");
 }
 
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    assign_kernel(const __grid_constant__ AssignTargets args,
-                  const __grid_constant__ BlocksOfLevels tiles) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) assign_kernel(
+    const __grid_constant__ AssignTargets args, const __grid_constant__ BlocksOfLevels tiles) {
   __shared__ Survivor survivors[kThreads];
   __shared__ int count;
   Tile tile = find_tile(args, tiles, blockIdx.x);

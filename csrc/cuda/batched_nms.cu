@@ -61,7 +61,7 @@ __device__ void resolve(Step& step, int count, float threshold) {
     for (int half = 0; half < 2; ++half) {
       int i = half * 32 + lane;
       bool hit = i < j && step.group[i] == step.group[j] &&
-          step.overlaps(i, step.box[j], step.area[j], threshold);
+                 step.overlaps(i, step.box[j], step.area[j], threshold);
       unsigned hits = __ballot_sync(kAllLanes, hit);
       if (lane == 0) {
         step.suppressors[j][half] = hits;
@@ -162,8 +162,8 @@ __device__ void for_each_key(const Image& image, int64_t num_boxes, Range range,
 }
 
 // The least key of the best boxes below `high`: of kWanted to kSortable, or of all there are.
-__device__ uint64_t find_least(
-    const Image& image, int64_t num_boxes, uint64_t high, PaddedScratch& scratch) {
+__device__ uint64_t
+find_least(const Image& image, int64_t num_boxes, uint64_t high, PaddedScratch& scratch) {
   Range range = {1, high};
   unsigned above = 0;
   for (;;) {
@@ -172,8 +172,8 @@ __device__ uint64_t find_least(
     for_each_key<kPaddedThreads>(image, num_boxes, range, [&](bool valid, uint64_t key) {
       count_key(valid, unsigned((key - range.low) >> shift), scratch.bins);
     });
-    Bin bin = find_bin<kPaddedThreads>(
-        scratch.bins, kWanted - above, scratch.of_warps, &scratch.found);
+    Bin bin =
+        find_bin<kPaddedThreads>(scratch.bins, kWanted - above, scratch.of_warps, &scratch.found);
     if (bin.index < 0) {
       return range.low;
     }
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kFlatThreads)
     __syncthreads();
     for (int j = t / kStep; j < kStep && i < count && !suppressed; j += kFlatThreads / kStep) {
       suppressed = earlier.is_kept(j) && earlier.group[j] == step.group[i] &&
-          step.overlaps(i, earlier.box[j], earlier.area[j], args.iou_threshold);
+                   step.overlaps(i, earlier.box[j], earlier.area[j], args.iou_threshold);
     }
     __syncthreads();
   }
@@ -401,9 +401,7 @@ cudaError_t launch_batched_nms_padded(const PaddedNms& args, float* scores, cuda
   return cudaGetLastError();
 }
 
-int64_t batched_nms_state(const FlatNms& args) {
-  return 1 + 2 * divide_up(args.num_boxes, kStep);
-}
+int64_t batched_nms_state(const FlatNms& args) { return 1 + 2 * divide_up(args.num_boxes, kStep); }
 
 cudaError_t launch_batched_nms(const FlatNms& args, uint64_t* state, cudaStream_t stream) {
   int64_t blocks = divide_up(args.num_boxes, kStep);

@@ -10,9 +10,7 @@ namespace fcos::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
-__device__ __forceinline__ int lane_index() {
-  return int(threadIdx.x) % 32;
-}
+__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
 // Sum of `value` over the threads before this one. `of_warps` is shared memory.
 template <int Threads>
@@ -155,8 +153,8 @@ struct Bin {
 
 // `found` is shared memory.
 template <int Threads>
-__device__ Bin find_bin(
-    const unsigned* bins, unsigned wanted, unsigned (&of_warps)[Threads / 32], Bin* found) {
+__device__ Bin
+find_bin(const unsigned* bins, unsigned wanted, unsigned (&of_warps)[Threads / 32], Bin* found) {
   constexpr int kEach = int(kBins) / Threads;
   int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
   unsigned mine[kEach], sum = 0, total;

@@ -78,8 +78,8 @@ __device__ Terms<typename Compute<T>::Type> terms_of(const BoxLossArgs& args, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    loss_kernel(const __grid_constant__ BoxLossArgs args, double* partials, unsigned blocks_per_image) {
+__global__ void __launch_bounds__(kThreads) loss_kernel(
+    const __grid_constant__ BoxLossArgs args, double* partials, unsigned blocks_per_image) {
   __shared__ double box_of_warps[kThreads / 32], quality_of_warps[kThreads / 32];
   double box = 0, quality = 0;
   Point point;
@@ -121,9 +121,7 @@ __global__ void __launch_bounds__(kThreads)
   write<T>(args.quality.level[point.level], point, 0, quality);
 }
 
-int64_t blocks_per_image(const BoxLossArgs& args) {
-  return divide_up(args.num_points, kThreads);
-}
+int64_t blocks_per_image(const BoxLossArgs& args) { return divide_up(args.num_points, kThreads); }
 
 } // namespace
 
@@ -145,8 +143,7 @@ cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStrea
     });
     error = cudaGetLastError();
   }
-  Sums sums = {
-      partials, blocks, {args.box_loss, args.quality_loss}, args.dtype == DType::kDouble};
+  Sums sums = {partials, blocks, {args.box_loss, args.quality_loss}, args.dtype == DType::kDouble};
   return error == cudaSuccess ? launch_sums(sums, 2, stream) : error;
 }
 

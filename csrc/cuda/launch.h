@@ -18,11 +18,11 @@
 // Stops the kernel with a message that torch's own device-side assertions would print the same way.
 // The error reaches the host as "device-side assert triggered", when it next waits for the device.
 #ifndef FCOS_ASSERT
-#define FCOS_ASSERT(condition, message) \
-  do {                                  \
-    if (!(condition)) {                 \
+#define FCOS_ASSERT(condition, message)                     \
+  do {                                                      \
+    if (!(condition)) {                                     \
       __assert_fail(message, __FILE__, __LINE__, __func__); \
-    }                                   \
+    }                                                       \
   } while (0)
 #endif
 
@@ -56,8 +56,6 @@ constexpr int kThreadsOfMultiprocessor = 1024; // Turing
 constexpr int kThreadsOfMultiprocessor = 1536;
 #endif
 
-inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 } // namespace fcos::cuda

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../core/platform.h"
 #include "../core/arguments.h"
+#include "../core/platform.h"
 
 namespace fcos::cuda {
 

@@ -30,11 +30,14 @@ constexpr int kScanThreads = 256, kFinishThreads = 512;
 // Blocks of a scan that shall fit on a multiprocessor: as many as leave the compiler the registers
 // with which it starts all loads of a turn at once.
 template <class T>
-constexpr int kMinBlocks =
-    std::min(sizeof(T) == 2 ? 5 : sizeof(T) == 4 ? 4 : 2, kThreadsOfMultiprocessor / kScanThreads);
+constexpr int kByRegisters = sizeof(T) == 2   ? 5
+                             : sizeof(T) == 4 ? 4
+                                              : 2;
+template <class T>
+constexpr int kMinBlocks = std::min(kByRegisters<T>, kThreadsOfMultiprocessor / kScanThreads);
 
-constexpr int kTileSize = 8192;  // logits that a block looks at together
-constexpr int kTilePoints = 512; // at most; their classes, at most 128
+constexpr int kTileSize = 8192;      // logits that a block looks at together
+constexpr int kTilePoints = 512;     // at most; their classes, at most 128
 constexpr unsigned kSortable = 2048; // keys that are sorted in shared memory
 
 // What neighbouring points and classes of a level a block looks at together.
@@ -71,12 +74,10 @@ __device__ Tile make_tile(const Plan& plan, int level, int64_t image, int index)
   int first_point = index / p.class_tiles * p.tile_points;
   int first_class = index % p.class_tiles * p.tile_classes;
   return {
-      level,
-      image,
-      first_point,
-      min(p.tile_points, plan.args.logits.level[level].num_points - first_point),
-      first_class,
-      min(p.tile_classes, plan.args.num_classes - first_class)};
+      level,       image,
+      first_point, min(p.tile_points, plan.args.logits.level[level].num_points - first_point),
+      first_class, min(p.tile_classes, plan.args.num_classes - first_class),
+  };
 }
 
 __device__ Tile find_tile(const Plan& plan, int block) {
@@ -90,10 +91,10 @@ constexpr int kStateSize = int(kBins) + 2;
 
 // One level of one image.
 struct Segment {
-  unsigned wanted;    // slots
-  uint64_t* keys;     // the list, in the memory of the boxes of these slots
-  unsigned capacity;  // of the list
-  unsigned* found;    // by the scan; more than the capacity if the list has overflowed
+  unsigned wanted;   // slots
+  uint64_t* keys;    // the list, in the memory of the boxes of these slots
+  unsigned capacity; // of the list
+  unsigned* found;   // by the scan; more than the capacity if the list has overflowed
   unsigned* collected;
   unsigned* bins;
 };
@@ -106,8 +107,9 @@ __device__ Segment find_segment(const Plan& plan, int level, int64_t image) {
   float* boxes = args.boxes + 4 * (image * num_slots + args.slots[level]);
   int64_t capacity = min(2 * wanted, int64_t(UINT32_MAX));
   return {
-      unsigned(wanted), reinterpret_cast<uint64_t*>(boxes), unsigned(capacity),
-      state,            state + 1,                          state + 2};
+      unsigned(wanted), reinterpret_cast<uint64_t*>(boxes), unsigned(capacity), state, state + 1,
+      state + 2,
+  };
 }
 
 // ---- keys ----
@@ -178,8 +180,8 @@ struct Scores {
 };
 
 template <class T>
-__device__ Scores score_pair(
-    const Plan& plan, int level, int64_t image, int64_t point, int channel, float quality) {
+__device__ Scores
+score_pair(const Plan& plan, int level, int64_t image, int64_t point, int channel, float quality) {
   const Map& map = plan.args.logits.level[level];
   const T* data = static_cast<const T*>(map.data);
   float cls = sigmoid(float(widen(data[offset(map.data_layout, image, channel, point)])));
@@ -235,7 +237,7 @@ __device__ uint32_t find_survivors(const Plan& plan, const Tile& tile, const flo
   int64_t row_step = level.columns_are_classes ? layout.point : layout.channel;
   int64_t column_step = V > 1 ? 1 : level.columns_are_classes ? layout.channel : layout.point;
   const T* data = static_cast<const T*>(map.data) +
-      offset(layout, tile.image, tile.first_class, tile.first_point);
+                  offset(layout, tile.image, tile.first_class, tile.first_point);
   unsigned rows = tile.rows(level), per_row = tile.columns(level) / V;
   unsigned row = threadIdx.x / per_row, vector = threadIdx.x % per_row;
   unsigned down = Threads / per_row, right = Threads % per_row;
@@ -426,8 +428,8 @@ __device__ Bin narrow(
 template <class T>
 __device__ unsigned replace_list(
     const Plan& plan, const Segment& segment, int level, int64_t image, FinishScratch& scratch) {
-  Bin bin = find_bin<kFinishThreads>(
-      segment.bins, segment.wanted, scratch.scan.of_warps, &scratch.found);
+  Bin bin =
+      find_bin<kFinishThreads>(segment.bins, segment.wanted, scratch.scan.of_warps, &scratch.found);
   if (bin.above + bin.inside <= segment.capacity) {
     return *segment.collected;
   }
@@ -488,8 +490,7 @@ __device__ void write_empty(const Plan& plan, int level, int64_t image, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ Plan plan) {
   __shared__ FinishScratch scratch;
   __shared__ uint64_t sorted[kSortable];
   int num_levels = plan.args.levels.count;
@@ -547,7 +548,8 @@ LevelPlan make_level(const SelectCandidates& args, const Map& map) {
   int64_t columns = plan.columns_are_classes ? classes : points;
   int64_t vector = kVectorBytes / bytes_of(args.logits_dtype);
   plan.is_vectorised = column_step == 1 && row_step % vector == 0 && layout.image % vector == 0 &&
-      columns % vector == 0 && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0;
+                       columns % vector == 0 &&
+                       reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0;
   return plan;
 }
 

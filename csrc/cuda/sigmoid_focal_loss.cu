@@ -40,8 +40,8 @@ struct Matrix {
   int rows, columns;
   bool columns_are_classes;
   bool is_vectorised;
-  int groups; // of columns
-  int slices; // of rows; a thread has one group of one slice of one image
+  int groups;   // of columns
+  int slices;   // of rows; a thread has one group of one slice of one image
   int row_step; // between the rows of a thread, and what it means in memory
   int data_step, grad_step;
 };
@@ -191,10 +191,13 @@ template <class T, int V, class Pass>
 __device__ __forceinline__ void take_patch(
     const Plan& plan, const Matrix& m, const Patch& patch, Pass& pass) {
   Cursor<T> at = {
-      patch.num_rows, patch.first_row + (patch.num_rows - 1) * m.row_step,
+      patch.num_rows,
+      patch.first_row + (patch.num_rows - 1) * m.row_step,
       find_special_rows<V>(plan, m, patch),
       static_cast<const T*>(m.data) + patch.offset(m.data_strides),
-      static_cast<T*>(m.grad) + patch.offset(m.grad_strides), m.data_step, m.grad_step};
+      static_cast<T*>(m.grad) + patch.offset(m.grad_strides),
+      m.data_step,
+      m.grad_step};
   constexpr int kAtOnce = V > 1 ? 2 : 4;
   for (; at.rows_left >= kAtOnce; at.advance(kAtOnce)) {
     take_rows<T, V, kAtOnce>(m, patch, at, pass);
@@ -210,10 +213,9 @@ __device__ __forceinline__ void take_patch(
 template <class T, int Gamma, bool Loss, bool Grad>
 struct Kind {
   using Real = typename Compute<T>::Type;
-  using Math = std::conditional_t<
-      sizeof(T) == 8 || Gamma < 0, ScalarMath<Real>,
-      std::conditional_t<
-          sizeof(T) == 4 && Grad, FineMath, std::conditional_t<Loss, FastMath, CoarseMath>>>;
+  using Fast = std::conditional_t<Loss, FastMath, CoarseMath>;
+  using Finer = std::conditional_t<(sizeof(T) == 4 && Grad), FineMath, Fast>;
+  using Math = std::conditional_t<(sizeof(T) == 8 || Gamma < 0), ScalarMath<Real>, Finer>;
 
   static __device__ FocalTerms<Real> terms(const Plan& plan, Real z) {
     return focal_terms<Math, Gamma>(z, Real(plan.gamma));
@@ -316,7 +318,7 @@ int64_t bytes_of(DType dtype) {
 
 bool is_aligned(const void* data, const Strides& strides, int64_t bytes) {
   return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-      strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
+         strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
 }
 
 Matrix make_matrix(const FocalLoss& args, const Map& map) {
@@ -334,7 +336,7 @@ Matrix make_matrix(const FocalLoss& args, const Map& map) {
   int64_t bytes = bytes_of(args.dtype);
   int vector = int(kVectorBytes / bytes);
   m.is_vectorised = m.columns % vector == 0 && is_aligned(m.data, m.data_strides, bytes) &&
-      (m.grad == nullptr || is_aligned(m.grad, m.grad_strides, bytes));
+                    (m.grad == nullptr || is_aligned(m.grad, m.grad_strides, bytes));
   m.groups = m.is_vectorised ? m.columns / vector : m.columns;
   m.slices = int(divide_up(m.rows, kMaxRows));
   // Neighbouring threads share rows. Where rows are short (few classes), the next thread's first row
@@ -417,7 +419,9 @@ cudaError_t launch_sigmoid_focal_loss(
   }
   if (plan.blocks.total() > 0) {
     bool loss = args.loss != nullptr, grad = args.grad != nullptr;
-    auto chosen = loss && grad ? launch<true, true> : loss ? launch<true, false> : launch<false, true>;
+    auto chosen = loss && grad ? launch<true, true>
+                  : loss       ? launch<true, false>
+                               : launch<false, true>;
     chosen(args, plan, stream);
     error = cudaGetLastError();
   }

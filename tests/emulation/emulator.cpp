@@ -99,7 +99,7 @@ void wait(State state, Site site) {
 
 bool same_place(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-      std::strcmp(a.file_name(), b.file_name()) == 0;
+         std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 // Lets a warp go on whose lanes of one mask have all come to the same place.
@@ -110,8 +110,7 @@ bool release_lanes(int first, uint32_t mask, const Site& site) {
         return false;
       }
       const Thread& thread = emulator.threads[first + lane];
-      if (thread.state != State::kAtWarp || thread.mask != mask ||
-          !same_place(thread.site, site)) {
+      if (thread.state != State::kAtWarp || thread.mask != mask || !same_place(thread.site, site)) {
         return false;
       }
     }
@@ -277,13 +276,9 @@ Met meet_warp(uint32_t mask, uint64_t value, int source, Site site) {
   return self.met;
 }
 
-int lane() {
-  return emulator.current % kWarpSize;
-}
+int lane() { return emulator.current % kWarpSize; }
 
-void* dynamic_shared() {
-  return emulator.shared.data();
-}
+void* dynamic_shared() { return emulator.shared.data(); }
 
 void fail(const std::string& message) {
   stop_with(Error::kAssert, message);
@@ -300,9 +295,7 @@ Error last_error(bool clear) {
   return error;
 }
 
-const char* last_message() {
-  return emulator.message.c_str();
-}
+const char* last_message() { return emulator.message.c_str(); }
 
 } // namespace emulation
 

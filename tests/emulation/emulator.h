@@ -41,8 +41,8 @@ struct Met {
 };
 Met meet_warp(uint32_t mask, uint64_t value, int source, Site site);
 
-int lane();                // of the thread that runs
-void* dynamic_shared();    // as many bytes as the launch asked for
+int lane();                                         // of the thread that runs
+void* dynamic_shared();                             // as many bytes as the launch asked for
 [[noreturn]] void fail(const std::string& message); // ends the kernel
 
 enum class Error { kNone, kInvalidConfiguration, kAssert, kLaunchFailure };

@@ -36,9 +36,7 @@ __global__ void race(int* out) {
   out[threadIdx.x] = values[(threadIdx.x + kThreads - 1) % kThreads];
 }
 
-__attribute__((noinline)) int read(const int* values, int i) {
-  return values[i];
-}
+__attribute__((noinline)) int read(const int* values, int i) { return values[i]; }
 
 __global__ void past_shared_array(int* out) {
   __shared__ int values[kThreads];
@@ -52,22 +50,16 @@ __global__ void past_dynamic_shared(int* out) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
-__global__ void past_global_array(int* out) {
-  out[threadIdx.x + 1] = 0;
-}
+__global__ void past_global_array(int* out) { out[threadIdx.x + 1] = 0; }
 
-__global__ void misaligned(int* out) {
-  *reinterpret_cast<int4*>(out + 1) = make_int4(1, 2, 3, 4);
-}
+__global__ void misaligned(int* out) { *reinterpret_cast<int4*>(out + 1) = make_int4(1, 2, 3, 4); }
 
 __global__ void reads_garbage(int* out) {
   __shared__ int values[kThreads];
   out[threadIdx.x] = values[threadIdx.x];
 }
 
-__global__ void refuses(int*) {
-  FCOS_ASSERT(threadIdx.x != 5, "thread 5 is refused");
-}
+__global__ void refuses(int*) { FCOS_ASSERT(threadIdx.x != 5, "thread 5 is refused"); }
 
 __global__ void writes_nothing(int*) {}
 
@@ -78,7 +70,8 @@ __global__ void warp_functions(int* out) {
   right &= __shfl_xor_sync(all, value, 1) == int((lane ^ 1) * (lane ^ 1));
   right &= __shfl_down_sync(all, value, 30) == (lane < 2 ? int((lane + 30) * (lane + 30)) : value);
   right &= __shfl_up_sync(all, value, 1, 8) == (lane % 8 ? int((lane - 1) * (lane - 1)) : value);
-  right &= __ballot_sync(all, lane < 5) == 31 && __any_sync(all, lane == 7) && !__all_sync(all, lane);
+  right &=
+      __ballot_sync(all, lane < 5) == 31 && __any_sync(all, lane == 7) && !__all_sync(all, lane);
   right &= __reduce_add_sync(all, int(lane)) == 496 && __reduce_max_sync(all, value) == 961;
   if (lane < 8) { // part of a warp
     right &= __shfl_xor_sync(0xffu, value, 7) == int((lane ^ 7) * (lane ^ 7));

@@ -61,9 +61,7 @@ void* make_context(char* stack, void (*entry)()) {
 
 void free_context(void*) {}
 
-void switch_context(void** save, void* load) {
-  emulation_switch(save, load);
-}
+void switch_context(void** save, void* load) { emulation_switch(save, load); }
 
 } // namespace
 
@@ -82,9 +80,7 @@ void* make_context(char* stack, void (*entry)()) {
   return context;
 }
 
-void free_context(void* context) {
-  delete static_cast<ucontext_t*>(context);
-}
+void free_context(void* context) { delete static_cast<ucontext_t*>(context); }
 
 void switch_context(void** save, void* load) {
   if (*save == nullptr) {
@@ -138,13 +134,9 @@ void Fiber::reset() {
 
 #else
 
-void Fiber::switch_to() {
-  switch_context(&scheduler_context, context_);
-}
+void Fiber::switch_to() { switch_context(&scheduler_context, context_); }
 
-void Fiber::yield() {
-  switch_context(&running->context_, scheduler_context);
-}
+void Fiber::yield() { switch_context(&running->context_, scheduler_context); }
 
 void Fiber::run() {
   for (;;) {

@@ -13,6 +13,4 @@ AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) {
-  return AOTI_TORCH_SUCCESS;
-}
+AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }

@@ -7,7 +7,8 @@ static long held, peak;
 
 static void* taken(void* memory) {
   if (memory) {
-    long now = __atomic_add_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED), highest = peak;
+    long now = __atomic_add_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED),
+         highest = peak;
     while (now > highest && !__atomic_compare_exchange_n(
                                 &peak, &highest, now, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
@@ -16,9 +17,9 @@ static void* taken(void* memory) {
 }
 
 // Defines `next`, what libc calls `name`.
-#define NEXT(result, name, ...) \
+#define NEXT(result, name, ...)       \
   static result (*next)(__VA_ARGS__); \
-  next = next ? next : (result(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
+  next = next ? next : (result (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
 
 void* malloc(size_t size) {
   NEXT(void*, "malloc", size_t);
@@ -46,11 +47,7 @@ void free(void* memory) {
 }
 
 // Starts a measurement; returns the bytes held now.
-long memory_of_the_test_start(void) {
-  return peak = held;
-}
+long memory_of_the_test_start(void) { return peak = held; }
 
 // The most bytes held since the start.
-long memory_of_the_test_peak(void) {
-  return peak;
-}
+long memory_of_the_test_peak(void) { return peak; }

@@ -10,9 +10,7 @@ struct __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
-inline float __bfloat162float(__nv_bfloat16 x) {
-  return __uint_as_float(unsigned(x.bits) << 16);
-}
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { // to nearest, ties to even
   unsigned bits = __float_as_uint(x);
   unsigned rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -18,11 +18,11 @@
 
 #define FCOS_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   (void)(stream), emulation::launch(blocks, threads, shared_bytes, [&] { kernel(__VA_ARGS__); })
-#define FCOS_ASSERT(condition, message)   \
-  do {                                    \
-    if (!(condition)) {                   \
-      emulation::fail(message);           \
-    }                                     \
+#define FCOS_ASSERT(condition, message) \
+  do {                                  \
+    if (!(condition)) {                 \
+      emulation::fail(message);         \
+    }                                   \
   } while (0)
 // Off by up to the relative `error`, by as much every time for the same number.
 inline float emulated_approximation(float x, float error) {
@@ -39,19 +39,11 @@ inline float emulated_rounded(float x) {
 
 // ---- types ----
 
-#define EMULATED_VECTOR(type, name, align)                       \
-  struct alignas(2 * sizeof(type)) name##2 {                     \
-    type x, y;                                                   \
-  };                                                             \
-  struct alignas(align) name##4 {                                \
-    type x, y, z, w;                                             \
-  };                                                             \
-  inline name##2 make_##name##2(type x, type y) {                \
-    return {x, y};                                               \
-  }                                                              \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { \
-    return {x, y, z, w};                                         \
-  }
+#define EMULATED_VECTOR(type, name, align)                         \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(align) name##4 { type x, y, z, w; };              \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATED_VECTOR(int, int, 16)
 EMULATED_VECTOR(unsigned, uint, 16)
 EMULATED_VECTOR(float, float, 16)
@@ -62,9 +54,7 @@ EMULATED_VECTOR(double, double, 16)
 
 #define EMULATED_SITE emulation::Site site = emulation::Site::current()
 
-inline void __syncthreads(EMULATED_SITE) {
-  emulation::meet_block(false, site);
-}
+inline void __syncthreads(EMULATED_SITE) { emulation::meet_block(false, site); }
 inline int __syncthreads_count(int predicate, EMULATED_SITE) {
   return emulation::meet_block(predicate != 0, site);
 }
@@ -189,33 +179,17 @@ T atomicCAS(T* at, T compare, T value) {
 using std::max;
 using std::min;
 
-inline float __int_as_float(int bits) {
-  return emulation::bits_as<float>(bits);
-}
-inline int __float_as_int(float x) {
-  return emulation::bits_as<int>(x);
-}
-inline float __uint_as_float(unsigned bits) {
-  return emulation::bits_as<float>(bits);
-}
-inline unsigned __float_as_uint(float x) {
-  return emulation::bits_as<unsigned>(x);
-}
-inline int __popc(unsigned x) {
-  return __builtin_popcount(x);
-}
-inline int __popcll(unsigned long long x) {
-  return __builtin_popcountll(x);
-}
-inline int __clz(int x) {
-  return x == 0 ? 32 : __builtin_clz(unsigned(x));
-}
+inline float __int_as_float(int bits) { return emulation::bits_as<float>(bits); }
+inline int __float_as_int(float x) { return emulation::bits_as<int>(x); }
+inline float __uint_as_float(unsigned bits) { return emulation::bits_as<float>(bits); }
+inline unsigned __float_as_uint(float x) { return emulation::bits_as<unsigned>(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __clzll(long long x) {
   return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
-inline int __ffs(int x) {
-  return __builtin_ffs(x);
-}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // ---- the host's side ----
 
