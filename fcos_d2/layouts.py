@@ -361,7 +361,9 @@ def _stride(weights: Weights, in_1x1: bool) -> dict[str, object]:
 def _groups(weights: Weights) -> int:
     """Of a ResNeXt's 3x3 convolutions."""
     weight = weights.get("backbone.bottom_up.res2.0.conv2.weight")
-    return 1 if weight is None or weight.dim() != 4 else len(weight) // weight.shape[1]
+    if weight is None or weight.dim() != 4 or not weight.numel():
+        return 1
+    return len(weight) // weight.shape[1]
 
 
 def _original_needs(weights: Weights, rest: Mapping) -> Needs:
@@ -392,7 +394,8 @@ def _torchvision_needs(weights: Weights, rest: Mapping) -> Needs:
 def _mmdet_needs(weights: Weights, rest: Mapping) -> Needs:
     """From the config that mmdetection saves with the weights, else by the published configs."""
     meta = rest.get("meta") if isinstance(rest.get("meta"), Mapping) else {}
-    options = _keywords(str(meta.get("cfg") or meta.get("config") or ""))
+    source = meta.get("cfg") or meta.get("config")
+    options = _keywords(source if isinstance(source, str) else "")
     bias = weights.get("head.cls_tower.0.bias", torch.zeros(1))
     tricks = bool(options.get("norm_on_bbox", bias.any()))
     caffe = options.get("style", "caffe" if _groups(weights) == 1 else "pytorch") == "caffe"

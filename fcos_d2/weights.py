@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import CONVENTIONS
-from .errors import InputError
+from .errors import InputError, shown
 from .layouts import CLASS_LAYER, LAYOUTS, Layout, Needs, Weights, count_classes, is_scale
 
 # Where checkpoints keep the weights, averaged ones first: published results are theirs. What
@@ -23,6 +23,8 @@ WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 OURS = "fcos_d2"
+MOST_WRAPPERS = 50  # dicts that are looked through for weights
+MOST_REPEATED = 2**26  # numbers of a tensor that its file does not hold
 # Layouts in which weights can also be written.
 WRITABLE = tuple(layout.name for layout in LAYOUTS if layout.writing is not None)
 # What makes boxes and qualities of predictions, and is no option elsewhere.
@@ -60,7 +62,7 @@ def unwrap(checkpoint: Mapping) -> tuple[Weights, dict]:
     is_dict = isinstance(checkpoint, Mapping)
     found = _find_state(checkpoint, rest) if is_dict else None
     if found is None:
-        keys = ", ".join(map(repr, list(checkpoint)[:5])) if is_dict else ""
+        keys = ", ".join(map(shown, list(checkpoint)[:5])) if is_dict else ""
         raise InputError(
             f"expected weights by name, alone or under {', '.join(WRAPPERS)}, got "
             + (f"a dict of {keys or 'nothing'}" if is_dict else type(checkpoint).__name__)
@@ -68,14 +70,35 @@ def unwrap(checkpoint: Mapping) -> tuple[Weights, dict]:
         )
     weights = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
     weights.pop("n_averaged", None)  # torch's AveragedModel
+    for key, value in weights.items():
+        _check_plain(key, value)
     return _strip_prefixes(weights), rest
 
 
-def _find_state(mapping: Mapping, rest: dict) -> Mapping | None:
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor that is no plain array of real numbers."""
+    is_dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+    kind = None
+    if not is_dense or tensor.is_meta or tensor.is_complex():
+        kind = "sparse, quantized, nested, complex or without numbers"
+    elif tensor.numel() > max(MOST_REPEATED, tensor.untyped_storage().nbytes()):
+        kind = f"a few numbers, repeated {tensor.numel()} times"
+    if kind:
+        raise InputError(
+            f"tensor {shown(name)} is {kind}; save plain arrays: torch.save({{k: v.contiguous() "
+            "for k, v in model.state_dict().items()}, FILE)"
+        )
+
+
+def _find_state(mapping: Mapping, rest: dict, seen: set[int] | None = None) -> Mapping | None:
     """The innermost dict of tensors; what lies beside it goes into ``rest``."""
+    seen = set() if seen is None else seen
+    if id(mapping) in seen or len(seen) > MOST_WRAPPERS:
+        return None
+    seen.add(id(mapping))
     for key in WRAPPERS:
         inner = mapping.get(key)
-        found = _find_state(inner, rest) if isinstance(inner, Mapping) else None
+        found = _find_state(inner, rest, seen) if isinstance(inner, Mapping) else None
         if found is not None:
             rest.update({name: value for name, value in mapping.items() if name != key})
             return found
@@ -126,6 +149,7 @@ def read(checkpoint: Mapping, num_classes: int | None = None) -> Recognised | No
         for key, value in theirs.items()
         if not re.search(layout.ignored, key)
     }
+    _check_class_layer(weights)
     for change in layout.reading:
         weights = change(weights)
     if layout.class_rows:
@@ -209,13 +233,19 @@ def fit(weights: Weights, names: Collection[str]) -> Weights:
     return fitted
 
 
+def _check_class_layer(weights: Weights) -> None:
+    weight = weights[f"{CLASS_LAYER}weight"]
+    if weight.dim() == 0:
+        raise InputError("the layer that predicts classes has no row per class; save it anew")
+
+
 def _select_classes(weights: Weights, rule: Callable, num_classes: int | None) -> Weights:
     count = count_classes(weights)
     rows = rule(count, num_classes)
     layer = {
         key: value[rows]
         for key, value in weights.items()
-        if key.startswith(CLASS_LAYER) and len(value) == count
+        if key.startswith(CLASS_LAYER) and value.shape[:1] == (count,)
     }
     return {**weights, **layer}
 
@@ -243,7 +273,7 @@ class Renaming:
         for slot in self.SLOT.finditer(template):
             factor, name, shift = slot.groups()
             slots.append((name or "**", int(factor or 1), int(shift or 0)))
-            pattern += re.escape(template[end : slot.start()]) + (r"(\d+)" if name else "(.+)")
+            pattern += re.escape(template[end : slot.start()]) + (r"(\d{1,9})" if name else "(.+)")
             end = slot.end()
         return re.compile(pattern + re.escape(template[end:])), slots
 

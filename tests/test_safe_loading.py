@@ -88,6 +88,17 @@ def test_train_net_refuses_a_malicious_file_in_one_line(script, tmp_path, argume
     assert result.err.splitlines()[-1].startswith("error: evil.pth would call ")
 
 
+@pytest.mark.parametrize("text", ["SEED: {}", "_BASE_: base.yaml"], ids=["file", "its base"])
+def test_a_config_that_calls_python_is_refused_in_one_line(script, text):
+    attack = "!!python/object/apply:os.system ['touch trace']"
+    (script.folder / "base.yaml").write_text(f"SEED: {attack}")
+    (script.folder / "evil.yaml").write_text(text.format(attack))
+    result = script(config="evil.yaml")
+    assert not (script.folder / "trace").exists()
+    assert result.status == 2 and "Traceback" not in result.err
+    assert "python/object/apply:os.system" in result.err.splitlines()[-1]
+
+
 def test_the_attacks_of_this_test_are_real(tmp_path):
     for name in ("system", "eval", "open"):
         trace = tmp_path / name

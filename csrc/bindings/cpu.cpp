@@ -18,9 +18,15 @@ void parallel_for(int64_t count, int64_t grain, const cpu::Task& task) {
   torch::stable::parallel_for(0, count, grain, task);
 }
 
+// Neighbours in memory, which the elements of an expanded map (stride 0) are not.
+bool points_touch(const Tensor& map) {
+  return map.size(2) * map.size(3) <= 1 || layout_of(map).point == 1;
+}
+bool channels_touch(const Tensor& map) { return map.size(1) <= 1 || map.stride(1) == 1; }
+
 // Along points or along channels, in both alike.
-bool can_walk(const Layout& map, const Layout& grad) {
-  return (map.point <= 1 && grad.point <= 1) || (map.channel <= 1 && grad.channel <= 1);
+bool can_walk(const Tensor& map, const Tensor& grad) {
+  return (points_touch(map) && points_touch(grad)) || (channels_touch(map) && channels_touch(grad));
 }
 
 // ---- assign_targets ----

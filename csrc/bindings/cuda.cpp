@@ -52,7 +52,7 @@ void check_launch(const char* op, cudaError_t error) {
 }
 
 // Kernels take any strides.
-bool can_walk(const Layout&, const Layout&) { return true; }
+bool can_walk(const Tensor&, const Tensor&) { return true; }
 
 // ---- assign_targets ----
 

@@ -58,7 +58,7 @@ inline Layout layout_of(const Tensor& map) {
 }
 
 // Whether the kernels can walk a map and its gradient as they lie. Both have point strides.
-using CanWalk = bool (*)(const Layout& map, const Layout& grad);
+using CanWalk = bool (*)(const Tensor& map, const Tensor& grad);
 
 // One tensor per level. Only what the kernels cannot walk is copied.
 class TensorMaps {
@@ -70,7 +70,7 @@ class TensorMaps {
         " levels, got ", maps.size());
     for (const Tensor& map : maps) {
       check_device(op, name, map, maps[0]);
-      bool in_place = has_point_stride(map) && can_walk(layout_of(map), layout_of(map));
+      bool in_place = has_point_stride(map) && can_walk(map, map);
       read_.push_back(in_place ? map : torch::stable::contiguous(map));
     }
   }
@@ -88,8 +88,7 @@ class TensorMaps {
   void write_to(std::vector<Tensor> grads) {
     grads_ = std::move(grads);
     for (size_t l = 0; l < grads_.size(); ++l) {
-      bool in_place =
-          has_point_stride(grads_[l]) && can_walk_(layout_of(read_[l]), layout_of(grads_[l]));
+      bool in_place = has_point_stride(grads_[l]) && can_walk_(read_[l], grads_[l]);
       if (!in_place) {
         read_[l] = torch::stable::contiguous(read_[l]);
       }

@@ -6,9 +6,8 @@ detectron2, has said that something is wrong.
 """
 
 import json
-import math
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from numbers import Real
 
@@ -16,7 +15,9 @@ import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..errors import InputError
+from ..errors import InputError, quoted, shown
+
+HUGE = 2.0**127  # from here on float32 cannot tell a box from an infinite one
 
 
 def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | None:
@@ -38,7 +39,7 @@ def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | 
         return None
     is_xyxy = (modes == BoxMode.XYXY_ABS)[:, None]
     sizes = boxes[:, 2:] - np.where(is_xyxy, boxes[:, :2], 0)
-    if not np.isfinite(boxes).all() or (sizes < 0).any():
+    if not (np.abs(boxes) < HUGE).all() or (sizes < 0).any():
         return None
     return int((sizes == 0).any(1).sum())
 
@@ -73,12 +74,12 @@ def _problem_in_box(box, is_xyxy: bool) -> str | None:
         return f"it has no bbox; give it {names} or remove it"
     numbers = list(box) if isinstance(box, Iterable) else []
     if len(numbers) != 4 or not all(isinstance(number, Real) for number in numbers):
-        return f"bbox {box} is not {names} in numbers"
-    if not all(map(math.isfinite, numbers)):
-        return f"bbox {box} is not finite; remove the annotation"
+        return f"bbox {shown(box)} is not {names} in numbers"
+    if not all(abs(number) < HUGE for number in numbers):
+        return f"bbox {shown(box)} is not finite; remove the annotation"
     start = numbers[:2] if is_xyxy else (0, 0)
     if numbers[2] < start[0] or numbers[3] < start[1]:
-        return f"bbox {box} has negative size; it must be {names}"
+        return f"bbox {shown(box)} has negative size; it must be {names}"
     return None
 
 
@@ -110,9 +111,10 @@ def read_coco(json_file: str | os.PathLike) -> dict:
             f"{json_file} is not valid JSON: {error.msg} in line {error.lineno} column "
             f"{error.colno}; copy or export it again"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(
-            f"cannot read annotation file {json_file}: {error}; check its path and rights"
+            f"cannot read annotation file {json_file}: {shown(str(error))}; check its path and "
+            "rights, or export it again"
         ) from error
     problem = _problem_in_structure(content)
     if problem:
@@ -126,15 +128,57 @@ def _problem_in_structure(content) -> str | None:
     for key in ("images", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
             return f"it has no {key!r}; a COCO file lists images, annotations and categories"
-    for key, needed in (
-        ("images", ("id", "file_name", "width", "height")),
-        ("categories", ("id", "name")),
-    ):
-        for index, entry in enumerate(content[key]):
-            lacking = [field for field in needed if field not in entry]
-            if lacking:
-                return f"entry {entry.get('id', index)} of {key!r} has no {lacking[0]!r}; add it"
-    return None
+    if not isinstance(content.get("annotations", []), list):
+        return "its 'annotations' are no list; export it as COCO"
+    return next(
+        (
+            problem
+            for key, fields in COCO_FIELDS.items()
+            for problem in _problems_in_entries(key, content[key], fields)
+        ),
+        None,
+    )
+
+
+def _problems_in_entries(key: str, entries: list, fields: dict[str, Callable]) -> Iterator[str]:
+    """What is wrong with the images or the categories of a COCO file."""
+    seen: set = set()
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            yield f"entry {index} of {key!r} is no object; export it as COCO"
+            continue
+        for field, is_valid in fields.items():
+            if field not in entry:
+                number = shown(entry.get("id", index))
+                yield f"entry {number} of {key!r} has no {field!r}; add it"
+            elif not is_valid(entry[field]):
+                number, value = shown(entry.get("id", index)), quoted(entry[field])
+                yield f"entry {number} of {key!r} has the {field} {value}; correct it"
+        number = entry.get("id")
+        if _is_id(number) and number in seen:
+            yield f"entry {shown(number)} of {key!r} has the id of another; number them anew"
+        seen.add(_key(number))
+    if len({isinstance(number, str) for number in seen}) > 1:
+        yield f"of {key!r} some have numbers for ids and others have texts; number them anew"
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and value == value
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 2**31
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# What an entry of a COCO file must have, and what that may be.
+COCO_FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "images": {"id": _is_id, "file_name": _is_text, "width": _is_size, "height": _is_size},
+    "categories": {"id": _is_id, "name": _is_text},
+}
 
 
 def problems_in_coco_annotations(content: dict) -> dict[int, str]:
@@ -147,12 +191,20 @@ def problems_in_coco_annotations(content: dict) -> dict[int, str]:
     categories = {category["id"] for category in content["categories"]}
     problems, seen = {}, set()
     for index, annotation in enumerate(content.get("annotations", ())):
+        if not isinstance(annotation, dict):
+            problems[index] = f"annotation {index}: it is no object; export it as COCO"
+            continue
         number = annotation.get("id")
         cause = _problem_in_coco_annotation(annotation, images, categories, seen)
-        seen.add(repr(number))
+        seen.add(_key(number))
         if cause:
-            problems[index] = f"annotation {index if number is None else number}: {cause}"
+            problems[index] = f"annotation {index if number is None else shown(number)}: {cause}"
     return problems
+
+
+def _key(number: object) -> object:
+    """``number``, if it is one or a text, and otherwise something that stands for it."""
+    return number if _is_id(number) else repr(number)
 
 
 def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, seen: set):
@@ -163,14 +215,42 @@ def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, 
     for key in ("id", "image_id", "category_id"):
         if key not in annotation:
             return f"it has no {key!r}; add it"
-    if repr(annotation["id"]) in seen:
+    if not _is_id(annotation["id"]):
+        return "its id is neither a number nor a text; number them anew"
+    if _key(annotation["id"]) in seen:
         return "its id is that of another annotation; number them anew"
     if not is_in("image_id", images):
-        return f"image_id {annotation['image_id']} is not in the file's images; remove it"
+        image = shown(annotation["image_id"])
+        return f"image_id {image} is not in the file's images; remove it"
     if not is_in("category_id", categories):
         known = sorted(categories, key=str)
-        shown = f"{', '.join(map(str, known[:5]))}{', ...' if len(known) > 5 else ''}"
-        return f"category_id {annotation['category_id']} is not in the file's categories ({shown})"
+        some = f"{', '.join(map(shown, known[:5]))}{', ...' if len(known) > 5 else ''}"
+        category = shown(annotation["category_id"])
+        return f"category_id {category} is not in the file's categories ({some})"
     if annotation.get("ignore", 0):
         return "detectron2 does not know 'ignore'; use 'iscrowd': 1 for regions to ignore"
-    return _problem_in_box(annotation.get("bbox"), is_xyxy=False)
+    return _problem_in_box(annotation.get("bbox"), is_xyxy=False) or _problem_in_shape(annotation)
+
+
+def _problem_in_shape(annotation: dict) -> str | None:
+    """What detectron2 reads although boxes are all that FCOS needs."""
+    shape, points = annotation.get("segmentation"), annotation.get("keypoints")
+    if shape and not (_is_run_length(shape) if isinstance(shape, dict) else _are_lists(shape)):
+        return f"segmentation {shown(shape)} is neither polygons nor run lengths; remove it"
+    if points and not _are_numbers(points):
+        return f"keypoints {shown(points)} are not numbers; remove them"
+    return None
+
+
+def _is_run_length(shape: dict) -> bool:
+    counts, size = shape.get("counts"), shape.get("size")
+    is_image = _are_numbers(size) and len(size) == 2
+    return is_image and (isinstance(counts, str) or _are_numbers(counts))
+
+
+def _are_lists(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(polygon, list) for polygon in value)
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(_is_size(number) for number in value)

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from . import digits
 from .annotation_checks import (
     count_flat_boxes,
@@ -86,13 +86,14 @@ def prepare(name: str) -> None:
 
 
 def load_dataset(
-    names: str | Sequence[str], filter_empty: bool = True, **options
+    names: str | Sequence[str], filter_empty: bool = True, masks: bool = True, **options
 ) -> Sequence[dict]:
     """detectron2's ``get_detection_dataset_dicts``, with its result checked.
 
     Args:
         names: registered data sets; those of one call must have the same classes.
         filter_empty: leave out images without any annotation that is not a crowd.
+        masks: keep ``segmentation``, most of the memory that COCO takes; boxes do without it.
         options: further arguments of ``get_detection_dataset_dicts``.
 
     Returns:
@@ -121,7 +122,23 @@ def load_dataset(
     if isinstance(records, list):  # a torch Dataset is not looked through
         _check_annotations(records, names)
         _check_image_files(records, names)
+        if not masks:
+            _leave_out_masks(records)
     return records
+
+
+def _leave_out_masks(records: list[dict]) -> None:
+    """Replaces the records one after the other, so that they never take more than they did.
+
+    What is in them may be the user's own and stays as it is.
+    """
+    for index, record in enumerate(records):
+        if "annotations" in record:
+            annotations = [
+                {key: value for key, value in annotation.items() if key != "segmentation"}
+                for annotation in record["annotations"]
+            ]
+            records[index] = {**record, "annotations": annotations}
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
@@ -282,6 +299,6 @@ def _check_image_files(records: list[dict], names: Sequence[str]) -> None:
         missing += [os.path.join(folder, name) for name in file_names if name not in present]
     if missing:
         raise InputError(
-            f"{_label(names)}: image {missing[0]} does not exist (missing: {len(missing)} of "
-            f"{len(records)}); {_where_data_lives(names[0])}"
+            f"{_label(names)}: image {shown(missing[0])} does not exist (missing: {len(missing)} "
+            f"of {len(records)}); {_where_data_lives(names[0])}"
         )

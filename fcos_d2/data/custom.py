@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..errors import InputError
+from ..errors import InputError, one_line_cause, quoted, shown
 from .annotation_checks import read_coco
 
 KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
@@ -65,16 +66,19 @@ def _check_entry(name: str, entry) -> str:
     """The kind of an entry, "json" or "voc"."""
     place = f"DATASETS.REGISTER.{name}"
     if not isinstance(entry, Mapping) or len(kinds := KEYS.keys() & entry.keys()) != 1:
-        raise InputError(f"{place} must say where the data lies, got {entry!r}; {EXAMPLES}")
+        raise InputError(f"{place} must say where the data lies, got {quoted(entry)}; {EXAMPLES}")
     (kind,) = kinds
     for key in sorted({"json": {"images"}, "voc": {"split"}}[kind] - entry.keys()):
         raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
-    for key in sorted(entry.keys() - KEYS[kind]):
-        raise InputError(f"{place} has an unknown key {key!r}; {EXAMPLES}")
+    for key in sorted(entry.keys() - KEYS[kind], key=str):
+        raise InputError(f"{place} has an unknown key {quoted(key)}; {EXAMPLES}")
     part = entry.get("part", (0, 1))
     numbers = isinstance(part, Sequence) and all(isinstance(p, (int, float)) for p in part)
     if not numbers or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
-        raise InputError(f"{place}.part must be two shares like [0, 0.8], got {part!r}")
+        raise InputError(f"{place}.part must be two shares like [0, 0.8], got {quoted(part)}")
+    classes = entry.get("classes", ())
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise InputError(f"{place}.classes must be a list of names, got {quoted(classes)}")
     return kind
 
 
@@ -126,13 +130,22 @@ def take_part(content: dict, low: float, high: float) -> dict:
     """
     images = [i for i in content["images"] if low <= _share(str(i["file_name"])) < high]
     kept = {image["id"] for image in images}
-    annotations = [a for a in content.get("annotations", ()) if a.get("image_id") in kept]
+    annotations = [a for a in content.get("annotations", ()) if _is_of(a, kept)]
     return {**content, "images": images, "annotations": annotations}
+
+
+def _is_of(annotation: object, images: set) -> bool:
+    """Whether it belongs to one of ``images``. What belongs nowhere stays, to be complained of."""
+    image = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+    return image is None or not isinstance(image, Hashable) or image in images
 
 
 def _share(file_name: str) -> float:
     """A number in [0, 1), evenly spread over names."""
-    return int.from_bytes(hashlib.sha256(file_name.encode()).digest()[:6], "big") / 2**48
+    return (
+        int.from_bytes(hashlib.sha256(file_name.encode(errors="surrogatepass")).digest()[:6], "big")
+        / 2**48
+    )
 
 
 # ---- Pascal VOC ----
@@ -156,29 +169,34 @@ def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> 
     listed = folder / "ImageSets" / "Main" / f"{split}.txt"
     try:
         stems = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or one_line_cause(error)
         raise InputError(
-            f"cannot read {listed}: {error.strerror}; a VOC folder lists the images of a split "
-            "there"
+            f"cannot read {listed}: {cause}; a VOC folder lists the images of a split there"
         ) from error
     if classes is None:
         files = sorted((folder / "Annotations").glob("*.xml"))
         classes = sorted({o.findtext("name", "") for f in files for o in _xml(f).iter("object")})
+    for wanted, what in ((stems, f"{listed} names no image"), (classes, f"{folder} has no class")):
+        if not wanted:
+            raise InputError(f"{what}; there is nothing to learn from")
+    images = {file.stem: file.name for file in sorted((folder / "JPEGImages").glob("*"))}
     content = {
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
     }
     for stem in stems:
-        _add_voc_image(content, folder, stem)
+        if stem != Path(stem).name or not stem.isprintable():
+            raise InputError(f"{listed} names {shown(stem)}, which is no file of Annotations")
+        _add_voc_image(content, folder, stem, images.get(stem))
     return content
 
 
-def _add_voc_image(content: dict, folder: Path, stem: str) -> None:
+def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None) -> None:
     path = folder / "Annotations" / f"{stem}.xml"
     root = _xml(path)
     number = len(content["images"]) + 1
-    file_name = next((p.name for p in sorted((folder / "JPEGImages").glob(f"{stem}.*"))), None)
     image = {"id": number, "file_name": file_name or root.findtext("filename", f"{stem}.jpg")}
     image |= {side: int(_number(root, f"size/{side}", path)) for side in ("width", "height")}
     content["images"].append(image)
@@ -186,7 +204,8 @@ def _add_voc_image(content: dict, folder: Path, stem: str) -> None:
     for item in root.iter("object"):
         name = item.findtext("name", "")
         if name not in ids:
-            raise InputError(f"{path}: class {name!r} is none of {', '.join(ids)}; add it to them")
+            some = shown(", ".join(ids))
+            raise InputError(f"{path}: class {quoted(name)} is none of {some}; add it to them")
         corners = [
             _number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")
         ]
@@ -207,13 +226,18 @@ def _add_voc_image(content: dict, folder: Path, stem: str) -> None:
 def _xml(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise InputError(f"cannot read annotation file {path}: {error}; export it again") from error
+    except (LookupError, OSError, ValueError, ElementTree.ParseError) as error:
+        raise InputError(
+            f"cannot read annotation file {path}: {shown(str(error))}; export it again"
+        ) from error
 
 
 def _number(element: ElementTree.Element, field: str, path: Path) -> float:
     text = element.findtext(field)
     try:
-        return float(text)
+        number = float(text)
     except (TypeError, ValueError):
-        raise InputError(f"{path}: {field} must be a number, got {text!r}; correct it") from None
+        number = math.nan
+    if not abs(number) < 2**31:
+        raise InputError(f"{path}: {field} must be a number, got {quoted(text)}; correct it")
+    return number

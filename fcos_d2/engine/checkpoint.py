@@ -13,7 +13,7 @@ from detectron2.layers import CNNBlockBase
 from torch import nn
 
 from ..config import CONVENTIONS
-from ..errors import InputError, one_line_cause
+from ..errors import InputError, one_line_cause, shown
 from ..modeling import FCOS
 from ..weights import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
 from .safe_load import load_safely
@@ -110,17 +110,17 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         """Refuses weights that do not fit; names of the class layer if it is to be left alone."""
         names = [name for name, _ in self.model.named_parameters()]
         if names and not set(names) & set(weights) and not wrong:
+            found = ", ".join(map(shown, list(weights)[:2]))
             raise InputError(
                 f"{self._source} holds nothing for this model: it has no {names[0]}, but "
-                f"{', '.join(list(weights)[:2]) or 'nothing'}; set MODEL.WEIGHTS to weights of "
-                "this architecture"
+                f"{found or 'nothing'}; set MODEL.WEIGHTS to weights of this architecture"
             )
         wrong = wrong + _wrong_shapes(weights, state)
         reset = self._accept_other_classes(wrong) if self.reset_class_layer else []
         wrong = [misfit for misfit in wrong if misfit.name not in reset]
         if wrong:
             self._refuse(
-                _shorten([f"{name} expected {model}, got {file}" for name, file, model in wrong])
+                _shorten([f"{n} expected {model}, got {file}" for n, file, model in wrong])
             )
         if not self.reset_class_layer:
             self._check_complete(weights, state)
@@ -150,7 +150,9 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         other = [
             misfit
             for misfit in wrong
-            if CLASS_LAYER in misfit.name and misfit.file[1:] == misfit.model[1:]
+            if CLASS_LAYER in misfit.name
+            and len(misfit.file) == len(misfit.model)
+            and misfit.file[1:] == misfit.model[1:]
         ]
         if other:
             logger.warning(
@@ -261,4 +263,4 @@ def _negligible(name: str) -> bool:
 
 def _shorten(texts: list[str]) -> str:
     more = len(texts) - MOST_SHOWN
-    return ", ".join(texts[:MOST_SHOWN]) + (f", and {more} more" if more > 0 else "")
+    return ", ".join(map(shown, texts[:MOST_SHOWN])) + (f", and {more} more" if more > 0 else "")

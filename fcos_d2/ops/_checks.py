@@ -5,6 +5,8 @@ Every message names the function, the argument, what was expected, what was give
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 
 import torch
@@ -13,21 +15,50 @@ from torch import Tensor
 from .levels import Levels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LONGEST = 300  # characters of what a message quotes
+MOST_POINTS = 2**31 - 1  # of a level; the kernels count them in 32 bits, everything else in 64
 
 
 def describe(value: object) -> str:
     """``float32 Tensor[3, 4] on cpu`` for a tensor, type and value for anything else."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
+        if not is_dense(value):
+            return f"{dtype} Tensor that is sparse, nested or quantized"
         return f"{dtype} Tensor{list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {shortened(value)}"
+
+
+def shortened(value: object) -> str:
+    """``repr(value)``, cut where it is long."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "of thousands of digits"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor lie at strides, one number each."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer, or stands for one while torch.compile traces."""
+    return isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether ``value`` is a number in [low, high] that a float can hold."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    return good and (isinstance(value, float) or abs(value) < 2**63)
 
 
 def check(condition: bool, function: str, expected: str, got: object, remedy: str = "") -> None:
     """Raises ValueError ``function: expected, got ...; remedy`` unless ``condition``."""
     if not condition:
-        got = got if isinstance(got, str) else describe(got)
-        raise ValueError(f"{function}: {expected}, got {got}" + (f"; {remedy}" if remedy else ""))
+        remedy = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{function}: {expected}, got {describe(got)}{remedy}")
 
 
 def check_tensor(
@@ -41,7 +72,8 @@ def check_tensor(
     """Checks type, dtype and shape; a string in ``shape`` names a free dimension."""
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     expected = f"{name} must be {names} Tensor[{', '.join(map(str, shape))}]"
-    good = isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == len(shape)
+    good = isinstance(value, Tensor) and value.dtype in dtypes and is_dense(value)
+    good = good and value.dim() == len(shape)
     good = good and all(
         isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
     )
@@ -72,6 +104,10 @@ def check_maps(
     check(good, function, f"{name} must be a non-empty list of Tensor[B, {channels}, H, W]", maps)
     for tensor in maps:
         check_tensor(function, f"{name}[l]", tensor, ["B", channels, "H", "W"], FLOATING)
+        points = tensor.shape[2] * tensor.shape[3]
+        expected = f"{name}[l] must have at most {MOST_POINTS} points and as many channels"
+        good = points <= MOST_POINTS and tensor.shape[1] <= MOST_POINTS
+        check(good, function, expected, tensor)
         check(
             tensor.shape[:2] == maps[0].shape[:2]
             and tensor.dtype == maps[0].dtype
@@ -83,42 +119,69 @@ def check_maps(
         )
     if like:
         sizes, wanted = [[(t.shape[0], *t.shape[2:]) for t in side] for side in (maps, like)]
-        check(
-            sizes == wanted,
-            function,
-            f"{name} must have (batch, height, width) {wanted} per level",
-            str(sizes),
-        )
+        if sizes != wanted:
+            expected = f"{name} must have (batch, height, width) {shortened(wanted)} per level"
+            check(False, function, expected, sizes)
         check_same_device(function, first_level=like[0], **{name: maps[0]})
 
 
 def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> None:
     """Checks ``levels`` and, where given, that ``maps`` have the heights and widths it states."""
-    check(isinstance(levels, Levels), function, "levels must be fcos_d2.ops.Levels", levels)
+    remedy = "build it with fcos_d2.ops.make_levels"
+    check(isinstance(levels, Levels), function, "levels must be fcos_d2.ops.Levels", levels, remedy)
     check(
-        len(levels.shapes) == len(levels.strides) == len(levels.pitches),
+        all(isinstance(field, (tuple, list)) for field in levels[:3])
+        and len(levels.shapes) == len(levels.strides) == len(levels.pitches),
         function,
         "levels must have as many shapes as strides and pitches",
-        str(levels),
-        "build it with fcos_d2.ops.make_levels",
+        levels,
+        remedy,
     )
+    for name, pairs in (("shapes", levels.shapes), ("pitches", levels.pitches)):
+        good = all(
+            isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair))
+            for pair in pairs
+        )
+        check(good, function, f"levels.{name} must be pairs of integers", pairs, remedy)
+    for stride in levels.strides:
+        check_count(function, "levels.strides[l]", stride)
+    check_number(function, "levels.offset", levels.offset, 0, 1)
+    for height, width in levels.shapes:
+        expected = f"levels.shapes must be sizes of at most {MOST_POINTS} points"
+        good = height >= 0 and width >= 0 and height * width <= MOST_POINTS
+        check(good, function, expected, (height, width))
     if maps:
         shapes = [tuple(t.shape[2:]) for t in maps]
-        check(
-            shapes == [tuple(shape) for shape in levels.shapes],
-            function,
-            f"levels.shapes must be those of the maps {shapes}",
-            str(levels.shapes),
-        )
+        if shapes != [tuple(shape) for shape in levels.shapes]:
+            expected = f"levels.shapes must be those of the maps {shortened(shapes)}"
+            check(False, function, expected, levels.shapes)
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
     """Checks that ``value`` is one of ``choices``."""
     expected = f"{name} must be one of {', '.join(choices)}"
-    check(value in choices, function, expected, describe(value))
+    check(isinstance(value, str) and value in choices, function, expected, value)
 
 
 def check_number(function: str, name: str, value: object, low: float, high: float) -> None:
     """Checks that ``value`` is a number in [low, high]."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    check(good, function, f"{name} must be a number in [{low}, {high}]", describe(value))
+    good = is_number(value, low, high)
+    check(good, function, f"{name} must be a number in [{low}, {high}]", value)
+
+
+def check_positive(function: str, name: str, value: object) -> None:
+    """Checks that ``value`` is a finite number above 0."""
+    good = is_number(value, 0, math.inf) and 0 < value < math.inf
+    check(good, function, f"{name} must be > 0 and finite", value)
+
+
+def check_count(function: str, name: str, value: object) -> None:
+    """Checks that ``value`` is an integer of at least 1 that 32 bits hold."""
+    good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+    check(good, function, f"{name} must be an integer >= 1 and < 2^31", value)
+
+
+def check_flags(function: str, **flags: object) -> None:
+    """Checks that all ``flags`` are True or False."""
+    for name, value in flags.items():
+        check(isinstance(value, bool), function, f"{name} must be True or False", value)

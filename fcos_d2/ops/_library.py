@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ _HOW_TO_BUILD = (
 )
 _loaded: set[str] = set()
 _has_warned = False
+_one_at_a_time = threading.Lock()
 
 
 def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
@@ -109,8 +111,9 @@ def _announce_reference(name: str, device_type: str) -> None:
     )
     if os.environ.get("FCOS_D2_STRICT") == "1":
         raise RuntimeError(f"{message}; FCOS_D2_STRICT=1 makes this an error")
-    if not _has_warned:
-        _has_warned = True
+    with _one_at_a_time:
+        is_first, _has_warned = not _has_warned, True
+    if is_first:
         warnings.warn(message, stacklevel=2)
 
 

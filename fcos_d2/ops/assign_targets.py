@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check, check_levels, check_number, check_same_device, check_tensor
+from ._checks import (
+    check,
+    check_count,
+    check_flags,
+    check_levels,
+    check_number,
+    check_same_device,
+    check_tensor,
+    is_number,
+)
 from ._library import define_op
 from .levels import Levels
 
@@ -87,20 +96,23 @@ def assign_targets(
     name = "assign_targets"
     check_tensor(name, "gt_boxes", gt_boxes, ["M", 4], [torch.float32], "cast with .float()")
     m = gt_boxes.shape[0]
+    check(m < 2**31, name, "gt_boxes must be at most 2^31 - 1", gt_boxes)
     check_tensor(name, "gt_classes", gt_classes, [m], [torch.int64], "cast with .long()")
     check_tensor(name, "gt_offsets", gt_offsets, ["B + 1"], [torch.int64], "cast with .long()")
     check(gt_offsets.shape[0] > 0, name, "gt_offsets must have B + 1 >= 1 elements", gt_offsets)
     check_same_device(name, gt_boxes=gt_boxes, gt_classes=gt_classes, gt_offsets=gt_offsets)
     check_levels(name, levels)
     check(
-        len(size_ranges) == len(levels.strides)
-        and all(len(r) == 2 and float(r[0]) <= float(r[1]) for r in size_ranges),
+        isinstance(size_ranges, Sequence)
+        and len(size_ranges) == len(levels.strides)
+        and all(map(_is_range, size_ranges)),
         name,
         f"size_ranges must be {len(levels.strides)} pairs (low <= high), one per level",
-        str(list(size_ranges)),
+        size_ranges,
     )
-    check_number(name, "num_classes", num_classes, 1, 2**31 - 1)
+    check_count(name, "num_classes", num_classes)
     check_number(name, "center_radius", center_radius, 0, float("inf"))
+    check_flags(name, inclusive=inclusive)
     return Targets(
         *_op(
             gt_boxes.detach(),
@@ -116,6 +128,12 @@ def assign_targets(
             inclusive,
         )
     )
+
+
+def _is_range(pair: object) -> bool:
+    inf = float("inf")
+    good = isinstance(pair, Sequence) and len(pair) == 2
+    return good and is_number(pair[0], -inf, inf) and is_number(pair[1], pair[0], inf)
 
 
 def _fake(gt_boxes, gt_classes, gt_offsets, shapes, *_):

@@ -10,9 +10,11 @@ from torch import Tensor
 from . import reference
 from ._checks import (
     FLOATING,
-    check,
     check_choice,
+    check_count,
+    check_flags,
     check_number,
+    check_positive,
     check_same_device,
     check_tensor,
 )
@@ -119,14 +121,10 @@ def batched_nms_padded(
     check_tensor(name, "classes", classes, shape, [torch.int64], "cast with .long()")
     check_same_device(name, boxes=boxes, scores=scores, classes=classes)
     check_number(name, "iou_threshold", iou_threshold, 0, 1)
-    check(
-        isinstance(max_detections, int) and max_detections >= 1,
-        name,
-        "max_detections must be an integer >= 1",
-        max_detections,
-    )
+    check_count(name, "max_detections", max_detections)
+    check_flags(name, class_agnostic=class_agnostic)
     check_choice(name, "method", method, NMS_METHODS)
-    check(sigma > 0, name, "sigma must be > 0", sigma)
+    check_positive(name, "sigma", sigma)
     check_number(name, "min_score", min_score, 0, 1)
     return Detections(
         *_op_padded(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check, check_choice, check_maps, check_same_device, check_tensor
+from ._checks import (
+    check,
+    check_choice,
+    check_flags,
+    check_maps,
+    check_same_device,
+    check_tensor,
+    is_number,
+)
 from ._library import define_autograd, define_op, forbid_double_backward
 from .assign_targets import Targets
 
@@ -68,6 +77,7 @@ def box_loss(
         quality[0].dtype == ltrb[0].dtype, name, "quality must have the dtype of ltrb", quality[0]
     )
     shape = [ltrb[0].shape[0], sum(level.shape[2] * level.shape[3] for level in ltrb)]
+    check(isinstance(targets, Targets), name, "targets must be fcos_d2.ops.Targets", targets)
     _, matched, target_ltrb, centerness, _ = targets
     check_tensor(name, "targets.matched", matched, shape, [torch.int32], "cast with .int()")
     check_tensor(name, "targets.ltrb", target_ltrb, [*shape, 4], [torch.float32])
@@ -77,13 +87,16 @@ def box_loss(
     )
     check_choice(name, "loss_type", loss_type, LOSS_TYPES)
     check_choice(name, "quality_type", quality_type, QUALITY_TYPES)
+    check_flags(name, weight_by_centerness=weight_by_centerness)
     if isinstance(smoothing, (int, float)):
         smoothing = [smoothing] * len(ltrb)
     check(
-        len(smoothing) == len(ltrb) and all(s >= 0 for s in smoothing),
+        isinstance(smoothing, Sequence)
+        and len(smoothing) == len(ltrb)
+        and all(is_number(s, 0, math.inf) for s in smoothing),
         name,
         f"smoothing must be one number >= 0, or {len(ltrb)} of them, one per level",
-        str(smoothing),
+        smoothing,
     )
     return _op(
         list(ltrb), list(quality), matched, target_ltrb, centerness,

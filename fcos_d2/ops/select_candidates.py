@@ -13,6 +13,8 @@ from . import reference
 from ._checks import (
     check,
     check_choice,
+    check_count,
+    check_flags,
     check_levels,
     check_maps,
     check_number,
@@ -92,6 +94,9 @@ def select_candidates(
     """
     name = "select_candidates"
     check_maps(name, "logits", logits, "K")
+    for level in logits:  # the kernels number the pairs of point and class
+        good = level[:1].numel() < 2**32
+        check(good, name, "logits[l] must have less than 2^32 elements per image", level)
     check_maps(name, "ltrb", ltrb, 4, like=logits)
     check_maps(name, "quality", quality, 1, like=logits)
     check_levels(name, levels, logits)
@@ -99,7 +104,13 @@ def select_candidates(
     check_tensor(name, "image_sizes", image_sizes, sizes, [torch.int64], "cast with .long()")
     check_same_device(name, logits=logits[0], image_sizes=image_sizes)
     check_number(name, "score_threshold", score_threshold, 0, 1)
-    check(isinstance(topk, int) and topk >= 1, name, "topk must be an integer >= 1", topk)
+    check_count(name, "topk", topk)
+    check_flags(
+        name,
+        threshold_with_quality=threshold_with_quality,
+        rank_with_quality=rank_with_quality,
+        clip=clip,
+    )
     check_choice(name, "score_rule", score_rule, SCORE_RULES)
     return Candidates(
         *_op(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_maps, check_number, check_same_device, check_tensor
+from ._checks import check_flags, check_maps, check_number, check_same_device, check_tensor
 from ._library import define_autograd, define_op, forbid_double_backward
 
 
@@ -33,7 +33,7 @@ def sigmoid_focal_loss(
         labels: int32 Tensor[B, P] in [0, K), K for background, -1 to ignore; P counts the points of
             all levels, level-major, row-major inside a level.
         alpha: weight of positives in [0, 1], 1 - alpha for negatives; -1 for no weights.
-        gamma: focusing exponent >= 0.
+        gamma: focusing exponent in [0, 1000].
         scale: float32 (float64 for float64 logits) scalar on the device of ``logits`` that the sum
             is multiplied by, such as weight / number of positives; no gradient flows into it.
         save_gradient: compute the gradient together with the loss, in one pass over the logits, and
@@ -64,7 +64,8 @@ def sigmoid_focal_loss(
     check_same_device(name, logits=logits[0], labels=labels)
     if alpha != -1:
         check_number(name, "alpha (or -1 for no weights)", alpha, 0, 1)
-    check_number(name, "gamma", gamma, 0, float("inf"))
+    check_number(name, "gamma", gamma, 0, 1000)
+    check_flags(name, save_gradient=save_gradient)
     if scale is not None:
         wanted = reference._accumulate_dtype(logits[0])
         check_tensor(name, "scale", scale, [], [wanted], "make it with logits[0].new_tensor()")

@@ -250,7 +250,7 @@ GOOD = {
         ({"levels": [(1, 1)]}, "levels must be fcos_d2.ops.Levels"),
         ({"size_ranges": OPEN * 2}, "size_ranges must be 1 pairs"),
         ({"size_ranges": [(5, 1)]}, "size_ranges must be 1 pairs"),
-        ({"num_classes": 0}, "num_classes must be a number in"),
+        ({"num_classes": 0}, "num_classes must be an integer >= 1"),
         ({"center_radius": -1}, "center_radius must be a number in"),
     ],
 )  # fmt: skip
@@ -262,8 +262,8 @@ def test_bad_argument_is_named(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"gt_classes": torch.tensor([0, K])}, r"gt_classes must lie in \[-1, 5\)"),
-        ({"gt_classes": torch.tensor([-2, 0])}, r"gt_classes must lie in \[-1, 5\)"),
+        ({"gt_classes": torch.tensor([0, K])}, r"gt_classes must lie in \[-1, (5|num_classes)\)"),
+        ({"gt_classes": torch.tensor([-2, 0])}, r"gt_classes must lie in \[-1, (5|num_classes)\)"),
         ({"gt_offsets": torch.tensor([0, 1])}, "gt_offsets must rise from 0 to"),
         ({"gt_offsets": torch.tensor([0, 3, 2])}, "gt_offsets must rise from 0 to"),
         ({"gt_offsets": torch.tensor([1, 2])}, "gt_offsets must rise from 0 to"),

@@ -1,0 +1,172 @@
+"""Fuzz target: annotation files, read as DATASETS.REGISTER and fcos-d2 check read them.
+
+COCO files and Pascal VOC folders, given as they are or a valid one with changes. Whatever it is, it
+loads into records that training can use, or is refused in one line that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from xml.sax.saxutils import escape
+
+from detectron2.data import MetadataCatalog
+
+from fcos_d2.data import class_names, load_dataset, register_datasets
+from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
+
+from .choices import Choices, spoil
+from .oracle import result_or_refusal, scratch
+
+NAME = "fuzzed"
+COCO = {
+    "images": [
+        {"id": 1, "file_name": "1.png", "width": 60, "height": 40},
+        {"id": 2, "file_name": "2.png", "width": 60, "height": 40},
+    ],
+    "categories": [{"id": 1, "name": "disc"}, {"id": 7, "name": "box"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 6, 20, 10], "iscrowd": 0},
+        {"id": 2, "image_id": 2, "category_id": 7, "bbox": [5, 6, 20, 10], "iscrowd": 1},
+    ],
+}
+COCO["annotations"][0]["area"] = 200
+COCO["annotations"][1]["segmentation"] = {"size": [40, 60], "counts": [0, 2400]}
+COCO["annotations"][0]["segmentation"] = [[5, 6, 25, 6, 25, 16]]
+
+
+# ---- COCO ----
+
+
+def coco_text(choices: Choices) -> bytes:
+    """A valid file with changes of its values, and perhaps of its text."""
+    text = json.dumps(spoil(choices, COCO)).encode()
+    change = choices.of(("none", "cut", "insert", "double"))
+    place = choices.number(len(text) + 1)
+    if change == "cut":
+        return text[:place]
+    if change == "insert":
+        odd = (b"[" * 100_000, b"\xff", b"\xef\xbb\xbf", b"9" * 5000, b'"', b"NaN", b"\0", b"\n")
+        return text[:place] + choices.of(odd) + text[place:]
+    return text + text if change == "double" else text
+
+
+def coco_entry(choices: Choices) -> dict:
+    """A COCO file, as DATASETS.REGISTER describes it."""
+    path = scratch("annotations.json")
+    path.write_bytes(choices.of((coco_text, Choices.rest))(choices))
+    entry: dict = {"json": str(path), "images": str(scratch("images"))}
+    if choices.number(2):
+        entry["part"] = choices.of(([0, 1], [0, 0.5], [0.999, 1]))
+    return entry
+
+
+# ---- Pascal VOC ----
+
+ODD_XML = (
+    "",
+    "&lol;",
+    '<?xml version="1.0" encoding="utf-7"?>',
+    '<?xml version="1.0" encoding="shift_jis"?>',
+    '<!DOCTYPE a [<!ENTITY lol SYSTEM "file:///etc/hostname">]>',
+    "<!DOCTYPE a [<!ENTITY a '0123456789'>"
+    + "".join(f"<!ENTITY {b} '{f'&{a};' * 10}'>" for a, b in zip("abcdefg", "bcdefgh", strict=True))
+    + "]>",
+    "<a>" * 20_000,
+    "<object>" * 50,
+    "\x00",
+    "<object/>",
+    "</annotation>",
+)
+
+
+def voc_text(choices: Choices) -> bytes:
+    """A valid file with changes of its values, and perhaps of its text."""
+    fields = {"filename": "1.png", "width": 60, "height": 40, "name": "disc", "difficult": 0}
+    fields |= {"xmin": 1, "ymin": 1, "xmax": 20, "ymax": 10}
+    values = spoil(choices, fields)
+    values = values if isinstance(values, dict) else {}
+
+    def tag(name: str) -> str:
+        text = str(values[name])[:10_000] if name in values else None
+        return "" if text is None else f"<{name}>{escape(text)}</{name}>"
+
+    box = "".join(map(tag, ("xmin", "ymin", "xmax", "ymax")))
+    text = (
+        f"<annotation>{tag('filename')}<size>{tag('width')}{tag('height')}</size>"
+        f"<object>{tag('name')}{tag('difficult')}<bndbox>{box}</bndbox></object></annotation>"
+    )
+    place = choices.of((0, len(text), text.index("</size>"), text.index("<bndbox>")))
+    return (text[:place] + choices.of(ODD_XML) + text[place:]).encode("utf-8", "surrogatepass")
+
+
+def voc_entry(choices: Choices) -> dict:
+    """A Pascal VOC folder with one image."""
+    root = scratch("voc")
+    stem = choices.of(("1", "[1]", "a b"))
+    split = choices.of((stem, "..", "/", "**", "?", "\0", "../x", "\ud800", "", f"{stem}\n{stem}"))
+    (root / "ImageSets/Main/train.txt").write_bytes(split.encode("utf-8", "surrogatepass"))
+    content = choices.of((voc_text, Choices.rest))(choices)
+    path = root / "Annotations" / f"{stem}.xml"
+    path.write_bytes(content)
+    entry: dict = {"voc": str(root), "split": "train"}
+    if choices.number(2):
+        entry["classes"] = choices.of((["disc"], ["other"], [], ["disc", "disc"]))
+    return entry
+
+
+# ---- The check ----
+
+
+def prepare_folders() -> None:
+    """Two images, and the folders of a VOC data set without files."""
+    shutil.rmtree(scratch("voc"), ignore_errors=True)
+    for folder in ("images", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages"):
+        scratch(folder).mkdir(parents=True, exist_ok=True)
+    for name in ("images/1.png", "images/2.png", "voc/JPEGImages/1.png"):
+        scratch(name).touch()
+
+
+def check(data: bytes) -> None:
+    """One data set."""
+    choices = Choices(data)
+    if choices.number(16) == 15:
+        entry = spoil(choices, {"json": "a", "images": "b", "part": [0, 1]})
+        with result_or_refusal(f"DATASETS.REGISTER.{NAME}"):
+            register_datasets({NAME: entry})
+        return
+    if not scratch("images").is_dir():
+        prepare_folders()
+    make = choices.of((coco_entry, voc_entry))
+    entry = make(choices)
+    register_datasets({NAME: entry})
+    for use in (inspect, load, class_names):
+        # A new process would know nothing of what the one before read.
+        register_datasets({NAME: entry})
+        with result_or_refusal(str(entry.get("json", entry.get("voc"))), repr(NAME)):
+            use(NAME)
+    for file in scratch("voc/Annotations").glob("*"):
+        file.unlink()
+
+
+def inspect(name: str) -> None:
+    """What fcos-d2 check does."""
+    found = inspect_dataset(name, read_images=False)
+    describe_contents(found)
+    for problem in (*found.annotation_problems, *found.image_problems.values()):
+        assert problem.isprintable() and len(problem) < 1000, problem[:1000]
+    if found.source_file:
+        clean = without_problems(found.source_file, found.image_root, list(found.image_problems))
+        json.dumps(clean)
+
+
+def load(name: str) -> None:
+    """What training does."""
+    num_classes = None
+    for record in load_dataset(name):
+        num_classes = num_classes or len(MetadataCatalog.get(name).thing_classes)
+        for annotation in record["annotations"]:
+            assert 0 <= annotation["category_id"] < num_classes
+            x, y, width, height = annotation["bbox"]
+            assert width >= 0 and height >= 0 and math.isfinite(x + y)
