@@ -3,24 +3,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --constraint constraints.txt --no-compile --progress-bar off
+PIP := $(BIN)/python -m pip install --no-deps --no-compile --progress-bar off
+PIP_LOCKED := $(PIP) --require-hashes --requirement
 TOO_OLD := "make env: the pinned versions need Python 3.11; type: make env PYTHON=python3.11"
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench gpu-check clean
+.PHONY: help env demo test lint bench gpu-check lock clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 env: $(VENV)/installed $(VENV)/built ## make .venv with torch, detectron2 and fcos_d2 in it
 
-# --no-build-isolation: torch has brought setuptools, so that nothing is left to download.
-$(VENV)/installed: pyproject.toml constraints.txt tools/install_detectron2.py
+# What is installed and what builds it is in the lock, so nothing comes without a known hash: some
+# packages have no wheel, and pip would fetch any setuptools for them if the lock's were not there.
+$(VENV)/installed: pyproject.toml requirements.lock tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit($(TOO_OLD) if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch torchvision
-	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	sed -n '/^setuptools==/,/# via/p' requirements.lock | $(PIP_LOCKED) /dev/stdin
+	$(PIP_LOCKED) requirements.lock --no-build-isolation
+	$(BIN)/python tools/install_detectron2.py --no-deps
+	$(PIP) --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py $(shell find csrc -type f)
@@ -48,13 +52,21 @@ SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 gpu-check: ## on a GPU: build, test, sanitize and measure the kernels
 	FCOS_D2_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -q -m "not slow" tests/ops
+	$(GPU_PYTHON) -m pytest -q -m "not slow" -k "not emulated" tests/ops
 	if command -v compute-sanitizer; then \
 	    for tool in memcheck racecheck initcheck synccheck; do \
 	        $(SANITIZE) $$tool $(GPU_PYTHON) -m tests.ops.drive_kernels || exit 1; \
 	    done; \
 	fi
 	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda
+
+# Keeps the versions that are there; UPGRADE=--upgrade, or UPGRADE="--upgrade-package NAME", takes the
+# newest. Needs uv (pip install uv).
+lock: ## write requirements.lock: a version and hashes for all that make env installs
+	$(PYTHON) tools/install_detectron2.py --requirements | \
+	    UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url $(UPGRADE) --extra dev --output-file requirements.lock \
+	    pyproject.toml -
 
 clean: ## remove .venv and everything built; output/ stays
 	rm -rf $(VENV) build dist *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis

@@ -11,11 +11,12 @@ from fcos_d2.engine.trainer import averaged_model
 from fcos_d2.errors import InputError
 
 from .modeling.tiny import sample, tiny_cfg, tiny_fcos
-from .tiny_training import metrics
+from .tiny_training import ROOT, metrics, python
 
 pytest_plugins = ["tests.script"]
 
 BFLOAT16 = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16")
+ACCURACY_TEST = "quick_schedules/fcos_R_18_FPN_digits_bfloat16_training_acc_test"
 BATCH = [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 96, [[20.0, 4, 60, 30]])]
 
 
@@ -81,6 +82,23 @@ def test_bfloat16_is_chosen_by_config_and_stays_on_without_a_gpu(script):
     assert script("DATASETS.TEST", "()", "OUTPUT_DIR", "other").status == 0
     without = metrics(script.folder / "other")[-1]["total_loss"]
     assert with_amp == pytest.approx(without, rel=0.05) and with_amp != without
+
+
+@pytest.mark.slow
+def test_bfloat16_loses_less_than_a_point_to_float32(tmp_path):
+    """Two trainings of `make demo`'s length with the same seed.
+
+    Measured, float32 and bfloat16: 65.5 and 64.7 with this seed, 65.6 and 67.2 with the next one.
+    """
+    aps = []
+    for schedule in ("digits/fcos_R_18_FPN_digits", ACCURACY_TEST):
+        words = ("--config-file", ROOT / f"configs/{schedule}.yaml", "TEST.EVAL_PERIOD", 0)
+        words += ("VIS_PERIOD", 0, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / schedule)
+        done = python(ROOT / "train_net.py", *words, cwd=tmp_path, timeout=3600)
+        assert done.returncode == 0, done.stderr
+        aps.append(metrics(tmp_path / schedule)[-1]["bbox/AP"])
+    assert aps[0] != aps[1], "autocast was off"
+    assert aps[1] > aps[0] - 1
 
 
 def test_float16_is_for_gpus(caplog):

@@ -13,7 +13,8 @@ from fcos_d2.config import add_fcos_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "csrc/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "SECURITY.md")),
+    ROOT / "csrc" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # What stands for something of the reader's.

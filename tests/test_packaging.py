@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "fcos_d2" / "_C.so"
@@ -171,17 +173,39 @@ def test_library_says_what_it_was_built_for():
     assert info["cxx_standard"] >= 202002 and "-O3" in info["flags"]
 
 
-def test_every_direct_dependency_is_pinned_once(pyproject):
+@pytest.fixture(scope="module")
+def lock() -> dict[str, list[str]]:
+    """requirements.lock: name==version, with the condition if there is one -> its hashes."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    return {line.split(" --hash=")[0].strip(): line.split(" --hash=")[1:] for line in lines}
+
+
+def test_everything_is_locked_to_one_version_by_its_hashes(lock):
+    pin = re.compile(r"[a-z0-9-]+==[\w.+]+( ; .+)?")
+    assert len(lock) > 80 and all(map(pin.fullmatch, lock))
+    assert all(hashes for hashes in lock.values())
+    hashes = [hash.strip() for hashes in lock.values() for hash in hashes]
+    assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", hash) for hash in hashes)
+    # One option more in the file, and pip could be sent to another registry.
+    assert not any("--" in requirement for requirement in lock)
+
+
+def test_every_direct_dependency_is_locked_and_fits(lock, pyproject):
+    detectron2 = load(ROOT / "tools" / "install_detectron2.py")
+    project = pyproject["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["dev"]
+    locked = {pin.split("==")[0]: pin.split("==")[1].split(" ;")[0] for pin in lock}
+    for requirement in map(Requirement, [*declared, *detectron2.REQUIREMENTS]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+
+
+def test_detectron2_is_built_from_what_its_installer_lists():
     detectron2 = load(ROOT / "tools" / "install_detectron2.py")
     import tomllib
 
-    project = pyproject["project"]
-    declared = names(project["dependencies"] + project["optional-dependencies"]["dev"])
-    declared |= names(tomllib.loads(detectron2.PYPROJECT)["project"]["dependencies"])
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins)
-    assert names(pins) == declared and len(pins) == len(declared)
+    project = tomllib.loads(detectron2.PYPROJECT)["project"]
+    assert project["dependencies"] == list(detectron2.REQUIREMENTS)
 
 
 def test_torch_is_neither_pinned_nor_downloaded_by_a_plain_install(pyproject):
@@ -193,7 +217,7 @@ def test_torch_is_neither_pinned_nor_downloaded_by_a_plain_install(pyproject):
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """The files that `make env` looks at, all of the same age, and newer stamps."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "setup.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "tools").mkdir()
@@ -228,7 +252,7 @@ def test_second_make_env_does_nothing(tree):
 
 @needs_make
 def test_new_pin_installs_again(tree):
-    set_age(tree / "constraints.txt", 0)
+    set_age(tree / "requirements.lock", 0)
     assert "pip install" in work_of_make_env(tree)
 
 

@@ -4,6 +4,7 @@ The trainings that are killed run in processes of their own; see kill_and_resume
 """
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -24,6 +25,7 @@ from fcos_d2.engine import Checkpointer, Trainer, TrainLoader
 from fcos_d2.engine.hooks import Preempted
 from fcos_d2.engine.random_state import kept_random_state, random_state, set_random_state
 from fcos_d2.engine.saving import atomic_write
+from fcos_d2.engine.train_loader import WORKER_GRACE
 from fcos_d2.engine.trainer import forget_metrics
 from fcos_d2.errors import InputError
 
@@ -120,6 +122,29 @@ def test_sigterm_in_the_last_iteration_leaves_the_evaluation_to_resume(script, m
     result = script("--resume", "SOLVER.MAX_ITER", 3)
     assert result.status == 0 and "Starting training from iteration 3" in result.out
     assert "bbox/AP" in metrics(script.folder / "output")[-1]
+
+
+def test_workers_outlive_the_sigterm_of_a_training_that_finishes_its_step():
+    batches = iter(loader(workers=2))
+    assert ids([next(batches)]) == ids(take(loader(), 1))
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    assert ids(take(batches, 20)) == ids(take(loader(), 21))[1:]
+
+
+FAILING = """
+from fcos_d2.engine import TrainLoader
+batches = iter(TrainLoader(
+    [{}] * 9, mapper=dict, total_batch_size=1, aspect_ratio_grouping=False, num_workers=2
+))
+next(batches)
+raise SystemExit("a bug of the training")
+"""
+
+
+def test_a_training_that_fails_does_not_wait_for_its_workers(tmp_path):
+    done = python("-c", FAILING, cwd=tmp_path, timeout=WORKER_GRACE / 2)
+    assert done.returncode == 1 and done.stderr == "a bug of the training\n"
 
 
 # ---- full disks, broken files ----

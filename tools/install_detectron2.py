@@ -5,6 +5,7 @@
     python tools/install_detectron2.py --force       install v0.6 in any case
     python tools/install_detectron2.py --git [REV]   build upstream main or REV, operators included
     python tools/install_detectron2.py --wheel DIR   leave the wheel in DIR and install nothing
+    python tools/install_detectron2.py --requirements   print what v0.6 needs and install nothing
 
 v0.6 comes from the registry's `pb1-detectron2`, known by its hash: the Python files of the official
 release without its C++ sources. The edits below let it run on today's numpy, Pillow, setuptools and
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -120,19 +122,7 @@ def __getattr__(name):
 
 # The requirements of v0.6 without those of its dead parts (caffe2: future, pydot), its pinned
 # formatter (black, which only pretty-prints a LazyConfig) and its upper bound on iopath.
-PYPROJECT = """\
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "detectron2"
-version = "0.6"
-description = "Detectron2 v0.6 without compiled operators, edited for current numpy and torch"
-authors = [{ name = "FAIR" }]
-license = "Apache-2.0"
-requires-python = ">=3.8"
-dependencies = [
+REQUIREMENTS = (
     "Pillow>=7.1",
     "cloudpickle",
     "fvcore>=0.1.5,<0.1.6",
@@ -147,7 +137,20 @@ dependencies = [
     "termcolor>=1.1",
     "tqdm>4.29.0",
     "yacs>=0.1.8",
-]
+)
+PYPROJECT = f"""\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "detectron2"
+version = "0.6"
+description = "Detectron2 v0.6 without compiled operators, edited for current numpy and torch"
+authors = [{{ name = "FAIR" }}]
+license = "Apache-2.0"
+requires-python = ">=3.8"
+dependencies = {json.dumps(REQUIREMENTS, indent=4)}
 
 [project.urls]
 Source = "https://github.com/facebookresearch/detectron2"
@@ -280,10 +283,10 @@ def build_wheel(source: str, folder: Path, *options: str) -> Path:
 
 
 def build_release(folder: Path) -> Path:
-    """Builds the wheel of v0.6."""
+    """Builds the wheel of v0.6 with the environment's setuptools, so that none is downloaded."""
     tree = extract(download(folder), folder)
     prepare(tree)
-    return build_wheel(str(tree), folder)
+    return build_wheel(str(tree), folder, "--no-build-isolation")
 
 
 def build_from_git(revision: str, folder: Path) -> Path:
@@ -291,13 +294,12 @@ def build_from_git(revision: str, folder: Path) -> Path:
     return build_wheel(f"git+{REPOSITORY}@{revision}", folder, "--no-build-isolation")
 
 
-def install(wheel: Path, constraint: Path | None) -> None:
-    """Installs the wheel with its requirements, in place of any other Detectron2."""
+def install(wheel: Path, with_deps: bool) -> None:
+    """Installs the wheel, with its requirements or alone, in place of any other Detectron2."""
     # pip keeps what has the same version, and v0.6 and main both call themselves 0.6.
     if any(importlib.metadata.distributions(name="detectron2")):
         pip("uninstall", "--yes", "detectron2").check_returncode()
-    pins = ("--constraint", str(constraint)) if constraint else ()
-    done = pip("install", *pins, str(wheel))
+    done = pip("install", *(() if with_deps else ("--no-deps",)), str(wheel))
     if done.returncode:
         fail(
             f"cannot install {wheel.name} ({last_error(done.stderr)})",
@@ -313,15 +315,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace an importable detectron2")
     parser.add_argument("--git", metavar="REV", nargs="?", const="main", help="build upstream REV")
     parser.add_argument("--wheel", metavar="DIR", type=Path, help="leave the wheel in DIR")
-    parser.add_argument(
-        "-c", "--constraint", metavar="FILE", type=Path, help="versions for its requirements"
-    )
+    parser.add_argument("--no-deps", action="store_true", help="its requirements are there")
+    parser.add_argument("--requirements", action="store_true", help="print them, one per line")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Keeps, builds or installs Detectron2, as the command line says."""
     args = parse_arguments(arguments)
+    if args.requirements:
+        print("\n".join(REQUIREMENTS))
+        return
     # --git and --wheel ask for a build by name, so that what is there does not answer them.
     if not (args.force or args.git or args.wheel) and (found := find_importable()):
         print(f"detectron2 {found}: kept")
@@ -329,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     require("pip", "python -m ensurepip")
     # Both releases run setup.py on the environment's torch to describe themselves to pip.
     require("torch", "pip install torch torchvision")
-    require("setuptools", "pip install --upgrade setuptools", oldest=71)
+    require("setuptools", "pip install --upgrade setuptools", oldest=77)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         wheel = build_from_git(args.git, folder) if args.git else build_release(folder)
@@ -337,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.wheel.mkdir(parents=True, exist_ok=True)
             print(shutil.copy(wheel, args.wheel))
             return
-        install(wheel, args.constraint)
+        install(wheel, with_deps=not args.no_deps)
     if not (found := find_importable()):
         fail(
             "detectron2 is installed but does not import",

@@ -93,7 +93,7 @@ def _load_config(output_dir: Path) -> CfgNode:
     cfg = get_cfg()
     add_fcos_config(cfg)
     try:
-        cfg.merge_from_file(str(path))
+        cfg.merge_from_file(str(path), allow_unsafe=False)
     except CONFIG_ERRORS as error:
         raise InputError(
             f"{path} is not a config that train_net.py wrote from a YAML file of this version "

@@ -16,6 +16,7 @@ dataloader.train._target_ = TrainLoader  # whose position is part of a checkpoin
 # Ours name the file, the annotation or the image that cannot be used.
 dataloader.train.dataset._target_ = load_dataset
 dataloader.test.dataset._target_ = load_dataset
+dataloader.train.dataset.masks = dataloader.test.dataset.masks = False
 dataloader.train.mapper._target_ = FCOSDatasetMapper
 dataloader.test.mapper._target_ = FCOSDatasetMapper
 dataloader.train.mapper.use_instance_mask = False

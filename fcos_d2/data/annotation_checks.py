@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, quoted, shown
 
-HUGE = 2.0**127  # from here on float32 cannot tell a box from an infinite one
+HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
 
 
 def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | None:

@@ -81,7 +81,8 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     check_config_file(path)
     try:
         with _config_errors(cfg, f"in {path}"):
-            cfg.merge_from_file(path)
+            # detectron2's default lets a YAML file call Python functions.
+            cfg.merge_from_file(path, allow_unsafe=False)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name} line {mark.line + 1} column {mark.column + 1}" if mark else path

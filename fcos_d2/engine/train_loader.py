@@ -9,10 +9,14 @@ killed, and neither the number of workers nor the number of processes changes wh
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from ctypes import c_byte
+from functools import lru_cache, partial
 from itertools import islice
+from multiprocessing.util import Finalize
 
 import torch
 from detectron2.data import DatasetFromList
@@ -80,7 +84,7 @@ class TrainLoader:
             batch_sampler=_Iterable(self._draws),
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=partial(_outlive_sigterm, _leaving()),
             # Of its own, so that starting to read draws nothing from the training's generator.
             generator=torch.Generator(),
         )
@@ -212,9 +216,26 @@ def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
         ) from error
 
 
-def _outlive_sigterm(worker_id: int) -> None:
+def _outlive_sigterm(leaving: c_byte, worker_id: int) -> None:
     """A job that is told to terminate is told in all its processes, but must finish its step.
 
-    The alarm ends a worker whose training forgot it.
+    The alarm ends a worker whose training forgot it. A training that leaves, with an error perhaps
+    whose traceback holds on to the loader, terminates its workers too, and waits for them.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+    def on_signal(number: int, frame: object) -> None:
+        if leaving.value:
+            os._exit(0)
+        signal.alarm(WORKER_GRACE)
+
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+@lru_cache(maxsize=1)
+def _leaving() -> c_byte:
+    """Says to the workers whether this process is on its way out."""
+    flag = multiprocessing.Value("b", False, lock=False)
+    # Runs right before multiprocessing terminates the workers, which atexit does in the first
+    # process alone.
+    Finalize(None, setattr, (flag, "value", True), exitpriority=0)
+    return flag

@@ -66,7 +66,7 @@ class Trainer(ResumableTrainer):
         # that know neither the CPU nor how to continue.
         TrainerBase.__init__(self)
         cfg = scale_to_processes(cfg)
-        amp = cfg.SOLVER.AMP
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = StepTrainer(
@@ -74,7 +74,7 @@ class Trainer(ResumableTrainer):
             self.build_train_loader(cfg),
             optimizer,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
-            amp_dtype=usable_precision(amp.PRECISION if amp.ENABLED else None, cfg.MODEL.DEVICE),
+            amp_dtype=usable_precision(precision, cfg.MODEL.DEVICE),
             max_skipped=cfg.SOLVER.MAX_SKIPPED_ITERS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -130,7 +130,11 @@ class Trainer(ResumableTrainer):
             raise InputError(
                 "DATASETS.TRAIN is empty; set it, for example to \"('digits_train',)\""
             )
-        records = load_dataset(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        records = load_dataset(
+            names,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            masks=cfg.MODEL.MASK_ON,
+        )
         check_num_classes(names, cfg.MODEL.FCOS.NUM_CLASSES)
         mapper = FCOSDatasetMapper(cfg, is_train=True)
         if isinstance(records, IterableDataset):  # whose order is its own business
@@ -147,7 +151,7 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         """DefaultTrainer's, with FCOSDatasetMapper and checked data."""
-        records = load_dataset(dataset_name, filter_empty=False)
+        records = load_dataset(dataset_name, filter_empty=False, masks=False)
         check_num_classes(dataset_name, cfg.MODEL.FCOS.NUM_CLASSES)
         return build_detection_test_loader(
             records,
@@ -167,27 +171,22 @@ class Trainer(ResumableTrainer):
         return DatasetEvaluators([evaluator, ThresholdEvaluator(dataset_name, cfg.OUTPUT_DIR)])
 
     @classmethod
-    def test(cls, cfg, model: nn.Module, evaluators=None) -> OrderedDict:
-        """DefaultTrainer's; TEST.AUG.ENABLED adds results of test-time augmentation, as ``*_TTA``.
+    def test_with_TTA(cls, cfg, model: nn.Module) -> OrderedDict:
+        """Results with test-time augmentation (TEST.AUG), as ``*_TTA``.
 
         The folder ``inference_TTA`` keeps its detections.
+
+        Raises:
+            InputError: a model that is no FCOS.
         """
-        results = super().test(cfg, model, evaluators)
-        if not cfg.TEST.AUG.ENABLED or evaluators is not None:
-            return results
-        if not isinstance(model, FCOS):
-            raise InputError(
-                "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS, "
-                f"got {cfg.MODEL.META_ARCHITECTURE}; set TEST.AUG.ENABLED False"
-            )
+        augmented = with_tta(cfg, model)
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.MIN_SIZE_TEST = 0  # every view is made from the original image
         folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
         evaluators = [evaluator_for(name, folder) for name in cfg.DATASETS.TEST]
-        augmented = super().test(cfg, FCOSWithTTA(cfg, model), evaluators)
-        results.update({f"{key}_TTA": value for key, value in augmented.items()})
-        return results
+        results = cls.test(cfg, augmented, evaluators)
+        return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
     def build_hooks(self) -> list[HookBase | None]:
         """DefaultTrainer's, with ours before the writers."""
@@ -205,6 +204,7 @@ class Trainer(ResumableTrainer):
             # Before the evaluation, so that there is something to look at if that fails.
             self._checkpoints,
             EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluator(), evaluated, self._checkpoints),
+            self._build_augmented_test(evaluated) if cfg.TEST.AUG.ENABLED else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if is_main else None,
         ]
 
@@ -232,6 +232,18 @@ class Trainer(ResumableTrainer):
             return this._last_eval_results
 
         return evaluate
+
+    def _build_augmented_test(self, model: nn.Module) -> EvaluationHook:
+        """After the last iteration alone, as in detectron2's train_net.py: it takes long."""
+        with_tta(self.cfg, model)  # refuses what it cannot do before the training, not after it
+        this = weakref.proxy(self)
+
+        def evaluate(model: nn.Module) -> dict:
+            results = this.test_with_TTA(this.cfg, model)
+            this._last_eval_results.update(results)
+            return results
+
+        return EvaluationHook(0, evaluate, model, self._checkpoints)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """DefaultTrainer's; only weights that start a training may have other classes."""
@@ -269,7 +281,24 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
         averaged = averaged_model(model, cfg.MODEL_EMA.DECAY)
         averaged.load_state_dict(rest["ema"])
         model = averaged.module
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    return results
+
+
+def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
+    """``model``, with the test-time augmentation of TEST.AUG.
+
+    Raises:
+        InputError: it is no FCOS.
+    """
+    if not isinstance(model, FCOS):
+        raise InputError(
+            "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS, "
+            f"got {cfg.MODEL.META_ARCHITECTURE}; set TEST.AUG.ENABLED False"
+        )
+    return FCOSWithTTA(cfg, model)
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -54,6 +54,18 @@ def test_filtering_empty_images_is_the_callers_choice(coco):
     assert [r["image_id"] for r in load_dataset(name, filter_empty=False)] == [1, 2, 3]
 
 
+def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own(custom):
+    box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    masked = {**box, "segmentation": [[0.0, 0, 5, 0, 5, 5]]}
+    records = [{"file_name": "", "annotations": [masked, box]}]
+    name = custom(lambda: records, thing_classes=["disc"])
+    assert load_dataset(name) == records
+    assert load_dataset(name, masks=False) == [{"file_name": "", "annotations": [box, box]}]
+    assert records[0]["annotations"][0] is masked and "segmentation" in masked
+    unlabelled = custom(lambda: [{"file_name": ""}], "unlabelled")
+    assert load_dataset(unlabelled, masks=False) == [{"file_name": ""}]
+
+
 def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
     for function in (load_dataset, prepare):
         text = message(function, "digit_train")

@@ -16,6 +16,7 @@ from torch import nn
 from fcos_d2.modeling import FCOS, PointGrid, PostProcessor, Predictions
 from fcos_d2.modeling.tta import FCOSWithTTA
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
+from tests.tiny_training import metrics
 
 pytest_plugins = ["tests.script"]
 SCORE = 1 / (1 + math.exp(-(255 - 128) / 32))  # of a white cell; quality is as good as 1
@@ -138,3 +139,22 @@ def test_evaluation_adds_the_results_of_augmentation(script):
     assert {"bbox", "bbox_TTA"} <= set(done.results[0])
     assert set(done.results[0]["bbox_TTA"]) == set(done.results[0]["bbox"])
     assert (script.folder / "out/inference_TTA/coco_instances_results.json").is_file()
+
+
+SMALL_VIEWS = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64), "TEST.EVAL_PERIOD", 1)
+
+
+def test_training_augments_its_last_evaluation_alone(script):
+    done = script(*SMALL_VIEWS, "TEST.EXPECTED_RESULTS", [["bbox_TTA", "AP", 50, 50]])
+    assert done.status == 0, done.err
+    saved = "Saving results to ./output/{}/coco_instances_results.json".format
+    assert done.out.count(saved("inference")) == 2 and done.out.count(saved("inference_TTA")) == 1
+    assert {"bbox/AP", "bbox_TTA/AP"} <= metrics(script.folder / "output")[-1].keys()
+    assert {"bbox", "bbox_TTA"} <= set(done.results[0])
+
+
+def test_what_cannot_be_augmented_is_refused_before_the_training(script, monkeypatch):
+    monkeypatch.setattr("fcos_d2.engine.trainer.FCOS", Squares)
+    done = script(*SMALL_VIEWS)
+    assert done.status == 2 and "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS" in done.err
+    assert not (script.folder / "output/metrics.json").exists()

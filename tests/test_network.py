@@ -1,0 +1,61 @@
+"""Nothing reaches for the network unless a URL was given: neither an import nor what scripts do."""
+
+import json
+
+from .tiny_training import ROOT, python, write_config
+
+# Python announces every use of a socket to audit hooks, whichever library it comes from. Sockets
+# between processes of one machine have a name (text) instead of an address. The file tells of uses
+# whose error was caught.
+GUARD = """
+import sys
+
+def guard(event, arguments):
+    sent = event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple)
+    if sent or event in ("socket.getaddrinfo", "urllib.Request"):
+        with open("network.txt", "a") as file:
+            print(event, *arguments[:2], file=file)
+        raise RuntimeError(f"network: {event} {arguments}")
+
+sys.addaudithook(guard)
+"""
+RUN = """
+import importlib, json, pkgutil, runpy, fcos_d2
+
+for module in pkgutil.walk_packages(fcos_d2.__path__, "fcos_d2."):
+    if not module.name.startswith("fcos_d2._C"):  # the compiled libraries hold no module
+        importlib.import_module(module.name)
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+print("done")
+"""
+
+
+def test_imports_training_evaluation_demo_and_export_of_local_files_use_no_network(tmp_path):
+    config = ["--config-file", str(write_config(tmp_path))]
+    train_net = [str(ROOT / "train_net.py"), *config]
+    weights = ["MODEL.WEIGHTS", "output/model_final.pth", "MODEL.DEVICE", "cpu"]
+    export = [str(ROOT / "tools/export_model.py"), *config, "--format"]
+    demo = [str(ROOT / "demo/demo.py"), *config]
+    commands = [
+        [*train_net, "DATALOADER.NUM_WORKERS", "2"],
+        [*train_net, "--eval-only", *weights],
+        [*train_net, "--resume", "SOLVER.MAX_ITER", "3"],
+        [*demo, "1.png", "--output", "found"],
+        [*export, "torchscript", "--output", "model.ts", *weights],
+    ]
+    done = python("-c", GUARD + RUN, json.dumps(commands), cwd=tmp_path)
+    assert done.stdout.endswith("done\n"), done.stderr
+    assert (tmp_path / "found").is_dir() and (tmp_path / "model.ts").is_file()
+    assert not (tmp_path / "network.txt").exists(), (tmp_path / "network.txt").read_text()
+
+
+def test_the_guard_of_this_test_sees_a_url(tmp_path):
+    code = "import fvcore.common.download as d; d.download('http://127.0.0.1/model.pth', '.')"
+    done = python("-c", GUARD + code, cwd=tmp_path)
+    assert "RuntimeError: network: " in done.stderr
+    assert "127.0.0.1" in (tmp_path / "network.txt").read_text()
