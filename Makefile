@@ -38,9 +38,12 @@ demo: env ## train FCOS on handwritten digits, evaluate it and draw what it foun
 test: env lint ## run the tests, save the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.c')
+
 lint: env ## check style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 bench: env ## measure the ops beside their peers, into benchmarks/results/
 	$(BIN)/python -W ignore -m benchmarks

@@ -279,7 +279,7 @@ def cuda_library(nvcc: str, torch: Path) -> Extension:
 
 
 def find_cuda_libraries(torch: Path) -> list[Extension]:
-    """Lists the CUDA library if it can be built; here need be no GPU, for an image or another node."""
+    """Lists the CUDA library if it can be built, GPU or not."""
     choice = os.environ.get("FCOS_D2_CUDA", "auto")
     if choice == "0":
         return []
