@@ -7,15 +7,14 @@ long as it is let.
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fcos_d2 import InputError
 from fcos_d2.engine.safe_load import load_safely
+from tests.ops.strategies import MANY, for_all
 
 from . import CORPUS, TARGETS, checker
 
-SAMPLE, CAMPAIGN = 150, 20_000
 CASES = sorted(CORPUS.glob("*/*"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,14 +26,9 @@ def test_case_of_the_corpus(case):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
-)
+@MANY
 def test_random_input(target, cases):
-    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    settings(max_examples=cases, deadline=None, suppress_health_check=checks)(
-        given(st.binary(max_size=300))(checker(target))
-    )()
+    for_all(st.binary(max_size=300), cases, checker(target))
 
 
 def test_every_target_has_a_corpus():
