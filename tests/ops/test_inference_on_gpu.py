@@ -6,6 +6,7 @@ import torch
 from fcos_d2.ops import backend, batched_nms, batched_nms_padded, make_levels, select_candidates
 
 from . import inputs
+from .gpu import captured, forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,
@@ -104,12 +105,9 @@ def test_every_run_gives_the_same_bits():
 def test_nothing_waits_for_the_device(prior):
     head = to_gpu(head_outputs(prior=prior))
     detect(head)  # loads the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbidden_to_wait():
         detect(head)
         batched_nms_padded(*select(head), method="gaussian")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_flat_form_waits_once():
@@ -126,14 +124,7 @@ def test_flat_form_waits_once():
 
 def test_cuda_graph_follows_its_inputs():
     head = to_gpu(head_outputs(prior=-9.0))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        detect(head)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = detect(head)
+    graph, found = captured(lambda: detect(head))
     for prior in (-3.0, 25.0, -9.0, 0.0):  # few candidates, all, none that were there before
         changed = to_gpu(head_outputs(prior=prior))
         for maps, new in zip(head[:3], changed[:3], strict=True):
@@ -146,19 +137,11 @@ def test_cuda_graph_follows_its_inputs():
 def test_two_streams_do_not_disturb_each_other():
     heads = [to_gpu(head_outputs(images=4, prior=prior)) for prior in (-3.0, 25.0)]
     boxes = [x[0].cuda() for x in random_boxes(1, 5000, 3)]
-    expected = [detect(head) for head in heads]
-    kept = batched_nms(*boxes, 0.5)
-    streams = [torch.cuda.Stream() for _ in heads]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        found = []
-        for stream, head in zip(streams, heads, strict=True):
-            with torch.cuda.stream(stream):
-                found.append((detect(head), batched_nms(*boxes, 0.5)))
-        torch.cuda.synchronize()
-        for (detections, indices), wanted in zip(found, expected, strict=True):
-            assert_same_bits(detections, wanted)
-            assert torch.equal(indices, kept)
+    calls = [lambda head=head: (*detect(head), batched_nms(*boxes, 0.5)) for head in heads]
+    expected = [call() for call in calls]
+    for found in results_on_streams(calls, rounds=20):
+        for got, want in zip(found, expected, strict=True):
+            assert_same_bits(got, want)
 
 
 def test_post_processing_takes_five_launches():

@@ -1,11 +1,14 @@
 """Training ops on a GPU: the results of the CPU, no waiting, few launches, CUDA graphs, streams."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fcos_d2.ops import assign_targets, backend, box_loss, sigmoid_focal_loss
 
 from . import inputs
+from .gpu import captured, forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,
@@ -69,23 +72,13 @@ def test_the_same_bits_in_every_run():
 def test_nothing_waits_for_the_gpu():
     arguments = batch()
     losses_and_gradients(*arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbidden_to_wait():
         losses_and_gradients(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_cuda_graph_follows_its_inputs():
     maps, truth = batch()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        losses_and_gradients(maps, truth)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = losses_and_gradients(maps, truth)
+    graph, found = captured(lambda: losses_and_gradients(maps, truth))
     for seed in (1, 2, 3):
         other_maps, other_truth = batch(seed=seed)
         pairs = [*zip(sum(maps, []), sum(other_maps, []), strict=True)]
@@ -96,15 +89,8 @@ def test_cuda_graph_follows_its_inputs():
 
 
 def test_two_streams_do_not_disturb_each_other():
-    batches = [batch(seed=seed) for seed in (1, 2)]
-    expected = [losses_and_gradients(*arguments) for arguments in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        found = []
-        for stream, arguments in zip(streams, batches, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(losses_and_gradients(*arguments))
-        torch.cuda.synchronize()
+    calls = [partial(losses_and_gradients, *batch(seed=seed)) for seed in (1, 2)]
+    expected = [call() for call in calls]
+    for found in results_on_streams(calls, rounds=20):
         for got, want in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
