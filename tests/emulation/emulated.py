@@ -112,7 +112,7 @@ def poison():
 
 @contextlib.contextmanager
 def schedule(number: int, library: str = "ops"):
-    """Runs blocks and threads in order (0), or in another order that the number stands for."""
+    """Runs blocks and threads in order (0), or in other orders that the number stands for."""
     set_schedule = ctypes.CDLL(str(build(library))).emulation_set_schedule
     set_schedule(number)
     try:

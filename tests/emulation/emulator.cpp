@@ -231,7 +231,6 @@ void prepare(dim3 block, size_t shared_bytes) {
         index % block.x, index / block.x % block.y, index / block.x / block.y};
   }
   emulator.shared = std::vector<char>(shared_bytes); // a new one: exactly as large as asked for
-  emulator.random.seed(emulator.schedule);
 }
 
 } // namespace
@@ -299,7 +298,9 @@ const char* last_message() { return emulator.message.c_str(); }
 
 } // namespace emulation
 
-// For tests: 0 runs blocks and threads in order, any other number in an order of its own.
+// For tests: 0 runs blocks and threads in order; any other number stands for a sequence of orders,
+// of which every launch takes new ones.
 extern "C" void emulation_set_schedule(unsigned schedule) {
   emulation::emulator.schedule = schedule;
+  emulation::emulator.random.seed(schedule);
 }

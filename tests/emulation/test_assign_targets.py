@@ -6,11 +6,9 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from fcos_d2.ops import Targets, make_levels, reference
 from tests.ops import inputs
-from tests.ops.strategies import MANY, for_all
 
 from . import emulated
 
@@ -155,33 +153,3 @@ def test_fake_kernel_tells_the_truth():
     emulated.ops()
     run(lambda *arguments: emulated.opcheck("assign_targets", *arguments) or [None] * 5,
         *inputs.ground_truth([3, 0], K), TWO_LEVELS, TWO_RANGES)  # fmt: skip
-
-
-CASES = {
-    "counts": st.lists(st.integers(0, 6), min_size=1, max_size=3),
-    "radius": st.sampled_from([0.0, 1.0, 1.5, 2.5]),
-    "inclusive": st.booleans(),
-    "offset": st.sampled_from([0.0, 0.3, 0.5]),
-    "step": st.sampled_from([2.0, 0.37]),  # multiples of 2 px hit ties and borders all the time
-    "seed": st.integers(0, 2**31),
-}
-
-
-def check_random_case(counts, radius, inclusive, offset, step, seed):
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(counts)
-    corner = torch.randint(-4, 80, (total, 2), generator=generator) * step
-    size = torch.randint(0, 30, (total, 2), generator=generator) * step
-    boxes = torch.cat((corner, corner + size), dim=1)
-    classes = torch.randint(-1, K, (total,), generator=generator)
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    levels = TWO_LEVELS._replace(offset=offset)
-    with emulated.schedule(seed % 3):
-        assert_equals_reference(
-            boxes, classes, offsets, levels, TWO_RANGES, radius=radius, inclusive=inclusive
-        )
-
-
-@MANY
-def test_random_cases(cases):
-    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

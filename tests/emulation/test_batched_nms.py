@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from fcos_d2.ops import backend, reference
 from fcos_d2.ops.batched_nms import NMS_METHODS
-from tests.ops.strategies import MANY, for_all
 
 from . import emulated
 
@@ -296,37 +294,3 @@ def test_fake_kernels_tell_the_truth():
         arguments = padded_arguments(boxes, scores, classes, method=method)
         emulated.opcheck("batched_nms_padded", *arguments)
     emulated.opcheck("batched_nms", boxes[0], scores[0], classes[0], 0.5)
-
-
-CASES = {
-    "images": st.integers(1, 2),
-    "count": st.integers(0, 150),
-    "kind": st.sampled_from(list(BOXES)),
-    "scores": st.sampled_from(list(SCORES)),
-    "num_classes": st.sampled_from([1, 3, 80]),
-    "threshold": st.sampled_from([0.0, 0.25, 0.5, 0.6, 1.0]),
-    "detections": st.sampled_from([1, 10, 30, 200]),
-    "class_agnostic": st.booleans(),
-    "method": st.sampled_from(NMS_METHODS),
-    "seed": st.integers(0, 2**31),
-}
-
-
-def check_random_case(
-    images, count, kind, scores, num_classes, threshold, detections, class_agnostic, method, seed
-):
-    torch.manual_seed(seed)
-    batch = random_batch(images, count, kind, scores, num_classes)
-    limits = threshold, detections
-    with emulated.schedule(seed % 3):
-        if method == "hard":
-            assert_padded_is_greedy(*batch, *limits, class_agnostic)
-            assert_flat_is_greedy(*(x.flatten(0, 1) for x in batch), threshold)
-        else:
-            options = {"class_agnostic": class_agnostic, "method": method}
-            assert_padded_is_soft_greedy(*batch, *limits, **options)
-
-
-@MANY
-def test_random_cases(cases):
-    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from fcos_d2.ops import reference
-from tests.ops.strategies import LAYOUTS, MANY, for_all
+from tests.ops.strategies import LAYOUTS
 
 from . import emulated
 
@@ -158,28 +157,3 @@ def test_fake_kernels_tell_the_truth():
     emulated.opcheck("box_loss", *maps, *targets, *options)
     one = torch.ones(())
     emulated.opcheck("box_loss_backward", one, one, *maps, *targets, *options)
-
-
-CASES = {
-    "shapes": st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3),
-    "images": st.integers(1, 2),
-    "layout": st.sampled_from(list(LAYOUTS)),
-    "dtype": st.sampled_from(DTYPES),
-    "loss_type": st.sampled_from(LOSS_TYPES),
-    "quality_type": st.sampled_from(["centerness", "iou"]),
-    "weighted": st.booleans(),
-    "smoothing": st.sampled_from([0.0, 0.25, 1.0]),
-    "seed": st.integers(0, 2**31),
-}
-
-
-def check_random_case(shapes, images, layout, dtype, seed, **options):
-    torch.manual_seed(seed)
-    maps = random_maps(shapes, images, dtype, layout)
-    with emulated.schedule(seed % 3):
-        assert_equals_reference(*maps, random_targets(shapes, images), **options)
-
-
-@MANY
-def test_random_cases(cases):
-    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -62,7 +62,7 @@ def test_sound_kernel_passes():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_all_emulated_tests_pass_under_the_sanitizers():
-    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
-    done = run("-m", "pytest", *options, "tests/emulation")
+def test_all_emulated_tests_and_random_cases_pass_under_the_sanitizers():
+    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", "emulat"]
+    done = run("-m", "pytest", *options, "tests/emulation", "tests/ops/test_properties.py")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

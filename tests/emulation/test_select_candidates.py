@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from fcos_d2.ops import backend, make_levels, point_coordinates, reference
 from fcos_d2.ops.select_candidates import SCORE_RULES
-from tests.ops.strategies import LAYOUTS, MANY, for_all
+from tests.ops.strategies import LAYOUTS
 
 from . import emulated
 
@@ -270,31 +269,3 @@ def test_fake_kernel_tells_the_truth():
     shapes = [(4, 8), (1, 3)]
     maps = random_maps(shapes, 2, 5, dtype=torch.float16, layout="channels_last")
     emulated.opcheck("select_candidates", *arguments_of(maps, levels_of(shapes), topk=20))
-
-
-CASES = {
-    "shapes": st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=1, max_size=2),
-    "images": st.integers(1, 2),
-    "num_classes": st.sampled_from([1, 2, 5, 8, 20, 130]),
-    "layout": st.sampled_from(list(LAYOUTS)),
-    "dtype": st.sampled_from(DTYPES),
-    "spread": st.sampled_from(list(SPREADS)),
-    "threshold": st.sampled_from([0.0, 0.05, 0.05, 0.3, 1.0]),
-    "topk": st.sampled_from([1, 2, 7, 40, 1000]),
-    "threshold_with_quality": st.booleans(),
-    "rank_with_quality": st.booleans(),
-    "score_rule": st.sampled_from(SCORE_RULES),
-    "seed": st.integers(0, 2**31),
-}
-
-
-def check_random_case(shapes, images, num_classes, layout, dtype, spread, seed, **options):
-    torch.manual_seed(seed)
-    maps = random_maps(shapes, images, num_classes, spread, dtype, layout)
-    with emulated.schedule(seed % 3):
-        assert_selects_the_best(maps, levels_of(shapes), **options)
-
-
-@MANY
-def test_random_cases(cases):
-    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

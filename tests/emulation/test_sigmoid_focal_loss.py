@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from fcos_d2.ops import reference
-from tests.ops.strategies import LAYOUTS, MANY, for_all
+from tests.ops.strategies import LAYOUTS
 
 from . import emulated
 
@@ -254,32 +253,3 @@ def test_fake_kernels_tell_the_truth():
     labels = random_labels(shapes, 9, 2)
     emulated.opcheck("sigmoid_focal_loss", logits, labels, 0.25, 2.0)
     emulated.opcheck("sigmoid_focal_loss_backward", torch.ones(()), logits, labels, 0.25, 2.0)
-
-
-CASES = {
-    "shapes": st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3),
-    "classes": st.integers(1, 40),
-    "images": st.integers(1, 2),
-    "layout": st.sampled_from(list(LAYOUTS)),
-    "dtype": st.sampled_from(DTYPES),
-    "gamma": st.sampled_from(GAMMAS),
-    "alpha": st.sampled_from([-1.0, 0.25]),
-    "values": st.sampled_from(["normal", "confident", "extreme"]),
-    "seed": st.integers(0, 2**31),
-}
-
-
-def check_random_case(shapes, classes, images, layout, dtype, gamma, alpha, values, seed):
-    torch.manual_seed(seed)
-    logits = random_logits(shapes, classes, images, dtype, 8.0 if values == "confident" else 2.0)
-    if values == "extreme":
-        choices = torch.tensor([0.0, 17, -17, 88, -88, 1e4, -1e4]).to(dtype)
-        logits = [choices[torch.randint(7, x.shape)] for x in logits]
-    logits = [LAYOUTS[layout](x) for x in logits]
-    with emulated.schedule(seed % 3):
-        assert_equals_reference(logits, random_labels(shapes, classes, images), alpha, gamma)
-
-
-@MANY
-def test_random_cases(cases):
-    for_all(st.fixed_dictionaries(CASES), cases, lambda case: check_random_case(**case))

@@ -1,4 +1,7 @@
-"""Runs every test of the ops on every implementation that is there."""
+"""Runs every test of the ops on every implementation that is there.
+
+The emulated kernels run in other orders of blocks and threads in every launch.
+"""
 
 import contextlib
 import sys
@@ -63,7 +66,9 @@ def implementation(request, monkeypatch) -> Iterator[str]:
     """Makes the wrappers call the reference, what the dispatcher prefers, or CUDA's on the CPU."""
     if request.param == "reference":
         _replace_ops(monkeypatch, {name: _overload(name) for name in _library.OPS})
-    if request.param == "emulated":
-        _replace_ops(monkeypatch, emulated.overloads())
-    with emulated.poison() if request.param == "emulated" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if request.param == "emulated":
+            _replace_ops(monkeypatch, emulated.overloads())
+            stack.enter_context(emulated.poison())
+            stack.enter_context(emulated.schedule(1))
         yield request.param

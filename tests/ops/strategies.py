@@ -325,7 +325,7 @@ select_cases = st.builds(
     seed=seeds,
     levels=levels(),
     images=st.integers(0, 2),
-    num_classes=st.sampled_from([1, 2, 5, 16, 17]),
+    num_classes=st.sampled_from([1, 2, 5, 16, 17, 130]),
     logits=st.sampled_from(["normal", *SCORE_KINDS]),
     ltrb=st.sampled_from(list(LTRB_KINDS)),
     dtypes=st.lists(dtypes, min_size=3, max_size=3),

@@ -132,8 +132,18 @@ def test_bad_ground_truth_is_an_error(cases):
 # ---- sigmoid_focal_loss ----
 
 
+def focal_loss_tolerance(logits, implementation) -> float:
+    """Relative, of the sum."""
+    if logits[0].dtype == torch.float64:
+        return 1e-8  # torch's softplus of x > 20 is x
+    # The emulator makes exp and 1/x as wrong as a GPU may make them, which p^2 softplus(z) triples;
+    # in a sum the errors of one logit and another cancel.
+    few = sum(level.numel() for level in logits) < 100
+    return 1.5e-6 if few and implementation == "emulated" else 1e-6
+
+
 @MANY
-def test_focal_loss_and_gradient_equal_those_in_float64(cases):
+def test_focal_loss_and_gradient_equal_those_in_float64(cases, implementation):
     def holds(case):
         logits, labels = case.tensors()
         maps = [x.requires_grad_() for x in logits]
@@ -142,9 +152,8 @@ def test_focal_loss_and_gradient_equal_those_in_float64(cases):
         want = reference.sigmoid_focal_loss(wide, labels, case.alpha, case.gamma)
         exact = case.dtype == torch.float64
         assert loss.dtype == (torch.float64 if exact else torch.float32)
-        # Below 1e-30 float32 has no more powers of a probability; torch's float64 softplus of
-        # x > 20 is x, which is why float64 stops at 1e-8.
-        rtol = 1e-8 if exact else 1e-6
+        # Below 1e-30 float32 has no more powers of a probability.
+        rtol = focal_loss_tolerance(logits, implementation)
         torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=1e-30, equal_nan=True)
         upstream = torch.tensor(case.upstream, dtype=loss.dtype)
         # The gradient of an infinite logit is its limit, or says that it is lost.
