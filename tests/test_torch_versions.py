@@ -1,4 +1,4 @@
-"""The library built here, unchanged, on the oldest torch that its stable ABI serves.
+"""The oldest torch that the stable ABI serves: takes the library built here, and its own.
 
 ``FCOS_D2_OLDEST_TORCH=/path/to/python`` names an interpreter that has that torch already; otherwise
 it is downloaded, 3 GB with the CUDA libraries it brings.
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulation import emulated
 from tests.ops import isolated
 
 OLDEST = ("torch==2.10.0", "torchvision==0.25.0")
 # Of the test table; what it needs besides torch.
-TESTED_WITH = ("fvcore", "hypothesis", "numpy", "pytest")
+TESTED_WITH = ("hypothesis", "numpy", "pytest")
 VERSIONS = "import torch, fcos_d2.ops; print(torch.__version__, fcos_d2.ops.build_info()['torch'])"
 
 
@@ -39,6 +40,22 @@ def make_environment(folder: Path) -> Path:
 def oldest_python(tmp_path_factory) -> Path:
     given = os.environ.get("FCOS_D2_OLDEST_TORCH")
     return Path(given) if given else make_environment(tmp_path_factory.mktemp("oldest"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
+@pytest.mark.parametrize("binding", ["cpu.cpp", "cuda.cpp"])
+def test_bindings_compile_with_the_headers_of_the_oldest_torch(oldest_python, binding):
+    where = [str(oldest_python), "-W", "ignore", "-c", "import torch; print(torch.__path__[0])"]
+    torch = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
+    setup = emulated.setup_py()
+    command = [
+        *setup.COMPILER, "-fsyntax-only", "-DUSE_CUDA", f"-I{emulated.HERE / 'include'}",
+        *setup.describe_library("_C", [], Path(torch)).extra_compile_args,
+        str(isolated.ROOT / "csrc" / "bindings" / binding),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow

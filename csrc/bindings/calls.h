@@ -261,7 +261,7 @@ struct PaddedNmsCall {
       const Tensor& given_boxes, const Tensor& given_scores, const Tensor& given_classes,
       double iou_threshold, int64_t max_detections, bool class_agnostic, const std::string& method,
       double sigma, double min_score)
-      : boxes(torch::stable::contiguous(given_boxes)),
+      : boxes(contiguous_boxes(given_boxes)),
         scores(torch::stable::contiguous(given_scores)),
         classes(torch::stable::contiguous(given_classes)) {
     check_device(kOp, "scores", scores, boxes);

@@ -36,7 +36,7 @@ struct Device {
 
   explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
@@ -190,7 +190,7 @@ template <class... Arguments>
 std::array<Tensor, 2> call_torch(
     const char* name, const char* overload, int results, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
   std::array<Tensor, 2> out;
   for (int i = 0; i < results; ++i) {
     out[i] = torch::stable::detail::to<Tensor>(stack[i]);
@@ -213,7 +213,7 @@ Tensor batched_nms(
   check_device("batched_nms", "scores", scores, given_boxes);
   check_device("batched_nms", "idxs", groups, given_boxes);
   Device device(given_boxes);
-  Tensor boxes = torch::stable::contiguous(torch::stable::to(given_boxes, ScalarType::Float));
+  Tensor boxes = contiguous_boxes(torch::stable::to(given_boxes, ScalarType::Float));
   Tensor by_score = sort(scores, /*descending=*/true)[1];
   auto [sorted_groups, by_group] = sort(index_select(groups, by_score), /*descending=*/false);
   Tensor index = index_select(by_score, by_group);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,13 @@ inline ScalarType loss_dtype(const Tensor& map) {
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// Contiguous, and aligned for loads of four numbers at once. A part of a tensor need not be.
+inline Tensor contiguous_boxes(const Tensor& boxes) {
+  Tensor out = torch::stable::contiguous(boxes);
+  bool is_aligned = reinterpret_cast<uintptr_t>(out.const_data_ptr()) % (4 * sizeof(float)) == 0;
+  return is_aligned ? out : torch::stable::clone(out);
 }
 
 // The dispatcher made sure that one tensor is on its device; a kernel needs all of them there.

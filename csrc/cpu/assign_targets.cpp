@@ -51,15 +51,15 @@ struct Window {
   int first, last; // inclusive
 };
 
-// Rows or columns whose coordinate may lie in (low, high); generous by one, the caller tests.
+// Rows or columns whose coordinate may lie in (low, high); generous, the caller tests.
 Window window(float low, float high, float origin, float pitch, int size) {
   if (!(pitch > 0)) {
     return {0, size - 1};
   }
-  float limit = float(size);
-  float first = std::floor((low - origin) / pitch) - 1,
-        last = std::ceil((high - origin) / pitch) + 1;
-  return {int(std::clamp(first, 0.f, limit)), int(std::clamp(last, -1.f, limit - 1))};
+  double margin = 1 + size * 0x1p-22; // a coordinate is rounded three times, to 24 bits
+  double first = (double(low) - origin) / pitch - margin;
+  double last = (double(high) - origin) / pitch + margin;
+  return {int(std::clamp(first, 0., double(size))), int(std::clamp(last, -1., size - 1.))};
 }
 
 struct BoxOnLevel {

@@ -88,7 +88,9 @@ class TrainLoader:
             # Of its own, so that starting to read draws nothing from the training's generator.
             generator=torch.Generator(),
         )
-        for batch in loader:
+        with _held_back(signal.SIGTERM):  # until the workers know what to do about it
+            batches = iter(loader)
+        for batch in batches:
             self._batches += 1
             yield batch
 
@@ -229,6 +231,17 @@ def _outlive_sigterm(leaving: c_byte, worker_id: int) -> None:
         signal.alarm(WORKER_GRACE)
 
     signal.signal(signal.SIGTERM, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextlib.contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """Lets a signal wait, here and in the processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @lru_cache(maxsize=1)

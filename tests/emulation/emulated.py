@@ -19,13 +19,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-import fcos_d2.ops  # noqa: F401  (defines the ops)
-from fcos_d2.ops import _library
+from tests.ops.copies import Overloads, copy_ops, reference_of
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 NAMESPACE = "fcos_d2_emulated"
-_DEFINITIONS = torch.library.Library(NAMESPACE, "DEF")
 # Processes under AddressSanitizer (test_sanitizers.py) have this in their environment.
 SANITIZED = os.environ.get("FCOS_D2_EMULATION") == "sanitized"
 
@@ -63,21 +61,11 @@ def missing() -> str | None:
 
 
 @functools.cache
-def overloads() -> dict[str, torch._ops.OpOverload]:
+def overloads() -> Overloads:
     """All ops again, under another name; those of csrc/bindings/cuda.cpp run its kernels."""
-    for name, op in _library.OPS.items():
-        _DEFINITIONS.define(op.schema)
-        _DEFINITIONS.impl(name, op.reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_DEFINITIONS)
-        if op.backward is not None:
-            torch.library.register_autograd(
-                f"{NAMESPACE}::{name}",
-                op.backward,
-                setup_context=op.setup_context,
-                lib=_DEFINITIONS,
-            )
+    overloads = copy_ops(NAMESPACE, reference_of)
     torch.ops.load_library(build("ops"))
-    return {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in _library.OPS}
+    return overloads
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """Runs every test of the ops on every implementation that is there.
 
-The emulated kernels run in other orders of blocks and threads in every launch.
+Each takes tensors of the CPU: the kernels of a GPU, where there is one, run on copies of them. The
+emulated kernels run in other orders of blocks and threads in every launch.
 """
 
-import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
 import torch
@@ -13,62 +15,64 @@ import torch
 from fcos_d2.ops import _library, backend
 from tests.emulation import emulated
 
-REFERENCE = torch.library.Library("fcos_d2_reference", "DEF")
+from .copies import Overloads, copy_ops, on_gpu, overloads_of, reference_of
 
 
-def _define_reference() -> None:
-    """The ops again, under a name for which no compiled kernel exists."""
-    for name, op in _library.OPS.items():
-        REFERENCE.define(op.schema)
-        REFERENCE.impl(name, op.reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fcos_d2_reference::{name}", op.fake, lib=REFERENCE)
-        if op.backward is not None:
-            torch.library.register_autograd(
-                f"fcos_d2_reference::{name}",
-                op.backward,
-                setup_context=op.setup_context,
-                lib=REFERENCE,
-            )
+def _has(device_type: str) -> bool:
+    return any(devices[device_type] == "compiled" for devices in backend().values())
 
 
-def _overload(name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.fcos_d2_reference, name).default
+def _skip(reason: str | None) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 
-def _replace_ops(monkeypatch, overloads: dict[str, torch._ops.OpOverload]) -> None:
-    """Lets the wrappers call other overloads."""
+NOTHING_COMPILED = None if _has("CPU") else "nothing is compiled"
+NO_KERNELS = None if _has("CUDA") else "fcos_d2/_C_cuda.so is not built"
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("compiled", marks=_skip(NOTHING_COMPILED)),
+    pytest.param("emulated", marks=_skip(emulated.missing())),
+    pytest.param("cuda", marks=[pytest.mark.cuda, *_skip(NO_KERNELS)]),
+]
+
+
+@cache
+def _overloads(implementation: str) -> Overloads:
+    if implementation == "compiled":  # what the dispatcher prefers
+        return overloads_of("fcos_d2")
+    if implementation == "emulated":
+        return emulated.overloads()
+    kernel_of = on_gpu if implementation == "cuda" else reference_of
+    return copy_ops(f"fcos_d2_{implementation}", kernel_of)
+
+
+@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch) -> Iterator[str]:
+    """Makes the wrappers call the ops of one implementation."""
+    name = request.param
+    given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
+    if given == "cuda" and name in ("emulated", "cuda"):
+        pytest.skip("takes tensors of the CPU")
+    overloads = _overloads(name)
     for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
         for attribute, value in list(vars(module).items()):
             if isinstance(value, torch._ops.OpOverload):
                 monkeypatch.setattr(module, attribute, overloads[value.name().split("::")[1]])
-
-
-_define_reference()
-_IS_COMPILED = any("compiled" in keys.values() for keys in backend().values())
-
-
-@pytest.fixture(
-    autouse=True,
-    params=[
-        "reference",
-        pytest.param(
-            "compiled", marks=pytest.mark.skipif(not _IS_COMPILED, reason="nothing is compiled")
-        ),
-        pytest.param(
-            "emulated",
-            marks=pytest.mark.skipif(
-                emulated.missing() is not None, reason=str(emulated.missing())
-            ),
-        ),
-    ],
-)
-def implementation(request, monkeypatch) -> Iterator[str]:
-    """Makes the wrappers call the reference, what the dispatcher prefers, or CUDA's on the CPU."""
-    if request.param == "reference":
-        _replace_ops(monkeypatch, {name: _overload(name) for name in _library.OPS})
-    with contextlib.ExitStack() as stack:
-        if request.param == "emulated":
-            _replace_ops(monkeypatch, emulated.overloads())
+    with ExitStack() as stack:
+        if name == "emulated":
             stack.enter_context(emulated.poison())
             stack.enter_context(emulated.schedule(1))
-        yield request.param
+        yield name
+
+
+@pytest.fixture
+def overloads(implementation) -> Overloads:
+    """The ops beneath the wrappers, by name."""
+    return _overloads(implementation)
+
+
+@pytest.fixture
+def assertions_can_be_caught(implementation) -> None:
+    """For tests of values that a kernel refuses; on a GPU that is the end of the process."""
+    if implementation == "cuda":
+        pytest.skip("a failed assertion on a GPU ends the process")

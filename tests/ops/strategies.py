@@ -27,6 +27,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Logits at which naive formulas break: saturation, overflow of exp, softplus in half precision.
 EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 BROKEN = [math.nan, math.inf, -math.inf]
+
+
+def not_aligned(x: Tensor) -> Tensor:
+    """Starts one element behind where vectors of several may start."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
 # Ways to lay a map [B, C, H, W] out in memory; each keeps its values, but for images that are one.
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
@@ -37,7 +44,7 @@ LAYOUTS = {
     "every_second": lambda x: torch.stack((x, x), dim=-1)[..., 0],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "batch_inside": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
-    "not_aligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "not_aligned": not_aligned,
     "expanded_batch": lambda x: x[:1].expand_as(x),
 }
 SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
@@ -355,7 +362,7 @@ class NmsCase(NamedTuple):
     threshold: float
     box_dtype: torch.dtype
     score_dtype: torch.dtype
-    transposed: bool
+    layout: str
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(boxes, scores, classes) of one image; some classes are negative."""
@@ -363,8 +370,10 @@ class NmsCase(NamedTuple):
         boxes = NMS_BOX_KINDS[self.boxes](self.count, g).to(self.box_dtype)
         scores = NMS_SCORE_KINDS[self.scores](self.count, g).to(self.score_dtype)
         classes = torch.randint(-1, self.num_classes, (self.count,), generator=g)
-        if self.transposed:
+        if self.layout == "transposed":
             boxes, scores = boxes.t().contiguous().t(), torch.stack((scores, scores), 1)[:, 0]
+        if self.layout == "not_aligned":
+            boxes, scores = not_aligned(boxes), not_aligned(scores)
         return boxes, scores, classes
 
 
@@ -405,7 +414,7 @@ nms_cases = st.builds(
     threshold=st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0]),
     box_dtype=dtypes,
     score_dtype=dtypes,
-    transposed=st.booleans(),
+    layout=st.sampled_from(["contiguous", "transposed", "not_aligned"]),
 )
 
 
@@ -417,6 +426,7 @@ class PaddedCase(NamedTuple):
     scores: str
     num_classes: int
     max_detections: int
+    aligned: bool
     options: dict
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -427,6 +437,8 @@ class PaddedCase(NamedTuple):
             scores = torch.rand(shape, generator=g)
         else:
             scores = NMS_SCORE_KINDS[self.scores](self.images * self.count, g).reshape(shape)
+        if not self.aligned:
+            boxes, scores = not_aligned(boxes), not_aligned(scores)
         return boxes, scores, torch.randint(-1, self.num_classes, shape, generator=g)
 
 
@@ -439,6 +451,7 @@ padded_cases = st.builds(
     scores=st.sampled_from(list(NMS_SCORE_KINDS)),
     num_classes=st.sampled_from([1, 3, 80]),
     max_detections=st.sampled_from([1, 5, 100]),
+    aligned=st.booleans(),
     options=st.fixed_dictionaries(
         {
             "iou_threshold": st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 1.0]),

@@ -269,6 +269,7 @@ def test_bad_argument_is_named(change, message):
         ({"gt_offsets": torch.tensor([1, 2])}, "gt_offsets must rise from 0 to"),
     ],
 )
+@pytest.mark.usefixtures("assertions_can_be_caught")
 def test_bad_value_is_named(change, message):
     with pytest.raises(RuntimeError, match=message):
         assign_targets(**{**GOOD, **change})

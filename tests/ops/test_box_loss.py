@@ -2,7 +2,6 @@
 
 import math
 
-import fvcore.nn
 import pytest
 import torch
 import torchvision
@@ -124,7 +123,6 @@ def test_quality_target_is_centerness_or_iou():
 @pytest.mark.parametrize(
     "loss_type, peer",
     [
-        ("giou", fvcore.nn.giou_loss),
         ("giou", torchvision.ops.generalized_box_iou_loss),
         ("diou", torchvision.ops.distance_box_iou_loss),
         ("ciou", torchvision.ops.complete_box_iou_loss),

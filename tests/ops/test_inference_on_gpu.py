@@ -10,6 +10,7 @@ from .gpu import captured, forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.parametrize("implementation", ["compiled"], indirect=True),
     pytest.mark.skipif(
         backend()["select_candidates"]["CUDA"] != "compiled",
         reason="fcos_d2/_C_cuda.so is not built",
@@ -19,12 +20,6 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LEVELS = inputs.pyramid(256, 320, 4)
 STANDARD = make_levels([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)], (8, 16, 32, 64, 128))
-
-
-@pytest.fixture(autouse=True)
-def only_kernels(implementation):
-    if implementation == "reference":
-        pytest.skip("is about the compiled kernels")
 
 
 def head_outputs(levels=LEVELS, images=2, dtype=torch.bfloat16, prior=-3.0, channels_last=False):

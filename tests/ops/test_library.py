@@ -18,7 +18,6 @@ from fcos_d2.ops import _library
 from . import inputs, isolated
 
 LEVELS = inputs.pyramid(64, 96, 2)
-OPS = torch.ops.fcos_d2
 
 
 def op_arguments(name: str, requires_grad: bool = False) -> tuple:
@@ -65,13 +64,13 @@ def test_every_op_is_listed_here():
 
 
 @pytest.mark.parametrize("name", ALL_OPS)
-def test_opcheck(name):
-    opcheck(getattr(OPS, name).default, op_arguments(name))
+def test_opcheck(name, overloads):
+    opcheck(overloads[name], op_arguments(name))
 
 
 @pytest.mark.parametrize("name", ["sigmoid_focal_loss", "box_loss"])
-def test_opcheck_with_gradients(name):
-    opcheck(getattr(OPS, name).default, op_arguments(name, requires_grad=True))
+def test_opcheck_with_gradients(name, overloads):
+    opcheck(overloads[name], op_arguments(name, requires_grad=True))
 
 
 def losses(logits, ltrb, quality, boxes, classes, offsets):

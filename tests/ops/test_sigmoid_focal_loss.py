@@ -283,6 +283,7 @@ def test_bad_scale_is_named(scale):
 
 
 @pytest.mark.parametrize("label", [-2, 4, 100])
+@pytest.mark.usefixtures("assertions_can_be_caught")
 def test_label_out_of_range_is_an_error(label):
     with pytest.raises(RuntimeError, match=r"labels must lie in \[-1, [3K]\]"):
         sigmoid_focal_loss([X], torch.full_like(Y, label))

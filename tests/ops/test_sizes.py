@@ -5,6 +5,7 @@ a few small planes, each 2^30 elements and more away from the next. A wrong offs
 ends the process.
 """
 
+import math
 import mmap
 import os
 import tempfile
@@ -18,12 +19,19 @@ from fcos_d2.ops import (
     assign_targets,
     box_loss,
     make_levels,
+    reference,
     select_candidates,
     sigmoid_focal_loss,
 )
 
 from ..emulation import emulated
 
+NEEDS_COMPILER = pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
+EMULATED = pytest.param("emulated", marks=NEEDS_COMPILER)
+# A GPU has memory for large maps: tests/ops/test_*_on_gpu.py.
+ON_THE_CPU = pytest.mark.parametrize(
+    "implementation", ["reference", "compiled", EMULATED], indirect=True
+)
 COMPILED = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
 H, W, K, B = 4, 8, 3, 2
 FAR = 2**31 + 64  # elements between two images; a multiple of 16, so that maps stay aligned
@@ -58,6 +66,7 @@ def gradients(losses, given):
 # ---- Elements further apart than 32 bits can say ----
 
 
+@ON_THE_CPU
 def test_focal_loss_of_maps_that_are_far_apart(implementation):
     near, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
     # A thread of the GPU steps through 16 channels in 32 bits; what is further apart is refused.
@@ -70,6 +79,7 @@ def test_focal_loss_of_maps_that_are_far_apart(implementation):
         torch.testing.assert_close(got, want)
 
 
+@ON_THE_CPU
 def test_box_loss_of_maps_that_are_far_apart():
     sides, quality, wanted = maps(4).abs() + 0.1, maps(1), targets()
     near = [sides.requires_grad_(), quality.requires_grad_()]
@@ -80,6 +90,7 @@ def test_box_loss_of_maps_that_are_far_apart():
         torch.testing.assert_close(got, want)
 
 
+@ON_THE_CPU
 def test_candidates_of_maps_that_are_far_apart():
     near = [maps(K), maps(4).abs(), maps(1)]
     far = [far_apart(x) for x in near]
@@ -95,12 +106,7 @@ def test_candidates_of_maps_that_are_far_apart():
 # ---- What is too large says so ----
 
 
-EMULATED = pytest.mark.parametrize("implementation", ["emulated"], indirect=True)
-NEEDS_COMPILER = pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
-
-
-@EMULATED
-@NEEDS_COMPILER
+@pytest.mark.parametrize("implementation", [EMULATED], indirect=True)
 @pytest.mark.parametrize("case", ["far apart", "many"])
 def test_the_gpu_refuses_maps_that_it_cannot_step_or_launch(case):
     logits = far_apart(maps(K)) if case == "far apart" else torch.zeros(()).expand(B, 2**30, H, W)
@@ -149,6 +155,27 @@ def test_more_boxes_than_32_bits_number_are_refused():
 # ---- One of that size ----
 
 FREE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@COMPILED
+@pytest.mark.slow
+@pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memory")
+@pytest.mark.parametrize("size", [2**25 + 2, 2**25 + 3])
+@pytest.mark.parametrize("is_row", [True, False])
+def test_levels_longer_than_float32_counts(size, is_row):
+    levels = make_levels([(1, size) if is_row else (size, 1)], [8])
+    end = 8.0 * size
+    boxes = torch.tensor([[end - 400, -8, end, 16], [8e7, -8, 8e7 + 400, 16]])
+    truth = boxes if is_row else boxes[:, [1, 0, 3, 2]].contiguous(), torch.tensor([1, 2])
+    arguments = *truth, torch.tensor([0, 2])
+    got = assign_targets(*arguments, levels, [(-1, math.inf)], num_classes=3, center_radius=0)
+    shape = [*levels.shapes[0]]
+    want = reference.assign_targets(
+        *arguments, shape, [8], [8, 8], 0.5, [-1.0, math.inf], 3, 0.0, False
+    )
+    assert got.counts[0, 0, 0] > 90
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @COMPILED

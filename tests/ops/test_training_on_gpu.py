@@ -7,11 +7,12 @@ import torch
 
 from fcos_d2.ops import assign_targets, backend, box_loss, sigmoid_focal_loss
 
-from . import inputs
+from . import inputs, isolated
 from .gpu import captured, forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.parametrize("implementation", ["compiled"], indirect=True),
     pytest.mark.skipif(
         backend()["assign_targets"]["CUDA"] != "compiled",
         reason="fcos_d2/_C_cuda.so is not built",
@@ -20,12 +21,6 @@ pytestmark = [
 
 CLASSES, LEVELS = 80, inputs.pyramid()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def only_kernels(implementation):
-    if implementation == "reference":
-        pytest.skip("is about the compiled kernels")
 
 
 def batch(device="cuda", dtype=torch.float32, counts=(20, 0, 3), seed=0):
@@ -94,3 +89,52 @@ def test_two_streams_do_not_disturb_each_other():
     for found in results_on_streams(calls, rounds=20):
         for got, want in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_more_elements_than_32_bits_count():
+    """Only the last plane, beyond 2^31, has anything to say."""
+    side, classes = 5200, 80
+    logits = torch.full((1, classes, side, side), -1e4, dtype=torch.bfloat16, device="cuda")
+    assert logits.numel() > 2**31
+    logits[:, -1] = 0
+    labels = torch.full((1, side * side), classes, dtype=torch.int32, device="cuda")
+    labels[:, -1] = classes - 1
+    loss = sigmoid_focal_loss([logits.requires_grad_()], labels)
+    per_negative, positive = 0.75 * 0.25 * 0.6931472, 0.25 * 0.25 * 0.6931472
+    assert loss.item() == pytest.approx(per_negative * (side * side - 1) + positive, rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, [logits])
+    assert grad[0, -1, -1, -1] < 0 < grad[0, -1, -1, -2]
+    assert not grad[0, :-1].any()
+
+
+ASSIGN = """
+import torch
+from fcos_d2.ops import assign_targets, make_levels
+truth = torch.zeros(2, 4), torch.tensor({classes}), torch.tensor({offsets})
+levels = make_levels([(4, 4)], [8])
+assign_targets(*(x.cuda() for x in truth), levels, [(-1, 64)], num_classes=3)
+torch.cuda.synchronize()
+"""
+FOCAL_LOSS = """
+import torch
+from fcos_d2.ops import sigmoid_focal_loss
+labels = torch.full((1, 16), {label}, dtype=torch.int32)
+sigmoid_focal_loss([torch.zeros(1, 3, 4, 4).cuda()], labels.cuda())
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        (ASSIGN.format(classes=[0, 3], offsets=[0, 2]), "assign_targets: gt_classes must lie in"),
+        (ASSIGN.format(classes=[-2, 0], offsets=[0, 2]), "assign_targets: gt_classes must lie in"),
+        (ASSIGN.format(classes=[0, 0], offsets=[0, 1]), "assign_targets: gt_offsets must rise"),
+        (FOCAL_LOSS.format(label=4), "sigmoid_focal_loss: labels must lie in"),
+        (FOCAL_LOSS.format(label=-2), "sigmoid_focal_loss: labels must lie in"),
+    ],
+)
+def test_bad_value_ends_the_process_with_its_reason(program, message):
+    done = isolated.run(isolated.ROOT, "-W", "ignore", "-c", program)
+    assert done.returncode != 0 and message in done.stderr
+    assert "device-side assert" in done.stderr

@@ -1,0 +1,60 @@
+"""All ops again under another name, with kernels of the tests' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from fcos_d2.ops import _library
+
+Overloads = dict[str, torch._ops.OpOverload]
+_LIBRARIES = []  # torch forgets the ops of a library that nobody holds
+
+
+def copy_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overloads:
+    """``torch.ops.<namespace>.<name>`` for every op, run by ``kernel_of(name)`` on every device."""
+    library = torch.library.Library(namespace, "DEF")
+    _LIBRARIES.append(library)
+    for name, op in _library.OPS.items():
+        library.define(op.schema)
+        library.impl(name, kernel_of(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
+        if op.backward is not None:
+            torch.library.register_autograd(
+                f"{namespace}::{name}", op.backward, setup_context=op.setup_context, lib=library
+            )
+    return overloads_of(namespace)
+
+
+def overloads_of(namespace: str) -> Overloads:
+    """The ops of a namespace, by name."""
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in _library.OPS}
+
+
+def reference_of(name: str) -> Callable:
+    """The specification in plain PyTorch."""
+    return _library.OPS[name].reference
+
+
+def on_gpu(name: str) -> Callable:
+    """The op on the GPU, for tensors of the CPU."""
+    op = overloads_of("fcos_d2")[name]
+
+    def run(*arguments):
+        there = tree_map_only(torch.Tensor, _to_gpu, arguments)
+        results = tree_map_only(torch.Tensor, torch.Tensor.cpu, op(*there))
+        if op._schema.is_mutable:  # its first argument
+            for here, changed in zip(arguments[0], there[0], strict=True):
+                here.copy_(changed)
+        return results
+
+    return run
+
+
+def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that lies there as ``tensor`` lies here: strides, offset and alignment are its own."""
+    storage = tensor.untyped_storage().cuda()
+    out = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return out.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
