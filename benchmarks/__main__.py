@@ -24,9 +24,11 @@ from .measure import (  # noqa: E402
     format_row,
     machine_name,
 )
+from .peers import missing  # noqa: E402
 
 OPS = ("assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms")
 IMAGES = {"cpu": 2, "cuda": 16}
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -40,17 +42,18 @@ def main() -> None:
     device = torch.device(arguments.device)
     used = {kinds[arguments.device.upper()] for kinds in backend().values()}
     title = f"{describe_machine(device)}; kernels: {', '.join(sorted(used))}"
-    bandwidth = f"A copy moves {copy_bandwidth(device) / 1e9:.1f} GB/s."
-    print(title, bandwidth, HEADER, sep="\n\n")
+    notes = [f"A copy moves {copy_bandwidth(device) / 1e9:.1f} GB/s.", missing()]
+    notes = " ".join(filter(None, notes))
+    print(title, notes, HEADER, sep="\n\n")
     rows = []
     for name in arguments.ops or OPS:
         module = importlib.import_module(f"benchmarks.{name}")
         rows += module.run(IMAGES[arguments.device], device)
     if not arguments.ops:
-        path = Path(__file__).parent / "results" / f"{machine_name(device)}.md"
+        path = RESULTS / f"{machine_name(device)}.md"
         path.parent.mkdir(exist_ok=True)
-        command = "`make bench`" if arguments.device == "cpu" else "`make gpu-check`"
-        head = [f"# {title}", "", f"{command}. {bandwidth}", ""]
+        command = "`make bench`" if arguments.device == "cpu" else "`make gpu-bench`"
+        head = [f"# {title}", "", f"{command}. {notes}", ""]
         lines = [*head, HEADER, *map(format_row, rows), ""]
         path.write_text("\n".join(lines))
         print(f"written to {path}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torchvision.ops.boxes import _batched_nms_coordinate_trick, _batched_nms_vanilla
 
 from fcos_d2.ops import batched_nms, batched_nms_padded
 
 from .measure import Row, compare
+from .peers import needs
 from .workload import CLASSES, size_in_bytes
 
 THRESHOLD = 0.6
@@ -22,7 +20,7 @@ def run(images: int, device: torch.device) -> list[Row]:
     for count in (1000, 5000, 20000):
         boxes, scores, classes = _detections(count, device)
         arguments = (boxes, scores, classes, THRESHOLD)
-        contenders = {"ours": lambda a=arguments: batched_nms(*a), **_peers(*arguments)}
+        contenders = {"ours": lambda a=arguments: batched_nms(*a), **_torchvision(*arguments)}
         floor = size_in_bytes([boxes, scores, classes])
         rows += compare("batched_nms", f"{count} boxes", contenders, device, floor)
     return rows + _batch(images, 1000, device)
@@ -37,12 +35,15 @@ def _batch(images: int, count: int, device: torch.device) -> list[Row]:
     def ours():
         return batched_nms_padded(*padded, iou_threshold=THRESHOLD, max_detections=count)
 
-    contenders = {"ours": ours, **_peers(boxes, scores, groups, THRESHOLD)}
+    contenders = {"ours": ours, **_torchvision(boxes, scores, groups, THRESHOLD)}
     floor = size_in_bytes([boxes, scores, classes])
     return compare("batched_nms", f"{images} images x {count} boxes", contenders, device, floor)
 
 
-def _peers(*arguments) -> dict[str, Callable]:
+@needs("torchvision")
+def _torchvision(*arguments):
+    from torchvision.ops.boxes import _batched_nms_coordinate_trick, _batched_nms_vanilla
+
     return {
         "torchvision, loop over classes": lambda: _batched_nms_vanilla(*arguments),
         "torchvision, shifted boxes": lambda: _batched_nms_coordinate_trick(*arguments),

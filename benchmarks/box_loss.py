@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import torch
-from detectron2.utils.events import EventStorage
 
 from fcos_d2.ops import assign_targets, box_loss, sigmoid_focal_loss
 
 from .measure import Row, compare
-from .workload import (
-    CLASSES,
-    LEVELS,
-    RANGES,
-    TARGET_BYTES,
-    detectron2_fcos,
-    image_list,
-    make_batch,
-    size_in_bytes,
-)
+from .peers import needs
+from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch, size_in_bytes
 
 
 def run(images: int, device: torch.device) -> list[Row]:
     """100 objects per image, float32."""
     batch = make_batch(images, 100, device)
     maps = [*batch.logits, *batch.ltrb, *batch.quality]
-    model = detectron2_fcos(device)
-    pixels = image_list(images, device)
 
     def ours():
         truth = (batch.boxes, batch.classes, batch.offsets)
@@ -38,12 +27,24 @@ def run(images: int, device: torch.device) -> list[Row]:
         total = cls + quality / positives + box / targets.centerness.sum().clamp(min=1e-6)
         return torch.autograd.grad(total, maps)
 
-    def detectron2():
-        with EventStorage():
-            predictions = (batch.logits, batch.ltrb, batch.quality)
-            losses = model.forward_training(pixels, batch.logits, predictions, batch.instances)
-            return torch.autograd.grad(sum(losses.values()), maps)
-
-    contenders = {"ours": ours, "detectron2": detectron2}
+    contenders = {"ours": ours, **_detectron2(images, batch, maps, device)}
     floor = 2 * size_in_bytes(maps) + TARGET_BYTES * images * LEVELS.num_points
     return compare("all losses", f"{images} x 100 boxes", contenders, device, floor)
+
+
+@needs("detectron2")
+def _detectron2(images, batch, maps, device):
+    from detectron2.utils.events import EventStorage
+
+    from .detectron2_fcos import make_images, make_instances, make_model
+
+    model, pixels = make_model(device), make_images(images, device)
+    instances = make_instances(batch)
+
+    def losses():
+        with EventStorage():
+            predictions = (batch.logits, batch.ltrb, batch.quality)
+            losses = model.forward_training(pixels, batch.logits, predictions, instances)
+            return torch.autograd.grad(sum(losses.values()), maps)
+
+    return {"detectron2": losses}

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import torch
-from fvcore.nn import sigmoid_focal_loss as fvcore_loss
-from fvcore.nn import sigmoid_focal_loss_jit as fvcore_jit
 from torch.nn.functional import one_hot
-from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
 from fcos_d2.ops import assign_targets, sigmoid_focal_loss
 
 from .measure import Row, compare
+from .peers import needs
 from .workload import CLASSES, LEVELS, RANGES, make_batch, size_in_bytes
-
-
-def dense(loss):
-    """The peers' way: permute and join the levels, form the one-hot target, one loss per logit."""
-
-    def run(logits, labels):
-        flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)
-        target = one_hot(labels, CLASSES + 1)[..., :CLASSES].to(flat.dtype)
-        return loss(flat, target, alpha=0.25, gamma=2.0, reduction="sum")
-
-    return run
 
 
 def run(images: int, device: torch.device) -> list[Row]:
@@ -43,15 +30,45 @@ def run(images: int, device: torch.device) -> list[Row]:
         contenders = {
             "ours": step(saved, labels),
             "ours, gradient recomputed": step(sigmoid_focal_loss, labels),
-            "fvcore": step(dense(fvcore_loss), wide),
-            "fvcore jit": step(dense(fvcore_jit), wide),
-            "torchvision": step(dense(torchvision_loss), wide),
-            "torch.compile of fvcore": step(torch.compile(dense(fvcore_loss)), wide),
+            **{name: step(loss, wide) for name, loss in _peers(device).items()},
         }
-        if device.type == "cuda":
-            tuned = torch.compile(dense(fvcore_loss), mode="max-autotune-no-cudagraphs")
-            contenders["torch.compile, max-autotune"] = step(tuned, wide)
         name = str(dtype).removeprefix("torch.")
         floor = 2 * size_in_bytes(batch.logits) + size_in_bytes([labels])
         rows += compare("sigmoid_focal_loss", f"{images} images, {name}", contenders, device, floor)
     return rows
+
+
+def _peers(device):
+    """All that are installed, and the first of them compiled: the formula is the same in each."""
+    losses = {name: _dense(loss) for name, loss in {**_fvcore(), **_torchvision()}.items()}
+    for name, loss in list(losses.items())[:1]:
+        losses[f"torch.compile of {name}"] = torch.compile(loss)
+        if device.type == "cuda":
+            tuned = torch.compile(loss, mode="max-autotune-no-cudagraphs")
+            losses["torch.compile, max-autotune"] = tuned
+    return losses
+
+
+def _dense(loss):
+    """The peers' way: permute and join the levels, form the one-hot target, one loss per logit."""
+
+    def run(logits, labels):
+        flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)
+        target = one_hot(labels, CLASSES + 1)[..., :CLASSES].to(flat.dtype)
+        return loss(flat, target, alpha=0.25, gamma=2.0, reduction="sum")
+
+    return run
+
+
+@needs("fvcore")
+def _fvcore():
+    from fvcore.nn import sigmoid_focal_loss, sigmoid_focal_loss_jit
+
+    return {"fvcore": sigmoid_focal_loss, "fvcore jit": sigmoid_focal_loss_jit}
+
+
+@needs("torchvision")
+def _torchvision():
+    from torchvision.ops import sigmoid_focal_loss
+
+    return {"torchvision": sigmoid_focal_loss}

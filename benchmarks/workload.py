@@ -6,11 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.meta_arch.fcos import FCOS as Detectron2FCOS
-from detectron2.modeling.meta_arch.fcos import FCOSHead as Detectron2Head
-from detectron2.structures import Boxes, ImageList, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcos_d2.ops import Levels, make_levels
 
@@ -32,7 +28,6 @@ class Batch(NamedTuple):
     boxes: Tensor  # [M, 4]
     classes: Tensor  # [M]
     offsets: Tensor  # [B + 1]
-    instances: list[Instances]  # the same ground truth for detectron2
     sizes: Tensor  # [B, 2]
 
 
@@ -53,10 +48,6 @@ def make_batch(images: int, boxes: int, device: torch.device, dtype=torch.float3
     corner = torch.rand(images * boxes, 2, generator=generator) * (limit - size)
     packed = torch.cat((corner, corner + size), dim=1).to(device)
     classes = torch.randint(CLASSES, (images * boxes,), generator=generator).to(device)
-    instances = []
-    for image_boxes, image_classes in zip(packed.split(boxes), classes.split(boxes), strict=True):
-        fields = {"gt_boxes": Boxes(image_boxes), "gt_classes": image_classes}
-        instances.append(Instances((HEIGHT, WIDTH), **fields))
     ltrb = [x.detach().abs().requires_grad_() for x in maps(4, 2.0, 3.0)]
     return Batch(
         maps(CLASSES, 1.0, -5.0),
@@ -65,35 +56,8 @@ def make_batch(images: int, boxes: int, device: torch.device, dtype=torch.float3
         packed,
         classes,
         torch.arange(images + 1, device=device) * boxes,
-        instances,
         torch.tensor([[HEIGHT, WIDTH]] * images, device=device),
     )
-
-
-class _Backbone(nn.Module):
-    size_divisibility = 32
-
-    def output_shape(self):
-        return {f"p{i + 3}": ShapeSpec(channels=16, stride=s) for i, s in enumerate(STRIDES)}
-
-
-def detectron2_fcos(device: torch.device) -> Detectron2FCOS:
-    """detectron2's own FCOS, for its assignment, losses and inference."""
-    backbone = _Backbone()
-    shapes = list(backbone.output_shape().values())
-    head = Detectron2Head(
-        input_shape=shapes, conv_dims=[16], num_classes=CLASSES, prior_prob=0.01, norm=""
-    )
-    model = Detectron2FCOS(
-        backbone=backbone, head=head, num_classes=CLASSES, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3
-    )
-    return model.to(device)
-
-
-def image_list(images: int, device: torch.device) -> ImageList:
-    """Images without pixels: the peers look at sizes alone."""
-    tensor = torch.empty(images, 3, HEIGHT, WIDTH, device=device)
-    return ImageList(tensor, [(HEIGHT, WIDTH)] * images)
 
 
 def size_in_bytes(tensors: list[Tensor]) -> int:

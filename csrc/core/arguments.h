@@ -11,6 +11,10 @@ namespace fcos {
 
 enum class DType { kFloat, kHalf, kBFloat16, kDouble };
 
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
 // Strides in elements. Point p (row-major) and channel c of image b is element
 // b * image + c * channel + p * point. A dimension of size 1 has stride 0.
 struct Layout {

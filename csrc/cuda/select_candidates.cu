@@ -526,10 +526,6 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_con
 
 // ---- the host's side ----
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
 LevelPlan make_level(const SelectCandidates& args, const Map& map) {
   LevelPlan plan{};
   int64_t classes = args.num_classes, points = map.num_points;

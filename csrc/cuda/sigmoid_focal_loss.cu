@@ -312,10 +312,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
 
 // ---- the host's side ----
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-
 bool is_aligned(const void* data, const Strides& strides, int64_t bytes) {
   return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
          strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;

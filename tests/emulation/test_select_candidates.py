@@ -263,9 +263,3 @@ def test_order_of_blocks_and_threads_changes_no_bit(spread):
         with emulated.schedule(number):
             found = emulated.ops().select_candidates(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_fake_kernel_tells_the_truth():
-    shapes = [(4, 8), (1, 3)]
-    maps = random_maps(shapes, 2, 5, dtype=torch.float16, layout="channels_last")
-    emulated.opcheck("select_candidates", *arguments_of(maps, levels_of(shapes), topk=20))

@@ -61,9 +61,6 @@ inline int __syncthreads_count(int predicate, EMULATED_SITE) {
 inline int __syncthreads_or(int predicate, EMULATED_SITE) {
   return emulation::meet_block(predicate != 0, site) > 0;
 }
-inline int __syncthreads_and(int predicate, EMULATED_SITE) {
-  return emulation::meet_block(predicate == 0, site) == 0;
-}
 
 inline void __syncwarp(unsigned mask = 0xffffffff, EMULATED_SITE) {
   emulation::meet_warp(mask, 0, emulation::lane(), site);
@@ -118,10 +115,6 @@ T __reduce_add_sync(unsigned mask, T value, EMULATED_SITE) {
   return emulated_reduce(mask, value, [](T a, T b) { return T(a + b); }, site);
 }
 template <class T>
-T __reduce_min_sync(unsigned mask, T value, EMULATED_SITE) {
-  return emulated_reduce(mask, value, [](T a, T b) { return b < a ? b : a; }, site);
-}
-template <class T>
 T __reduce_max_sync(unsigned mask, T value, EMULATED_SITE) {
   return emulated_reduce(mask, value, [](T a, T b) { return a < b ? b : a; }, site);
 }
@@ -136,11 +129,6 @@ template <class T>
 T __ldcs(const T* from) {
   return *from;
 }
-template <class T>
-void __stcs(T* to, T value) {
-  *to = value;
-}
-inline void __threadfence() {}
 
 // A fiber gives way only at barriers, so these are atomic as they stand.
 template <class T>
@@ -165,27 +153,15 @@ template <class T>
 T atomicOr(T* at, T value) {
   return emulated_exchange(at, T(*at | value));
 }
-template <class T>
-T atomicExch(T* at, T value) {
-  return emulated_exchange(at, value);
-}
-template <class T>
-T atomicCAS(T* at, T compare, T value) {
-  return emulated_exchange(at, *at == compare ? value : *at);
-}
 
 // ---- numbers ----
 
 using std::max;
 using std::min;
 
-inline float __int_as_float(int bits) { return emulation::bits_as<float>(bits); }
-inline int __float_as_int(float x) { return emulation::bits_as<int>(x); }
 inline float __uint_as_float(unsigned bits) { return emulation::bits_as<float>(bits); }
 inline unsigned __float_as_uint(float x) { return emulation::bits_as<unsigned>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __clzll(long long x) {
   return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
