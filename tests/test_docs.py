@@ -124,3 +124,68 @@ def test_python_is_python(page):
 def test_examples_of_the_operators_run():
     failed, tried = doctest.testfile(str(ROOT / "docs" / "ops.md"), module_relative=False)
     assert tried > 20 and failed == 0
+
+
+# ---- figures ----
+
+# What a line of a page speaks of: op, workload and, in the line's order, peers of the results.
+FIGURES = {
+    "README.md": {
+        "assignment of targets": ("assign_targets", "2 x 100 boxes", "detectron2"),
+        "focal loss, forward": (
+            "sigmoid_focal_loss", "2 images, float32", "fvcore", "torch.compile of fvcore",
+        ),
+        "all losses": ("all losses", "2 x 100 boxes", "detectron2"),
+        "post-processing": (
+            "post-processing", "2 images, 16.7k candidates", "detectron2", "torchvision",
+        ),
+    },
+    "docs/benchmarks.md": {
+        "assignment": ("assign_targets", "2 x 100 boxes", "detectron2"),
+        "focal loss": (
+            "sigmoid_focal_loss", "2 images, float32", "torch.compile of fvcore", "fvcore",
+        ),
+        "the same in bfloat16": (
+            "sigmoid_focal_loss", "2 images, bfloat16", "torch.compile of fvcore", "fvcore",
+        ),
+        "all losses": ("all losses", "2 x 100 boxes", "detectron2"),
+        "post-processing": (
+            "post-processing", "1 image, 16.7k candidates", "torchvision", "detectron2",
+        ),
+        "the same, every logit": (
+            "post-processing", "1 image, all logits pass", "torchvision", "detectron2",
+        ),
+        "`batched_nms`, 1,000": ("batched_nms", "1000 boxes", "torchvision, shifted boxes"),
+        "5,000": ("batched_nms", "5000 boxes", "torchvision, loop over classes"),
+        "20,000": ("batched_nms", "20000 boxes", "torchvision, loop over classes"),
+    },
+}  # fmt: skip
+LINES = [(page, line) for page, lines in FIGURES.items() for line in lines]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def measured() -> dict[tuple, tuple[float, float]]:
+    """(milliseconds, factor by which ours is faster) of what the results tell, by its names."""
+    (results,) = (ROOT / "benchmarks" / "results").glob("cpu-*.md")
+    rows = [cells(line) for line in results.read_text().splitlines() if line.startswith("| ")]
+    return {tuple(row[:3]): (float(row[3]), float(row[4].rstrip("x") or 1)) for row in rows[1:]}
+
+
+@pytest.mark.parametrize("page, start", LINES, ids=[f"{page}: {line}" for page, line in LINES])
+def test_figures_are_those_of_the_results(page, start):
+    text = (ROOT / page).read_text()
+    (line,) = re.findall(rf"^\| {re.escape(start)}.*$", text, re.MULTILINE)
+    op, workload, *peers = FIGURES[page][start]
+    found = measured()
+    told = {
+        unit: [float(number) for number in re.findall(rf"([\d.]+) ?{unit}\b", line)]
+        for unit in ("x", "ms")
+    }
+    rows = [found[op, workload, peer] for peer in peers]
+    factors = [factor for _, factor in rows][: len(told["x"])]
+    times = [found[op, workload, "ours"][0], *(time for time, _ in rows)]
+    assert told["x"] == pytest.approx(factors, rel=0.05)
+    assert told["ms"] in ([], pytest.approx(times, rel=0.05))

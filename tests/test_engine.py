@@ -1,11 +1,16 @@
 """The parts of fcos_d2.engine that runs of train_net.py do not show by themselves."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -13,8 +18,10 @@ from fcos_d2._compat import ResumableTrainer
 from fcos_d2.engine import AssignmentStatistics, Checkpointer, Trainer, evaluator_for
 from fcos_d2.engine.hooks import WeightAveraging
 from fcos_d2.engine.step import StepTrainer
-from fcos_d2.engine.trainer import averaged_model, batch_size
+from fcos_d2.engine.trainer import averaged_model, batch_size, evaluate
 from fcos_d2.errors import InputError
+
+from .tiny_training import write_shapes
 
 pytest_plugins = ["tests.script"]
 
@@ -121,6 +128,97 @@ def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch,
 def test_a_data_set_without_a_fitting_evaluator_is_refused(named_data, kind):
     with pytest.raises(InputError, match=f"evaluator_type {kind!r}.*coco, pascal_voc and lvis"):
         evaluator_for(named_data(kind), "output")
+
+
+# ---- evaluation ----
+
+
+def evaluate_shifted(evaluator, name: str) -> dict:
+    """Results of detections a little beside the objects of a data set."""
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float()
+        boxes[:, 2:] += boxes[:, :2]
+        found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes + 1))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        found.scores = torch.linspace(0.9, 0.8, len(boxes))
+        evaluator.process([record], [{"instances": found}])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def evaluation_of(tmp_path):
+    """Registers the tiny shapes after a change of every annotation and evaluates them."""
+    names = []
+
+    def evaluate_changed(change, make_evaluator=evaluator_for):
+        content = json.loads(write_shapes(tmp_path).read_text())
+        for annotation in content["annotations"]:
+            change(annotation)
+        (tmp_path / "changed.json").write_text(json.dumps(content))
+        names.append(f"changed_{len(names)}")
+        register_coco_instances(names[-1], {}, str(tmp_path / "changed.json"), str(tmp_path))
+        return evaluate_shifted(make_evaluator(names[-1], str(tmp_path)), names[-1])
+
+    yield evaluate_changed
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def as_published(annotation):
+    """What official files hold: areas of masks, crowds, ids from anywhere."""
+    number = annotation["id"]
+    annotation.update(id=900_000 - number, area=0.6 * annotation["area"], iscrowd=int(number == 3))
+
+
+def test_results_of_complete_files_are_those_of_detectron2(evaluation_of):
+    def detectron2s(name, folder):
+        return COCOEvaluator(name, ("bbox",), output_dir=folder, use_fast_impl=False)
+
+    expected = evaluation_of(as_published, detectron2s)
+    assert 0 < expected["bbox"]["AP"] < 100
+    np.testing.assert_equal(evaluation_of(as_published), expected)
+
+
+def changed(**fields):
+    """A change of an annotation; ``...`` removes a field."""
+
+    def change(annotation):
+        annotation.update(fields)
+        for key in [key for key, value in fields.items() if value is ...]:
+            del annotation[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed(area=...),
+        changed(area=None),
+        changed(area="12"),
+        changed(area=float("nan")),
+        changed(iscrowd=...),
+        changed(iscrowd=None),
+        changed(iscrowd=False),
+        lambda annotation: annotation.update(id=annotation["id"] - 1),  # from 0
+        lambda annotation: annotation.update(id=f"no. {annotation['id']}"),
+    ],
+)
+def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change):
+    np.testing.assert_equal(evaluation_of(change), evaluation_of(changed()))
+
+
+def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):
+    monkeypatch.setattr(Trainer, "build_model", lambda cfg: small_model())
+    monkeypatch.setattr(Trainer, "test", None)
+    fcos_cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(InputError, match="TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS"):
+        evaluate(fcos_cfg)
+
+
+# ---- statistics, checkpoints ----
 
 
 def test_statistics_are_read_from_the_device_only_when_due():

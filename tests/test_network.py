@@ -1,6 +1,18 @@
-"""Nothing reaches for the network unless a URL was given: neither an import nor what scripts do."""
+"""Nothing reaches for the network unless a URL was given: neither an import nor what scripts do.
+
+What is downloaded stays in the cache.
+"""
 
 import json
+from pathlib import Path
+
+import pytest
+from detectron2.engine import default_argument_parser
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from fcos_d2.engine import Checkpointer, setup_cfg
+from fcos_d2.errors import InputError
 
 from .tiny_training import ROOT, python, write_config
 
@@ -59,3 +71,29 @@ def test_the_guard_of_this_test_sees_a_url(tmp_path):
     done = python("-c", GUARD + code, cwd=tmp_path)
     assert "RuntimeError: network: " in done.stderr
     assert "127.0.0.1" in (tmp_path / "network.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host.invalid/a/../../../x.pth", "http://host.invalid/.."], ids=["path", "end"]
+)
+def test_a_url_that_leads_out_of_the_cache_is_refused(url, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"_BASE_: {url}\n")
+    with pytest.raises(InputError, match="leads out of its folder; write it without"):
+        setup_cfg(default_argument_parser().parse_args(["--config-file", str(config)]))
+    with pytest.raises(InputError, match="leads out of its folder"):
+        Checkpointer(nn.Linear(1, 1)).load(url)
+
+
+def test_other_urls_are_downloaded_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+
+    def download(url, folder, filename):
+        path = Path(folder) / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(url)
+        return str(path)
+
+    monkeypatch.setattr("iopath.common.file_io.download", download)
+    found = Path(PathManager.get_local_path("https://host.invalid/some/folder/x..pth"))
+    assert found == tmp_path / "cache/some/folder/x..pth" and found.exists()

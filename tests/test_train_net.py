@@ -232,16 +232,20 @@ def test_a_missing_config_file_is_refused(script):
         ("SOLVER: {BASE_LR: fast}", ("SOLVER.BASE_LR must be float, got str", "like 0.001")),
         ("SOLVER: {BASE_LR: 1}", ("SOLVER.BASE_LR must be float, got int",)),
         ("SOLVER: 3", ("SOLVER is a section, got int 3",)),
+        ("DATASETS: {REGISTER: [1]}", ("DATASETS.REGISTER is a section, got list [1]", ".NAME")),
         ("MODEL: {FCOS: {CONVENTION: yolo}}", ("MODEL.FCOS.CONVENTION", "adelaidet")),
         ("SOLVER: {OPTIMIZER: LION}", ("SOLVER.OPTIMIZER must be SGD or ADAMW, got 'LION'",)),
         ("MODEL:\n  FCOS: [", ("bad.yaml line 2", "correct the YAML")),
         ("- a\n- b", ("bad.yaml", "not a mapping")),
         ("", ("bad.yaml", "not a mapping")),
         ("_BASE_: other.yaml", ("other.yaml", "_BASE_")),
+        ("_BASE_: bad.yaml", ("bad.yaml is its own _BASE_",)),
+        ("[" * 3000, ("bad.yaml", "nested too deep")),
+        ("OUTPUT_DIR: Wörter", ("bad.yaml: 'utf-8' codec can't decode", "_BASE_ as UTF-8")),
     ],
 )
 def test_a_config_file_that_cannot_be_used_is_refused(script, text, parts):
-    (script.folder / "bad.yaml").write_text(text)
+    (script.folder / "bad.yaml").write_text(text, encoding="latin-1")
     assert_refused(script("DATASETS.TRAIN", "('tiny_shapes',)", config="bad.yaml"), *parts)
 
 

@@ -38,7 +38,8 @@ from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_objects
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3
 # What yacs and yaml raise for a file that is no config, and for keys or values of another version.
-CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
+CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, OSError, RecursionError, TypeError)
+CONFIG_ERRORS += (ValueError, yaml.YAMLError)
 
 
 def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:

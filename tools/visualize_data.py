@@ -66,7 +66,7 @@ def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> N
     losses, grid = _rules(cfg)
     mapper = FCOSDatasetMapper(cfg, is_train=True)
     for name in names:
-        records = load_dataset(name, filter_empty=False)
+        records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
         (folder / name).mkdir(parents=True, exist_ok=True)
         for record in records[:: max(1, len(records) // num_images)][:num_images]:
             picture = _picture(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
@@ -114,7 +114,8 @@ def check(cfg: CfgNode, names: Sequence[str], read_images: bool, clean: bool) ->
     Raises:
         InputError: an annotation file cannot be read at all.
     """
-    inspections = [inspect_dataset(name, read_images, partial(_bar, name)) for name in names]
+    masks = cfg.MODEL.MASK_ON
+    inspections = [inspect_dataset(name, read_images, partial(_bar, name), masks) for name in names]
     for inspection in inspections:
         _print_contents(inspection)
         if inspection.records:
@@ -125,7 +126,7 @@ def check(cfg: CfgNode, names: Sequence[str], read_images: bool, clean: bool) ->
     for line in mismatches:
         print(line)
     if clean:
-        _write_clean(inspections)
+        _write_clean(inspections, masks)
     elif problems:
         print("--clean writes annotation files without what is broken")
     problems += len(mismatches)
@@ -186,7 +187,7 @@ def _class_mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[s
     return lines
 
 
-def _write_clean(inspections: Sequence[Inspection]) -> None:
+def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
     """One annotation file beside each that has problems, or whose images have."""
     broken = [inspection for inspection in inspections if inspection.num_problems]
     for inspection in broken:
@@ -196,7 +197,8 @@ def _write_clean(inspections: Sequence[Inspection]) -> None:
         parts = [i for i in inspections if i.source_file == source]
         unusable = set().union(*(i.image_problems for i in parts))
         path = Path(source).with_name(f"{Path(source).stem}_clean.json")
-        path.write_text(json.dumps(without_problems(source, parts[0].image_root, unusable)))
+        content = without_problems(source, parts[0].image_root, unusable, masks)
+        path.write_text(json.dumps(content))
         print(f"without what is broken: {path}; name it in the config instead of {source}")
 
 

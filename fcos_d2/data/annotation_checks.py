@@ -30,6 +30,8 @@ def count_flat_boxes(annotations: list[dict], num_classes: int | None) -> int | 
         if (lengths != 4).any() or not np.isin(modes, (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)).all():
             return None
         boxes = np.array(list(chain.from_iterable(a["bbox"] for a in annotations)))
+        if not all(_is_flag(a.get("iscrowd", 0)) for a in annotations):
+            return None
     except (KeyError, TypeError, ValueError):
         return None
     if boxes.dtype.kind not in "fiu":  # text, None
@@ -57,9 +59,11 @@ def problems_in_records(
         for index, annotation in enumerate(record.get("annotations", ())):
             if count_flat_boxes([annotation], num_classes) is None:
                 box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
-                cause = _problem_in_box(box, mode == BoxMode.XYXY_ABS) or (
-                    f"bbox_mode {mode!r} and category_id {annotation.get('category_id')!r} must be "
-                    f"BoxMode.XYXY_ABS or XYWH_ABS and 0 to {num_classes or 'K'}-1"
+                cause = (
+                    _problem_in_box(box, mode == BoxMode.XYXY_ABS)
+                    or _problem_in_crowd(annotation.get("iscrowd", 0))
+                    or f"bbox_mode {mode!r} and category_id {annotation.get('category_id')!r} must "
+                    f"be BoxMode.XYXY_ABS or XYWH_ABS and 0 to {num_classes or 'K'}-1"
                 )
                 yield (
                     place,
@@ -83,13 +87,26 @@ def _problem_in_box(box, is_xyxy: bool) -> str | None:
     return None
 
 
-def problem_in_coco_file(json_file: str) -> str | None:
-    """The first thing wrong with an annotation file; None if all is well."""
+def _problem_in_crowd(value: object) -> str | None:
+    return None if _is_flag(value) else f"iscrowd {quoted(value)} must be 0 or 1; correct it"
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, (int, float, np.bool_, np.number)) and value in (0, 1)
+
+
+def problem_in_coco_file(json_file: str, masks: bool = False) -> str | None:
+    """The first thing wrong with an annotation file; None if all is well.
+
+    Args:
+        json_file: its path.
+        masks: look at ``segmentation`` too, which boxes do without.
+    """
     try:
         content = read_coco(json_file)
     except InputError as error:
         return str(error)
-    problems = problems_in_coco_annotations(content)
+    problems = problems_in_coco_annotations(content, masks)
     if not problems:
         return None
     count = f" ({len(problems)} annotations have problems)" if len(problems) > 1 else ""
@@ -98,6 +115,8 @@ def problem_in_coco_file(json_file: str) -> str | None:
 
 def read_coco(json_file: str | os.PathLike) -> dict:
     """The content of an annotation file; its annotations themselves are not looked at.
+
+    An image that is listed twice, as in files that were merged, is in it once.
 
     Raises:
         InputError: it cannot be read, is not JSON, or lacks what makes a COCO file.
@@ -119,7 +138,8 @@ def read_coco(json_file: str | os.PathLike) -> dict:
     problem = _problem_in_structure(content)
     if problem:
         raise InputError(f"{json_file}: {problem}")
-    return content
+    images = {image["id"]: image for image in content["images"]}
+    return {**content, "images": list(images.values())}
 
 
 def _problem_in_structure(content) -> str | None:
@@ -142,7 +162,7 @@ def _problem_in_structure(content) -> str | None:
 
 def _problems_in_entries(key: str, entries: list, fields: dict[str, Callable]) -> Iterator[str]:
     """What is wrong with the images or the categories of a COCO file."""
-    seen: set = set()
+    seen: dict = {}
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             yield f"entry {index} of {key!r} is no object; export it as COCO"
@@ -155,9 +175,10 @@ def _problems_in_entries(key: str, entries: list, fields: dict[str, Callable]) -
                 number, value = shown(entry.get("id", index)), quoted(entry[field])
                 yield f"entry {number} of {key!r} has the {field} {value}; correct it"
         number = entry.get("id")
-        if _is_id(number) and number in seen:
+        other = seen.setdefault(_comparable(number), entry)
+        # The same image twice is one for pycocotools, the same class twice is two.
+        if other is not entry and (key != "images" or other != entry):
             yield f"entry {shown(number)} of {key!r} has the id of another; number them anew"
-        seen.add(_key(number))
     if len({isinstance(number, str) for number in seen}) > 1:
         yield f"of {key!r} some have numbers for ids and others have texts; number them anew"
 
@@ -166,26 +187,48 @@ def _is_id(value: object) -> bool:
     return isinstance(value, (int, float, str)) and value == value
 
 
-def _is_size(value: object) -> bool:
+def _comparable(number: object) -> object:
+    """``number``, if it is one or a text, and otherwise something that stands for it."""
+    return number if _is_id(number) else repr(number)
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < 2**31
+
+
+def _is_count(value: object) -> bool:
     return isinstance(value, (int, float)) and 0 <= value < 2**31
+
+
+def _is_coordinate(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < HUGE
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _is_list_of(is_valid: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, list) and all(map(is_valid, value))
+
+
 # What an entry of a COCO file must have, and what that may be.
 COCO_FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "images": {"id": _is_id, "file_name": _is_text, "width": _is_size, "height": _is_size},
+    "images": {"id": _is_id, "file_name": _is_text, "width": _is_side, "height": _is_side},
     "categories": {"id": _is_id, "name": _is_text},
 }
 
 
-def problems_in_coco_annotations(content: dict) -> dict[int, str]:
+def problems_in_coco_annotations(content: dict, masks: bool = False) -> dict[int, str]:
     """Every annotation that cannot be used, by its index in ``content["annotations"]``.
 
     Args:
         content: of a COCO file, from ``read_coco``.
+        masks: look at ``segmentation`` too, which boxes do without.
     """
     images = {image["id"] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
@@ -196,18 +239,16 @@ def problems_in_coco_annotations(content: dict) -> dict[int, str]:
             continue
         number = annotation.get("id")
         cause = _problem_in_coco_annotation(annotation, images, categories, seen)
-        seen.add(_key(number))
+        seen.add(_comparable(number))
+        cause = cause or (_problem_in_mask(annotation.get("segmentation")) if masks else None)
         if cause:
             problems[index] = f"annotation {index if number is None else shown(number)}: {cause}"
     return problems
 
 
-def _key(number: object) -> object:
-    """``number``, if it is one or a text, and otherwise something that stands for it."""
-    return number if _is_id(number) else repr(number)
-
-
-def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, seen: set):
+def _problem_in_coco_annotation(
+    annotation: dict, images: set, categories: set, seen: set
+) -> str | None:
     def is_in(key, known):
         value = annotation.get(key)
         return isinstance(value, Hashable) and value in known
@@ -217,7 +258,7 @@ def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, 
             return f"it has no {key!r}; add it"
     if not _is_id(annotation["id"]):
         return "its id is neither a number nor a text; number them anew"
-    if _key(annotation["id"]) in seen:
+    if _comparable(annotation["id"]) in seen:
         return "its id is that of another annotation; number them anew"
     if not is_in("image_id", images):
         image = shown(annotation["image_id"])
@@ -229,28 +270,31 @@ def _problem_in_coco_annotation(annotation: dict, images: set, categories: set, 
         return f"category_id {category} is not in the file's categories ({some})"
     if annotation.get("ignore", 0):
         return "detectron2 does not know 'ignore'; use 'iscrowd': 1 for regions to ignore"
-    return _problem_in_box(annotation.get("bbox"), is_xyxy=False) or _problem_in_shape(annotation)
+    crowd = annotation.get("iscrowd")
+    return (
+        _problem_in_box(annotation.get("bbox"), is_xyxy=False)
+        or _problem_in_crowd(0 if crowd is None else crowd)
+        or _problem_in_keypoints(annotation.get("keypoints"))
+    )
 
 
-def _problem_in_shape(annotation: dict) -> str | None:
-    """What detectron2 reads although boxes are all that FCOS needs."""
-    shape, points = annotation.get("segmentation"), annotation.get("keypoints")
-    if shape and not (_is_run_length(shape) if isinstance(shape, dict) else _are_lists(shape)):
-        return f"segmentation {shown(shape)} is neither polygons nor run lengths; remove it"
-    if points and not _are_numbers(points):
+def _problem_in_keypoints(points: object) -> str | None:
+    """detectron2 reads them although boxes are all that FCOS needs."""
+    if points and not _is_list_of(_is_coordinate, points):
         return f"keypoints {shown(points)} are not numbers; remove them"
     return None
 
 
-def _is_run_length(shape: dict) -> bool:
-    counts, size = shape.get("counts"), shape.get("size")
-    is_image = _are_numbers(size) and len(size) == 2
-    return is_image and (isinstance(counts, str) or _are_numbers(counts))
+def _problem_in_mask(mask: object) -> str | None:
+    if not mask or _is_run_length(mask) or _is_list_of(_is_list, mask):
+        return None
+    return f"segmentation {shown(mask)} is neither polygons nor run lengths; remove it"
 
 
-def _are_lists(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(polygon, list) for polygon in value)
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(_is_size(number) for number in value)
+def _is_run_length(mask: object) -> bool:
+    if not isinstance(mask, dict):
+        return False
+    counts, size = mask.get("counts"), mask.get("size")
+    if isinstance(counts, str):  # compressed, which detectron2 takes as it is
+        return True
+    return _is_list_of(_is_count, counts) and _is_list_of(_is_count, size) and len(size) == 2

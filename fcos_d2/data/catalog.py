@@ -13,8 +13,10 @@ from functools import partial
 from itertools import chain
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
+from pycocotools import coco
 
 from ..errors import InputError, shown
 from . import digits
@@ -86,14 +88,15 @@ def prepare(name: str) -> None:
 
 
 def load_dataset(
-    names: str | Sequence[str], filter_empty: bool = True, masks: bool = True, **options
+    names: str | Sequence[str], filter_empty: bool = True, masks: bool = False, **options
 ) -> Sequence[dict]:
     """detectron2's ``get_detection_dataset_dicts``, with its result checked.
 
     Args:
         names: registered data sets; those of one call must have the same classes.
         filter_empty: leave out images without any annotation that is not a crowd.
-        masks: keep ``segmentation``, most of the memory that COCO takes; boxes do without it.
+        masks: keep ``segmentation``, for a model that needs it. It is most of the memory that COCO
+            takes, and detectron2 leaves out an object whose polygons all have under three points.
         options: further arguments of ``get_detection_dataset_dicts``.
 
     Returns:
@@ -101,8 +104,9 @@ def load_dataset(
 
     Raises:
         InputError: unknown name; annotation file absent, broken or not COCO; annotation without
-            box, with a box of negative or non-finite size, of an unknown class or image; image
-            file missing. Boxes of zero size are legal (no point serves them): only a warning.
+            box, with a box of negative or non-finite size, of an unknown class or image, or with
+            an ``iscrowd`` other than 0 and 1; no image with objects; image file missing. Boxes of
+            zero size are legal (no point serves them): only a warning.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -110,21 +114,36 @@ def load_dataset(
     for name in names:
         prepare(name)
     try:
-        with _unmatched_annotations() as unmatched:
-            records = get_detection_dataset_dicts(names, filter_empty=filter_empty, **options)
+        with _unmatched_annotations() as unmatched, _tidied_annotations(masks):
+            records = get_detection_dataset_dicts(names, filter_empty=False, **options)
     except Exception as error:
-        problem = _explain(error, names)
+        problem = _explain(error, names, masks)
         if problem is None:  # a bug in somebody's own loader deserves its traceback
             raise
         raise InputError(problem) from error
     if unmatched:
         _raise_first(map(_problem_in_annotation_file, names))
-    if isinstance(records, list):  # a torch Dataset is not looked through
-        _check_annotations(records, names)
-        _check_image_files(records, names)
-        if not masks:
-            _leave_out_masks(records)
+    if not isinstance(records, list):  # a torch Dataset is not looked through
+        return records
+    _check_annotations(records, names)
+    if filter_empty:  # only now, so that what is no number does not pass for a crowd
+        records = _with_objects(records, names)
+    _check_image_files(records, names)
+    if not masks:
+        _leave_out_masks(records)
     return records
+
+
+def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
+    if "annotations" not in records[0]:
+        return records
+    kept = filter_images_with_only_crowd_annotations(records)
+    if not kept:
+        raise InputError(
+            f"{_label(names)}: no image has an object; DATALOADER.FILTER_EMPTY_ANNOTATIONS False "
+            "keeps images without objects"
+        )
+    return kept
 
 
 def _leave_out_masks(records: list[dict]) -> None:
@@ -150,9 +169,9 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
     for name in [names] if isinstance(names, str) else names:
         classes = class_names(name)
         if classes is not None and len(classes) != num_classes:
-            shown = ", ".join(map(str, classes[:3])) + (", ..." if len(classes) > 3 else "")
+            some = ", ".join(map(shown, classes[:3])) + (", ..." if len(classes) > 3 else "")
             raise InputError(
-                f"data set {name!r} has {len(classes)} classes ({shown}) but the model has "
+                f"data set {name!r} has {len(classes)} classes ({some}) but the model has "
                 f"{num_classes}; set MODEL.FCOS.NUM_CLASSES {len(classes)}"
             )
 
@@ -206,11 +225,11 @@ def _label(names: Sequence[str]) -> str:
     return f"data set{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
 
 
-def _explain(error: Exception, names: Sequence[str]) -> str | None:
+def _explain(error: Exception, names: Sequence[str], masks: bool) -> str | None:
     """Why detectron2 failed to load ``names``, or None if that is not for us to say."""
     if isinstance(error, InputError):
         return str(error)
-    for find in (_problem_in_annotation_file, _problem_in_loaded):
+    for find in (partial(_problem_in_annotation_file, masks=masks), _problem_in_loaded):
         for problem in map(find, names):
             if problem:
                 return problem
@@ -221,8 +240,7 @@ def _explain(error: Exception, names: Sequence[str]) -> str | None:
     if isinstance(error, OSError):
         return f"{_label(names)}: {text}; {_where_data_lives(names[0])}"
     if isinstance(error, AssertionError) and text:
-        advice = "DATALOADER.FILTER_EMPTY_ANNOTATIONS False keeps images without objects"
-        return f"{_label(names)}: {text}{' ' + advice if 'No valid data' in text else ''}"
+        return f"{_label(names)}: {text}"
     return None
 
 
@@ -254,6 +272,32 @@ def _unmatched_annotations() -> Iterator[list]:
         source.removeFilter(overhear)
 
 
+@contextlib.contextmanager
+def _tidied_annotations(masks: bool) -> Iterator[None]:
+    """Hides from detectron2 what makes it lose objects while it reads a COCO file.
+
+    That is ``"iscrowd": null``, which it takes for a crowd, and, where no masks are wanted, a mask
+    without a valid polygon. Its reader has an option for neither, but looks up the class that it
+    indexes the file with when it is called.
+    """
+    original = coco.COCO
+
+    class Tidied(original):
+        def createIndex(self):
+            for annotation in self.dataset.get("annotations", ()):
+                if annotation.get("iscrowd", 0) is None:
+                    annotation["iscrowd"] = 0
+                if not masks:
+                    annotation.pop("segmentation", None)
+            super().createIndex()
+
+    coco.COCO = Tidied
+    try:
+        yield
+    finally:
+        coco.COCO = original
+
+
 def _check_annotations(records: list[dict], names: Sequence[str]) -> None:
     num_classes = len(MetadataCatalog.get(names[0]).get("thing_classes") or ()) or None
     annotations = list(chain.from_iterable(r.get("annotations", ()) for r in records))
@@ -268,10 +312,10 @@ def _check_annotations(records: list[dict], names: Sequence[str]) -> None:
         )
 
 
-def _problem_in_annotation_file(name: str) -> str | None:
+def _problem_in_annotation_file(name: str, masks: bool = False) -> str | None:
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("source_file") or metadata.get("json_file")
-    return problem_in_coco_file(json_file) if json_file else None
+    return problem_in_coco_file(json_file, masks) if json_file else None
 
 
 def _problem_in_loaded(name: str) -> str | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,6 +25,8 @@ from ..errors import InputError, one_line_cause, quoted, shown
 from .annotation_checks import read_coco
 
 KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
+NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
+LONGEST_NAME = 200  # bytes
 EXAMPLES = (
     "write {json: annotations.json, images: image_folder} (optionally part: [0, 0.8], the share of "
     "the images) or {voc: folder, split: train} (optionally classes: [names])"
@@ -38,7 +41,8 @@ def register_datasets(entries: Mapping[str, Mapping]) -> None:
             relative to the working directory; ``~`` and ``$VARIABLES`` are replaced.
 
     Raises:
-        InputError: an entry without what it needs, or of a name that is taken.
+        InputError: an entry without what it needs, or of a name that is taken or could not name a
+            file.
     """
     for name, entry in entries.items():
         kind = _check_entry(name, entry)
@@ -64,6 +68,12 @@ def register_datasets(entries: Mapping[str, Mapping]) -> None:
 
 def _check_entry(name: str, entry) -> str:
     """The kind of an entry, "json" or "voc"."""
+    is_name = isinstance(name, str) and NAME.fullmatch(name)
+    if not is_name or len(name.encode()) > LONGEST_NAME:
+        raise InputError(
+            f"DATASETS.REGISTER has the name {quoted(name)}; use letters, digits, '_', '-' and "
+            f"'.', not one of the last two first, and at most {LONGEST_NAME} bytes"
+        )
     place = f"DATASETS.REGISTER.{name}"
     if not isinstance(entry, Mapping) or len(kinds := KEYS.keys() & entry.keys()) != 1:
         raise InputError(f"{place} must say where the data lies, got {quoted(entry)}; {EXAMPLES}")
@@ -77,7 +87,8 @@ def _check_entry(name: str, entry) -> str:
     if not numbers or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
         raise InputError(f"{place}.part must be two shares like [0, 0.8], got {quoted(part)}")
     classes = entry.get("classes", ())
-    if isinstance(classes, str) or not isinstance(classes, Sequence):
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
+    if not is_list or not all(isinstance(class_, str) for class_ in classes):
         raise InputError(f"{place}.classes must be a list of names, got {quoted(classes)}")
     return kind
 
@@ -176,7 +187,7 @@ def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> 
         ) from error
     if classes is None:
         files = sorted((folder / "Annotations").glob("*.xml"))
-        classes = sorted({o.findtext("name", "") for f in files for o in _xml(f).iter("object")})
+        classes = sorted({_class_name(o, f) for f in files for o in _xml(f).iter("object")})
     for wanted, what in ((stems, f"{listed} names no image"), (classes, f"{folder} has no class")):
         if not wanted:
             raise InputError(f"{what}; there is nothing to learn from")
@@ -198,11 +209,11 @@ def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None
     root = _xml(path)
     number = len(content["images"]) + 1
     image = {"id": number, "file_name": file_name or root.findtext("filename", f"{stem}.jpg")}
-    image |= {side: int(_number(root, f"size/{side}", path)) for side in ("width", "height")}
+    image |= {side: _pixels(root, f"size/{side}", path) for side in ("width", "height")}
     content["images"].append(image)
     ids = {category["name"]: category["id"] for category in content["categories"]}
     for item in root.iter("object"):
-        name = item.findtext("name", "")
+        name = _class_name(item, path)
         if name not in ids:
             some = shown(", ".join(ids))
             raise InputError(f"{path}: class {quoted(name)} is none of {some}; add it to them")
@@ -230,6 +241,20 @@ def _xml(path: Path) -> ElementTree.Element:
         raise InputError(
             f"cannot read annotation file {path}: {shown(str(error))}; export it again"
         ) from error
+
+
+def _class_name(item: ElementTree.Element, path: Path) -> str:
+    name = item.findtext("name", "")
+    if not name.strip():
+        raise InputError(f"{path}: an object has no name; write the name of its class")
+    return name
+
+
+def _pixels(root: ElementTree.Element, field: str, path: Path) -> int:
+    pixels = int(_number(root, field, path))
+    if pixels < 1:
+        raise InputError(f"{path}: {field} must be at least 1, got {pixels}; correct it")
+    return pixels
 
 
 def _number(element: ElementTree.Element, field: str, path: Path) -> float:

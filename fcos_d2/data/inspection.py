@@ -54,7 +54,10 @@ class Contents(NamedTuple):
 
 
 def inspect_dataset(
-    name: str, read_images: bool = True, progress: Callable[[Iterable, int], Iterable] | None = None
+    name: str,
+    read_images: bool = True,
+    progress: Callable[[Iterable, int], Iterable] | None = None,
+    masks: bool = False,
 ) -> Inspection:
     """Looks at every annotation and, unless told otherwise, reads every image.
 
@@ -62,6 +65,7 @@ def inspect_dataset(
         name: registered data set.
         read_images: decode the images too; else their files only have to be there.
         progress: wraps the iteration over the images; gets it and their number.
+        masks: look at ``segmentation`` of a COCO file too, for a model that needs it.
 
     Raises:
         InputError: the name is unknown, or the annotation file cannot be read at all.
@@ -72,7 +76,7 @@ def inspect_dataset(
     names = class_names(name)
     if json_file:
         content = read_coco(json_file)
-        bad = problems_in_coco_annotations(content)
+        bad = problems_in_coco_annotations(content, masks)
         records, problems = _records(content, metadata.image_root, bad), list(bad.values())
     else:
         records = [dict(record) for record in DatasetCatalog.get(name)]
@@ -106,7 +110,7 @@ def _records(content: dict, image_root: str, bad: dict[int, str]) -> list[dict]:
                     "bbox": annotation["bbox"],
                     "bbox_mode": BoxMode.XYWH_ABS,
                     "category_id": number[annotation["category_id"]],
-                    "iscrowd": annotation.get("iscrowd", 0),
+                    "iscrowd": annotation.get("iscrowd") or 0,
                 }
             )
     return [
@@ -181,16 +185,19 @@ def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
     return np.array(boxes, dtype=float).reshape(-1, 4)
 
 
-def without_problems(source_file: str, image_root: str, unusable: Collection[str]) -> dict:
+def without_problems(
+    source_file: str, image_root: str, unusable: Collection[str], masks: bool = False
+) -> dict:
     """The content of a COCO file without the images and annotations that cannot be used.
 
     Args:
         source_file: the COCO file.
         image_root: the folder that its file names start from.
         unusable: images to leave out, as paths.
+        masks: leave out what has a broken ``segmentation`` too.
     """
     content = read_coco(source_file)
-    bad = problems_in_coco_annotations(content)
+    bad = problems_in_coco_annotations(content, masks)
     images = [
         i for i in content["images"] if os.path.join(image_root, i["file_name"]) not in unusable
     ]

@@ -3,6 +3,7 @@
 What a user got wrong leaves this package as an InputError; ``run_script`` prints it as one line.
 """
 
+from . import downloads  # noqa: F401  (registers how URLs are opened)
 from .checkpoint import Checkpointer
 from .hooks import AssignmentStatistics, TrainingPanels
 from .lazy import is_lazy, run_lazy

@@ -90,6 +90,10 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         raise InputError(f"{place}: {cause}; correct the YAML") from error
     except OSError as error:
         raise InputError(f"{path}: {one_line_cause(error)}; correct its _BASE_") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{path} is its own _BASE_, by itself or by others, or is nested too deep; correct it"
+        ) from error
     except (AttributeError, TypeError) as error:
         raise InputError(
             f"{path} is not a mapping of config keys ({one_line_cause(error)}); "
@@ -106,7 +110,9 @@ def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
         message = str(error.args[0]) if error.args else type(error).__name__
         unknown = re.match(r"Non-existent (?:config )?key: (\S+)", message)
         mismatch = re.match(r"(?s)Type mismatch .* config key: (\S+)", message)
-        if unknown:
+        if isinstance(error, UnicodeError):
+            message = f"{one_line_cause(error)}; save it and its _BASE_ as UTF-8"
+        elif unknown:
             message = f"unknown config key {unknown[1]}; {_suggest_key(cfg, unknown[1])}"
         elif mismatch:
             message = _describe_mismatch(cfg, mismatch[1], message)
@@ -141,7 +147,8 @@ def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
     value = message.rpartition(f"({default} vs. ")[2].rpartition(") for config key")[0]
     got = f"got {kind[1]} {value}" if kind else f"got {value}"
     if isinstance(default, CfgNode):
-        return f"{key} is a section, {got}; set its keys, like {key}.{next(iter(default))}"
+        example = next(iter(default), "NAME")
+        return f"{key} is a section, {got}; set its keys, like {key}.{example}"
     if isinstance(default, (list, tuple)):
         example = default or type(default)(("one", "two"))
         advice = f"write it like {example}, and in a shell put it into quotation marks"

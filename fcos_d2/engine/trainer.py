@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
+import math
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from numbers import Real
 
 import torch
 from detectron2.data import (
@@ -29,6 +32,7 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
+from pycocotools.coco import COCO
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import IterableDataset
@@ -151,7 +155,7 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         """DefaultTrainer's, with FCOSDatasetMapper and checked data."""
-        records = load_dataset(dataset_name, filter_empty=False, masks=False)
+        records = load_dataset(dataset_name, filter_empty=False)
         check_num_classes(dataset_name, cfg.MODEL.FCOS.NUM_CLASSES)
         return build_detection_test_loader(
             records,
@@ -272,9 +276,11 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
         resume: evaluate the last checkpoint in OUTPUT_DIR instead.
 
     Raises:
-        InputError: weights or data that cannot be used.
+        InputError: weights or data that cannot be used; TEST.AUG of a model that is no FCOS.
     """
     model = Trainer.build_model(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        with_tta(cfg, model)  # refuses what it cannot do before the plain evaluation, not after it
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if cfg.MODEL_EMA.ENABLED and "ema" in rest:
@@ -381,9 +387,11 @@ def evaluator_for(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "coco":
         # The fast implementation is compiled code that many builds of detectron2 lack.
-        return COCOEvaluator(
+        evaluator = COCOEvaluator(
             dataset_name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False
         )
+        complete_annotations(evaluator._coco_api)
+        return evaluator
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "lvis":
@@ -393,6 +401,22 @@ def evaluator_for(dataset_name: str, output_dir: str) -> DatasetEvaluator:
         f"and lvis; set MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco' where you "
         "register it"
     )
+
+
+def complete_annotations(coco_api: COCO) -> None:
+    """Gives annotations what COCOeval reads of them and a COCO file may lack.
+
+    It takes an id of 0 for "no match" and cannot take a text, so ids count from 1. ``iscrowd`` is 0
+    where there is none, ``area`` that of the box where it is missing or no number.
+    """
+    for number, annotation in enumerate(coco_api.dataset.get("annotations", ()), 1):
+        area, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
+        if not isinstance(area, Real) or not 0 <= area < math.inf:
+            area = width * height
+        iscrowd = int(annotation.get("iscrowd") or 0)
+        annotation.update(id=number, iscrowd=iscrowd, area=area)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_api.createIndex()
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ class ThresholdEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         found = {key: value for part in parts for key, value in part.items()}
-        records = load_dataset(self._dataset_name, filter_empty=False, masks=False)
+        records = load_dataset(self._dataset_name, filter_empty=False)
         names = class_names(self._dataset_name) or MetadataCatalog.get(self._dataset_name).get(
             "thing_classes"
         )

@@ -1,6 +1,8 @@
 """Data sets by name: every problem is one line that names the place and the next step."""
 
+import json
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from detectron2.structures import BoxMode
 
 from fcos_d2.data import check_num_classes, load_dataset, prepare
 from fcos_d2.data.annotation_checks import count_flat_boxes
+from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
 from fcos_d2.errors import InputError
 
 
@@ -59,11 +62,62 @@ def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own(cus
     masked = {**box, "segmentation": [[0.0, 0, 5, 0, 5, 5]]}
     records = [{"file_name": "", "annotations": [masked, box]}]
     name = custom(lambda: records, thing_classes=["disc"])
-    assert load_dataset(name) == records
-    assert load_dataset(name, masks=False) == [{"file_name": "", "annotations": [box, box]}]
+    assert load_dataset(name, masks=True) == records
+    assert load_dataset(name) == [{"file_name": "", "annotations": [box, box]}]
     assert records[0]["annotations"][0] is masked and "segmentation" in masked
     unlabelled = custom(lambda: [{"file_name": ""}], "unlabelled")
-    assert load_dataset(unlabelled, masks=False) == [{"file_name": ""}]
+    assert load_dataset(unlabelled) == [{"file_name": ""}]
+
+
+MASKS_THAT_DETECTRON2_DROPS = ([[]], [[5, 6, 25, 16]], [[5, 6, 25, 6, 25, 16, 5]], "text")
+MASKS_THAT_IT_CANNOT_READ = (3, [3], {"counts": [0, 2400]}, {"counts": [0, -1], "size": [40, 60]})
+
+
+@pytest.mark.parametrize("mask", MASKS_THAT_DETECTRON2_DROPS + MASKS_THAT_IT_CANNOT_READ, ids=str)
+def test_no_box_is_lost_for_a_mask_that_nothing_needs(coco, mask):
+    coco.content["annotations"][1]["segmentation"] = mask
+    name = coco.register()
+    assert [len(record["annotations"]) for record in load_dataset(name)] == [1, 1, 1]
+    assert inspect_dataset(name).num_problems == 0
+
+
+@pytest.mark.parametrize("mask", MASKS_THAT_IT_CANNOT_READ, ids=str)
+def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
+    coco.content["annotations"][1]["segmentation"] = mask
+    name = coco.register()
+    expected = "annotation 102: segmentation .* is neither polygons nor run lengths"
+    with pytest.raises(InputError, match=expected):
+        load_dataset(name, masks=True)
+    (problem,) = inspect_dataset(name, masks=True).annotation_problems
+    assert re.match(expected, problem)
+    clean = without_problems(str(coco.json_file), str(coco.folder), (), masks=True)
+    assert [annotation["id"] for annotation in clean["annotations"]] == [101, 103]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"segmentation": {"counts": "PPYo0"}},  # compressed: detectron2 asks for no size
+        {"segmentation": {"counts": [0, 2400.0], "size": [40, 60]}},
+        {"keypoints": [-1, -1, 0]},
+        {"keypoints": [-0.5, 3.2, 2]},
+    ],
+    ids=str,
+)
+def test_masks_and_keypoints_that_detectron2_loads_are_right(coco, shape):
+    coco.content["annotations"][1].update(shape)
+    name = coco.register()
+    assert load_dataset(name, masks=True) == DatasetCatalog.get(name)
+    assert inspect_dataset(name, masks=True).num_problems == 0
+
+
+def test_null_for_iscrowd_is_an_object(coco):
+    for annotation in coco.content["annotations"]:
+        annotation["iscrowd"] = None
+    name = coco.register()
+    crowds = [a["iscrowd"] for record in load_dataset(name) for a in record["annotations"]]
+    assert crowds == [0, 0, 0]
+    assert describe_contents(inspect_dataset(name)).num_boxes == 3
 
 
 def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
@@ -116,6 +170,28 @@ def test_json_that_is_not_coco_is_told_so(coco, text, expected):
     assert f"{coco.json_file}: {expected}" in message(load_dataset, coco.register(text=text))
 
 
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_image_without_pixels_is_named(coco, side):
+    coco.content["images"][1][side] = 0
+    assert f"entry 2 of 'images' has the {side} 0" in message(inspect_dataset, coco.register())
+
+
+def test_image_that_is_listed_twice_is_one(coco):
+    coco.content["images"].append(dict(coco.content["images"][0]))
+    name = coco.register()
+    assert len(load_dataset(name)) == 3
+    assert inspect_dataset(name).num_problems == 0
+    coco.content["images"][-1]["width"] = 61
+    coco.json_file.write_text(json.dumps(coco.content))
+    assert "entry 1 of 'images' has the id of another" in message(inspect_dataset, name)
+
+
+def test_class_that_is_listed_twice_is_refused(coco):
+    coco.content["categories"].append(dict(coco.content["categories"][0]))
+    text = message(inspect_dataset, coco.register())
+    assert "entry 1 of 'categories' has the id of another" in text
+
+
 def test_image_entry_without_a_field_is_named(coco):
     del coco.content["images"][1]["width"]
     assert "entry 2 of 'images' has no 'width'" in message(load_dataset, coco.register())
@@ -136,6 +212,12 @@ def test_image_entry_without_a_field_is_named(coco):
         ({"image_id": 77}, "image_id 77 is not in the file's images"),
         ({"id": 101}, "its id is that of another annotation"),
         ({"ignore": 1}, "use 'iscrowd': 1"),
+        ({"iscrowd": "0"}, "iscrowd '0' must be 0 or 1"),
+        ({"iscrowd": 2}, "iscrowd 2 must be 0 or 1"),
+        ({"iscrowd": 0.5}, "iscrowd 0.5 must be 0 or 1"),
+        ({"iscrowd": []}, "iscrowd [] must be 0 or 1"),
+        ({"keypoints": ["1", 2, 2]}, "keypoints ['1', 2, 2] are not numbers"),
+        ({"keypoints": [10**400, 2, 2]}, "are not numbers"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -219,6 +301,8 @@ def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
         ({"category_id": 7}, "category_id 7 must be"),
         ({"category_id": -1}, "category_id -1 must be"),
         ({"bbox_mode": None}, "bbox_mode None"),
+        ({"iscrowd": "1"}, "iscrowd '1' must be 0 or 1"),
+        ({"iscrowd": None}, "iscrowd None must be 0 or 1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -250,6 +334,12 @@ def test_a_bug_in_somebodys_loader_keeps_its_traceback(custom):
 def test_a_file_that_somebodys_loader_cannot_open_is_named(custom):
     text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
     assert "data set 'custom_train': " in text and "/no/such/labels.txt" in text
+
+
+def test_class_names_are_quoted_briefly(custom):
+    name = custom(lambda: [], thing_classes=["a\nb", "x" * 1000])
+    text = message(check_num_classes, name, 3)
+    assert "2 classes ('a\\nb', xxx" in text and len(text) < 500
 
 
 def test_class_count_that_does_not_match_names_key_and_value(coco, registered_digits):

@@ -99,11 +99,29 @@ def test_part_without_images_says_so(described, coco):
         ({"json": "a", "images": "b", "part": 0.8}, r"two shares like \[0, 0.8\], got 0.8"),
         ({"json": "a", "images": "b", "part": [0.8, 0.2]}, "two shares"),
         ({"json": "a", "images": "b", "part": ["0", "1"]}, "two shares"),
+        ({"voc": "a", "split": "b", "classes": "dog"}, "a list of names, got 'dog'"),
+        ({"voc": "a", "split": "b", "classes": [1, 2]}, r"a list of names, got \[1, 2\]"),
     ],
 )
 def test_entry_that_makes_no_sense_is_one_line(described, wrong, message):
     with pytest.raises(InputError, match=f"DATASETS.REGISTER.mine.*{message}"):
         described(mine=wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/abs", "a/b", "a\\b", "..", ".hidden", "-x", "", "a\n", "\0", "x" * 201, 5]
+)
+def test_name_that_could_be_a_path_is_refused(coco, name):
+    with pytest.raises(InputError, match="DATASETS.REGISTER has the name .*use letters, digits"):
+        register_datasets({name: entry(coco)})
+    assert name not in DatasetCatalog
+
+
+@pytest.mark.parametrize("name", ["x", "dice_train", "DOTA-1.0_val", "2024", "Würfel", "x" * 200])
+def test_usual_names_become_files(described, coco, name):
+    described(**{name: entry(coco, part=[0, 1])})
+    assert len(load_dataset(name)) == 3
+    assert MetadataCatalog.get(name).json_file.endswith(f"/{name}.json")
 
 
 def test_names_of_other_data_are_not_taken_over_but_ones_own_may_change(described, coco):
@@ -181,6 +199,10 @@ def spoil(path, old, new):
         ("<xmin>2</xmin>", "", r"b.xml: bndbox/xmin must be a number, got None"),
         ("<width>50</width>", "<width>?</width>", r"b.xml: size/width must be a number, got '\?'"),
         ("</annotation>", "", r"cannot read annotation file .*b.xml"),
+        ("<name>bird</name>", "", r"b.xml: an object has no name"),
+        ("<name>bird</name>", "<name> </name>", r"b.xml: an object has no name"),
+        ("<width>50</width>", "<width>0</width>", r"b.xml: size/width must be at least 1, got 0"),
+        ("<height>60<", "<height>-60<", r"b.xml: size/height must be at least 1, got -60"),
     ],
 )
 def test_what_is_wrong_in_a_voc_file_is_named(described, voc, old, new, message):

@@ -141,7 +141,7 @@ def check(data: bytes) -> None:
     make = choices.of((coco_entry, voc_entry))
     entry = make(choices)
     register_datasets({NAME: entry})
-    for use in (inspect, load, class_names):
+    for use in (inspect, load, load_all, load_masks, class_names):
         # A new process would know nothing of what the one before read.
         register_datasets({NAME: entry})
         with result_or_refusal(str(entry.get("json", entry.get("voc"))), repr(NAME)):
@@ -170,3 +170,19 @@ def load(name: str) -> None:
             assert 0 <= annotation["category_id"] < num_classes
             x, y, width, height = annotation["bbox"]
             assert width >= 0 and height >= 0 and math.isfinite(x + y)
+
+
+def load_all(name: str) -> None:
+    """What evaluation does: where the check finds nothing, no object is lost."""
+    found, records = inspect_dataset(name, read_images=False), load_dataset(name, False)
+    if not found.num_problems:
+        counts = [
+            sorted((record["file_name"], len(record["annotations"])) for record in part)
+            for part in (found.records, records)
+        ]
+        assert counts[0] == counts[1]
+
+
+def load_masks(name: str) -> None:
+    """What the training of a model with masks does."""
+    load_dataset(name, masks=True)

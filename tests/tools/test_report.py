@@ -223,7 +223,8 @@ def test_missing_file_is_named_with_the_command_that_makes_it(output, capsys, mi
 
 
 @pytest.mark.parametrize(
-    "text", ["- 1\n", "VERSION: 2\nMODEL:\n  NOVEL: 1\n", "a: [", "train: {}\n"]
+    "text",
+    ["- 1\n", "VERSION: 2\nMODEL:\n  NOVEL: 1\n", "a: [", "train: {}\n", "_BASE_: config.yaml\n"],
 )
 def test_config_of_something_else_is_one_line(output, capsys, text):
     (output / "config.yaml").write_text(text)

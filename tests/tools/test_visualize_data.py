@@ -140,6 +140,14 @@ def test_pictures_show_objects_and_the_points_of_every_level(labels, capsys):
     assert picture.shape[1] > 2 * 320 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):
+    labels["annotations"][0]["segmentation"] = 3
+    write(labels)
+    assert run(capsys, "--check", "--skip-images")[0] == 0
+    status, out, _ = run(capsys, "--check", "--skip-images", "MODEL.MASK_ON", "True")
+    assert status == 1 and "annotation 1: segmentation 3 is neither polygons" in out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
