@@ -394,8 +394,8 @@ def _torchvision_needs(weights: Weights, rest: Mapping) -> Needs:
 def _mmdet_needs(weights: Weights, rest: Mapping) -> Needs:
     """From the config that mmdetection saves with the weights, else by the published configs."""
     meta = rest.get("meta") if isinstance(rest.get("meta"), Mapping) else {}
-    source = meta.get("cfg") or meta.get("config")
-    options = _keywords(source if isinstance(source, str) else "")
+    sources = (meta.get("cfg"), meta.get("config"))
+    options = _keywords(next((text for text in sources if isinstance(text, str)), ""))
     bias = weights.get("head.cls_tower.0.bias", torch.zeros(1))
     tricks = bool(options.get("norm_on_bbox", bias.any()))
     caffe = options.get("style", "caffe" if _groups(weights) == 1 else "pytorch") == "caffe"

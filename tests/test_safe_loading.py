@@ -9,6 +9,7 @@ import pickle
 import struct
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch import nn
 
 from fcos_d2 import InputError
 from fcos_d2.engine import Checkpointer
-from fcos_d2.engine.safe_load import Record, load_safely, load_trusted
+from fcos_d2.engine.pickles import Record
+from fcos_d2.engine.safe_load import load_safely, load_trusted
 
+from .fuzz.weights import archive, legacy
 from .modeling.tiny import tiny_fcos
 
 pytest_plugins = ["tests.script"]
@@ -110,7 +113,7 @@ def test_the_attacks_of_this_test_are_real(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["os.system", "builtins.eval", "builtins.exec", "numpy.load", "torch.load", "operator.call"]
-    + ["fcos_d2.engine.safe_load.load_trusted", "fcos_d2.engine.safe_load.ALLOWED"],
+    + ["fcos_d2.engine.safe_load.load_trusted", "fcos_d2.engine.pickles.ALLOWED"],
 )
 def test_nothing_but_the_named_calls_can_be_named(name, tmp_path):
     """By the opcodes GLOBAL and STACK_GLOBAL."""
@@ -176,6 +179,94 @@ def test_arrays_are_found_in_all_containers(tmp_path):
     first, second = loaded["state"][1]
     for tensor in (first, second["pos"], loaded["w"]["a"]):
         assert torch.equal(tensor, torch.arange(3, dtype=torch.float64))
+
+
+def test_weights_that_are_tied_stay_tied(tmp_path):
+    array, tensor = np.arange(3.0), torch.arange(4.0)
+    (tmp_path / "tied.pkl").write_bytes(pickle.dumps({"a": array, "b": array}))
+    loaded = load_safely(str(tmp_path / "tied.pkl"))
+    assert loaded["a"] is loaded["b"]
+    for how in ("zip", "legacy"):
+        (tmp_path / "tied.pth").write_bytes(saved({"a": tensor, "b": tensor[1:]}, how))
+        loaded = load_safely(str(tmp_path / "tied.pth"))
+        loaded["a"][1] = 7
+        assert loaded["b"].tolist() == [7, 2, 3]
+
+
+def with_note(tensor):
+    tensor.note = "an attribute"
+    return tensor
+
+
+TORCH = {
+    "views": lambda: [(x := torch.randn(2, 3, 4)), x.mT, x[1, 1:, ::2], torch.ones(()).expand(4)],
+    "channels last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "empty": lambda: [(x := torch.empty(0)), x.view(torch.int32), torch.empty(0, 3)],
+    "parameters": lambda: [nn.Parameter(torch.ones(2)), with_note(nn.Parameter(torch.ones(2)))],
+    "attributes": lambda: with_note(torch.ones(2)),
+    "a model": lambda: nn.BatchNorm2d(3).state_dict(),
+    "an optimizer": lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1).state_dict(),
+    "dtypes": lambda: [
+        torch.ones(4).to(getattr(torch, name))
+        for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+        + ("uint8", "bool", "complex64", "complex128")
+    ],
+    "new dtypes": lambda: [torch.ones(4).to(getattr(torch, n)) for n in ("uint16", "float8_e5m2")],
+}
+
+
+def assert_same(ours, theirs):
+    if isinstance(theirs, torch.Tensor):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert ours.stride() == theirs.stride() and ours.tolist() == theirs.tolist()
+    elif isinstance(theirs, (dict, list)):
+        assert len(ours) == len(theirs)
+        for key, value in theirs.items() if isinstance(theirs, dict) else enumerate(theirs):
+            assert_same(ours[key], value)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy"])
+@pytest.mark.parametrize("name", TORCH)
+def test_what_torch_saved_comes_back(name, how, tmp_path):
+    content = TORCH[name]()
+    (tmp_path / "a.pth").write_bytes(saved(content, how))
+    assert_same(load_safely(str(tmp_path / "a.pth")), content)
+
+
+def rewritten(content: bytes, change) -> bytes:
+    """A zip file of torch.save after ``change(writer, name, record)`` for each of its records."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as reader, zipfile.ZipFile(file, "w") as writer:
+        for name in reader.namelist():
+            change(writer, name, reader.read(name))
+    return file.getvalue()
+
+
+def test_numbers_of_the_other_byte_order_are_read(tmp_path):
+    values = torch.tensor([1.5, -2.0])
+
+    def change(writer, name, record):
+        if name.endswith("/byteorder"):
+            record = b"big"
+        if name.endswith("/data/0"):
+            record = values.numpy().astype(">f4").tobytes()
+        writer.writestr(name, record)
+
+    (tmp_path / "a.pth").write_bytes(rewritten(saved(values, "zip"), change))
+    assert torch.equal(load_safely(str(tmp_path / "a.pth")), values)
+
+
+def test_wrong_sums_of_records_are_not_looked_at(tmp_path):
+    """torch.save writes them if it is told to save time."""
+    content = saved(torch.arange(4.0), "zip")
+    with zipfile.ZipFile(io.BytesIO(content)) as reader:
+        sums = [struct.pack("<L", entry.CRC) for entry in reader.infolist() if entry.CRC]
+    for correct in sums:
+        content = content.replace(correct, bytes(4))
+    (tmp_path / "a.pth").write_bytes(content)
+    assert load_safely(str(tmp_path / "a.pth")).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -310,3 +401,193 @@ def test_trusted_files_are_read_whatever_is_in_them(tmp_path):
         with pytest.raises(InputError, match="would call (types.SimpleNamespace|torch)"):
             load_safely(str(tmp_path / name))
         assert load_trusted(str(tmp_path / name))["args"].a == 1
+
+
+# ---- Programs that cost more than their size, or make no sense ----
+
+
+def text(value: str) -> bytes:
+    """The instruction for a text."""
+    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
+
+
+TWICE = b"N\x85" + b"2\x86" * 100  # a tuple that has the one before twice, 100 times
+SCALAR = b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n"
+PROGRAMS = {
+    "tuples as keys": (b"}" + TWICE + b"Ns", "a key of a dict"),
+    "tuples as keys, by setitems": (b"}(" + TWICE + b"Nu", "a key of a dict"),
+    "tuples as keys of a pair": (
+        b"ccollections\nOrderedDict\n]](" + TWICE + b"Nea\x85R",
+        "a key of an OrderedDict",
+    ),
+    "tuples that were built": (b"}" + TWICE + b"Nb" + b"Ns", "a key of a dict"),
+    "tuples in a set": (b"\x8f(" + TWICE + b"\x90", "a key of a dict"),
+    "long numbers as keys": (b"}\x8a\x0a" + b"\x01" * 10 + b"Ns", "a key of a dict"),
+    "a dtype of lists": (
+        b"]q\x00" + b"](h\x00h\x00eq\x00" * 100 + SCALAR + b"h\x00\x85RU\x04abcd\x86R",
+        "dtype",
+    ),
+    "many arguments": (b"cargparse\nNamespace\n(" + b"N" * 1000 + b"tR", "arguments"),
+    "another codec": (
+        b"c_codecs\nencode\n" + text("a" * 999) + text("punycode") + b"\x86R",
+        "in latin1, not in punycode",
+    ),
+    "a slot far away": (b"Nr\xff\xff\xff\x7f", "slot 2147483647 of its memo"),
+    "a mark as an object": (b"(\x85", "do not fit together"),
+    "nothing on the stack": (b"0", "do not fit together"),
+    "an unknown slot": (b"h\x07", "do not fit together"),
+    "a function that changes": (
+        b"cbuiltins\nbytes\nN}" + text("__defaults__") + b")s\x86b",
+        "changes what is not its own",
+    ),
+}
+WRAPPERS = {
+    "pickle": bytes,
+    "zip": archive,
+    "legacy": legacy,
+    "legacy with a zip behind": lambda code: legacy(code) + archive(b"\x80\x02}."),
+    "zip with a legacy behind": lambda code: archive(code) + legacy(b"\x80\x02}."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_costly_or_broken_program_is_refused_in_every_format(name, wrapper, tmp_path):
+    code, cause = PROGRAMS[name]
+    (tmp_path / "a.pth").write_bytes(WRAPPERS[wrapper](b"\x80\x02" + code + b"."))
+    with pytest.raises(InputError, match=f"a.pth is no checkpoint that can be read .*{cause}"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
+def test_a_mark_can_be_popped(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02N(0.")
+    assert load_safely(str(tmp_path / "a.pkl")) is None
+
+
+@pytest.mark.parametrize("wrapper", ["pickle", "zip"])
+def test_a_call_allocates_nothing(wrapper, tmp_path):
+    for name in ("builtins\nbytearray", "builtins\ncomplex", "torch\ndevice"):
+        code = b"\x80\x02c" + name.encode() + b"\nJ\x00\x00\x00\x04\x85R."  # of 2**26
+        (tmp_path / "a.pth").write_bytes(WRAPPERS[wrapper](code))
+        assert type(load_safely(str(tmp_path / "a.pth"))) is Record
+
+
+def test_pairs_of_an_ordered_dict_are_taken_once(tmp_path):
+    """As Python 2 wrote them; named often, a list of many would make many dicts."""
+    make = b"ccollections\nOrderedDict\nh\x00R"
+    code = b"\x80\x02](](" + text("a") + b"K\x01ee\x85q\x000](" + make * 2 + b"e."
+    (tmp_path / "a.pkl").write_bytes(code)
+    assert load_safely(str(tmp_path / "a.pkl")) == [{"a": 1}, {}]
+
+
+DATA = bytes(4000)
+
+
+class SharedBytes:
+    """Pickled as an array whose bytes are those of all others."""
+
+    def __reduce__(self):
+        function, arguments, state = np.zeros(1000, np.float32).__reduce__()
+        return function, arguments, (*state[:4], DATA)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_that_share_their_bytes_are_no_more_than_the_file(protocol, tmp_path):
+    content = {i: SharedBytes() for i in range(10)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(InputError, match="hold more bytes than the file"):
+        load_safely(str(tmp_path / "a.pkl"))
+
+
+def test_records_that_share_their_bytes_are_no_more_than_the_file(tmp_path):
+    def change(writer, name, record):
+        folder, _, key = name.rpartition("/data/")
+        if key == "0" or not key.isdigit():
+            writer.writestr(name, record)
+        else:  # one more entry of the directory for what is there
+            entry = writer.getinfo(f"{folder}/data/0")
+            shared = zipfile.ZipInfo(name)
+            for field in ("header_offset", "CRC", "file_size", "compress_size"):
+                setattr(shared, field, getattr(entry, field))
+            writer.filelist.append(shared)
+
+    content = saved([torch.zeros(10_000) for _ in range(10)], "zip")
+    small = rewritten(content, change)
+    assert len(small) < len(content) / 5
+    (tmp_path / "a.pth").write_bytes(small)
+    with pytest.raises(InputError, match="hold more bytes than the file"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy"])
+def test_names_of_records_are_exact(how, tmp_path):
+    """Else what is stored once would be read once for each way to write its name."""
+    (tmp_path / "a.pth").write_bytes(saved(torch.zeros(2), how).replace(b"cpu", b"CPU"))
+    assert load_safely(str(tmp_path / "a.pth")).tolist() == [0, 0]  # where it was is not used
+    content = rewritten(
+        saved(torch.zeros(2), "zip"),
+        lambda writer, name, record: writer.writestr(name.replace("/data/0", "/DATA/0"), record),
+    )
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(InputError, match="it has no data/0"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    def change(writer, name, record):
+        writer.writestr(name, record, compress_type=zipfile.ZIP_DEFLATED)
+
+    (tmp_path / "a.pth").write_bytes(rewritten(saved(torch.zeros(9999), "zip"), change))
+    with pytest.raises(InputError, match="it is compressed"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("size, stride", [((9,), (1,)), ((1,) * 21, (1,) * 21), ((2**62,), (4,))])
+@pytest.mark.parametrize("wrapper", [archive, legacy])
+def test_tensors_beyond_their_numbers_are_refused(wrapper, size, stride, tmp_path):
+    def numbers(values):
+        code = b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values)
+        return b"(" + code + b"t"
+
+    storage = text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04"
+    arguments = b"(" + storage + b"tQK\x00" + numbers(size) + numbers(stride)
+    code = b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89)tR"
+    (tmp_path / "a.pth").write_bytes(wrapper(b"\x80\x02" + code + b"."))
+    with pytest.raises(InputError, match="out of bounds|21 dimensions|overflow"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
+# ---- What is no dict of weights ----
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", pickle.dumps], ids=["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
+def test_attributes_of_a_dict_hide_none_of_its_methods(suffix, how, tmp_path):
+    values = {"weight": torch.full((2, 2), 3.0), "bias": torch.zeros(2)}
+    if how is pickle.dumps:
+        values = {key: value.numpy() for key, value in values.items()}
+    weights = collections.OrderedDict(values)
+    for name in ("get", "values", "pop", "_metadata"):
+        weights.__dict__[name] = "x"
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(saved({"model": weights, "__author__": "someone"}, how))
+    model = nn.Linear(2, 2)
+    Checkpointer(model).load(str(path))
+    assert (model.weight == 3).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: np.zeros(2)},
+        {"blobs": [1], "a": np.zeros(2)},
+        {"blobs": {1: np.zeros(2)}, "a": np.zeros(2)},
+        {"model": {"a": np.zeros(2)}, "__author__": "x", "matching_heuristics": np.zeros(2)},
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
+def test_a_dict_of_something_else_is_refused_in_one_line(content, suffix, tmp_path):
+    (tmp_path / f"a{suffix}").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=f"a{suffix}") as caught:
+        Checkpointer(nn.Linear(2, 2)).load(str(tmp_path / f"a{suffix}"))
+    assert "\n" not in str(caught.value)

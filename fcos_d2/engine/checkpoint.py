@@ -73,7 +73,8 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         if self._recognised:
             return {"model": self._recognised.weights}
         if filename.endswith(".pkl") and not {"model", "__author__"} <= set(checkpoint):
-            blobs = checkpoint.get("blobs", checkpoint)
+            with self._naming_the_file():
+                blobs, _ = unwrap(checkpoint.get("blobs", checkpoint))
             blobs = {key: blob for key, blob in blobs.items() if not key.endswith("_momentum")}
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):  # pycls
@@ -92,7 +93,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         with self._naming_the_file():
             weights = unwrap(checkpoint["model"])[0]
         wrong: list[Misfit] = []
-        if checkpoint.pop("matching_heuristics", False):
+        if checkpoint.pop("matching_heuristics", False) is True:
             caffe2 = checkpoint.get("__author__") == "Caffe2"
             weights = align_and_update_state_dicts(state, weights, c2_conversion=caffe2)
             wrong = _unplaced_by_shape(weights, state)
