@@ -57,7 +57,11 @@ gpu-check: gpu-build gpu-test gpu-bench gpu-sanitize ## on a GPU: the four below
 gpu-build: ## on a GPU: build the kernels for it
 	FCOS_D2_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
+BUILT_FOR_GPU = from fcos_d2.ops import backend; \
+    assert backend()["box_loss"]["CUDA"] == "compiled", "no CUDA kernels; type: make gpu-build"
+
 gpu-test: ## on a GPU: run the tests of the ops, save the slow ones
+	$(GPU_PYTHON) -c '$(BUILT_FOR_GPU)'
 	$(GPU_PYTHON) -m pytest -q -m "not slow" -k "not emulated" tests/ops
 
 gpu-bench: ## on a GPU: measure the ops beside their peers, into benchmarks/results/

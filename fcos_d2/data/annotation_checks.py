@@ -291,6 +291,14 @@ def _problem_in_mask(mask: object) -> str | None:
     return f"segmentation {shown(mask)} is neither polygons nor run lengths; remove it"
 
 
+def is_usable_mask(mask: object) -> bool:
+    """Whether detectron2 keeps an object with this ``segmentation``, which may be none."""
+    if not mask or _is_run_length(mask):
+        return True
+    polygons = mask if _is_list_of(_is_list, mask) else ()
+    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
+
+
 def _is_run_length(mask: object) -> bool:
     if not isinstance(mask, dict):
         return False

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -22,6 +23,7 @@ from ..errors import InputError, shown
 from . import digits
 from .annotation_checks import (
     count_flat_boxes,
+    is_usable_mask,
     problem_in_coco_file,
     problem_in_records,
     read_coco,
@@ -31,6 +33,7 @@ from .custom import ensure_annotations
 MOST_FOLDERS = 1000  # that are listed to find missing images; more of them would take too long
 
 logger = logging.getLogger(__name__)
+_one_at_a_time = threading.RLock()
 
 
 def register_digits(root: str | os.PathLike | None = None) -> None:
@@ -277,25 +280,32 @@ def _tidied_annotations(masks: bool) -> Iterator[None]:
     """Hides from detectron2 what makes it lose objects while it reads a COCO file.
 
     That is ``"iscrowd": null``, which it takes for a crowd, and, where no masks are wanted, a mask
-    without a valid polygon. Its reader has an option for neither, but looks up the class that it
-    indexes the file with when it is called.
+    that it cannot use. Its reader has an option for neither, but looks up the class that it indexes
+    the file with when it is called.
     """
-    original = coco.COCO
+    is_reading = True
 
-    class Tidied(original):
-        def createIndex(self):
-            for annotation in self.dataset.get("annotations", ()):
-                if annotation.get("iscrowd", 0) is None:
-                    annotation["iscrowd"] = 0
-                if not masks:
-                    annotation.pop("segmentation", None)
-            super().createIndex()
+    def tidy(annotation: dict) -> None:
+        if annotation.get("iscrowd", 0) is None:
+            annotation["iscrowd"] = 0
+        if not masks and not is_usable_mask(annotation.get("segmentation")):
+            del annotation["segmentation"]
 
-    coco.COCO = Tidied
-    try:
-        yield
-    finally:
-        coco.COCO = original
+    with _one_at_a_time:
+        original = coco.COCO
+
+        class Tidied(original):
+            def createIndex(self):
+                if is_reading:  # whoever imported this class meanwhile keeps it
+                    for annotation in self.dataset.get("annotations", ()):
+                        tidy(annotation)
+                super().createIndex()
+
+        coco.COCO = Tidied
+        try:
+            yield
+        finally:
+            coco.COCO, is_reading = original, False
 
 
 def _check_annotations(records: list[dict], names: Sequence[str]) -> None:

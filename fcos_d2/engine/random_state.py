@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict:
-    """States of Python's, numpy's and torch's generators, of types that ``torch.load`` trusts."""
+    """States of Python's, numpy's and torch's generators, of types that load_safely gives back."""
     numpy_state = np.random.get_state(legacy=False)
     words = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {

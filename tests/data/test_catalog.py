@@ -4,9 +4,11 @@ import json
 import logging
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pycocotools.coco
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -15,6 +17,7 @@ from fcos_d2.data import check_num_classes, load_dataset, prepare
 from fcos_d2.data.annotation_checks import count_flat_boxes
 from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
 from fcos_d2.errors import InputError
+from tests.together import run_together
 
 
 def message(function, *arguments, **options):
@@ -79,6 +82,37 @@ def test_no_box_is_lost_for_a_mask_that_nothing_needs(coco, mask):
     name = coco.register()
     assert [len(record["annotations"]) for record in load_dataset(name)] == [1, 1, 1]
     assert inspect_dataset(name).num_problems == 0
+
+
+def test_a_loader_of_the_users_own_finds_the_masks_in_a_file(coco, custom):
+    polygon = [5, 6, 25, 6, 25, 16]
+    for annotation in coco.content["annotations"]:
+        annotation["segmentation"] = [polygon]
+    coco.register()
+
+    def load():
+        records = pycocotools.coco.COCO(str(coco.json_file)).dataset["annotations"]
+        assert [record["segmentation"] for record in records] == [[polygon]] * 3
+        return [{"file_name": str(coco.folder / "1.png")}]
+
+    load_dataset(custom(load))
+
+
+def test_what_is_tidied_for_detectron2_is_tidied_for_nobody_else(coco, custom):
+    coco.content["annotations"][1].update(segmentation=[[]], iscrowd=None)
+    coco.register()
+    original, seen = pycocotools.coco.COCO, []
+
+    def load():
+        time.sleep(0.05)  # longer than the other takes to begin
+        seen.append(pycocotools.coco.COCO)
+        return [{"file_name": str(coco.folder / "1.png")}]
+
+    run_together([partial(load_dataset, custom(load, name)) for name in ("one", "two")])
+    assert pycocotools.coco.COCO is original and len(seen) == 2
+    for kind in seen:  # as a module keeps it that was imported meanwhile
+        annotation = kind(str(coco.json_file)).anns[102]
+        assert annotation["segmentation"] == [[]] and annotation["iscrowd"] is None
 
 
 @pytest.mark.parametrize("mask", MASKS_THAT_IT_CANNOT_READ, ids=str)
