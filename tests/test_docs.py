@@ -168,7 +168,10 @@ def cells(line: str) -> list[str]:
 
 
 def measured() -> dict[tuple, tuple[float, float]]:
-    """(milliseconds, factor by which ours is faster) of what the README's results tell, by its names."""
+    """(milliseconds, factor by which ours is faster) of what the results tell, by its names.
+
+    They are those that the README links to.
+    """
     name = re.search(r"benchmarks/results/cpu-[\w-]+\.md", (ROOT / "README.md").read_text())[0]
     lines = (ROOT / name).read_text().splitlines()
     rows = [cells(line) for line in lines if line.startswith("| ")]
