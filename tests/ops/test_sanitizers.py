@@ -152,27 +152,6 @@ def test_kernels_are_clean_under_the_sanitizers(level, tmp_path):
     assert " passed" in done.stdout
 
 
-# What looks at compilers and memory itself, and what cannot run with a sanitizer in the process:
-# torch's fake GPU ends it, and a process without the environment does not find the sanitizer.
-NOT_FOR_SANITIZERS = (
-    *("emulat", "test_cuda_build", "test_sanitizers", "test_memory", "test_soak"),
-    *("test_nothing_is_read_from_a_gpu", "test_importing_registers"),
-)
-
-
-def test_the_whole_suite_is_clean_under_the_sanitizers(tmp_path):
-    """Training, evaluation and export too. A quarter of an hour."""
-    if not has_instructions(LEVELS[-1]):
-        pytest.skip(f"this processor is older than {LEVELS[-1]}")
-    folder = isolated.make_package(tmp_path, build(LEVELS[-1], sanitized=True), whole=True)
-    environment = {"FCOS_D2_TEST_PROCESSOR": LEVELS[-1], **sanitizer_environment()}
-    options = ["-s", "-m", "not slow", "-k", f"not ({' or '.join(NOT_FOR_SANITIZERS)})"]
-    words = ["-W", "ignore", "-c", isolated.RUN_TESTS, *options, str(isolated.ROOT / "tests")]
-    done = isolated.run(folder, *words, **environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert " passed" in done.stdout
-
-
 OUT_OF_BOUNDS = """
 import torch
 from fcos_d2 import ops
