@@ -146,6 +146,7 @@ ARRAYS = {
     "float16": np.array([[0.5, -2]], np.float16),
     "int64": np.array([2**40, -1]),
     "bool": np.array([True, False]),
+    "permuted": np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),
     "column-major": np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4)),
     "no dimension": np.array(3.5, np.float32),
     "empty": np.zeros((0, 3), np.float32),
@@ -403,6 +404,44 @@ def test_trusted_files_are_read_whatever_is_in_them(tmp_path):
         assert load_trusted(str(tmp_path / name))["args"].a == 1
 
 
+BESIDE = {
+    "keys": {("a", 1): 1, 2**40: 2, 0.5: 3, np.int64(3): 4, "b": 5, 7: 6},
+    "many keys": {n: None for n in range(100_000)},
+    "sets": [{"a", "b"}, {1, 2}, set()],
+    "complex": 1 + 2j,
+    "devices": [torch.device("cpu"), torch.device("cuda", 1)],
+    "bytes": b"abc",
+}
+
+
+@pytest.mark.parametrize("how", ["torch", 3, 4, 5])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_lies_beside_weights_comes_back(name, how, tmp_path):
+    path, content = tmp_path / "a.pth", BESIDE[name]
+    if how == "torch":
+        torch.save(content, path)
+        content = content.decode() if isinstance(content, bytes) else content
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=how))
+    loaded = load_safely(str(path))
+    assert loaded == content and type(loaded) is type(content)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_legacy_files_of_any_protocol_are_read(protocol, tmp_path):
+    options = {"_use_new_zipfile_serialization": False, "pickle_protocol": protocol}
+    torch.save({"w": torch.arange(3.0)}, tmp_path / "a.pth", **options)
+    assert load_safely(str(tmp_path / "a.pth"))["w"].tolist() == [0, 1, 2]
+    assert load_trusted(str(tmp_path / "a.pth"))["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["bits8", "float4_e2m1fn_x2"])
+def test_tensors_of_parts_of_bytes_are_refused(dtype, tmp_path):
+    torch.save(torch.empty(2, dtype=torch.uint8).view(getattr(torch, dtype)), tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"would call torch.{dtype}"):
+        load_safely(str(tmp_path / "a.pth"))
+
+
 # ---- Programs that cost more than their size, or make no sense ----
 
 
@@ -412,6 +451,9 @@ def text(value: str) -> bytes:
 
 
 TWICE = b"N\x85" + b"2\x86" * 100  # a tuple that has the one before twice, 100 times
+# A list that a tuple is put into, and a call by an old instruction that makes a tuple of it.
+REMADE = b"]q\x00" + TWICE + b"a0(ctorch._tensor\n_rebuild_from_type_v2\ncbuiltins\nset\nNh\x00No"
+REMADE_BY_CALL = REMADE.replace(b"0(c", b"0c").replace(b"cbuiltins", b"(cbuiltins")[:-1] + b"tR"
 SCALAR = b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n"
 PROGRAMS = {
     "tuples as keys": (b"}" + TWICE + b"Ns", "a key of a dict"),
@@ -422,6 +464,20 @@ PROGRAMS = {
     ),
     "tuples that were built": (b"}" + TWICE + b"Nb" + b"Ns", "a key of a dict"),
     "tuples in a set": (b"\x8f(" + TWICE + b"\x90", "a key of a dict"),
+    "tuples remade by an old instruction": (b"}" + REMADE + b"Ns", "it makes an object by OBJ"),
+    "tuples remade by a call": (b"}" + REMADE_BY_CALL + b"Ns", "not made as torch.save has it"),
+    "a call by another old instruction": (b"(icollections\nOrderedDict\n", "an object by INST"),
+    "many large numbers as keys": (
+        b"}("
+        + b"".join(b"\x8a\x08" + struct.pack("<q", n << 40) + b"N" for n in range(2000))
+        + b"u",
+        "more than 1000 keys of dicts are tuples or large numbers",
+    ),
+    "many fractions as keys": (
+        b"}(" + b"".join(b"G" + struct.pack(">d", n + 0.5) + b"N" for n in range(2000)) + b"u",
+        "more than 1000 keys of dicts are tuples or large numbers",
+    ),
+    "a long text as a key": (b"}" + text("a" * 20_000) + b"Ns", "a key of a dict .* too long"),
     "long numbers as keys": (b"}\x8a\x0a" + b"\x01" * 10 + b"Ns", "a key of a dict"),
     "a dtype of lists": (
         b"]q\x00" + b"](h\x00h\x00eq\x00" * 100 + SCALAR + b"h\x00\x85RU\x04abcd\x86R",

@@ -9,11 +9,12 @@ whatever the file says.
 
 from __future__ import annotations
 
+import math
 import pickle
 import pickletools
 import re
 import sys
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from ..errors import quoted, shown
 
 MOST_ARGUMENTS = 20  # of one call, and dimensions of a tensor; those of a checkpoint are a few
 ORDERS = ("<", ">", "=", "|")  # of the bytes of a number; the last for one byte
-LARGEST_KEY = 2**64  # of a dict, where it is a number: of larger ones many can share a hash
+# Of the keys of dicts and the items of sets:
+LARGEST_KEY = 2**64  # of numbers: of larger ones the hash takes time
+LONGEST_KEY = 10_000  # of texts, in characters: to compare longer ones takes time
+SMALL_KEY = 2**16  # of numbers that can be as many as one likes
+MOST_CHOSEN_KEYS = 1000  # in one pickle, of those whose hashes a file can choose to be the same
 
 
 # ---- What a file may name ----
@@ -40,10 +45,10 @@ class Function(Fixed):
     """A function that a file may call."""
 
     def __init__(self, call):
-        self._call = call
+        self.call = call
 
     def __call__(self, *args):  # noqa: D102
-        return self._call(*args)
+        return self.call(*args)
 
 
 class Record:
@@ -67,14 +72,15 @@ class Dict(dict):
 
     __slots__ = ()
 
-    def __init__(self, pairs: list | tuple = ()):
+    def __init__(self, pairs: list | None = None):
         super().__init__()
+        if pairs is None:
+            return
         for key, value in pairs:  # as Python 2 wrote them
-            if not isinstance(key, str):
-                raise ValueError("a key of an OrderedDict is no text")
+            if not isinstance(key, str) or len(key) > LONGEST_KEY:
+                raise ValueError("a key of an OrderedDict is no text, or a long one")
             self[key] = value
-        if pairs:
-            pairs.clear()  # a few bytes could have them copied again
+        pairs.clear()  # a few bytes could have them copied again
 
     def __setstate__(self, state):
         pass
@@ -106,6 +112,9 @@ class Array:
 
     _state = (1, (0,), DType("u1"), False, b"")
 
+    def __init__(self, axes: tuple | None = None):
+        self._axes = axes  # as they lie in the bytes, where they have another order
+
     def __setstate__(self, state):
         self._state = state
 
@@ -114,6 +123,7 @@ class Array:
         _, shape, dtype, fortran, data = self._state
         budget.take(len(data))
         value = _numbers(data, dtype).reshape(shape, order="F" if fortran else "C")
+        value = value if self._axes is None else value.transpose(self._axes)
         native = value.astype(value.dtype.newbyteorder("="))
         return torch.from_numpy(np.ascontiguousarray(native).reshape(value.shape))
 
@@ -177,6 +187,8 @@ def _numbers(data: bytes | str, dtype: DType) -> np.ndarray:
 
 # ---- What is called instead of what a file calls ----
 
+# None gives a tuple that may hold anything: _check_program takes what they give for a key.
+
 
 def _latin1(text: str, codec: str) -> str:
     """Leaves bytes the text that old protocols write them as: encoded often, it would be many."""
@@ -189,8 +201,8 @@ def _empty_array(kind: None, shape: tuple, dtype: str) -> Array:
     return Array()
 
 
-def _array(data: bytes, dtype: DType, shape: tuple, order: str) -> Array:
-    array = Array()
+def _array(data: bytes, dtype: DType, shape: tuple, order: str, axes=None) -> Array:
+    array = Array(axes if order == "K" else None)
     array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
@@ -214,22 +226,69 @@ def _tensor_of_dtype(whole: View, offset, shape, stride, grad, hooks, dtype, *me
 
 
 def _tensor_with_attributes(function: Function, kind: None, args: tuple, state: object) -> View:
-    return function(*args[:MOST_ARGUMENTS])
-
-
-def _content(content: object) -> object:
-    return content
+    makes_tensor = isinstance(function, Function) and function.call in MAKE_TENSOR
+    if not makes_tensor or not isinstance(args, tuple) or len(args) > MOST_ARGUMENTS:
+        raise ValueError("a tensor with attributes is not made as torch.save has it")
+    return function(*args)
 
 
 def _parameter(tensor: View, grad: bool, hooks: object, state: object = None) -> View:
+    if not isinstance(tensor, View):
+        raise ValueError("a parameter is no tensor")
     return tensor
 
 
-# Quantized numbers are none without what a tensor of them has besides.
+def _size(numbers: tuple) -> tuple:
+    is_short = isinstance(numbers, tuple) and len(numbers) <= MOST_ARGUMENTS
+    if not is_short or not all(_is_number(number, LARGEST_KEY) for number in numbers):
+        raise ValueError("a size is not of a few numbers")
+    return numbers
+
+
+def _counts(counts: dict) -> dict:
+    if not isinstance(counts, dict):
+        raise ValueError("a Counter is not of a dict")
+    return counts
+
+
+def _set(items: list) -> set | list:
+    """A set of texts and small numbers; others stay a list."""
+    own = items.copy()
+    items.clear()  # see Dict
+    return set(own) if all(map(_is_simple, own)) else own
+
+
+def _is_simple(item: object) -> bool:
+    is_text = isinstance(item, (str, bytes)) and len(item) <= LONGEST_KEY
+    return is_text or _is_number(item, SMALL_KEY)
+
+
+def _is_number(value: object, largest: int) -> bool:
+    return isinstance(value, int) and abs(value) <= largest
+
+
+def _complex(*parts: object) -> complex | Record:
+    is_number = len(parts) == 2 and all(isinstance(part, float) for part in parts)
+    return complex(*parts) if is_number else Record()
+
+
+def _device(kind: object, *index: object) -> torch.device | Record:
+    """The device; none for a number, for which torch would look at the machine's."""
+    if not isinstance(kind, str) or len(kind) > 20 or not all(_is_number(i, 127) for i in index):
+        return Record()
+    try:
+        return torch.device(kind, *index)
+    except RuntimeError:  # of another torch
+        return Record()
+
+
+MAKE_TENSOR = (_tensor, _tensor_of_dtype)
+# Quantized numbers are none without what a tensor of them has besides; with those of less than a
+# byte, torch can do next to nothing.
 DTYPES = [
     value
     for name, value in vars(torch).items()
-    if isinstance(value, torch.dtype) and not name.startswith("q")
+    if isinstance(value, torch.dtype) and not re.match(r"q|bits|float4|u?int[1-7]$", name)
 ]
 # What a file may name, and what it gets.
 ALLOWED: dict[str, object] = {
@@ -268,12 +327,15 @@ ALLOWED: dict[str, object] = {
     "torch._utils._rebuild_parameter_with_state": Function(_parameter),
     "torch._tensor._rebuild_from_type_v2": Function(_tensor_with_attributes),
     **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter"), None),  # named for it
-    # Their list, tuple and dict will do.
-    **dict.fromkeys(("builtins.set", "torch.Size", "collections.Counter"), Function(_content)),
+    "builtins.set": Function(_set),
+    "builtins.complex": Function(_complex),
+    "torch.device": Function(_device),
+    "torch.Size": Function(_size),  # their tuple and dict will do
+    "collections.Counter": Function(_counts),
     # Beside the weights, as in files of torchvision's and mmdetection's training scripts.
     **dict.fromkeys(
         (
-            *("torch.device", "builtins.complex", "builtins.bytearray", "argparse.Namespace"),
+            *("builtins.bytearray", "argparse.Namespace"),
             "builtins.getattr",  # how mmengine's buffer refers to its own methods
             "mmengine.logging.history_buffer.HistoryBuffer",
             "mmengine.config.config.ConfigDict",
@@ -342,10 +404,23 @@ class _Unpickler(pickle.Unpickler):
         return View(storage, dtype)
 
 
+class _Item(NamedTuple):
+    """What an object on the stack will be, as far as it is known before the program is run."""
+
+    length: int | None  # of a tuple; None of what is none
+    cost: float  # as a key: 1 if a file can choose its hash, otherwise 0; infinite for no key
+
+
+FREE = _Item(None, 0)
+CHOSEN = _Item(None, 1)
+NO_KEY = _Item(None, math.inf)
 # What has to be hashed, of the objects that an instruction takes from the stack, last one first.
 HASHED = dict.fromkeys(("SETITEM", "SETITEMS", "DICT"), slice(1, None, 2))
-HASHED |= dict.fromkeys(("ADDITEMS", "FROZENSET"), slice(None))
-CALLS = ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "BINPERSID")
+HASHED |= {"ADDITEMS": slice(-1), "FROZENSET": slice(None)}
+CALLS = ("REDUCE", "NEWOBJ", "BINPERSID")
+OTHER_CALLS = ("OBJ", "INST", "NEWOBJ_EX")  # of what Python 2 or nothing in ALLOWED is written as
+# What leaves the object that lay deepest, of those that it takes, where it was.
+CHANGES = ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "DUP")
 
 
 def _check_program(file: IO[bytes]) -> None:
@@ -353,17 +428,20 @@ def _check_program(file: IO[bytes]) -> None:
 
     Refused is what costs more than a file of its size should:
 
-    - keys of dicts that are tuples, frozensets or long numbers: the hash of a tuple is a recursion
-      in C that nothing limits, and takes exponential time where tuples lie in each other twice;
+    - keys of dicts that are long, or tuples of other than texts and numbers: the hash of a tuple
+      is a recursion in C that nothing limits, and takes exponential time where tuples lie in each
+      other twice;
+    - many keys whose hashes are not random: they can be chosen to be the same, so that each is
+      compared to all others;
     - a call with many arguments, which a few bytes can repeat;
     - a slot of the memo far beyond the others: pickle makes room for all up to the highest.
 
     Raises:
         ValueError: it is refused, or is no pickle.
     """
-    stack: list[int | None] = []  # of an object that is a tuple its length; None for a mark
-    memo: dict[int, int | None] = {}
-    count, name = 0, ""
+    stack: list[_Item | None] = []  # None for a mark
+    memo: dict[int, _Item | None] = {}
+    count, cost, name = 0, 0, ""
     try:
         while name != "STOP":
             operation, argument = _instruction(file)
@@ -381,8 +459,13 @@ def _check_program(file: IO[bytes]) -> None:
                 stack.pop()
             else:
                 taken = _pop(operation, stack)
-                _check_taken(name, taken)
-                stack += [_length(name, argument, taken)] * len(operation.stack_after)
+                _check_call(name, taken)
+                cost += sum(item.cost for item in taken[HASHED.get(name, slice(0))])
+                _check_cost(cost)
+                if operation.stack_after:
+                    small = max(SMALL_KEY, count)  # as many as the file can have cost no more
+                    item = _result(name, argument, taken, small)
+                    stack += [item] * len(operation.stack_after)
     except LookupError as error:
         raise ValueError("its instructions are cut off or do not fit together") from error
 
@@ -395,7 +478,7 @@ def _instruction(file: IO[bytes]) -> tuple[pickletools.OpcodeInfo, object]:
     return operation, operation.arg and operation.arg.reader(file)
 
 
-def _pop(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> list[int]:
+def _pop(operation: pickletools.OpcodeInfo, stack: list[_Item | None]) -> list[_Item]:
     """Takes from the stack what ``operation`` takes, last one first.
 
     Raises:
@@ -404,8 +487,8 @@ def _pop(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> list[int
     taken, before = [], operation.stack_before
     fixed = len(before)
     if pickletools.markobject in before:
-        while (length := stack.pop()) is not None:
-            taken.append(length)
+        while (item := stack.pop()) is not None:
+            taken.append(item)
         fixed = before.index(pickletools.markobject)
     taken += [stack.pop() for _ in range(fixed)]
     if None in taken:
@@ -413,17 +496,34 @@ def _pop(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> list[int
     return taken
 
 
-def _check_taken(name: str, taken: list[int]) -> None:
-    if any(taken[HASHED.get(name, slice(0))]):
-        raise ValueError("a key of a dict is a tuple or a long number")
-    if name in CALLS and max(taken) > MOST_ARGUMENTS:
+def _check_call(name: str, taken: list[_Item]) -> None:
+    if name in OTHER_CALLS:
+        raise ValueError(f"it makes an object by {name}, as neither torch.save nor numpy does")
+    if name in CALLS and taken[0].length is None:
+        raise ValueError("the arguments of a call are no tuple")
+    if name in CALLS and taken[0].length > MOST_ARGUMENTS:
         raise ValueError(f"a call has more than {MOST_ARGUMENTS} arguments")
 
 
-def _length(name: str, argument: object, taken: list[int]) -> int:
-    """The length of the tuple that an instruction puts on the stack, if it may be one."""
-    if name.startswith("TUPLE") or name == "FROZENSET":
-        return len(taken)
-    if isinstance(argument, int) and abs(argument) > LARGEST_KEY:
-        return 1  # no key either
-    return max(taken, default=0)  # it may be what was taken
+def _check_cost(cost: float) -> None:
+    if cost == math.inf:
+        raise ValueError("a key of a dict is a tuple of other than texts and numbers, or too long")
+    if cost > MOST_CHOSEN_KEYS:
+        raise ValueError(f"more than {MOST_CHOSEN_KEYS} keys of dicts are tuples or large numbers")
+
+
+def _result(name: str, argument: object, taken: list[_Item], small: int) -> _Item:
+    """What an instruction puts on the stack; ``small`` is up to where numbers are free as keys."""
+    if name in CHANGES:
+        return taken[-1]
+    if name.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")):
+        is_flat = all(item.length is None and item.cost <= 1 for item in taken)
+        return _Item(len(taken), 1 if is_flat and len(taken) <= MOST_ARGUMENTS else math.inf)
+    if name in ("NONE", "NEWTRUE", "NEWFALSE", "STACK_GLOBAL"):
+        return FREE
+    if isinstance(argument, (str, bytes)):
+        return FREE if len(argument) <= LONGEST_KEY else NO_KEY
+    if _is_number(argument, small):
+        return FREE
+    is_number = isinstance(argument, float) or _is_number(argument, LARGEST_KEY)
+    return CHOSEN if is_number or name in CALLS else NO_KEY

@@ -21,14 +21,20 @@ from .pickles import Array, Budget, Refusal, Storage, View, run
 
 # How the files of torch.save begin: as a zip file, or with a pickled magic number.
 ZIP = b"PK\x03\x04"
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load_safely(path: str) -> object:
     """What ``path`` holds, which is what torch.save or pickle.dump was given.
 
-    Arrays come back as tensors, bytes of old protocols as text, other objects than numbers, texts
-    and containers as ``Record``.
+    Texts, numbers, lists, dicts and devices come back as what they are. Something else become:
+
+    - arrays: tensors; numbers of numpy: those of Python;
+    - OrderedDict, Counter: dicts; torch.Size: a tuple;
+    - a set of other than texts and small numbers: a list, where the protocol is below 4;
+    - bytes, where the protocol is below 3: text;
+    - what an object has besides, such as the attributes of a tensor: nothing;
+    - other objects, of the few classes that are known: ``Record``.
 
     Raises:
         InputError: the file is cut off, is something else, or would run code.
@@ -56,15 +62,12 @@ def _load(file: IO[bytes], path: str) -> object:
 
 
 def _read(file: IO[bytes]) -> object:
-    start = file.read(len(LEGACY))
+    start = file.read(len(ZIP))
     budget = Budget(file.seek(0, os.SEEK_END))
     file.seek(0)
-    if start.startswith(ZIP):
-        content = _read_zip(file, budget)
-    elif start == LEGACY:
+    content = _read_zip(file, budget) if start == ZIP else run(file)
+    if content == MAGIC and start != ZIP:
         content = _read_legacy(file, budget)
-    else:
-        content = run(file)
     return _tensors(content, budget, {})
 
 
@@ -115,7 +118,7 @@ class _Archive:
 
 
 def _read_legacy(file: IO[bytes], budget: Budget) -> object:
-    file.seek(len(LEGACY))
+    """What follows the magic number."""
     run(file)  # the version of the format
     run(file)  # the system
     storages: dict[str, Storage] = {}
@@ -133,6 +136,7 @@ def _read_legacy(file: IO[bytes], budget: Budget) -> object:
 
 def _tensors(value: object, budget: Budget, done: dict[int, object]) -> object:
     """``value`` with every Array and View in it as a tensor; dicts and lists stay what they are."""
+    # Ids will do: all that is looked at is there from the start, so no two objects share one.
     if not isinstance(value, (Array, View, tuple, list, dict)):
         return value
     if id(value) not in done:  # what lies in several places is looked at once
@@ -150,7 +154,8 @@ def _tensors(value: object, budget: Budget, done: dict[int, object]) -> object:
 def load_trusted(path: str) -> object:
     """What ``path`` holds, by running whatever is in it: for files whose author is trusted."""
     with open(path, "rb") as file:
-        is_torch = file.read(len(LEGACY)).startswith((ZIP, LEGACY))
+        start = file.read(40)
+        is_torch = start.startswith(ZIP) or MAGIC.to_bytes(10, "little") in start
         file.seek(0)
         if is_torch:
             return torch.load(file, map_location="cpu", weights_only=False)
