@@ -36,8 +36,7 @@ struct Device {
 
   explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };
