@@ -489,8 +489,10 @@ __device__ void write_empty(const Plan& plan, int level, int64_t image, int64_t 
   args.classes[to] = -1;
 }
 
+// There are fewer blocks than multiprocessors: none has to share its registers with another.
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    finish_kernel(const __grid_constant__ Plan plan) {
   __shared__ FinishScratch scratch;
   __shared__ uint64_t sorted[kSortable];
   int num_levels = plan.args.levels.count;
