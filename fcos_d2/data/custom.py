@@ -222,6 +222,11 @@ def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None
         ]
         x, y = corners[0] - 1, corners[1] - 1
         width, height = corners[2] - x, corners[3] - y
+        if width < 0 or height < 0:
+            raise InputError(
+                f"{path}: bndbox of {quoted(name)} is {shown(corners)}, which must be xmin, ymin, "
+                "xmax, ymax; correct it"
+            )
         content["annotations"].append(
             {
                 "id": len(content["annotations"]) + 1,

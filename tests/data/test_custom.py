@@ -199,6 +199,7 @@ def spoil(path, old, new):
         ("<xmin>2</xmin>", "", r"b.xml: bndbox/xmin must be a number, got None"),
         ("<width>50</width>", "<width>?</width>", r"b.xml: size/width must be a number, got '\?'"),
         ("</annotation>", "", r"cannot read annotation file .*b.xml"),
+        ("<xmin>2</xmin>", "<xmin>99</xmin>", r"b.xml: bndbox of '\w+' is \[99.0, .* must be xmin"),
         ("<name>bird</name>", "", r"b.xml: an object has no name"),
         ("<name>bird</name>", "<name> </name>", r"b.xml: an object has no name"),
         ("<width>50</width>", "<width>0</width>", r"b.xml: size/width must be at least 1, got 0"),
