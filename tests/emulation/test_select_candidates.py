@@ -7,6 +7,7 @@ import torch
 
 from fcos_d2.ops import backend, make_levels, point_coordinates, reference
 from fcos_d2.ops.select_candidates import SCORE_RULES
+from tests.ops import oracles
 from tests.ops.strategies import LAYOUTS
 
 from . import emulated
@@ -15,8 +16,14 @@ pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emula
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HAS_CPU_KERNEL = backend()["select_candidates"]["CPU"] == "compiled"
-CLOSE = 1e-6  # relative; what is this close to a bound may fall on either side of it
-SMALLEST = 1e-37  # smaller scores may count as 0
+DEFAULTS = {
+    "score_threshold": 0.05,
+    "topk": 1000,
+    "threshold_with_quality": False,
+    "rank_with_quality": True,
+    "score_rule": "sqrt",
+    "clip": False,
+}
 
 
 def of_normal(*shape):
@@ -62,19 +69,9 @@ def levels_of(shapes, offset=0.5):
 def arguments_of(maps, levels, **options):
     """The arguments of the op; clipping at (50, 40) if it is on."""
     pitches = [p for pair in levels.pitches for p in pair]
-    return (
-        *maps,
-        torch.tensor([[50, 40]]).repeat(len(maps[0][0]), 1),
-        list(levels.strides),
-        pitches,
-        levels.offset,
-        options.get("threshold", 0.05),
-        options.get("topk", 1000),
-        options.get("threshold_with_quality", False),
-        options.get("rank_with_quality", True),
-        options.get("score_rule", "sqrt"),
-        options.get("clip", False),
-    )
+    sizes = torch.tensor([[50, 40]]).repeat(len(maps[0][0]), 1)
+    geometry = list(levels.strides), pitches, levels.offset
+    return (*maps, sizes, *geometry, *(DEFAULTS | options).values())
 
 
 def assert_has_the_bits_of_the_cpu(found, arguments):
@@ -84,58 +81,15 @@ def assert_has_the_bits_of_the_cpu(found, arguments):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def scores_in_float64(logits, quality):
-    """(cls, product) [HW, K] of one level of one image, from float32 logits."""
-    cls = logits.float().double().flatten(1).t().sigmoid()
-    return cls, cls * quality.float().double().flatten()[:, None].sigmoid()
-
-
-def assert_follows_the_rule(selected, scores, inputs, threshold, topk, options):
-    """Checks the (point, class) indices that were selected on one level of one image, in order.
-
-    ``inputs`` [HW K, 2] are the logits that made the scores: equal ones must keep their order.
-    """
-    cls, both = (x.flatten() for x in scores)
-    tested = both if options.get("threshold_with_quality", False) else cls
-    rank = both if options.get("rank_with_quality", True) else cls
-    number = ~both.isnan()
-    surely = number & (tested > max(threshold * (1 + CLOSE), SMALLEST))
-    maybe = number & (tested > threshold * (1 - CLOSE))
-    assert maybe[selected].all() and len(set(selected.tolist())) == len(selected)
-    assert min(topk, int(surely.sum())) <= len(selected) <= min(topk, int(maybe.sum()))
-    ranks = rank[selected]
-    assert (ranks[1:] <= ranks[:-1] * (1 + CLOSE) + SMALLEST).all()
-    left_out = surely.clone()
-    left_out[selected] = False
-    if left_out.any():
-        assert rank[left_out].max() <= ranks.min() * (1 + CLOSE) + SMALLEST
-    # Of pairs with equal logits, the first ones are selected, in order.
-    _, group = inputs.nan_to_num(1e30).unique(dim=0, return_inverse=True)
-    for g in group[selected].unique():
-        ours = selected[group[selected] == g]
-        assert torch.equal(ours, (group == g).nonzero()[: len(ours), 0])
-
-
-def pairs_of(logits, quality):
-    """The logits [HW K, 2] of all (point, class) pairs of one level of one image."""
-    sides = logits.flatten(1).t(), quality.flatten()[:, None]
-    return torch.stack(torch.broadcast_tensors(*sides), dim=-1).flatten(0, 1).float()
-
-
-def assert_level_has_the_best(found, logits, ltrb, quality, points, stride, arguments, options):
+def assert_level_has_the_best(found, logits, ltrb, quality, points, stride, options):
     """Checks one level of one image; ``found`` are boxes, scores and classes of its slots."""
     boxes, scores, classes = found
     count = int((classes >= 0).sum())
     assert (classes[:count] >= 0).all(), "empty slots come last"
     assert (boxes[count:] == 0).all() and (scores[count:] == 0).all()
     point = (boxes[:count, None, :2] == points).all(dim=2).int().argmax(dim=1)
-    selected = point * len(logits) + classes[:count]
-    cls, both = scores_in_float64(logits, quality)
-    threshold, topk, score_rule = arguments[7], arguments[8], arguments[11]
-    inputs = pairs_of(logits, quality)
-    assert_follows_the_rule(selected, (cls, both), inputs, threshold, topk, options)
-    wanted = {"cls": cls, "product": both, "sqrt": both.sqrt()}[score_rule].flatten()[selected]
-    torch.testing.assert_close(scores[:count].double(), wanted, rtol=CLOSE, atol=SMALLEST**0.5)
+    index = (point * len(logits) + classes[:count]).numpy()
+    oracles.check_selection(index, scores[:count], logits, quality, len(classes), options)
     side = ltrb.flatten(1).t()[point].float() * stride
     expected = torch.cat((points[point] - side[:, :2], points[point] + side[:, 2:]), dim=1)
     assert torch.equal(boxes[:count], expected)
@@ -146,16 +100,17 @@ def assert_selects_the_best(maps, levels, **options):
     arguments = arguments_of(maps, levels, **options)
     found = emulated.ops().select_candidates(*arguments)
     assert_has_the_bits_of_the_cpu(found, arguments)
+    options = DEFAULTS | options
     logits, ltrb, quality = maps
     images, num_classes = logits[0].shape[:2]
-    slots = [min(arguments[8], num_classes * n) for n in levels.points_per_level]
+    slots = [min(options["topk"], num_classes * n) for n in levels.points_per_level]
     points = point_coordinates(levels).split(levels.points_per_level)
     parts = zip(*(x.split(slots, dim=1) for x in found), strict=True)
     for level, part in enumerate(parts):
         for b in range(images):
             assert_level_has_the_best(
                 [x[b] for x in part], *(side[level][b] for side in (logits, ltrb, quality)),
-                points[level], levels.strides[level], arguments, options,
+                points[level], levels.strides[level], options,
             )  # fmt: skip
     return found
 
@@ -184,7 +139,7 @@ def test_lists_that_overflow_or_do_not(spread, topk):
 def test_every_or_no_logit_passes(spread, threshold):
     shapes = [(30, 40)]  # several tiles of a level
     found = assert_selects_the_best(
-        random_maps(shapes, 1, 20, spread), levels_of(shapes), threshold=threshold, topk=900
+        random_maps(shapes, 1, 20, spread), levels_of(shapes), score_threshold=threshold, topk=900
     )
     assert (found[2] >= 0).sum() == (900 if threshold == 0 else 0)
 
@@ -209,7 +164,7 @@ def test_sizes(num_classes, shape, layout):
 def test_more_candidates_than_shared_memory_sorts():
     shapes = [(24, 24)]
     maps = random_maps(shapes, 1, 10)
-    assert_selects_the_best(maps, levels_of(shapes), topk=2500, threshold=0.0)
+    assert_selects_the_best(maps, levels_of(shapes), topk=2500, score_threshold=0.0)
 
 
 def test_equal_candidates_end_where_a_tile_ends():
@@ -240,7 +195,7 @@ def test_boxes_equal_the_reference(offset, clip):
     found = emulated.ops().select_candidates(*arguments)
     expected = reference.select_candidates(*arguments)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
-    torch.testing.assert_close(found[1], expected[1], rtol=CLOSE, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=0)
     assert_has_the_bits_of_the_cpu(found, arguments)
 
 

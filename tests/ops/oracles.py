@@ -11,6 +11,7 @@ from torch import Tensor
 from fcos_d2.ops import Levels, point_coordinates
 
 TOLERANCE = 1e-6  # two numbers this close (relative to 1) may be told apart differently
+SMALLEST = 1e-37  # smaller scores may count as 0
 
 
 # ---- assign_targets ----
@@ -78,33 +79,50 @@ def _assign_image(boxes, classes, first, levels, ranges, num_classes, center_rad
 
 def scores_of(logits: Tensor, quality: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(class probability, its product with the quality) of one image and level, each [H W K]."""
-    cls = torch.sigmoid(logits.double()).flatten(1).t()
-    product = cls * torch.sigmoid(quality.double()).flatten()[:, None]
+    cls = torch.sigmoid(logits.float().double()).flatten(1).t()
+    product = cls * torch.sigmoid(quality.float().double()).flatten()[:, None]
     return cls.flatten().numpy(), product.flatten().numpy()
 
 
 def check_selection(
-    index: list[int], cls: np.ndarray, product: np.ndarray, slots: int, options: dict
+    index: np.ndarray, scores: Tensor, logits: Tensor, quality: Tensor, slots: int, options: dict
 ) -> None:
     """Checks the pairs chosen of one image and level, in their order; index = point * K + class."""
+    cls, product = scores_of(logits, quality)
     tested = product if options["threshold_with_quality"] else cls
     rank = product if options["rank_with_quality"] else cls
     threshold = options["score_threshold"]
     valid = ~np.isnan(product)
-    tested = np.where(valid, tested, -1)
-    may = tested >= threshold - TOLERANCE
-    must = tested > threshold + TOLERANCE
+    may = valid & (tested > threshold * (1 - TOLERANCE))
+    must = valid & (tested > max(threshold * (1 + TOLERANCE), SMALLEST))
     chosen = np.zeros(len(cls), dtype=bool)
     chosen[index] = True
     assert chosen.sum() == len(index), "a pair was chosen twice"
     assert may[index].all(), "a pair below the threshold was chosen"
-    in_order = rank[index]
-    assert (in_order[1:] <= in_order[:-1] + TOLERANCE).all(), "not by descending rank"
+    ceiling = rank[index] * (1 + TOLERANCE) + SMALLEST
+    assert (rank[index][1:] <= ceiling[:-1]).all(), "not by descending rank"
     left_out = rank[must & ~chosen]
     if len(index) < slots:
         assert len(left_out) == 0, "a pair above the threshold is missing"
     elif len(left_out) and slots:
-        assert left_out.max() <= in_order.min() + TOLERANCE, "a better pair was left out"
+        assert left_out.max() <= ceiling.min(), "a better pair was left out"
+    _check_order_of_equals(index, valid, logits, quality)
+    want = {"cls": cls, "product": product, "sqrt": product**0.5}[options["score_rule"]][index]
+    np.testing.assert_allclose(scores.double(), want, rtol=TOLERANCE, atol=SMALLEST**0.5)
+
+
+def _check_order_of_equals(index, valid, logits, quality):
+    """Of pairs with equal logits the first ones are chosen, in order."""
+    inputs = torch.broadcast_tensors(logits.flatten(1).t(), quality.flatten()[:, None])
+    inputs = torch.stack(inputs, dim=-1).flatten(0, 1).float().numpy()
+    group = np.unique(inputs, axis=0, return_inverse=True)[1].ravel()
+    order = np.argsort(group, kind="stable")
+    order = order[valid[order]]
+    place = np.full(len(inputs), len(inputs))  # beyond the last for what was not chosen
+    place[index] = np.arange(len(index))
+    first, second = order[:-1], order[1:]
+    was_passed_over = (group[first] == group[second]) & (place[second] < place[first])
+    assert not was_passed_over.any(), "of equal pairs, a later one was chosen before an earlier"
 
 
 # ---- batched_nms ----
@@ -168,7 +186,8 @@ def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
             )
         else:
             lower = rivals[best] & (inter[best] > options["iou_threshold"] * union[best])
-            alive = np.where(lower & np.isfinite(alive), alive * (1 - iou[best]), alive)
+            lower &= np.isfinite(alive)
+            np.multiply(alive, 1 - iou[best], out=alive, where=lower)
         if (np.abs(alive - options["min_score"]) <= TOLERANCE).any():
             return
         alive[~(alive > options["min_score"])] = -math.inf
