@@ -118,7 +118,7 @@ def test_gradients_are_clipped_for_both_optimizers(fcos_cfg, name):
 )
 def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch, kind, evaluator):
     made = []
-    monkeypatch.setattr(f"fcos_d2.engine.trainer.{evaluator}", lambda *a, **k: made.append(a))
+    monkeypatch.setattr(f"fcos_d2.engine.evaluators.{evaluator}", lambda *a, **k: made.append(a))
     name = named_data(kind)
     evaluator_for(name, "output")
     assert made == [(name,)]

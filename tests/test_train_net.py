@@ -22,12 +22,11 @@ LAZY_CONFIG = """
 import torch
 from detectron2.config import LazyCall as L, LazyConfig
 from detectron2.data import build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling.backbone import ResNet
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 from fcos_d2.data import FCOSDatasetMapper, load_dataset
-from fcos_d2.engine import TrainLoader
+from fcos_d2.engine import TrainLoader, evaluator_for
 
 model = LazyConfig.load("COMMON/fcos.py").model
 model.backbone.bottom_up.stages.depth = 18
@@ -55,7 +54,7 @@ dataloader = dict(
         mapper={**mapper, "is_train": False},
         num_workers=0,
     ),
-    evaluator=L(COCOEvaluator)(dataset_name="tiny_shapes", use_fast_impl=False),
+    evaluator=L(evaluator_for)(dataset_name="tiny_shapes"),
 )
 optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001, momentum=0.9)
 lr_multiplier = L(CosineParamScheduler)(start_value=1.0, end_value=0.1)
@@ -323,7 +322,7 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script):
 
 
 def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):
-    text = LAZY_CONFIG.replace("from fcos_d2.engine import TrainLoader", "")
+    text = LAZY_CONFIG.replace("import TrainLoader, evaluator_for", "import evaluator_for")
     text = text.replace("_test_loader\n", "_test_loader, build_detection_train_loader\n")
     (script.folder / "tiny.py").write_text(
         text.replace("TrainLoader", "build_detection_train_loader")

@@ -5,12 +5,13 @@ What a user got wrong leaves this package as an InputError; ``run_script`` print
 
 from . import downloads  # noqa: F401  (registers how URLs are opened)
 from .checkpoint import Checkpointer
+from .evaluators import evaluator_for
 from .hooks import AssignmentStatistics, TrainingPanels
 from .lazy import is_lazy, run_lazy
 from .script import run_script
 from .setup import choose_device, read_cfg, setup_cfg
 from .train_loader import TrainLoader
-from .trainer import Trainer, evaluate, evaluator_for
+from .trainer import Trainer, evaluate
 
 __all__ = [
     "AssignmentStatistics",

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import logging
-import math
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from numbers import Real
 
 import torch
 from detectron2.data import (
@@ -21,30 +18,24 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import HookBase, TrainerBase, hooks
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
-from pycocotools.coco import COCO
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import IterableDataset
 
 from .._compat import ResumableTrainer
-from ..data import FCOSDatasetMapper, check_num_classes, load_dataset, prepare
+from ..data import FCOSDatasetMapper, check_num_classes, load_dataset
 from ..errors import InputError, one_line_cause
 from ..evaluation import ThresholdEvaluator
 from ..modeling import FCOS
 from ..modeling.tta import FCOSWithTTA
 from .checkpoint import Checkpointer
 from .distributed import distribute
+from .evaluators import evaluator_for
 from .hooks import (
     AssignmentStatistics,
     CheckpointHook,
@@ -375,48 +366,6 @@ def _is_before(line: bytes, first: int) -> bool:
         return line.endswith(b"\n") and json.loads(line)["iteration"] < first
     except ValueError:  # it was cut off
         return False
-
-
-def evaluator_for(dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """The evaluator that the metadata of ``dataset_name`` asks for.
-
-    Raises:
-        InputError: it asks for none, or for one that does not fit boxes.
-    """
-    prepare(dataset_name)
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind == "coco":
-        # The fast implementation is compiled code that many builds of detectron2 lack.
-        evaluator = COCOEvaluator(
-            dataset_name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False
-        )
-        complete_annotations(evaluator._coco_api)
-        return evaluator
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_dir)
-    raise InputError(
-        f"data set {dataset_name!r} has evaluator_type {kind!r}, which is none of coco, pascal_voc "
-        f"and lvis; set MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco' where you "
-        "register it"
-    )
-
-
-def complete_annotations(coco_api: COCO) -> None:
-    """Gives annotations what COCOeval reads of them and a COCO file may lack.
-
-    It takes an id of 0 for "no match" and cannot take a text, so ids count from 1. ``iscrowd`` is 0
-    where there is none, ``area`` that of the box where it is missing or no number.
-    """
-    for number, annotation in enumerate(coco_api.dataset.get("annotations", ()), 1):
-        area, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
-        if not isinstance(area, Real) or not 0 <= area < math.inf:
-            area = width * height
-        iscrowd = int(annotation.get("iscrowd") or 0)
-        annotation.update(id=number, iscrowd=iscrowd, area=area)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_api.createIndex()
 
 
 @contextlib.contextmanager
