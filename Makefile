@@ -48,7 +48,7 @@ lint: env ## check style
 bench: env ## measure the ops beside their peers, into benchmarks/results/
 	$(BIN)/python -W ignore -m benchmarks
 
-# The Python of .venv where there is one, else one that has torch, pytest and hypothesis.
+# The Python of .venv where there is one, else one that has torch, numpy, pytest and hypothesis.
 GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 gpu-check: gpu-build gpu-test gpu-bench gpu-sanitize ## on a GPU: the four below; make -k goes on after a failure

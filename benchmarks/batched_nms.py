@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fcos_d2.ops import batched_nms, batched_nms_padded
 
-from .measure import Row, compare
+from .measure import Row, compare, graph_of
 from .peers import needs
 from .workload import CLASSES, size_in_bytes
 
@@ -35,9 +35,11 @@ def _batch(images: int, count: int, device: torch.device) -> list[Row]:
     def ours():
         return batched_nms_padded(*padded, iou_threshold=THRESHOLD, max_detections=count)
 
-    contenders = {"ours": ours, **_torchvision(boxes, scores, groups, THRESHOLD)}
+    peers = {**graph_of(ours, device), **_torchvision(boxes, scores, groups, THRESHOLD)}
     floor = size_in_bytes([boxes, scores, classes])
-    return compare("batched_nms", f"{images} images x {count} boxes", contenders, device, floor)
+    return compare(
+        "batched_nms", f"{images} images x {count} boxes", {"ours": ours, **peers}, device, floor
+    )
 
 
 @needs("torchvision")

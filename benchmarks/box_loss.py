@@ -6,14 +6,18 @@ import torch
 
 from fcos_d2.ops import assign_targets, box_loss, sigmoid_focal_loss
 
-from .measure import Row, compare
+from .measure import Row, compare, graph_of
 from .peers import needs
-from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch, size_in_bytes
+from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch, name_of, size_in_bytes
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """100 objects per image, float32."""
-    batch = make_batch(images, 100, device)
+    """100 objects per image; float32 and bfloat16."""
+    return [row for dtype in (torch.float32, torch.bfloat16) for row in _run(images, device, dtype)]
+
+
+def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    batch = make_batch(images, 100, device, dtype)
     maps = [*batch.logits, *batch.ltrb, *batch.quality]
 
     def ours():
@@ -27,9 +31,10 @@ def run(images: int, device: torch.device) -> list[Row]:
         total = cls + quality / positives + box / targets.centerness.sum().clamp(min=1e-6)
         return torch.autograd.grad(total, maps)
 
-    contenders = {"ours": ours, **_detectron2(images, batch, maps, device)}
+    peers = {**graph_of(ours, device), **_detectron2(images, batch, maps, device)}
     floor = 2 * size_in_bytes(maps) + TARGET_BYTES * images * LEVELS.num_points
-    return compare("all losses", f"{images} x 100 boxes", contenders, device, floor)
+    workload = f"{images} x 100 boxes, {name_of(dtype)}"
+    return compare("all losses", workload, {"ours": ours, **peers}, device, floor)
 
 
 @needs("detectron2")

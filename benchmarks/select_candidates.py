@@ -6,23 +6,26 @@ import torch
 
 from fcos_d2.ops import batched_nms_padded, select_candidates
 
-from .measure import Row, compare
+from .measure import Row, compare, graph_of
 from .peers import needs
-from .workload import CLASSES, HEIGHT, LEVELS, STRIDES, WIDTH, make_batch, size_in_bytes
+from .workload import CLASSES, HEIGHT, LEVELS, STRIDES, WIDTH, make_batch, name_of, size_in_bytes
 
 SHIFT = 0.08  # of the logits, so that about 16.7k (point, class) pairs of an image pass
 RULE = {"score_threshold": 0.04, "threshold_with_quality": True}  # sqrt(cls * quality) > 0.2
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """A batch, and one image alone."""
-    return [*_run(images, device), *_run(1, device)]
+    """A batch, and one image alone; float32 and bfloat16."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += [*_run(images, device, dtype), *_run(1, device, dtype)]
+    return rows
 
 
-def _run(images: int, device: torch.device) -> list[Row]:
+def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """About 16,700 candidates per image, and every logit above the threshold."""
     rows = []
-    batch = make_batch(images, 8, device)
+    batch = make_batch(images, 8, device, dtype)
     ltrb, quality = ([x.detach() for x in m] for m in (batch.ltrb, batch.quality))
     for workload, shift in (("16.7k candidates", SHIFT), ("all logits pass", 25.0)):
         logits = [x.detach() + shift for x in batch.logits]
@@ -32,8 +35,9 @@ def _run(images: int, device: torch.device) -> list[Row]:
             return batched_nms_padded(*found)
 
         maps = (logits, ltrb, quality)
-        contenders = {"ours": ours, **_detectron2(*maps, device), **_torchvision(*maps, device)}
-        name = f"{images} image{'s' * (images > 1)}, {workload}"
+        peers = {**_detectron2(*maps, device), **_torchvision(*maps, device)}
+        contenders = {"ours": ours, **graph_of(ours, device), **peers}
+        name = f"{images} image{'s' * (images > 1)}, {workload}, {name_of(dtype)}"
         floor = size_in_bytes([*logits, *quality])
         rows += compare("post-processing", name, contenders, device, floor)
     return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import one_hot
 
@@ -9,7 +11,7 @@ from fcos_d2.ops import assign_targets, sigmoid_focal_loss
 
 from .measure import Row, compare
 from .peers import needs
-from .workload import CLASSES, LEVELS, RANGES, make_batch, size_in_bytes
+from .workload import CLASSES, LEVELS, RANGES, make_batch, name_of, size_in_bytes
 
 
 def run(images: int, device: torch.device) -> list[Row]:
@@ -21,21 +23,33 @@ def run(images: int, device: torch.device) -> list[Row]:
         labels = assign_targets(*truth, LEVELS, RANGES, num_classes=CLASSES).labels
         wide = labels.long()
 
-        def step(loss, labels, batch=batch):
-            return lambda: torch.autograd.grad(loss(batch.logits, labels), batch.logits)
+        def step(loss, labels, logits=batch.logits):
+            return lambda: torch.autograd.grad(loss(logits, labels), logits)
 
-        def saved(logits, labels):
-            return sigmoid_focal_loss(logits, labels, save_gradient=True)
-
+        saved = partial(sigmoid_focal_loss, scale=torch.ones((), device=device), save_gradient=True)
+        last = [x.detach().contiguous(memory_format=torch.channels_last) for x in batch.logits]
         contenders = {
             "ours": step(saved, labels),
             "ours, gradient recomputed": step(sigmoid_focal_loss, labels),
+            "ours, channels_last": step(saved, labels, [x.requires_grad_() for x in last]),
             **{name: step(loss, wide) for name, loss in _peers(device).items()},
         }
-        name = str(dtype).removeprefix("torch.")
+        workload = f"{images} images, {name_of(dtype)}"
         floor = 2 * size_in_bytes(batch.logits) + size_in_bytes([labels])
-        rows += compare("sigmoid_focal_loss", f"{images} images, {name}", contenders, device, floor)
+        rows += compare("sigmoid_focal_loss", workload, contenders, device, floor)
+        rows += compare(
+            "sigmoid_focal_loss", f"{workload}, backward with the gradient saved",
+            {"ours": _handing_on(batch.logits, labels)}, device, 0,
+        )  # fmt: skip
     return rows
+
+
+def _handing_on(logits, labels):
+    """What is left for the backward pass, where the incoming gradient is 1."""
+    one = torch.ones((), device=labels.device)
+    gradient = [torch.empty_like(x) for x in logits]
+    arguments = (gradient, one, [x.detach() for x in logits], labels, one, 0.25, 2.0)
+    return lambda: torch.ops.fcos_d2.sigmoid_focal_loss_correct_gradient(*arguments)
 
 
 def _peers(device):

@@ -63,3 +63,8 @@ def make_batch(images: int, boxes: int, device: torch.device, dtype=torch.float3
 def size_in_bytes(tensors: list[Tensor]) -> int:
     """Of all elements together."""
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -51,7 +51,9 @@ def test_every_op_is_measured_where_no_peer_is_installed(tmp_path):
     assert ops == {
         "assign_targets", "sigmoid_focal_loss", "all losses", "post-processing", "batched_nms",
     }  # fmt: skip
-    assert {what for _, _, what, *_ in rows} == {"what", "ours", "ours, gradient recomputed"}
+    assert {what for _, _, what, *_ in rows} == {
+        "what", "ours", "ours, gradient recomputed", "ours, channels_last",
+    }  # fmt: skip
     assert table.count("Not installed, so not measured: ") == 1
     for name, command in peers.INSTALL.items():
         assert f"{name} (`{command}`)" in table

@@ -135,9 +135,9 @@ FIGURES = {
         "focal loss, forward": (
             "sigmoid_focal_loss", "2 images, float32", "fvcore", "torch.compile of fvcore",
         ),
-        "all losses": ("all losses", "2 x 100 boxes", "detectron2"),
+        "all losses": ("all losses", "2 x 100 boxes, float32", "detectron2"),
         "post-processing": (
-            "post-processing", "2 images, 16.7k candidates", "detectron2", "torchvision",
+            "post-processing", "2 images, 16.7k candidates, float32", "detectron2", "torchvision",
         ),
     },
     "docs/benchmarks.md": {
@@ -148,12 +148,12 @@ FIGURES = {
         "the same in bfloat16": (
             "sigmoid_focal_loss", "2 images, bfloat16", "torch.compile of fvcore", "fvcore",
         ),
-        "all losses": ("all losses", "2 x 100 boxes", "detectron2"),
+        "all losses": ("all losses", "2 x 100 boxes, float32", "detectron2"),
         "post-processing": (
-            "post-processing", "1 image, 16.7k candidates", "torchvision", "detectron2",
+            "post-processing", "1 image, 16.7k candidates, float32", "torchvision", "detectron2",
         ),
         "the same, every logit": (
-            "post-processing", "1 image, all logits pass", "torchvision", "detectron2",
+            "post-processing", "1 image, all logits pass, float32", "torchvision", "detectron2",
         ),
         "`batched_nms`, 1,000": ("batched_nms", "1000 boxes", "torchvision, shifted boxes"),
         "5,000": ("batched_nms", "5000 boxes", "torchvision, loop over classes"),

@@ -83,32 +83,35 @@ __device__ bool find_patch(const Plan& plan, const Matrix& m, int block, int vec
   return patch->image < plan.num_images;
 }
 
-__device__ void check_label(const Plan& plan, int label) {
-  FCOS_ASSERT(
-      label >= -1 && label <= plan.num_classes,
-      "sigmoid_focal_loss: labels must lie in [-1, K]: -1 is ignored, K is background");
+__device__ bool is_label(const Plan& plan, int label) {
+  return label >= -1 && label <= plan.num_classes;
 }
 
-// Bit i is set where row i is not plain.
+// Bit i is set where row i is not plain. Labels are checked together, so that their loads do not
+// wait for each other.
 template <int V>
 __device__ unsigned find_special_rows(const Plan& plan, const Matrix& m, const Patch& patch) {
   unsigned special = 0;
+  bool good = true;
   if (m.columns_are_classes) {
+#pragma unroll 4
     for (int i = 0; i < patch.num_rows; ++i) {
       int label = patch.labels[patch.first_row + i * m.row_step];
-      check_label(plan, label);
+      good &= is_label(plan, label);
       bool has_true_class = unsigned(label - patch.first_column) < unsigned(V);
       special |= unsigned(has_true_class || label == -1) << i;
     }
-    return special;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
-    int label = patch.labels[patch.first_column + j];
-    check_label(plan, label);
-    unsigned row = unsigned(label - patch.first_row);
-    special |= label == -1 ? ~0u : row < unsigned(patch.num_rows) ? 1u << row : 0u;
+    for (int j = 0; j < V; ++j) {
+      int label = patch.labels[patch.first_column + j];
+      good &= is_label(plan, label);
+      unsigned row = unsigned(label - patch.first_row);
+      special |= label == -1 ? ~0u : row < unsigned(patch.num_rows) ? 1u << row : 0u;
+    }
   }
+  FCOS_ASSERT(
+      good, "sigmoid_focal_loss: labels must lie in [-1, K]: -1 is ignored, K is background");
   return special;
 }
 

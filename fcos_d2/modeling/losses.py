@@ -187,16 +187,18 @@ class FCOSLoss(nn.Module):
     @torch.no_grad()
     def _normalizers(self, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Divisors of the classification, box and quality loss."""
-        positives = targets.counts[..., 0].sum().float()
-        points = positives.new_full((), float(targets.labels.numel()))
-        totals = torch.stack((positives, targets.centerness.sum(), points))
+        totals = [targets.counts[..., 0].sum().float(), targets.centerness.sum()]
+        if self.cls_normalizer == "all":
+            totals.append(totals[0].new_full((), float(targets.labels.numel())))
         if self.sync_normalizer and comm.get_world_size() > 1:
             # Unconditional on every process: one without objects must not leave the others waiting.
-            torch.distributed.all_reduce(totals)
-            totals = totals / comm.get_world_size()
-        foreground = totals[0].clamp(min=1)
-        cls = {"fg": foreground, "all": totals[2].clamp(min=1)}.get(self.cls_normalizer)
-        if cls is None:
+            packed = torch.stack(totals)
+            torch.distributed.all_reduce(packed)
+            totals = (packed / comm.get_world_size()).unbind()
+        cls = foreground = totals[0].clamp(min=1)
+        if self.cls_normalizer == "all":
+            cls = totals[2].clamp(min=1)
+        elif self.cls_normalizer == "moving_fg":
             self.moving_fg.lerp_(foreground, 1 - self.MOMENTUM)
             cls = self.moving_fg.clone()
         quality = cls if self.box_normalizer == "cls" else foreground

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks.measure import captured
+
+__all__ = ["captured", "forbidden_to_wait", "results_on_streams"]
+
 
 @contextmanager
 def forbidden_to_wait() -> Iterator[None]:
@@ -16,19 +20,6 @@ def forbidden_to_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(call: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """``call`` as a CUDA graph, and the result that every replay writes anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # loads the kernels, which a graph cannot hold
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 def results_on_streams(calls: Sequence[Callable], rounds: int) -> Iterator[list]:

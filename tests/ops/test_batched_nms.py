@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +121,7 @@ def test_images_of_a_batch_are_independent():
     limit=st.sampled_from([1, 10, 200]),
 )
 def test_both_forms_equal_torchvision(seed, count, classes, threshold, limit):
+    torchvision = pytest.importorskip("torchvision")
     generator = torch.Generator().manual_seed(seed)
     boxes = inputs.boxes(count, 64, 64, generator)
     scores = torch.randint(0, 50, (count,), generator=generator) / 50  # many ties

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 from torch.autograd import gradcheck
 
 from fcos_d2.ops import Targets, box_loss
@@ -123,15 +122,16 @@ def test_quality_target_is_centerness_or_iou():
 @pytest.mark.parametrize(
     "loss_type, peer",
     [
-        ("giou", torchvision.ops.generalized_box_iou_loss),
-        ("diou", torchvision.ops.distance_box_iou_loss),
-        ("ciou", torchvision.ops.complete_box_iou_loss),
+        ("giou", "generalized_box_iou_loss"),
+        ("diou", "distance_box_iou_loss"),
+        ("ciou", "complete_box_iou_loss"),
     ],
 )
 def test_equals_peers_on_boxes(loss_type, peer):
     pred = torch.rand(200, 4, dtype=torch.float64) * 5
     target = torch.rand(200, 4, dtype=torch.float64) * 5 + 0.1
     sign = torch.tensor([-1, -1, 1, 1])
+    peer = getattr(pytest.importorskip("torchvision").ops, peer)
     expected = peer(8 * sign * pred + 50, 8 * sign * target + 50)
     loss, _, _ = iou_loss(pred, target, loss_type)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
