@@ -371,10 +371,10 @@ def export_detector(
 ) -> None:
     """Writes ``model`` as a file that a runtime opens without fcos_d2 and without detectron2.
 
-    The graph takes ``images``, uint8 Tensor[B, 3, H, W] in the channel order of ``model``, each
-    side longer than the backbone's size divisibility, and returns ``boxes``, ``scores``,
-    ``classes`` and ``counts`` as ``fcos_d2.ops.Detections`` describes them. TorchScript and
-    torch.export files run on the device of ``model``.
+    The graph takes ``images``, uint8 Tensor[B, 3, H, W] in the channel order of ``model``, and
+    returns ``boxes``, ``scores``, ``classes`` and ``counts`` as ``fcos_d2.ops.Detections``
+    describes them. For torch.export each side must be longer than the coarsest stride. TorchScript
+    and torch.export files run on the device of ``model``.
 
     Args:
         model: the detector, in any mode.

@@ -14,11 +14,11 @@ from detectron2.structures import Instances
 from torch import nn
 
 from .data import class_names
-from .engine import Checkpointer, Trainer, choose_device, read_cfg
+from .engine import choose_device, load_detector, read_cfg
 from .errors import InputError
 from .evaluation import THRESHOLD_FILE, Thresholds, read_thresholds
 
-FINAL_WEIGHTS = ("model_final_ema.pth", "model_final.pth")  # the average is what was evaluated
+FINAL_WEIGHTS = "model_final.pth"
 
 
 class Found(NamedTuple):
@@ -49,7 +49,7 @@ class Predictor:
         names: Sequence[str] | None = None,
     ):
         self._model, self._input_format = model, input_format
-        self._resize = T.ResizeShortestEdge(resize[0], resize[1])
+        self._resize = resize
         self._thresholds, self.class_names = np.asarray(thresholds, dtype=float), names
 
     @torch.no_grad()
@@ -62,7 +62,9 @@ class Predictor:
         height, width = image.shape[:2]
         if self._input_format == "BGR":
             image = image[:, :, ::-1]
-        image = self._resize.get_transform(image).apply_image(image)
+        size = T.ResizeShortestEdge.get_output_shape(height, width, *self._resize)
+        size = [max(1, side) for side in size]  # of a picture that is nothing but an edge
+        image = T.ResizeTransform(height, width, *size).apply_image(image)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
         return {"image": pixels, "height": height, "width": width}
 
@@ -84,7 +86,8 @@ def build_predictor(
     Args:
         config_file: the config that the model was trained with.
         opts: KEY VALUE pairs that override it.
-        weights: file; what training left in OUTPUT_DIR where empty.
+        weights: file or URL. Where empty, MODEL.WEIGHTS of ``opts``, or else what training left in
+            OUTPUT_DIR. With MODEL_EMA.ENABLED it is their average that counts, as in evaluation.
         threshold: lowest score of all classes. None: those measured in the last evaluation, from
             the folder of the weights; 0.5 where there are none.
 
@@ -94,10 +97,11 @@ def build_predictor(
     cfg = read_cfg(config_file, opts)
     choose_device(cfg)
     num_classes = cfg.MODEL.FCOS.NUM_CLASSES
-    weights = Path(weights or _final_weights(Path(cfg.OUTPUT_DIR)))
-    model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(str(weights))
-    measured = _measured(weights.parent, num_classes)
+    if not weights and "MODEL.WEIGHTS" in opts[::2]:
+        weights = cfg.MODEL.WEIGHTS
+    weights = weights or _final_weights(cfg.OUTPUT_DIR)
+    model = load_detector(cfg, weights)
+    measured = _measured(Path(weights).parent, num_classes)
     datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     names = measured.class_names if measured else _names_from_data(datasets, num_classes)
     if threshold is None:
@@ -106,14 +110,14 @@ def build_predictor(
     return Predictor(model, size, cfg.INPUT.FORMAT, threshold, names)
 
 
-def _final_weights(folder: Path) -> Path:
-    for name in FINAL_WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(
-        f"no weights in {folder}: there is no {FINAL_WEIGHTS[-1]}; train first, or pass "
-        "--weights FILE"
-    )
+def _final_weights(folder: str) -> str:
+    path = Path(folder, FINAL_WEIGHTS)
+    if not path.is_file():
+        raise InputError(
+            f"no weights in {folder}: there is no {FINAL_WEIGHTS}; train first, or pass "
+            "--weights FILE"
+        )
+    return str(path)
 
 
 def _measured(folder: Path, num_classes: int) -> Thresholds | None:

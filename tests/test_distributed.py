@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from fcos_d2.engine import run_script
-from fcos_d2.engine.distributed import TORCHRUN, started_by_torchrun
+from fcos_d2.engine.distributed import TORCHRUN, distribute, started_by_torchrun
 from fcos_d2.engine.hooks import Preempted
 from fcos_d2.engine.trainer import scale_to_processes
 from fcos_d2.errors import InputError
@@ -170,6 +172,16 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert started_by_torchrun() and run_script(lambda args: None, ARGS) == 2
     assert "2 processes, but 1 GPU is there; pass --nproc-per-node 1" in capsys.readouterr().err
+
+
+def test_sync_bn_of_a_single_process_of_torchrun_is_refused_on_the_cpu(tmp_path):
+    group = {"init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **group)
+    try:
+        with pytest.raises(InputError, match="SyncBN needs GPUs"):
+            distribute(nn.SyncBatchNorm(3))
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- scaling ----

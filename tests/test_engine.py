@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
@@ -14,12 +15,20 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from fcos_d2 import add_fcos_config
 from fcos_d2._compat import ResumableTrainer
-from fcos_d2.engine import AssignmentStatistics, Checkpointer, Trainer, evaluator_for
+from fcos_d2.engine import (
+    AssignmentStatistics,
+    Checkpointer,
+    Trainer,
+    TrainLoader,
+    evaluator_for,
+)
 from fcos_d2.engine.hooks import WeightAveraging
 from fcos_d2.engine.step import StepTrainer
 from fcos_d2.engine.trainer import averaged_model, batch_size, evaluate
 from fcos_d2.errors import InputError
+from fcos_d2.evaluation import THRESHOLD_FILE
 
 from .tiny_training import write_shapes
 
@@ -218,6 +227,56 @@ def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg
         evaluate(fcos_cfg)
 
 
+def test_thresholds_lie_beside_the_weights_that_were_evaluated(script, tmp_path):
+    assert script().status == 0
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "output" / "model_final.pth").rename(tmp_path / "shared" / "w.pth")
+    before = (tmp_path / "output" / THRESHOLD_FILE).read_text()
+    (tmp_path / "output" / THRESHOLD_FILE).write_text("of the training")
+    assert script("--eval-only", "MODEL.WEIGHTS", "shared/w.pth").status == 0
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() == "of the training"
+    assert (tmp_path / "shared" / THRESHOLD_FILE).read_text() == before
+    assert script("--eval-only").status == 0  # weights from nowhere
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() != "of the training"
+
+
+def test_thresholds_are_not_measured_on_lvis(named_data, fcos_cfg, monkeypatch):
+    monkeypatch.setattr("fcos_d2.engine.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
+    fcos_cfg.DATASETS.TEST = (named_data("lvis"),)
+    assert Trainer.build_evaluator(fcos_cfg, fcos_cfg.DATASETS.TEST[0]) == "LVIS"
+
+
+TWO_STAGES = """
+_BASE_: tiny.yaml
+MODEL:
+  META_ARCHITECTURE: DETECTOR
+  PROPOSAL_GENERATOR: {NAME: FCOSProposals}
+  FCOS: {YIELD_PROPOSAL: True}
+  ROI_HEADS: {NAME: StandardROIHeads, NUM_CLASSES: 2, IN_FEATURES: [p2, p3], SCORE_THRESH_TEST: 0.0}
+  ROI_BOX_HEAD: {NAME: FastRCNNConvFCHead, NUM_FC: 1, FC_DIM: 16, POOLER_RESOLUTION: 4}
+VIS_PERIOD: 1
+"""
+
+
+@pytest.mark.parametrize(
+    "architecture, measured", [("GeneralizedRCNN", "bbox"), ("ProposalNetwork", "box_proposals")]
+)
+def test_detectors_around_fcos_train_and_are_evaluated(script, architecture, measured):
+    (script.folder / "two.yaml").write_text(TWO_STAGES.replace("DETECTOR", architecture))
+    assert script(config="two.yaml").status == 0
+    result = script("--eval-only", "MODEL.WEIGHTS", "output/model_final.pth", config="two.yaml")
+    assert result.status == 0 and measured in result.results[0]
+
+
+def test_a_config_that_nobody_resolved_trains(script):
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.merge_from_file("tiny.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.FCOS.CONVENTION = "cpu", "torchvision"
+    trainer = Trainer(cfg)
+    assert trainer.model.grid.offset == 0
+
+
 # ---- statistics, checkpoints ----
 
 
@@ -398,7 +457,7 @@ def test_a_decay_that_averages_nothing_is_refused(decay):
 def test_the_average_is_evaluated_saved_and_found_again(script, monkeypatch):
     evaluated = []
 
-    def test(cls, cfg, model):
+    def test(cls, cfg, model, evaluators=None):
         evaluated.append({key: value.clone() for key, value in model.state_dict().items()})
         return {}
 
@@ -413,3 +472,25 @@ def test_the_average_is_evaluated_saved_and_found_again(script, monkeypatch):
     assert script(*weights, "output/model_final.pth", *ema).status == 0
     assert script(*weights, "output/model_final.pth").status == 0
     torch.testing.assert_close(evaluated, [dict(average)] * 3 + [dict(last)], rtol=0, atol=0)
+
+
+def test_precise_statistics_are_those_of_the_average(script):
+    ema = ("MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.999)
+    precise = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3)
+    period = ("TEST.EVAL_PERIOD", 2)
+    name = "backbone.bottom_up.stem.conv1.norm.running_var"
+    found = []
+    for options in (ema, (*ema, *precise)):
+        assert script(*options, *period).status == 0
+        found.append(torch.load(script.folder / "output" / "model_final_ema.pth")["model"][name])
+    assert (found[1] > 3 * found[0]).all()  # which are mostly the initial ones
+
+
+def test_a_period_without_checkpoints_is_refused(script):
+    result = script("SOLVER.CHECKPOINT_PERIOD", 0)
+    assert result.status == 2 and "CHECKPOINT_PERIOD must be at least 1, got 0" in result.err
+
+
+def test_data_without_a_length_is_refused():
+    with pytest.raises(InputError, match="type map, which has no length; register a list"):
+        TrainLoader(map(dict, []), mapper=dict, total_batch_size=1)

@@ -304,7 +304,7 @@ def test_interrupting_is_clean(script, monkeypatch):
     assert result.status == 130 and "--resume" in result.err
 
 
-def test_a_lazy_config_trains_resumes_and_evaluates(script):
+def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
     (script.folder / "tiny.py").write_text(LAZY_CONFIG)
     longer = ("train.max_iter=4", "train.checkpointer.period=2", "train.max_skipped_iters=1")
     longer += ("train.gradient_accumulation=2", "train.model_ema={enabled: True, decay: 0.5}")
@@ -319,6 +319,13 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script):
     weights = "train.init_checkpoint=output/model_final_ema.pth"
     result = script("--eval-only", weights, config="tiny.py")
     assert result.status == 0 and "bbox" in result.results[0]
+    weights, average = weights.replace("_ema", ""), "train.model_ema={enabled: True}"
+    evaluated = "fcos_d2.engine.lazy._test_lazy"
+    monkeypatch.setattr(evaluated, lambda cfg, model: model.head.cls_logits.bias.tolist())
+    last, averaged = (torch.load(output / f"model_final{x}.pth")["model"] for x in ("", "_ema"))
+    for state, options in ((last, ()), (averaged, (average,))):
+        result = script("--eval-only", weights, *options, config="tiny.py")
+        assert result.results == [state["head.cls_logits.bias"].tolist()]
 
 
 def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):

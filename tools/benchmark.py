@@ -26,7 +26,7 @@ from detectron2.structures import Boxes, Instances
 from torch.utils.benchmark import Timer
 
 from fcos_d2 import FCOS, InputError
-from fcos_d2.engine import Checkpointer, Trainer, choose_device, read_cfg
+from fcos_d2.engine import Trainer, choose_device, load_detector, read_cfg
 from fcos_d2.ops import backend
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,14 +156,12 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Callable:
 
 def report(cfg: CfgNode, options: argparse.Namespace) -> None:
     """Measures and prints."""
-    model = Trainer.build_model(cfg)
+    model = load_detector(cfg)
     if not isinstance(model, FCOS):
         raise InputError(
             f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; pass the "
             "--config-file of a detector of this package"
         )
-    if cfg.MODEL.WEIGHTS:
-        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     for line in _circumstances(cfg, options):
         print(line)
     print("\n| part | ms per batch | images per second | includes |\n|---|---|---|---|")

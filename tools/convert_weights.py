@@ -61,7 +61,7 @@ def _read(source: str, trust_pickle: bool) -> tuple[Weights, Needs | None, str |
         conventions = " or ".join(recognised.needs.conventions)
         what = f"recognised as {recognised.layout}, convention {conventions}"
         return recognised.weights, recognised.needs, what
-    weights, _ = unwrap(checkpoint.get("model", checkpoint))
+    weights, _ = unwrap(checkpoint)
     return weights, None, f"recognised as {OURS}" if is_ours(weights) else None
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fcos_d2 import FCOS, InputError
 from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
-from fcos_d2.engine import Checkpointer, Trainer, choose_device, read_cfg
+from fcos_d2.engine import choose_device, load_detector, read_cfg
 from fcos_d2.export import (
     FORMATS,
     Agreement,
@@ -69,9 +69,7 @@ def load_model(cfg: CfgNode) -> FCOS:
             "MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and the file of the weights"
         )
     cfg.MODEL.COMPILE = False  # a graph is captured from the plain model
-    model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model
+    return load_detector(cfg)
 
 
 def describe(cfg: CfgNode) -> dict[str, object]:

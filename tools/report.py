@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fcos_d2 import InputError, add_fcos_config
 from fcos_d2.curves import Series, ap_series, plot_training, read_metrics
 from fcos_d2.data import FCOSDatasetMapper, load_dataset, register_datasets
-from fcos_d2.engine import Checkpointer, Trainer
+from fcos_d2.engine import load_detector
 from fcos_d2.errors import one_line_cause
 from fcos_d2.evaluation import Objects, ground_truth
 from fcos_d2.evaluation.report import write_report
@@ -144,17 +144,13 @@ def _evaluated_other_weights(output_dir: Path, cfg: CfgNode) -> bool:
 
 def _run_model(output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]) -> dict[object, Objects]:
     weights = _require(_weights(output_dir), "finish the training")
-    model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(str(weights))
+    model = load_detector(cfg, str(weights))
     mapper = FCOSDatasetMapper(cfg, is_train=False)
     found = {}
     with torch.no_grad():
         for record in tqdm(records, disable=None):
-            instances = model([mapper(dict(record))])[0]["instances"].to("cpu")
-            boxes = instances.pred_boxes.tensor.numpy()
-            found[record["image_id"]] = Objects(
-                boxes, instances.pred_classes.tolist(), instances.scores.tolist()
-            )
+            instances = model([mapper(dict(record))])[0]["instances"]
+            found[record["image_id"]] = Objects.of(instances)
     return found
 
 

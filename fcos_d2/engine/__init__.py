@@ -11,7 +11,7 @@ from .lazy import is_lazy, run_lazy
 from .script import run_script
 from .setup import choose_device, read_cfg, setup_cfg
 from .train_loader import TrainLoader
-from .trainer import Trainer, evaluate
+from .trainer import Trainer, evaluate, load_detector
 
 __all__ = [
     "AssignmentStatistics",
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "evaluator_for",
     "is_lazy",
+    "load_detector",
     "read_cfg",
     "run_lazy",
     "run_script",

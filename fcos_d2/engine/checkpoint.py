@@ -43,9 +43,12 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
     With ``reset_class_layer`` the weights start a training: they may be those of a backbone alone,
     and of another number of classes; the class layer keeps its initial values then. Without, they
     must be those of the model, all of them.
+
+    With ``averaged`` the average of the weights is taken (MODEL_EMA) where a checkpoint has one.
     """
 
     reset_class_layer = False
+    averaged = False
     _recognised: Recognised | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
@@ -72,6 +75,8 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
             self._recognised = read(checkpoint, None if layer is None else len(layer))
         if self._recognised:
             return {"model": self._recognised.weights}
+        if self.averaged and "ema" in checkpoint:
+            return {"model": checkpoint["ema"]}
         if filename.endswith(".pkl") and not {"model", "__author__"} <= set(checkpoint):
             with self._naming_the_file():
                 blobs, _ = unwrap(checkpoint.get("blobs", checkpoint))

@@ -52,15 +52,16 @@ def distribute(model: nn.Module, **options) -> nn.Module:
     Raises:
         InputError: SyncBN on the CPU, which torch does not have.
     """
-    if comm.get_world_size() == 1:
-        return model
     device = next(model.parameters()).device
     is_cpu = device.type == "cpu"
-    if is_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+    is_synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if is_cpu and is_synced and dist.is_initialized():  # torchrun may have started one process
         raise InputError(
             "SyncBN needs GPUs where several processes train; set MODEL.FCOS.NORM, "
-            "MODEL.RESNETS.NORM and MODEL.FPN.NORM to GN or BN, or start one process"
+            "MODEL.RESNETS.NORM and MODEL.FPN.NORM to GN or BN, or start without torchrun"
         )
+    if comm.get_world_size() == 1:
+        return model
     return create_ddp_model(model, device_ids=None if is_cpu else [device.index], **options)
 
 

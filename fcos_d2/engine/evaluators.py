@@ -34,9 +34,7 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "coco":
         # The fast implementation is compiled code that many builds of detectron2 lack.
-        evaluator = COCOEvaluator(
-            dataset_name, tasks=("bbox",), output_dir=output_dir, use_fast_impl=False
-        )
+        evaluator = COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
         _complete_annotations(evaluator._coco_api)
         return evaluator
     if kind == "pascal_voc":

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..errors import InputError
 from .distributed import bare, share_buffers
 from .random_state import kept_random_state
 from .saving import AtomicSaving
@@ -117,9 +118,17 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         checkpointer: saves everything from which --resume continues.
         period: in iterations.
         options: further arguments of PeriodicCheckpointer.
+
+    Raises:
+        InputError: a period below 1.
     """
 
     def __init__(self, checkpointer: AtomicSaving, period: int, **options):
+        if period < 1:
+            raise InputError(
+                f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {period}; set it to "
+                "SOLVER.MAX_ITER for the last iteration alone"
+            )
         super().__init__(checkpointer, period, **options)
         self._saved = -1  # the last iteration with a checkpoint
         self._evaluating = False

@@ -46,11 +46,13 @@ def run_lazy(args) -> dict | None:
         logger.warning(f"no GPU found: train.device {cfg.train.device} becomes cpu")
         cfg.train.device = "cpu"
     model = instantiate(cfg.model).to(cfg.train.device)
+    ema = OmegaConf.select(cfg, "train.model_ema") or {"enabled": False}
     if args.eval_only:
-        Checkpointer(model).load(cfg.train.init_checkpoint)
+        checkpointer = Checkpointer(model, cfg.train.output_dir)
+        checkpointer.averaged = ema["enabled"]
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         return _test_lazy(cfg, model)
     trainer = _lazy_trainer(cfg, model)
-    ema = OmegaConf.select(cfg, "train.model_ema") or {"enabled": False}
     averaged = averaged_model(model, ema.get("decay", 0.999) if ema["enabled"] else 0)
     states = {"ema": averaged} if averaged else {}
     checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer, **states)

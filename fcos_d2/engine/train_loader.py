@@ -12,7 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from ctypes import c_byte
 from functools import lru_cache, partial
 from itertools import islice
@@ -55,7 +55,8 @@ class TrainLoader:
         seed: of order and augmentation, the same for all processes. Default: drawn.
 
     Raises:
-        InputError: a batch that cannot be divided among the processes, or a record without size.
+        InputError: a batch that cannot be divided among the processes, a record without size, or a
+            data set without a length.
     """
 
     def __init__(
@@ -69,6 +70,11 @@ class TrainLoader:
         num_workers: int = 0,
         seed: int | None = None,
     ):
+        if not isinstance(dataset, Sized):
+            raise InputError(
+                f"the training data is of type {type(dataset).__name__}, which has no length; "
+                "register a list of records or a torch Dataset with __len__ and __getitem__"
+            )
         self._batch_size = _share(total_batch_size)
         self._is_portrait = _is_portrait(dataset) if aspect_ratio_grouping else None
         self._make_sampler = make_sampler or partial(_shuffle, len(dataset))

@@ -10,12 +10,12 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
 )
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
@@ -25,9 +25,9 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import IterableDataset
 
 from .._compat import ResumableTrainer
+from ..config import fcos_settings
 from ..data import FCOSDatasetMapper, check_num_classes, load_dataset
 from ..errors import InputError, one_line_cause
 from ..evaluation import ThresholdEvaluator
@@ -130,13 +130,10 @@ class Trainer(ResumableTrainer):
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             masks=cfg.MODEL.MASK_ON,
         )
-        check_num_classes(names, cfg.MODEL.FCOS.NUM_CLASSES)
-        mapper = FCOSDatasetMapper(cfg, is_train=True)
-        if isinstance(records, IterableDataset):  # whose order is its own business
-            return build_detection_train_loader(cfg, dataset=records, mapper=mapper)
+        check_num_classes(names, fcos_settings(cfg).NUM_CLASSES)
         return TrainLoader(
             records,
-            mapper=mapper,
+            mapper=FCOSDatasetMapper(cfg, is_train=True),
             make_sampler=sampler_from_config(cfg, records),
             total_batch_size=batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION),
             aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
@@ -147,7 +144,7 @@ class Trainer(ResumableTrainer):
     def build_test_loader(cls, cfg, dataset_name: str):
         """DefaultTrainer's, with FCOSDatasetMapper and checked data."""
         records = load_dataset(dataset_name, filter_empty=False)
-        check_num_classes(dataset_name, cfg.MODEL.FCOS.NUM_CLASSES)
+        check_num_classes(dataset_name, fcos_settings(cfg).NUM_CLASSES)
         return build_detection_test_loader(
             records,
             mapper=FCOSDatasetMapper(cfg, is_train=False),
@@ -155,15 +152,21 @@ class Trainer(ResumableTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg, dataset_name: str, weights_folder: str | None = None
+    ) -> DatasetEvaluator:
         """The evaluator of the data set's type (``evaluator_type`` in its metadata).
 
-        On the first data set the best score thresholds are measured too, into OUTPUT_DIR.
+        On the first data set the best score thresholds are measured too, and written into
+        ``weights_folder`` (OUTPUT_DIR where None). Not on LVIS, whose images name no more than some
+        of the objects in them, so that a right detection may count as wrong.
         """
         evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference")
-        if dataset_name != cfg.DATASETS.TEST[0]:
+        is_lvis = MetadataCatalog.get(dataset_name).evaluator_type == "lvis"
+        if dataset_name != cfg.DATASETS.TEST[0] or is_lvis:
             return evaluator
-        return DatasetEvaluators([evaluator, ThresholdEvaluator(dataset_name, cfg.OUTPUT_DIR)])
+        thresholds = ThresholdEvaluator(dataset_name, weights_folder or cfg.OUTPUT_DIR)
+        return DatasetEvaluators([evaluator, thresholds])
 
     @classmethod
     def test_with_TTA(cls, cfg, model: nn.Module) -> OrderedDict:
@@ -187,13 +190,14 @@ class Trainer(ResumableTrainer):
         """DefaultTrainer's, with ours before the writers."""
         cfg, is_main = self.cfg, comm.is_main_process()
         self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        is_fcos = isinstance(self.checkpointer.model, FCOS)
         evaluated = self.averaged.module if self.averaged else self.checkpointer.model
         return [
             hooks.IterationTimer(),  # first, so that it times the step alone
             AssignmentStatistics() if is_main else None,
-            self._build_panels() if is_main and cfg.VIS_PERIOD > 0 else None,
+            self._build_panels() if is_main and cfg.VIS_PERIOD > 0 and is_fcos else None,
             hooks.LRScheduler(),
-            self._build_precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            self._build_precise_bn(evaluated) if cfg.TEST.PRECISE_BN.ENABLED else None,
             # Before checkpoints, which are to have its result.
             WeightAveraging(self.averaged, self.checkpointer) if self.averaged else None,
             # Before the evaluation, so that there is something to look at if that fails.
@@ -207,17 +211,15 @@ class Trainer(ResumableTrainer):
         metadata = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0])
         return TrainingPanels(self.cfg.VIS_PERIOD, metadata.get("thing_classes"))
 
-    def _build_precise_bn(self) -> hooks.PreciseBN | None:
+    def _build_precise_bn(self, model: nn.Module) -> hooks.PreciseBN | None:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
-        if not get_bn_modules(self.model):
+        if not get_bn_modules(model):
             return None
         # Its loader is another one, so that the training's goes on undisturbed.
         loader = self.build_train_loader(cfg)
-        return hooks.PreciseBN(
-            cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
-        )
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluator(self):
         this = weakref.proxy(self)  # a hook must not own its trainer
@@ -258,27 +260,43 @@ class Trainer(ResumableTrainer):
                 self._trainer.close()
 
 
+def load_detector(cfg, weights: str | None = None, *, resume: bool = False) -> nn.Module:
+    """The trained detector of ``cfg``, in evaluation mode.
+
+    Args:
+        cfg: of ``setup_cfg`` or ``read_cfg``. With MODEL_EMA.ENABLED it gets the average of the
+            weights if the checkpoint has one.
+        weights: file or URL instead of MODEL.WEIGHTS.
+        resume: take the last checkpoint in OUTPUT_DIR, if there is one.
+
+    Raises:
+        InputError: weights that cannot be used.
+    """
+    model = Trainer.build_model(cfg).eval()
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.averaged = cfg.MODEL_EMA.ENABLED
+    checkpointer.resume_or_load(weights or cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
 def evaluate(cfg, resume: bool = False) -> OrderedDict:
     """Results on DATASETS.TEST of the weights in MODEL.WEIGHTS.
 
     Args:
-        cfg: of ``setup_cfg``. With MODEL_EMA.ENABLED, the average of the weights is evaluated if
-            the checkpoint has one.
+        cfg: of ``setup_cfg``; see ``load_detector``.
         resume: evaluate the last checkpoint in OUTPUT_DIR instead.
 
     Raises:
         InputError: weights or data that cannot be used; TEST.AUG of a model that is no FCOS.
     """
-    model = Trainer.build_model(cfg)
+    model = load_detector(cfg, resume=resume)
     if cfg.TEST.AUG.ENABLED:
         with_tta(cfg, model)  # refuses what it cannot do before the plain evaluation, not after it
-    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    if cfg.MODEL_EMA.ENABLED and "ema" in rest:
-        averaged = averaged_model(model, cfg.MODEL_EMA.DECAY)
-        averaged.load_state_dict(rest["ema"])
-        model = averaged.module
-    results = Trainer.test(cfg, model)
+    folder = Path(cfg.MODEL.WEIGHTS).parent
+    is_beside = not resume and Path(cfg.MODEL.WEIGHTS).is_file() and os.access(folder, os.W_OK)
+    folder = str(folder) if is_beside else cfg.OUTPUT_DIR
+    evaluators = [Trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+    results = Trainer.test(cfg, model, evaluators)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
     return results

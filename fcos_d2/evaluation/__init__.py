@@ -1,6 +1,14 @@
 """What an evaluation says beyond AP: what was found and missed, and from which score to believe."""
 
-from .matching import Evaluation, ImageMatches, Objects, evaluate_boxes, ground_truth
+from .matching import (
+    Evaluation,
+    ImageMatches,
+    Matches,
+    Objects,
+    evaluate_boxes,
+    ground_truth,
+    match_boxes,
+)
 from .thresholds import (
     THRESHOLD_FILE,
     ThresholdEvaluator,
@@ -15,6 +23,7 @@ __all__ = [
     "THRESHOLD_FILE",
     "Evaluation",
     "ImageMatches",
+    "Matches",
     "Objects",
     "ThresholdEvaluator",
     "Thresholds",
@@ -22,6 +31,7 @@ __all__ = [
     "evaluate_boxes",
     "f1_score",
     "ground_truth",
+    "match_boxes",
     "read_thresholds",
     "write_thresholds",
 ]

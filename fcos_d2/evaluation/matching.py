@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,6 +26,13 @@ class Objects(NamedTuple):
     classes: list[int]
     scores: list[float] | None = None  # of detections
     crowd: list[bool] | None = None  # of ground truth
+
+    @classmethod
+    def of(cls, found: Instances) -> Objects:
+        """The detections of a detectron2 model."""
+        found = found.to("cpu")
+        boxes = found.pred_boxes.tensor.numpy()
+        return cls(boxes, found.pred_classes.tolist(), found.scores.tolist())
 
 
 class ImageMatches(NamedTuple):
@@ -42,6 +49,13 @@ class Curve(NamedTuple):
     scores: np.ndarray  # [n]
     correct: np.ndarray  # bool [n]
     num_objects: int
+
+
+class Matches(NamedTuple):
+    """What was found and what was not, at an IoU of 0.5."""
+
+    images: list[ImageMatches]
+    curves: list[Curve]  # of K classes
 
 
 class Evaluation(NamedTuple):
@@ -91,26 +105,45 @@ def evaluate_boxes(
     Raises:
         ValueError: another number of images in one than in the other.
     """
+    evaluation = _evaluation(truth, found, num_classes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]
+    return Evaluation(precision, *_matches(evaluation, truth, found))
+
+
+def match_boxes(truth: Sequence[Objects], found: Sequence[Objects], num_classes: int) -> Matches:
+    """``evaluate_boxes`` without average precision: for a single IoU, in a fraction of the time."""
+    evaluation = _evaluation(truth, found, num_classes)
+    evaluation.params.iouThrs = evaluation.params.iouThrs[:1]
+    evaluation.params.areaRng = evaluation.params.areaRng[:1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    return _matches(evaluation, truth, found)
+
+
+def _evaluation(truth: Sequence[Objects], found: Sequence[Objects], num_classes: int) -> COCOeval:
     if len(truth) != len(found):
         raise ValueError(
             f"evaluate_boxes: expected as many images, got {len(truth)} of truth and {len(found)} "
             "of found"
         )
-    objects, detections = _coco(truth, num_classes), _coco(found, num_classes)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(objects, detections, "bbox")
-        evaluation.params.maxDets = [MAX_DETECTIONS]
-        evaluation.params.imgIds = list(range(len(truth)))
-        evaluation.params.catIds = list(range(1, num_classes + 1))
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., -1]
+        evaluation = COCOeval(_coco(truth, num_classes), _coco(found, num_classes), "bbox")
+    evaluation.params.maxDets = [MAX_DETECTIONS]
+    evaluation.params.imgIds = list(range(len(truth)))
+    evaluation.params.catIds = list(range(1, num_classes + 1))
+    return evaluation
+
+
+def _matches(evaluation: COCOeval, truth: Sequence[Objects], found: Sequence[Objects]) -> Matches:
     images = [_no_matches(t, f) for t, f in zip(truth, found, strict=True)]
     curves = [
         _class_curve(_results(evaluation, class_, len(truth)), images)
-        for class_ in range(num_classes)
+        for class_ in range(len(evaluation.params.catIds))
     ]
-    return Evaluation(precision, images, curves)
+    return Matches(images, curves)
 
 
 def _coco(images: Sequence[Objects], num_classes: int) -> COCO:

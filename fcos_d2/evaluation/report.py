@@ -20,7 +20,15 @@ from PIL import Image
 
 from ..curves import Series, plot_precision_recall, plot_training
 from ..visualize import class_color, draw_boxes
-from .matching import SIZES, Evaluation, ImageMatches, Objects, evaluate_boxes, ground_truth
+from .matching import (
+    SIZES,
+    Evaluation,
+    ImageMatches,
+    Objects,
+    evaluate_boxes,
+    ground_truth,
+    match_boxes,
+)
 from .thresholds import DEFAULT, Threshold, best_thresholds, f1_score
 
 PICTURE_SIDE = 260
@@ -239,7 +247,7 @@ def _galleries(
     for old in folder.glob("*.jpg"):
         old.unlink()
     kept = [_cut(objects, best) for objects in found]
-    matches = evaluate_boxes(truth, kept, len(names)).images
+    matches = match_boxes(truth, kept, len(names)).images
     false = false_positives(truth, kept, matches, names)
     missed = false_negatives(truth, kept, found, matches, names)
     return [

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data import class_names, load_dataset
 from ..errors import InputError
-from .matching import Curve, Objects, evaluate_boxes, ground_truth
+from .matching import Curve, Objects, ground_truth, match_boxes
 
 THRESHOLD_FILE = "score_thresholds.json"
 DEFAULT = 0.5  # for a class without any object, or a model that was never evaluated
@@ -133,10 +132,8 @@ class ThresholdEvaluator(DatasetEvaluator):
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Takes the detections of a batch."""
         for given, output in zip(inputs, outputs, strict=True):
-            found = output["instances"].to("cpu")
-            self._found[given["image_id"]] = Objects(
-                found.pred_boxes.tensor.numpy(), found.pred_classes.tolist(), found.scores.tolist()
-            )
+            if "instances" in output:  # a proposal generator alone has others
+                self._found[given["image_id"]] = Objects.of(output["instances"])
 
     def evaluate(self) -> dict | None:
         """Results and file, in the main process; None in the others."""
@@ -145,21 +142,18 @@ class ThresholdEvaluator(DatasetEvaluator):
             return None
         found = {key: value for part in parts for key, value in part.items()}
         records = load_dataset(self._dataset_name, filter_empty=False)
-        names = class_names(self._dataset_name) or MetadataCatalog.get(self._dataset_name).get(
-            "thing_classes"
-        )
-        if not names or not any(record.get("annotations") for record in records):
+        names = class_names(self._dataset_name)
+        if not names or not found or not any(record.get("annotations") for record in records):
             return {}
         records = [record for record in records if record["image_id"] in found]
-        evaluation = evaluate_boxes(
+        _, curves = match_boxes(
             [ground_truth(record) for record in records],
             [found[record["image_id"]] for record in records],
             len(names),
         )
-        best = best_thresholds(evaluation.curves)
+        best = best_thresholds(curves)
         write_thresholds(Path(self._output_dir, THRESHOLD_FILE), names, best, self._dataset_name)
         f1 = [
-            f1_score(evaluation.curves, scores)
-            for scores in ([t.score for t in best], [DEFAULT] * len(best))
+            f1_score(curves, scores) for scores in ([t.score for t in best], [DEFAULT] * len(best))
         ]
         return {"best_f1": {"F1": 100 * f1[0], "F1_at_0.5": 100 * f1[1]}}

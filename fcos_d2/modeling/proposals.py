@@ -46,8 +46,19 @@ class FCOSProposals(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        """Arguments from ``cfg`` and the backbone's output shape."""
+        """Arguments from ``cfg`` and the backbone's output shape.
+
+        Raises:
+            ValueError: ROI heads are to be trained, and without YIELD_PROPOSAL there is nothing to
+                train them on.
+        """
         fcos = fcos_settings(cfg)
+        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and not fcos.YIELD_PROPOSAL:
+            raise ValueError(
+                "FCOSProposals: the ROI heads of MODEL.META_ARCHITECTURE GeneralizedRCNN train on "
+                "proposals; set MODEL.FCOS.YIELD_PROPOSAL True, or train FCOS alone with "
+                "MODEL.META_ARCHITECTURE ProposalNetwork"
+            )
         return {
             **build_parts(cfg, input_shape),
             "in_features": fcos.IN_FEATURES,

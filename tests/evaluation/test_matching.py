@@ -11,7 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from fcos_d2.evaluation import Objects, evaluate_boxes, ground_truth
+from fcos_d2.evaluation import Objects, evaluate_boxes, ground_truth, match_boxes
 
 
 def objects(boxes, classes, scores=None, crowd=None) -> Objects:
@@ -101,6 +101,15 @@ def random_data(tmp_path):
     yield DatasetCatalog.get("random_boxes"), found
     DatasetCatalog.remove("random_boxes")
     MetadataCatalog.remove("random_boxes")
+
+
+def test_matches_alone_are_those_of_the_evaluation(random_data):
+    records, found = random_data
+    truth = [ground_truth(record) for record in records]
+    alone, evaluation = match_boxes(truth, found, 3), evaluate_boxes(truth, found, 3)
+    np.testing.assert_equal(alone, (evaluation.images, evaluation.curves))
+    with pytest.raises(ValueError, match="as many images"):
+        match_boxes(truth, found[1:], 3)
 
 
 def test_averages_are_those_of_detectron2(random_data, tmp_path):

@@ -113,6 +113,13 @@ def test_evaluator_measures_and_writes(coco, tmp_path):
     assert names == ["disc", "box"] and scores == pytest.approx([0.3, 0.9])
 
 
+def test_proposals_have_no_thresholds(coco, tmp_path):
+    evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"proposals": Instances((40, 60))}])
+    assert evaluator.evaluate() == {}
+
+
 def test_data_without_annotations_has_no_thresholds(coco, tmp_path):
     del coco.content["annotations"]
     evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))

@@ -47,6 +47,11 @@ def test_training_gives_losses_and_proposals_only_where_asked(batch):
     assert not proposals[0].proposal_boxes.tensor.requires_grad
 
 
+def test_roi_heads_without_proposals_to_train_on_are_refused():
+    with pytest.raises(ValueError, match="YIELD_PROPOSAL True"):
+        two_stage("GeneralizedRCNN")
+
+
 def test_training_and_evaluation_propose_as_many_as_each_is_told(batch):
     limits = {"POST_NMS_TOPK_TRAIN": 7, "POST_NMS_TOPK_TEST": 5}
     model = two_stage("ProposalNetwork", YIELD_PROPOSAL=True, **limits, **PERMISSIVE)

@@ -1,0 +1,84 @@
+"""Which weights a predictor takes, and what it does with pictures of odd shapes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fcos_d2 import predictor
+from fcos_d2.errors import InputError
+from fcos_d2.predictor import Predictor, build_predictor
+
+from .modeling.tiny import tiny_cfg, tiny_fcos
+
+
+@pytest.fixture
+def output(tmp_path):
+    """OUTPUT_DIR of a training without weights, and a function that saves some."""
+    data = ("DATASETS.TRAIN", (), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path))
+    (tmp_path / "config.yaml").write_text(tiny_cfg(*data).dump())
+
+    def save(name, bias, average=None):
+        model = tiny_fcos()
+        states = {}
+        for key, value in (("model", bias), ("ema", average)):
+            if value is not None:
+                nn.init.constant_(model.head.cls_logits.bias, value)
+                states[key] = {k: v.clone() for k, v in model.state_dict().items()}
+        if average is not None:  # as torch's AveragedModel names them
+            states["ema"] = {f"module.{k}": v for k, v in states["ema"].items()}
+            states["ema"]["n_averaged"] = torch.tensor(3)
+        torch.save(states, tmp_path / name)
+
+    save.folder = tmp_path
+    return save
+
+
+def bias_of(output, *opts, weights="") -> float:
+    built = build_predictor(str(output.folder / "config.yaml"), opts, weights)
+    return built._model.head.cls_logits.bias[0].item()
+
+
+def test_average_is_taken_where_it_was_evaluated(output):
+    output("model_final.pth", 1.0, average=2.0)
+    assert bias_of(output) == 1
+    assert bias_of(output, "MODEL_EMA.ENABLED", True) == 2
+    output("model_final.pth", 1.0)
+    output("model_final_ema.pth", 3.0)  # of an earlier training
+    assert bias_of(output) == 1
+
+
+def test_weights_are_those_that_are_named(output):
+    output("model_final.pth", 1.0)
+    output("other.pth", 2.0)
+    output("third.pth", 3.0)
+    other, third = (str(output.folder / f"{name}.pth") for name in ("other", "third"))
+    assert bias_of(output, "MODEL.WEIGHTS", other) == 2
+    assert bias_of(output, "MODEL.WEIGHTS", other, weights=third) == 3
+    with pytest.raises(InputError, match="nowhere.pth: no such file"):
+        bias_of(output, "MODEL.WEIGHTS", "nowhere.pth")
+
+
+def test_no_weights_name_the_command_that_makes_them(output):
+    with pytest.raises(InputError, match="there is no model_final.pth; train first"):
+        bias_of(output)
+
+
+def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
+    taken = []
+    monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
+    build_predictor(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
+    assert taken == ["https://host/a//w.pth"]
+
+
+@pytest.mark.parametrize("shape", [(1, 6000), (6000, 1)])
+def test_picture_of_a_single_row_is_a_picture(shape):
+    class Model(nn.Module):
+        def forward(self, batch):
+            self.seen = batch[0]["image"].shape
+            raise StopIteration
+
+    model = Model()
+    with pytest.raises(StopIteration):
+        Predictor(model, (40, 60), "RGB", 0.5)([np.zeros((*shape, 3), np.uint8)])
+    assert sorted(model.seen) == [1, 3, 60]
