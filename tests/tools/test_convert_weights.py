@@ -134,3 +134,15 @@ def test_unknown_weights_are_copied_and_so_are_those_of_a_trusted_pickle(script,
     result = script("pickle.pkl", "ours.pth", "--trust-pickle")
     assert result.status == 0 and "no FCOS that is known, copied as it is" in result.out
     assert torch.load(tmp_path / "ours.pth")["model"]["a.weight"].tolist() == [1, 1]
+
+
+def test_average_of_our_own_training_is_what_is_converted(script, tmp_path):
+    weights = {
+        "head.cls_logits.weight": torch.zeros(3, 4, 3, 3),
+        "head.ctrness.weight": torch.ones(2),
+    }
+    average = {f"module.{key}": value + 1 for key, value in weights.items()}
+    torch.save({"model": weights, "ema": average, "iteration": 7}, tmp_path / "ours.pth")
+    assert script("ours.pth", "average.pth").status == 0
+    found = torch.load(tmp_path / "average.pth")["model"]
+    torch.testing.assert_close(found, {key: value + 1 for key, value in weights.items()})
