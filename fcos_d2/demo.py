@@ -15,6 +15,8 @@ import argparse
 import contextlib
 import glob
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -22,16 +24,14 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
-from .data.mapper import why_unreadable
+from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
 from .errors import InputError
 from .predictor import Found, batches, build_predictor
 from .visualize import PANEL_SIDE, draw_objects
 
-IMAGES = frozenset(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
 # What is written into a video file of each kind.
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".m4v": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 CODECS |= {".webm": "VP90"}
@@ -44,7 +44,8 @@ class Source(NamedTuple):
 
     path: str  # or the number of a camera
     kind: str  # "image", "video" or "camera"
-    name: Path  # of what is written about it, inside the output folder
+    name: Path  # inside the folder that was named, or the file's own
+    target: Path | None = None  # what it is drawn into
 
 
 class Picture(NamedTuple):
@@ -75,7 +76,7 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
         path = Path(text).expanduser()
         if path.is_dir():
             found = [(file, file.relative_to(path)) for file in sorted(path.rglob("*"))]
-            found = [pair for pair in found if pair[0].suffix.lower() in IMAGES | VIDEOS]
+            found = [pair for pair in found if is_image(pair[0]) or is_video(pair[0])]
             empty = "the folder holds no image and no video"
         elif path.exists():
             found, empty = [(path, Path(path.name))], ""
@@ -86,9 +87,14 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
         if not found:
             skipped.add(text, empty)
         for file, name in found:
-            kind = "video" if file.suffix.lower() in VIDEOS else "image"
+            kind = "video" if is_video(file) else "image"
             sources.append(Source(str(file), kind, name))
     return sources
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return path.suffix.lower() in VIDEOS
 
 
 def read_pictures(sources: Sequence[Source], skipped: Skipped) -> Iterator[Picture]:
@@ -107,7 +113,7 @@ def _read_frames(source: Source, skipped: Skipped) -> Iterator[Picture]:
     cv2 = import_opencv()
     capture = cv2.VideoCapture(int(source.path) if source.kind == "camera" else source.path)
     try:
-        rate, number = capture.get(cv2.CAP_PROP_FPS) or FRAMES_PER_SECOND, 0
+        rate, number = _property(capture, cv2.CAP_PROP_FPS) or FRAMES_PER_SECOND, 0
         while (frame := capture.read()[1]) is not None:
             yield Picture(source, number, rate, np.ascontiguousarray(frame[:, :, ::-1]))
             number += 1
@@ -128,9 +134,15 @@ def count_pictures(sources: Sequence[Source]) -> int | None:
             continue
         cv2 = import_opencv()
         capture = cv2.VideoCapture(source.path)
-        total += max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        total += int(_property(capture, cv2.CAP_PROP_FRAME_COUNT) or 0)
         capture.release()
     return total
+
+
+def _property(capture, key: int) -> float | None:
+    """A property of a video; None where it is not known, which may be 0, -1 or NaN."""
+    value = capture.get(key)
+    return value if 0 < value < math.inf else None
 
 
 def import_opencv():
@@ -153,21 +165,86 @@ def import_opencv():
 # ---- writing ----
 
 
-class PictureWriter:
-    """Writes drawn pictures: image files, or videos for the frames of videos.
+def choose_targets(
+    sources: Sequence[Source], output: Path, num_pictures: int | None = None
+) -> list[Source]:
+    """The sources with the file that each is drawn into.
 
     Args:
+        sources: what is read.
         output: a video file for all pictures together; an image file for a single one; else a
-            folder.
+            folder, in which every source has a file to itself.
+        num_pictures: how many pictures are looked at; all where None.
+
+    Raises:
+        InputError: an image file for several pictures, or of a format that cannot be written.
+    """
+    if output.is_dir() or not (is_image(output) or is_video(output)):
+        names = [_name_of_drawn(source) for source in sources]
+        targets = [output / n for n in distinct_names(names, [_folder(s) for s in sources])]
+        return [s._replace(target=t) for s, t in zip(sources, targets, strict=True)]
+    is_single = num_pictures == 1 or [source.kind for source in sources] == ["image"]
+    if is_image(output) and not is_single:
+        raise InputError(
+            f"--output {output} holds one picture, but the inputs are more than one; name a folder "
+            "or a video file"
+        )
+    if is_image(output) and not can_hold_rgb(output):
+        raise InputError(f"--output {output}: its format cannot be written; name a .png or .jpg")
+    return [source._replace(target=output) for source in sources]
+
+
+def _name_of_drawn(source: Source) -> Path:
+    if source.kind != "image":
+        return source.name.with_suffix(".mp4")
+    return source.name if can_hold_rgb(source.name) else source.name.with_suffix(".png")
+
+
+def _folder(source: Source) -> str:
+    """The name of the folder that the source's name starts from."""
+    return Path(os.path.abspath(source.path)).parents[len(source.name.parts) - 1].name
+
+
+def check_targets(sources: Sequence[Source], json_file: Path | None) -> None:
+    """Makes sure that nothing is written over anything that is read.
+
+    Raises:
+        InputError: an input would be overwritten, or pictures and JSON are to be the same file.
+    """
+    inputs = {_identity(s.path): s.path for s in sources if s.kind != "camera"}
+    inputs.pop(None, None)  # of files that are gone meanwhile
+    pictures = dict.fromkeys(source.target for source in sources if source.target)
+    targets = [("--output", picture) for picture in pictures]
+    targets += [("--json", json_file)] if json_file else []
+    for option, target in targets:
+        if original := inputs.get(_identity(target)):
+            raise InputError(
+                f"{target} would be written over the input {original}; choose another {option}"
+            )
+    if json_file and os.path.abspath(json_file) in map(os.path.abspath, pictures):
+        raise InputError(f"--json {json_file} is a picture of --output too; choose another --json")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """What all names of a file have in common; None where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+class PictureWriter:
+    """Writes drawn pictures into the targets of their sources, which are images or videos.
+
+    Args:
         rate: frames per second of videos; that of the source where None.
     """
 
-    def __init__(self, output: Path, rate: float | None = None):
-        self._output, self._rate = output, rate
-        self._is_file = output.suffix.lower() in IMAGES | VIDEOS and not output.is_dir()
+    def __init__(self, rate: float | None = None):
+        self._rate = rate
         self._video = self._current = None
         self._size = (0, 0)
-        self.written: list[Path] = []
 
     def write(self, picture: Picture, drawn: np.ndarray) -> None:
         """Adds one picture.
@@ -175,26 +252,20 @@ class PictureWriter:
         Raises:
             InputError: the file cannot be written.
         """
-        path = self._output
-        if not self._is_file:
-            path = path / picture.source.name
-            if picture.frame is not None:
-                path = path.with_suffix(".mp4")
-        if path.suffix.lower() in VIDEOS:
-            self._add_frame(path, picture, drawn)
-            return
+        path = picture.source.target
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn).save(path)
+            if not is_video(path):
+                Image.fromarray(drawn).save(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"cannot write {path}: {error}; choose another --output") from error
-        self.written.append(path)
+        if is_video(path):
+            self._add_frame(path, picture, drawn)
 
     def _add_frame(self, path: Path, picture: Picture, drawn: np.ndarray) -> None:
         cv2 = import_opencv()
         if path != self._current:
             self.close()
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Most codecs want even sides.
             self._size = (drawn.shape[1] // 2 * 2, drawn.shape[0] // 2 * 2)
             codec = cv2.VideoWriter_fourcc(*CODECS.get(path.suffix.lower(), "mp4v"))
@@ -205,7 +276,6 @@ class PictureWriter:
                     f"cannot write video {path}; choose an --output that ends in .mp4 or .avi"
                 )
             self._current = path
-            self.written.append(path)
         self._video.write(np.ascontiguousarray(_fit_into(drawn, self._size)[:, :, ::-1]))
 
     def close(self) -> None:
@@ -259,6 +329,19 @@ class JsonWriter:
         self._file.write("\n]\n" if self._separator.startswith(",") else "[]\n")
 
 
+def open_json(path: Path) -> IO[str]:
+    """The file for ``JsonWriter``.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --json") from error
+
+
 # ---- the command ----
 
 
@@ -266,7 +349,7 @@ def run(options: argparse.Namespace) -> int:
     """Does what the command line says; the exit status.
 
     Raises:
-        InputError: config, weights or output that cannot be used.
+        InputError: inputs, config, weights or output that cannot be used.
     """
     skipped = Skipped()
     sources = find_sources(options.inputs, skipped)
@@ -274,6 +357,9 @@ def run(options: argparse.Namespace) -> int:
         sources.append(Source(str(options.webcam), "camera", Path(f"camera_{options.webcam}")))
     if not sources:
         raise InputError("there is no input that can be read")
+    if options.output:
+        sources = choose_targets(sources, options.output, options.frames)
+    check_targets(sources, options.json)
     predictor = build_predictor(options.config_file, options.opts, options.weights, options.score)
     total = count_pictures(sources)
     if options.frames and (total is None or total > options.frames):
@@ -281,11 +367,10 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         writer = json_writer = None
         if options.output:
-            writer = PictureWriter(options.output, options.fps)
+            writer = PictureWriter(options.fps)
             stack.callback(writer.close)
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(options.json.open("w"))
+            file = stack.enter_context(open_json(options.json))
             json_writer = JsonWriter(file, predictor.class_names)
             stack.callback(json_writer.close)
         pictures = stack.enter_context(contextlib.closing(read_pictures(sources, skipped)))
@@ -342,6 +427,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.frames is not None and options.frames < 1:
         parser.error(f"--frames must be at least 1, got {options.frames}")
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        parser.error(f"--fps must be above 0, got {options.fps}")
     return options
 
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -17,6 +19,14 @@ from tests.modeling.tiny import tiny_cfg, tiny_fcos
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV")
 
 NAMES = ["disc", "box", "cross"]
+XPM = """/* XPM */
+static char *a[] = {
+"2 2 2 1",
+". c #000000",
+"x c #ffffff",
+".x",
+"x."};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +35,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     sizes = ("INPUT.MIN_SIZE_TEST", 64, "OUTPUT_DIR", str(folder), "DATASETS.TRAIN", ())
     (folder / "config.yaml").write_text(tiny_cfg(*sizes, "DATASETS.TEST", ()).dump())
+    torch.manual_seed(0)  # of the session's fixtures this one is not seeded
     model = tiny_fcos()
     nn.init.constant_(model.head.cls_logits.bias, 1.0)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
@@ -87,6 +98,102 @@ def test_folder_becomes_a_folder_of_the_same_names(fcos_d2, photos, tmp_path):
     assert not (tmp_path / "found" / "notes.txt").exists()
 
 
+def test_formats_that_are_only_read_become_png(fcos_d2, photos, tmp_path):
+    Image.open(photos / "a.png").save(photos / "bare", "PNG")
+    (photos / "a.xpm").write_text(XPM)
+    status, _, err = fcos_d2(photos, photos / "bare", "--output", tmp_path / "found")
+    assert status == 0, err
+    found = tmp_path / "found"
+    names = ("a.png", "a_2.png", "b.jpg", "bare.png", "more/c.png")
+    assert files_in(found) == {str(photos.parent / "found" / name) for name in names}
+    status, _, err = fcos_d2(photos / "a.png", "--output", tmp_path / "a.xpm")
+    assert status == 2 and "its format cannot be written; name a .png or .jpg" in err
+
+
+def files_in(folder) -> set[str]:
+    return {str(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_equal_names_from_several_folders_are_all_there(fcos_d2, photos, tmp_path):
+    copytree(photos, tmp_path / "other")
+    (tmp_path / "other" / "a.png").rename(tmp_path / "other" / "d.png")
+    status, out, _ = fcos_d2(photos, tmp_path / "other", "--output", tmp_path / "found")
+    names = ("a.png", "d.png", "photos/b.jpg", "other/b.jpg", "photos/more/c.png")
+    assert status == 0 and "in 6 images" in out
+    assert files_in(tmp_path / "found") == {
+        str(tmp_path / "found" / name) for name in (*names, "other/more/c.png")
+    }
+
+
+def test_videos_of_equal_names_become_a_video_each(fcos_d2, tmp_path):
+    videos = [write_video(tmp_path / f"w.{suffix}", 3) for suffix in ("avi", "mkv")]
+    assert fcos_d2(*videos, "--output", tmp_path / "found")[0] == 0
+    found = sorted((tmp_path / "found").iterdir())
+    assert [path.name for path in found] == ["w.mp4", "w_2.mp4"]
+    assert [len(frames_of(path)) for path in found] == [3, 3]
+
+
+def test_image_file_holds_one_picture_and_no_more(fcos_d2, photos, tmp_path, no_model):
+    video = write_video(tmp_path / "w.avi")
+    for inputs in ([photos], [video], [photos / "a.png", video]):
+        status, _, err = fcos_d2(*inputs, "--output", tmp_path / "one.png")
+        assert status == 2 and "one.png holds one picture, but the inputs are more" in err
+    no_model.undo()
+    assert fcos_d2(video, "--output", tmp_path / "one.png", "--frames", 1)[0] == 0
+    assert Image.open(tmp_path / "one.png").size == (320, 240)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test if a model is built."""
+
+    def build(*arguments):
+        raise AssertionError("it can be refused without a model")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "build_predictor", build)
+        yield patch
+
+
+@pytest.mark.parametrize(
+    "arguments, original",
+    [
+        (["photos", "--output", "photos"], "photos/a.png"),
+        (["photos/a.png", "--output", "photos/a.png"], "photos/a.png"),
+        (["photos/a.png", "--output", "link"], "photos/a.png"),
+        (["photos/a.png", "--output", "hard.png"], "photos/a.png"),
+        (["w.mp4", "--output", "."], "w.mp4"),
+        (["w.mp4", "--output", "../{here}/w.mp4"], "w.mp4"),
+        (["photos/a.png", "--json", "photos/a.png"], "photos/a.png"),
+    ],
+)
+def test_no_input_is_overwritten(
+    fcos_d2, photos, tmp_path, monkeypatch, no_model, arguments, original
+):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "w.avi").rename(tmp_path / "w.mp4")
+    (tmp_path / "link").symlink_to(photos)
+    (tmp_path / "hard.png").hardlink_to(photos / "a.png")
+    before = {path: Path(path).read_bytes() for path in files_in(tmp_path)}
+    status, _, err = fcos_d2(*(word.format(here=tmp_path.name) for word in arguments))
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and f"would be written over the input {original}; choose another" in last
+    assert before == {path: Path(path).read_bytes() for path in files_in(tmp_path)}
+
+
+def test_pictures_and_json_are_not_the_same_file(fcos_d2, photos, tmp_path, no_model):
+    path = tmp_path / "found.mp4"
+    status, _, err = fcos_d2(photos, "--output", path, "--json", path)
+    assert status == 2 and "choose another --json" in err
+
+
+def test_image_of_16_bits_is_skipped(fcos_d2, photos, tmp_path):
+    Image.fromarray(np.full((48, 64), 30_000, np.uint16)).save(photos / "a.png")
+    status, out, err = fcos_d2(photos, "--output", tmp_path / "found")
+    assert status == 1 and "in 2 images" in out
+    assert f"skipped {photos / 'a.png'}: its pixels are 16-bit integers" in err
+
+
 def test_pattern_and_single_file(fcos_d2, photos, tmp_path):
     assert fcos_d2(photos / "*.jpg", "--output", tmp_path / "all")[0] == 0
     assert [p.name for p in (tmp_path / "all").iterdir()] == ["b.jpg"]
@@ -126,6 +233,26 @@ def test_images_of_different_sizes_become_one_video_undistorted(fcos_d2, photos,
     assert len(frames) == 4 and {frame.shape for frame in frames} == {(240, 320, 3)}
 
 
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_video_that_does_not_know_its_rate_or_length_gets_five_a_second(
+    fcos_d2, tmp_path, monkeypatch, rate
+):
+    video, real = write_video(tmp_path / "street.avi"), cv2.VideoCapture
+
+    class Capture:
+        def __init__(self, path):
+            self.read, self.release = (capture := real(path)).read, capture.release
+
+        def get(self, key):
+            return rate
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    status, out, _ = fcos_d2(video, "--output", tmp_path / "found")
+    assert status == 0 and "in 5 images" in out
+    found = real(str(tmp_path / "found" / "street.mp4"))
+    assert found.get(cv2.CAP_PROP_FPS) == pytest.approx(5)
+
+
 def test_frames_stop_a_video(fcos_d2, tmp_path):
     video = write_video(tmp_path / "street.avi", frames=9)
     status, out, _ = fcos_d2(video, "--frames", 4, "--json", tmp_path / "f", "--batch-size", 3)
@@ -163,6 +290,10 @@ def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, 
         (["a.png", "--output", "x", "--weights", "none.pth"], "none.pth: no such file"),
         (["a.png", "--output", "x", "--opts", "MODEL.FCOS.NMS", "1"], "unknown config key"),
         (["a.png", "--output", "/proc/x/a"], "cannot write"),
+        (["a.png", "--output", "/proc/x/a.mp4"], "cannot write"),
+        (["a.png", "--output", "b.jpg/a.mp4"], "cannot write"),
+        (["a.png", "--json", "more"], "cannot write more: Is a directory; choose another --json"),
+        (["a.png", "--json", "b.jpg/x"], "cannot write b.jpg/x: "),
     ],
 )
 def test_what_makes_everything_impossible_is_one_line(
@@ -179,7 +310,16 @@ def test_untrained_folder_says_how_to_get_weights(fcos_d2, photos, tmp_path):
     assert status == 2 and "train first, or pass --weights FILE" in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["a.png"], ["a.png", "--output", "x", "--frames", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a.png"],
+        ["a.png", "--output", "x", "--frames", "0"],
+        ["a.png", "--output", "x", "--fps", "0"],
+        ["a.png", "--output", "x", "--fps", "nan"],
+    ],
+)
 def test_senseless_command_line_is_refused(fcos_d2, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         fcos_d2(*arguments)
@@ -205,7 +345,8 @@ def scores_by_class(fcos_d2, photos, path, *arguments) -> dict[str, list[float]]
 def test_every_class_is_cut_at_its_own_score(fcos_d2, trained, photos, tmp_path):
     everything = scores_by_class(fcos_d2, photos, tmp_path / "f")
     assert all(len(scores) > 3 for scores in everything.values())
-    limits = [max(everything["disc"]) + 0.01, sorted(everything["box"])[-2] - 1e-4, 0.0]
+    best = sorted(everything["box"])
+    limits = [max(everything["disc"]) + 0.01, (best[-3] + best[-2]) / 2, 0.0]
     write_thresholds(trained, limits)
     try:
         found = scores_by_class(fcos_d2, photos, tmp_path / "f")

@@ -21,7 +21,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from fcos_d2 import InputError, add_fcos_config
 from fcos_d2.curves import Series, ap_series, plot_training, read_metrics
 from fcos_d2.data import FCOSDatasetMapper, load_dataset, register_datasets
+from fcos_d2.data.images import read_image
 from fcos_d2.engine import load_detector
 from fcos_d2.errors import one_line_cause
 from fcos_d2.evaluation import Objects, ground_truth

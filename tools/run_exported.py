@@ -5,7 +5,9 @@
     python tools/run_exported.py model.pt2 image.jpg                     needs torch
     python tools/run_exported.py model.ts image.jpg                      needs torch
 
-Prints one line of JSON per object. Neither fcos_d2 nor detectron2 is imported: copy from here.
+Prints one line of JSON per object, with its box in pixels of the upright image. What cannot be read
+is named and skipped, and the exit status is 1 then. Neither fcos_d2 nor detectron2 is imported:
+copy from here.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 METADATA = "fcos_d2.json"
 
@@ -43,12 +45,27 @@ def load(path: str) -> tuple[Callable, dict]:
     return lambda images: [x.numpy() for x in module(torch.from_numpy(images))], metadata
 
 
+def read(path: Path) -> Image.Image:
+    """An image in RGB, turned upright by its EXIF data, as in training.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel, which Pillow would cut off at 255.
+        Exception: whatever Pillow raises for a file that is missing or broken.
+    """
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"its pixels have more than 8 bits (Pillow's mode {image.mode}); convert it to 8 bits"
+        )
+    return image.convert("RGB")
+
+
 def prepare(image: Image.Image, metadata: dict) -> np.ndarray:
     """uint8 [3, H, W], resized as for the model's evaluation, in the model's channel order."""
     scale = metadata["min_size"] / min(image.size)
     scale = min(scale, metadata["max_size"] / max(image.size))
     size = tuple(int(side * scale + 0.5) for side in image.size)
-    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     if metadata["channels"] == "BGR":
         pixels = pixels[:, :, ::-1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -64,18 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--score", type=float, default=0.5, help="lowest (default: %(default)s)")
     options = parser.parse_args(arguments)
     detect, metadata = load(options.model)
-    names = metadata["classes"]
+    names, status = metadata["classes"], 0
     for path in options.images:
-        image = Image.open(path)
+        try:
+            image = read(path)
+        except Exception as error:  # Pillow raises whatever a broken file leads it to
+            print(f"skipped {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            status = 1
+            continue
         pixels = prepare(image, metadata)
         boxes, scores, classes, counts = (column[0] for column in detect(pixels[None]))
-        back = np.tile(np.divide(image.size, pixels.shape[:0:-1]), 2)  # to pixels of the file
+        back = np.tile(np.divide(image.size, pixels.shape[:0:-1]), 2)  # to pixels of the image
         for i in range(counts):
             if scores[i] >= options.score:
                 name = names[classes[i]] if names else int(classes[i])
                 line = {"image": str(path), "class": name, "score": round(float(scores[i]), 4)}
                 print(json.dumps(line | {"box": [round(float(x), 2) for x in boxes[i] * back]}))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

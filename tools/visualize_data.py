@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from fcos_d2 import InputError
 from fcos_d2.config import fcos_settings
 from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
+from fcos_d2.data.images import distinct_names
 from fcos_d2.data.inspection import (
     Inspection,
     boxes_of,
@@ -67,12 +69,19 @@ def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> N
     mapper = FCOSDatasetMapper(cfg, is_train=True)
     for name in names:
         records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for record in records[:: max(1, len(records) // num_images)][:num_images]:
+        records = records[:: max(1, len(records) // num_images)][:num_images]
+        for record, file in zip(records, _names_of_pictures(records), strict=True):
             picture = _picture(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
-            path = folder / name / f"{Path(record['file_name']).stem}.png"
+            path = folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
         print(f"{name}: pictures in {folder / name}")
+
+
+def _names_of_pictures(records: Sequence[dict]) -> list[Path]:
+    files = [Path(os.path.abspath(record["file_name"])) for record in records]
+    names = [Path(file.name).with_suffix(".png") for file in files]
+    return distinct_names(names, [file.parent.name for file in files])
 
 
 def _picture(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
@@ -197,7 +206,7 @@ def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
         parts = [i for i in inspections if i.source_file == source]
         unusable = set().union(*(i.image_problems for i in parts))
         path = Path(source).with_name(f"{Path(source).stem}_clean.json")
-        content = without_problems(source, parts[0].image_root, unusable, masks)
+        content = without_problems(source, {i.image_root for i in parts}, unusable, masks)
         path.write_text(json.dumps(content))
         print(f"without what is broken: {path}; name it in the config instead of {source}")
 

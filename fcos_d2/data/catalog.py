@@ -14,8 +14,12 @@ from functools import partial
 from itertools import chain
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
 from pycocotools import coco
 
@@ -103,7 +107,8 @@ def load_dataset(
         options: further arguments of ``get_detection_dataset_dicts``.
 
     Returns:
-        one dict per image, as detectron2 made it.
+        one dict per image, as detectron2 made it. Where any has ``annotations`` all have: an image
+        that came without is one without objects.
 
     Raises:
         InputError: unknown name; annotation file absent, broken or not COCO; annotation without
@@ -118,7 +123,7 @@ def load_dataset(
         prepare(name)
     try:
         with _unmatched_annotations() as unmatched, _tidied_annotations(masks):
-            records = get_detection_dataset_dicts(names, filter_empty=False, **options)
+            records = _load(names, **options)
     except Exception as error:
         problem = _explain(error, names, masks)
         if problem is None:  # a bug in somebody's own loader deserves its traceback
@@ -134,6 +139,24 @@ def load_dataset(
     _check_image_files(records, names)
     if not masks:
         _leave_out_masks(records)
+    return records
+
+
+def _load(names: list[str], check_consistency: bool = True, **options) -> Sequence[dict]:
+    """detectron2's loading; only the first record tells it whether there are annotations."""
+    records = get_detection_dataset_dicts(
+        names, filter_empty=False, check_consistency=False, **options
+    )
+    if not isinstance(records, list) or not any("annotations" in record for record in records):
+        return records
+    for index, record in enumerate(records):
+        if "annotations" not in record:
+            records[index] = {**record, "annotations": []}
+    if check_consistency:
+        with contextlib.suppress(AttributeError):  # no class names, as in detectron2
+            classes = MetadataCatalog.get(names[0]).thing_classes
+            check_metadata_consistency("thing_classes", names)
+            print_instances_class_histogram(records, classes)
     return records
 
 
@@ -332,6 +355,8 @@ def _problem_in_loaded(name: str) -> str | None:
     """Loads one data set once more and says what is wrong with it, if it is an annotation."""
     try:
         records = DatasetCatalog.get(name)
+        if not isinstance(records, list):  # a torch Dataset, which may have no end
+            return None
         problem = problem_in_records(records, len(MetadataCatalog.get(name).thing_classes))
     except Exception:  # whatever it is, it was not an annotation
         return None

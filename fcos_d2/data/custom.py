@@ -23,6 +23,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..errors import InputError, one_line_cause, quoted, shown
 from .annotation_checks import read_coco
+from .images import is_image
 
 KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
 NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
@@ -191,7 +192,8 @@ def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> 
     for wanted, what in ((stems, f"{listed} names no image"), (classes, f"{folder} has no class")):
         if not wanted:
             raise InputError(f"{what}; there is nothing to learn from")
-    images = {file.stem: file.name for file in sorted((folder / "JPEGImages").glob("*"))}
+    files = filter(is_image, sorted((folder / "JPEGImages").glob("*")))
+    images = {file.stem: file.name for file in files}
     content = {
         "images": [],
         "annotations": [],

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode
+from torch.utils.data import IterableDataset
 
+from ..errors import InputError
 from .annotation_checks import problems_in_coco_annotations, problems_in_records, read_coco
 from .catalog import class_names, prepare
-from .mapper import why_unreadable
+from .images import read_image, why_unreadable
 
 READERS = 8  # threads that read images; decoding lets go of Python's lock
 
@@ -63,12 +64,14 @@ def inspect_dataset(
 
     Args:
         name: registered data set.
-        read_images: decode the images too; else their files only have to be there.
+        read_images: decode the images too; else their files only have to be there, where the data
+            set knows their sizes.
         progress: wraps the iteration over the images; gets it and their number.
         masks: look at ``segmentation`` of a COCO file too, for a model that needs it.
 
     Raises:
-        InputError: the name is unknown, or the annotation file cannot be read at all.
+        InputError: the name is unknown, the annotation file cannot be read at all, or the data is
+            a stream, which may have no end.
     """
     prepare(name)
     metadata = MetadataCatalog.get(name)
@@ -79,7 +82,7 @@ def inspect_dataset(
         bad = problems_in_coco_annotations(content, masks)
         records, problems = _records(content, metadata.image_root, bad), list(bad.values())
     else:
-        records = [dict(record) for record in DatasetCatalog.get(name)]
+        records = _registered(name)
         names = names or metadata.get("thing_classes") or []
         bad = list(problems_in_records(records, len(names) or None))
         problems = [problem for _, _, problem in bad]
@@ -96,6 +99,17 @@ def inspect_dataset(
     source = metadata.get("source_file", None if metadata.get("described") else json_file)
     root = metadata.get("image_root")
     return Inspection(name, list(names or ()), records, problems, images, root, source)
+
+
+def _registered(name: str) -> list[dict]:
+    """Copies of the records of a data set that somebody registered in Python."""
+    records = DatasetCatalog.get(name)
+    if isinstance(records, IterableDataset):
+        raise InputError(
+            f"data set {name!r} is a stream ({type(records).__name__}) that may have no end; "
+            "register a list of dicts to have it checked"
+        )
+    return [dict(record) for record in records]
 
 
 def _records(content: dict, image_root: str, bad: dict[int, str]) -> list[dict]:
@@ -133,20 +147,25 @@ def _leave_out(records: list[dict], bad: set[tuple[int, int]]) -> None:
 
 
 def _problem_in_path(record: dict) -> str | None:
+    if not {"width", "height"} <= record.keys():  # then the image alone says how large it is
+        return _problem_in_image(record)
     return None if os.path.isfile(record["file_name"]) else "it does not exist"
 
 
 def _problem_in_image(record: dict) -> str | None:
-    """Why the image of ``record`` cannot be used, found by reading it as training does."""
+    """Why the image of ``record`` cannot be used, found by reading it as training does.
+
+    A record without the size of its image gets it.
+    """
     try:
-        image = utils.read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"], "RGB")
     except Exception as error:
         return why_unreadable(error)
-    expected = record.get("width", image.shape[1]), record.get("height", image.shape[0])
-    if expected != (image.shape[1], image.shape[0]):
+    height, width = image.shape[:2]
+    expected = record.setdefault("width", width), record.setdefault("height", height)
+    if expected != (width, height):
         return (
-            f"it is {image.shape[1]} x {image.shape[0]} pixels, but {expected[0]} x {expected[1]} "
-            "by the annotations"
+            f"it is {width} x {height} pixels, but {expected[0]} x {expected[1]} by the annotations"
         )
     return None
 
@@ -186,20 +205,28 @@ def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
 
 
 def without_problems(
-    source_file: str, image_root: str, unusable: Collection[str], masks: bool = False
+    source_file: str,
+    image_root: str | os.PathLike | Collection[str],
+    unusable: Collection[str],
+    masks: bool = False,
 ) -> dict:
     """The content of a COCO file without the images and annotations that cannot be used.
 
     Args:
         source_file: the COCO file.
-        image_root: the folder that its file names start from.
+        image_root: the folder that its file names start from; several where several data sets use
+            the file, each with images of its own.
         unusable: images to leave out, as paths.
         masks: leave out what has a broken ``segmentation`` too.
     """
-    content = read_coco(source_file)
+    content, unusable = read_coco(source_file), set(unusable)
     bad = problems_in_coco_annotations(content, masks)
+    is_one = isinstance(image_root, (str, os.PathLike))
+    roots = [image_root] if is_one else image_root
     images = [
-        i for i in content["images"] if os.path.join(image_root, i["file_name"]) not in unusable
+        image
+        for image in content["images"]
+        if unusable.isdisjoint(os.path.join(root, image["file_name"]) for root in roots)
     ]
     kept = {image["id"] for image in images}
     annotations = [

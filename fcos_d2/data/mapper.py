@@ -6,9 +6,9 @@ Images that cannot be read are named, and crowd regions can be kept as ground tr
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
-from PIL import UnidentifiedImageError
 
 from ..errors import InputError
+from .images import check_depth, read_image, why_unreadable
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
 
@@ -22,8 +22,9 @@ class FCOSDatasetMapper(DatasetMapper):
             background), as boxes with ``gt_classes`` = -1. They are transformed like all others.
 
     Raises:
-        InputError: on a call, when the image is missing, cut off, no image, or not of the size
-            that the data set says. It stays an InputError when it comes from a loader's worker.
+        InputError: on a call, when the image is missing, cut off, no image, of more than 8 bits a
+            channel, or not of the size that the data set says. It stays an InputError when it
+            comes from a loader's worker.
     """
 
     @configurable
@@ -45,6 +46,7 @@ class FCOSDatasetMapper(DatasetMapper):
             annotations = [_crowd_as_ignored(a) for a in dataset_dict["annotations"]]
             dataset_dict = {**dataset_dict, "annotations": annotations}
         try:
+            check_depth(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
         except Exception as error:
             problem = self._problem_with_image(dataset_dict, error)
@@ -58,20 +60,13 @@ class FCOSDatasetMapper(DatasetMapper):
             return " ".join(str(error).split())
         file_name = dataset_dict["file_name"]
         try:
-            utils.read_image(file_name, format=self.image_format)
+            read_image(file_name, self.image_format)
         except Exception as cause:
             return (
                 f"cannot read image {file_name}: {why_unreadable(cause)}; "
                 "replace the file or remove it from the annotations"
             )
         return None
-
-
-def why_unreadable(error: Exception) -> str:
-    """What ``read_image`` failed of, in words without the name of the file."""
-    if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
-        return "it is no image of a known format"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _crowd_as_ignored(annotation: dict) -> dict:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..curves import Series, plot_precision_recall, plot_training
+from ..data.images import read_image
 from ..visualize import class_color, draw_boxes
 from .matching import (
     SIZES,

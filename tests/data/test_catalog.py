@@ -12,6 +12,7 @@ import pycocotools.coco
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from torch.utils.data import IterableDataset
 
 from fcos_d2.data import check_num_classes, load_dataset, prepare
 from fcos_d2.data.annotation_checks import count_flat_boxes
@@ -355,6 +356,31 @@ def test_boxes_as_arrays_and_data_without_annotations_are_fine(custom):
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
     assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabelled_test"))) == 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_image_without_annotations_among_others_is_one_without_objects(custom, place):
+    box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    records = [{"image_id": 1, "annotations": [box]}]
+    records.insert(place, {"image_id": 2})
+    name = custom(lambda: records, thing_classes=["disc"])
+    loaded = load_dataset(name, filter_empty=False)
+    assert loaded[place] == {"image_id": 2, "annotations": []} and len(loaded) == 2
+    assert [record["image_id"] for record in load_dataset(name)] == [1]
+    assert "annotations" not in records[place]
+
+
+def test_stream_without_an_end_keeps_detectron2s_error(custom):
+    begun = []
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            begun.append(self)
+            raise StopIteration
+
+    with pytest.raises(TypeError, match="Endless.* has no len"):
+        load_dataset(custom(Endless, thing_classes=["disc"]))
+    assert not begun
 
 
 def test_a_bug_in_somebodys_loader_keeps_its_traceback(custom):

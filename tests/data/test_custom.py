@@ -179,6 +179,14 @@ def test_voc_folder_counts_pixels_from_zero_and_sorts_the_classes_of_all_splits(
     assert (second["width"], second["height"]) == (50, 60)
 
 
+def test_voc_image_is_never_another_file_of_its_name(described, voc):
+    for name in ("a.txt", "a.xml", "b.json"):
+        (voc / "JPEGImages" / name).write_text("no image")
+    described(pets={"voc": str(voc), "split": "train"})
+    files = [record["file_name"] for record in load_dataset("pets")]
+    assert files == [str(voc / "JPEGImages" / name) for name in ("a.jpg", "b.png")]
+
+
 def test_voc_classes_can_be_given_in_an_order(described, voc):
     described(pets={"voc": str(voc), "split": "train", "classes": ["dog", "cat & co", "bird"]})
     assert class_names("pets") == ["dog", "cat & co", "bird"]

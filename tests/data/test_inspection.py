@@ -1,10 +1,16 @@
 """Looking through a whole data set: everything broken is named, everything else is counted."""
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from PIL import Image
+from torch.utils.data import IterableDataset
 
 from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
+from fcos_d2.errors import InputError
+
+OBJECT = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
 
 
 def test_every_broken_annotation_and_image_is_named_and_the_rest_is_kept(coco):
@@ -73,17 +79,58 @@ def test_clean_content_lacks_what_is_broken_alone(coco):
 
 
 def test_data_registered_in_python_is_looked_through_too(coco):
-    good = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     image = {"file_name": str(coco.folder / "1.png"), "width": 60, "height": 40}
-    records = [{**image, "annotations": [good, {**good, "bbox": [5, 2, 3, 4]}]}]
-    DatasetCatalog.register("python_train", lambda: records)
-    MetadataCatalog.get("python_train").thing_classes = ["disc"]
-    coco.names.append("python_train")
-    found = inspect_dataset("python_train")
+    records = [{**image, "annotations": [OBJECT, {**OBJECT, "bbox": [5, 2, 3, 4]}]}]
+    found = inspect_dataset(register_in_python(coco, lambda: records))
     assert (
         len(found.annotation_problems) == 1 and "has negative size" in found.annotation_problems[0]
     )
-    assert found.records[0]["annotations"] == [good] and found.source_file is None
+    assert found.records[0]["annotations"] == [OBJECT] and found.source_file is None
+
+
+def register_in_python(coco, load) -> str:
+    name = "python_train"
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).thing_classes = ["disc"]
+    coco.names.append(name)
+    return name
+
+
+@pytest.mark.parametrize("read_images", [True, False])
+def test_size_that_the_data_does_not_say_is_that_of_the_image(coco, read_images):
+    far = {**OBJECT, "bbox": [1, 2, 62, 9]}
+    records = [
+        {"file_name": str(coco.folder / "1.png"), "annotations": [OBJECT, far]},
+        {"file_name": str(coco.folder / "none.png"), "annotations": []},
+    ]
+    found = inspect_dataset(register_in_python(coco, lambda: records), read_images)
+    (record,) = found.records
+    assert (record["width"], record["height"]) == (60, 40)
+    assert describe_contents(found).num_outside == 1
+    assert found.image_problems == {str(coco.folder / "none.png"): "No such file or directory"}
+    assert "width" not in records[0]
+
+
+def test_stream_without_an_end_is_not_looked_through(coco):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            raise AssertionError("nobody may wait for its end")
+
+    with pytest.raises(InputError, match=r"is a stream \(Endless\) .* register a list of dicts"):
+        inspect_dataset(register_in_python(coco, Endless))
+
+
+def test_clean_content_lacks_what_is_broken_in_any_of_several_folders(coco):
+    coco.register()
+    unusable = {"one/1.png", "other/3.png"}
+    clean = without_problems(str(coco.json_file), ["one", "other"], unusable)
+    assert [image["id"] for image in clean["images"]] == [2]
+
+
+def test_image_of_16_bits_is_named(coco):
+    Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(coco.folder / "1.png")
+    (reason,) = inspect_dataset(coco.register()).image_problems.values()
+    assert reason.startswith("its pixels are 16-bit integers")
 
 
 @pytest.mark.parametrize("error", ["", "x"])

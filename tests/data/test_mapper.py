@@ -149,6 +149,17 @@ def test_unreadable_image_is_named(image_file, how):
     assert text.endswith("replace the file or remove it from the annotations")
 
 
+@pytest.mark.parametrize("is_train", [True, False])
+def test_image_of_16_bits_is_named_and_not_learned_as_white(image_file, is_train):
+    Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(image_file)
+    with pytest.raises(InputError) as caught:
+        mapper(is_train=is_train)(record(image_file, OBJECT))
+    assert str(caught.value) == (
+        f"cannot read image {image_file}: its pixels are 16-bit integers (Pillow's mode I;16); "
+        "convert it to 8 bits a channel; replace the file or remove it from the annotations"
+    )
+
+
 @pytest.mark.parametrize("how", ["missing", "cut off"])
 def test_unreadable_image_is_named_from_a_loaders_worker(image_file, how):
     spoil(image_file, how)

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
+
+from fcos_d2.data.custom import take_part
 
 TOOL = Path(__file__).parents[2] / "tools" / "visualize_data.py"
 CONFIG = """
@@ -138,6 +141,57 @@ def test_pictures_show_objects_and_the_points_of_every_level(labels, capsys):
     assert len(files) == 4
     picture = np.asarray(Image.open(files[0]))
     assert picture.shape[1] > 2 * 320 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_pictures_of_equal_names_from_several_folders_are_all_there(labels, capsys):
+    for folder in "pq":
+        Path("photos", folder).mkdir()
+        for n in range(2):
+            Path(f"photos/{2 * 'pq'.index(folder) + n}.png").rename(f"photos/{folder}/{n}.png")
+    for image, name in zip(labels["images"], ("p/0", "p/1", "q/0", "q/1"), strict=False):
+        image["file_name"] = f"{name}.png"
+    labels["images"] = labels["images"][:4]
+    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] < 4]
+    write(labels)
+    Path("all.yaml").write_text(CONFIG.replace(", part: [0, 0.5]", ""))
+    arguments = ["--config-file", "all.yaml", "--dataset", "seen_train", "--output", "drawn"]
+    assert tool.main(arguments) == 0
+    drawn = Path("drawn/seen_train")
+    assert {str(file.relative_to(drawn)) for file in drawn.rglob("*.png")} == {
+        "p/0.png", "p/1.png", "q/0.png", "q/1.png",
+    }  # fmt: skip
+
+
+def test_data_registered_without_sizes_is_checked(labels, capsys):
+    box = {"bbox": [12, 12, 52, 52], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    records = [{"file_name": f"photos/{n}.png", "annotations": [box]} for n in range(3)]
+    DatasetCatalog.register("in_python", lambda: records)
+    MetadataCatalog.get("in_python").thing_classes = ["disc"]
+    try:
+        for arguments in (["--check"], ["--check", "--skip-images"]):
+            arguments += ["--dataset", "in_python", "MODEL.FCOS.NUM_CLASSES", "1"]
+            status, out, _ = run(capsys, *arguments)
+            assert status == 0 and "levels at INPUT.MIN_SIZE_TRAIN 64, 3 images" in out
+    finally:
+        DatasetCatalog.remove("in_python")
+        MetadataCatalog.remove("in_python")
+
+
+def test_clean_file_lacks_what_is_broken_in_the_folder_of_every_entry(labels, capsys):
+    Path("more").mkdir()
+    for n in range(20):
+        Path(f"more/{n}.png").write_bytes(Path(f"photos/{n}.png").read_bytes())
+    config = CONFIG.replace('"photos", part: [0.5', '"more", part: [0.5')
+    Path("config.yaml").write_text(config)
+    parts = [take_part(labels, *part)["images"] for part in ((0, 0.5), (0.5, 1))]
+    broken = [part[0]["file_name"] for part in parts]
+    for folder, name in zip(("photos", "more"), broken, strict=True):
+        Path(folder, name).write_bytes(b"")
+    assert run(capsys, "--check", "--clean")[0] == 1
+    kept = {
+        image["file_name"] for image in json.loads(Path("labels_clean.json").read_text())["images"]
+    }
+    assert kept == {f"{n}.png" for n in range(20)} - set(broken)
 
 
 def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):

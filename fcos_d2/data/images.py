@@ -1,0 +1,116 @@
+"""Image files: which there are, how one is read, and what several of them are called elsewhere.
+
+detectron2 reads them. It would cut numbers off at 255, so that an image of 16 bits becomes white
+and one of floats black without a word; here such files are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import detection_utils as utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import InputError
+
+NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
+# What the pixels are, by the beginning of Pillow's mode.
+DEEP = {"I;16": "16-bit integers", "I": "integers of more than 8 bits", "F": "floats"}
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file is an image, by its suffix."""
+    suffix = Path(path).suffix.lower()
+    return suffix in Image.registered_extensions() and suffix not in NOT_IMAGES
+
+
+def can_hold_rgb(path: str | os.PathLike) -> bool:
+    """Whether a picture in colour can be written into a file of this suffix."""
+    return _can_hold_rgb(Path(path).suffix.lower())
+
+
+@lru_cache
+def _can_hold_rgb(suffix: str) -> bool:
+    """Tried, as some formats that Pillow writes take no colours, and some only with a plug-in."""
+    try:
+        Image.new("RGB", (16, 16)).save(BytesIO(), Image.registered_extensions()[suffix])
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def read_image(file_name: str, image_format: str) -> np.ndarray:
+    """detectron2's ``read_image``, for images of 8 bits a channel.
+
+    Args:
+        file_name: its path.
+        image_format: "RGB", "BGR", or another that detectron2 knows.
+
+    Returns:
+        uint8 [H, W, C], upright by the file's EXIF data.
+
+    Raises:
+        InputError: the pixels have more than 8 bits.
+        Exception: whatever Pillow raises for a file that is missing or broken; see
+            ``why_unreadable``.
+    """
+    check_depth(file_name)
+    return utils.read_image(file_name, image_format)
+
+
+def check_depth(file_name: str) -> None:
+    """Looks at the head of an image file.
+
+    Raises:
+        InputError: the pixels have more than 8 bits.
+        Exception: as ``read_image``.
+    """
+    with PathManager.open(file_name, "rb") as file:
+        mode = Image.open(file).mode
+    for beginning, pixels in DEEP.items():
+        if mode.startswith(beginning):
+            raise InputError(
+                f"its pixels are {pixels} (Pillow's mode {mode}); convert it to 8 bits a channel"
+            )
+
+
+def why_unreadable(error: Exception) -> str:
+    """What ``read_image`` failed of, in words without the name of the file."""
+    if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
+        return "it is no image of a known format"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def distinct_names(names: Sequence[Path], folders: Sequence[str]) -> list[Path]:
+    """``names`` without repetition; one that is there once stays as it is.
+
+    Args:
+        names: relative paths of files to be written.
+        folders: the name of the folder that each comes from. It is put before a name that is there
+            several times, where that tells them apart; a number is put behind the others.
+    """
+    longer = [Path(folder, name) for folder, name in zip(folders, names, strict=True)]
+    met, met_again = Counter(names), Counter(longer)
+    taken = {name for name in names if met[name] == 1}
+    distinct = []
+    for name, long in zip(names, longer, strict=True):
+        if met[name] > 1:
+            wanted = long if met_again[long] == 1 else name
+            name = next(free for free in _numbered(wanted) if free not in taken)
+            taken.add(name)
+        distinct.append(name)
+    return distinct
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}")

@@ -1,0 +1,76 @@
+"""Image files: which suffixes they have, what is refused, and names that tell pictures apart."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcos_d2.data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
+from fcos_d2.errors import InputError
+
+ORIENTATION, QUARTER = 274, 6  # an EXIF tag, and its value where the camera was turned
+
+
+def deep_image(path, kind):
+    """A picture whose shades are numbers up to 65535, or floats up to 1."""
+    shades = np.linspace(0, 1, 60 * 40).reshape(40, 60)
+    pixels = shades.astype(np.float32) if kind == "F" else (shades * 65535).astype(kind)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, kind, mode, words",
+    [
+        ("a.png", np.uint16, "I;16", "16-bit integers"),
+        ("a.tif", ">u2", "I;16B", "16-bit integers"),
+        ("a.pgm", np.int32, "I", "integers of more than 8 bits"),
+        ("a.tif", np.int32, "I", "integers of more than 8 bits"),
+        ("a.tif", "F", "F", "floats"),
+    ],
+)
+def test_more_than_8_bits_are_refused_and_not_cut_off(tmp_path, name, kind, mode, words):
+    path = deep_image(tmp_path / name, kind)
+    with pytest.raises(InputError) as caught:
+        read_image(str(path), "RGB")
+    assert why_unreadable(caught.value) == (
+        f"its pixels are {words} (Pillow's mode {mode}); convert it to 8 bits a channel"
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+def test_8_bits_of_every_kind_are_read(tmp_path, mode):
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
+    pixels = read_image(str(path), "BGR")
+    assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8 and (pixels == 255).all()
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = QUARTER
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(str(tmp_path / "a.jpg"), "RGB").shape == (6, 4, 3)
+
+
+def test_suffix_tells_what_is_an_image_and_what_can_be_written():
+    assert all(map(is_image, ("a.jpg", "a/b.PNG", Path("x.webp"), "a.psd")))
+    assert not any(map(is_image, ("a.txt", "a.pdf", "a.mpg", "jpg", "a")))
+    assert all(map(can_hold_rgb, ("a.jpg", "b.PNG", "c.tif", "d.bmp")))
+    assert not any(map(can_hold_rgb, ("a.psd", "a.xpm", "a.xbm", "a.msp", "a.txt", "a")))
+
+
+@pytest.mark.parametrize(
+    "names, folders, distinct",
+    [
+        (["0.png", "1.png"], "ab", ["0.png", "1.png"]),
+        (["0.png", "1.png", "0.png"], "aab", ["a/0.png", "1.png", "b/0.png"]),
+        (["0.png", "0.png"], "aa", ["0.png", "0_2.png"]),
+        (["0.png", "0.png", "0_2.png"], "aaa", ["0.png", "0_3.png", "0_2.png"]),
+        (["0.png", "0.png", "0.png"], "aab", ["0.png", "0_2.png", "b/0.png"]),
+        (["0.png", "0.png", "a/0.png"], "abc", ["a/0_2.png", "b/0.png", "a/0.png"]),
+    ],
+)
+def test_equal_names_get_their_folder_or_a_number(names, folders, distinct):
+    assert distinct_names(list(map(Path, names)), folders) == list(map(Path, distinct))

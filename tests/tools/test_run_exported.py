@@ -1,0 +1,54 @@
+"""tools/run_exported.py beside a detector that finds one box everywhere: what it reads, and how."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TOOL = Path(__file__).parents[2] / "tools" / "run_exported.py"
+METADATA = {"channels": "RGB", "min_size": 20, "max_size": 100, "classes": ["disc"]}
+ORIENTATION, QUARTER = 274, 6  # an EXIF tag, and its value where the camera was turned
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The script, with a detector whose box is the upper half of its input."""
+    spec = importlib.util.spec_from_file_location("run_exported", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def detect(images):
+        height, width = images.shape[2:]
+        boxes = np.array([[[0, 0, width, height / 2]]])
+        return boxes, np.ones((1, 1)), np.zeros((1, 1), int), np.ones(1, int)
+
+    monkeypatch.setattr(module, "load", lambda path: (detect, METADATA))
+    return module
+
+
+def test_photos_are_turned_upright(tool, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[ORIENTATION] = QUARTER
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    assert tool.main(["model.onnx", str(tmp_path / "a.jpg")]) == 0
+    assert json.loads(capsys.readouterr().out)["box"] == [0, 0, 40, 30]
+
+
+def test_what_cannot_be_read_is_named_and_skipped(tool, tmp_path, capsys):
+    Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
+    Image.new("RGB", (60, 40)).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("no image")
+    names = ("deep.png", "float.tif", "missing.png", "text.png", "good.png")
+    status = tool.main(["model.onnx", *(str(tmp_path / name) for name in names)])
+    out, err = capsys.readouterr()
+    assert status == 1 and json.loads(out)["image"] == str(tmp_path / "good.png")
+    assert err.count("skipped") == err.count("\n") == 4
+    for name, mode in (("deep.png", "I;16"), ("float.tif", "F")):
+        assert (
+            f"skipped {tmp_path / name}: its pixels have more than 8 bits (Pillow's mode {mode}); "
+            "convert it to 8 bits" in err
+        )
