@@ -5,8 +5,10 @@
 // the next only when these have not filled the D slots. The slots themselves are the list of kept
 // boxes.
 //
-// flat_kernel has a block per 64 boxes, which waits for those before it of the same group. All that
-// blocks tell each other is one word, so nothing depends on the order in which memory is written.
+// flat_kernel has a block per 64 boxes. The group of its first box may have begun in earlier blocks,
+// for which it waits; what becomes of other groups it tells at once, so that only blocks of one group
+// wait in a row. Which boxes are decided and which of them are kept stands in the same word, so
+// nothing depends on the order in which memory is written.
 //
 // soft_kernel has a block per image, which lowers all scores each time it has kept a box.
 
@@ -24,21 +26,28 @@ constexpr int kStep = 64; // boxes that are taken together
 constexpr int kPaddedThreads = 512, kFlatThreads = 256;
 constexpr unsigned kWanted = 512, kSortable = 1024; // boxes sorted at a time: at least, at most
 
+// Sets of boxes of a step: bit i stands for box i.
+constexpr uint64_t kAllBoxes = ~uint64_t(0);
+
+__device__ uint64_t first_boxes(int count) {
+  return count < kStep ? ~(kAllBoxes << count) : kAllBoxes;
+}
+__device__ int count_boxes(uint64_t boxes) {
+  return __popc(unsigned(boxes)) + __popc(unsigned(boxes >> 32));
+}
+
+// A lane answers for the boxes `lane` and `lane + 32`.
+__device__ uint64_t ballot(bool first, bool second) {
+  uint64_t low = __ballot_sync(kAllLanes, first);
+  return uint64_t(__ballot_sync(kAllLanes, second)) << 32 | low;
+}
+
 // The boxes of a step.
 struct Step {
   float4 box[kStep];
   float area[kStep];
   int64_t group[kStep];
-  unsigned suppressors[kStep][2]; // bit i: box i overlaps it and comes before it
-  unsigned suppressed[2];         // by boxes of earlier steps
-  unsigned kept[2];
-
-  __device__ bool is_kept(int i) const { return kept[i / 32] >> (i % 32) & 1; }
-  __device__ int num_kept_before(int i) const {
-    unsigned below = (1u << (i % 32)) - 1;
-    return __popc(kept[i / 32] & below) + (i >= 32 ? __popc(kept[0]) : 0);
-  }
-  __device__ int num_kept() const { return __popc(kept[0]) + __popc(kept[1]); }
+  uint64_t suppressors[kStep]; // those that overlap a box and come before it
 
   __device__ void set(int i, float4 value, int64_t of_group) {
     box[i] = value;
@@ -53,48 +62,36 @@ struct Step {
   }
 };
 
-// Finds out which of the `count` boxes of a step are kept, when `suppressed` is known.
+// Ends with a barrier.
 template <int Threads>
-__device__ void resolve(Step& step, int count, float threshold) {
+__device__ void find_suppressors(Step& step, int count, float threshold) {
   int lane = lane_index();
   for (int j = int(threadIdx.x) / 32; j < count; j += Threads / 32) {
-    for (int half = 0; half < 2; ++half) {
-      int i = half * 32 + lane;
-      bool hit = i < j && step.group[i] == step.group[j] &&
-                 step.overlaps(i, step.box[j], step.area[j], threshold);
-      unsigned hits = __ballot_sync(kAllLanes, hit);
-      if (lane == 0) {
-        step.suppressors[j][half] = hits;
-      }
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) { // a lane has the boxes `lane` and `lane + 32`
-    bool can_first = lane < count && !(step.suppressed[0] >> lane & 1);
-    bool can_second = lane + 32 < count && !(step.suppressed[1] >> lane & 1);
-    unsigned of_first = can_first ? step.suppressors[lane][0] : 0;
-    unsigned of_second[2] = {};
-    if (can_second) {
-      of_second[0] = step.suppressors[lane + 32][0], of_second[1] = step.suppressors[lane + 32][1];
-    }
-    unsigned first = __ballot_sync(kAllLanes, can_first);
-    unsigned second = __ballot_sync(kAllLanes, can_second);
-    // Every turn settles one more link of each chain of boxes that overlap.
-    for (;;) {
-      bool keep_first = can_first && !(of_first & first);
-      bool keep_second = can_second && !((of_second[0] & first) | (of_second[1] & second));
-      unsigned next_first = __ballot_sync(kAllLanes, keep_first);
-      unsigned next_second = __ballot_sync(kAllLanes, keep_second);
-      if (next_first == first && next_second == second) {
-        break;
-      }
-      first = next_first, second = next_second;
-    }
+    auto suppresses = [&](int i) {
+      return i < j && step.group[i] == step.group[j] &&
+             step.overlaps(i, step.box[j], step.area[j], threshold);
+    };
+    uint64_t suppressors = ballot(suppresses(lane), suppresses(lane + 32));
     if (lane == 0) {
-      step.kept[0] = first, step.kept[1] = second;
+      step.suppressors[j] = suppressors;
     }
   }
   __syncthreads();
+}
+
+// Which of the candidates are kept: boxes that no earlier step suppresses. Each warp that calls it
+// finds out by itself.
+__device__ uint64_t resolve(const Step& step, uint64_t candidates) {
+  int lane = lane_index();
+  uint64_t of_first = step.suppressors[lane], of_second = step.suppressors[lane + 32];
+  // Every turn settles one more link of each chain of boxes that overlap.
+  for (uint64_t kept = candidates;;) {
+    uint64_t next = candidates & ballot(!(of_first & kept), !(of_second & kept));
+    if (next == kept) {
+      return kept;
+    }
+    kept = next;
+  }
 }
 
 // ---- the padded form ----
@@ -105,6 +102,7 @@ struct PaddedScratch {
   unsigned of_warps[kPaddedThreads / 32];
   Bin found;
   unsigned count;
+  unsigned suppressed[2]; // halves of a step
   Step step;
 };
 
@@ -124,15 +122,20 @@ struct Image {
         kept_scores(args.kept_scores + image * args.max_detections),
         kept_classes(args.kept_classes + image * args.max_detections) {}
 
-  // 0 for a box that cannot be kept.
+  // 0 for a box that cannot be kept. Reads both numbers before it looks at one.
   __device__ uint64_t key(int64_t i) const {
-    bool valid = classes[i] >= 0 && scores[i] > -INFINITY; // false for NaN
-    return valid ? ranking_key(ordered_bits(scores[i]), uint32_t(i)) : 0;
+    int64_t label = classes[i];
+    float score = scores[i];
+    bool valid = label >= 0 && score > -INFINITY; // false for NaN
+    return valid ? ranking_key(ordered_bits(score), uint32_t(i)) : 0;
   }
+  // Reads before it writes: a write that waits would keep the next read waiting.
   __device__ void keep(int64_t slot, int64_t i, float score) const {
-    kept_boxes[slot] = boxes[i];
+    float4 box = boxes[i];
+    int64_t label = classes[i];
+    kept_boxes[slot] = box;
     kept_scores[slot] = score;
-    kept_classes[slot] = classes[i];
+    kept_classes[slot] = label;
   }
 };
 
@@ -186,39 +189,59 @@ find_least(const Image& image, int64_t num_boxes, uint64_t high, PaddedScratch& 
   }
 }
 
+// Two words that say which boxes of a step are of this group, or of another one that shares them.
+__device__ unsigned* boxes_of(int64_t group, unsigned* bins) {
+  return bins + 2 * (unsigned(group) % (kBins / 2));
+}
+
+// Finds the boxes of a step that boxes kept before suppress. Two threads share one of the latter and
+// look at no boxes but those of its group.
+__device__ void find_suppressed(
+    const PaddedNms& args, const Image& image, int64_t kept, PaddedScratch& scratch) {
+  const Step& step = scratch.step;
+  int half = int(threadIdx.x) % 2;
+  unsigned suppressed = 0;
+  for (int64_t j = threadIdx.x / 2; j < kept; j += kPaddedThreads / 2) {
+    int64_t group = args.class_agnostic ? 0 : image.kept_classes[j];
+    float4 box = image.kept_boxes[j];
+    for (unsigned rest = boxes_of(group, scratch.bins)[half]; rest != 0; rest &= rest - 1) {
+      int bit = __ffs(int(rest)) - 1, i = 32 * half + bit;
+      bool hit = step.group[i] == group && step.overlaps(i, box, area(&box.x), args.iou_threshold);
+      suppressed |= unsigned(hit) << bit;
+    }
+  }
+  if (suppressed != 0) {
+    atomicOr(&scratch.suppressed[half], suppressed);
+  }
+}
+
 // Takes up to kStep boxes by their keys; returns how many are kept then.
 __device__ int64_t take_step(
     const PaddedNms& args, const Image& image, const uint64_t* keys, int count, int64_t kept,
-    Step& step) {
+    PaddedScratch& scratch) {
   int t = int(threadIdx.x);
   int64_t index = 0;
+  clear_bins<kPaddedThreads>(scratch.bins);
   if (t < count) {
     index = ranking_index(keys[t]);
-    step.set(t, image.boxes[index], args.class_agnostic ? 0 : image.classes[index]);
+    int64_t group = args.class_agnostic ? 0 : image.classes[index];
+    scratch.step.set(t, image.boxes[index], group);
+    atomicOr(boxes_of(group, scratch.bins) + t / 32, 1u << (t % 32));
   }
   if (t < 2) {
-    step.suppressed[t] = 0;
+    scratch.suppressed[t] = 0;
   }
   __syncthreads();
-  int i = t % kStep;
-  bool suppressed = false;
-  for (int64_t j = t / kStep; j < kept && i < count && !suppressed; j += kPaddedThreads / kStep) {
-    if (args.class_agnostic || image.kept_classes[j] == step.group[i]) {
-      float4 box = image.kept_boxes[j];
-      suppressed = step.overlaps(i, box, area(&box.x), args.iou_threshold);
-    }
-  }
-  if (suppressed) {
-    atomicOr(&step.suppressed[i / 32], 1u << (i % 32));
-  }
-  resolve<kPaddedThreads>(step, count, args.iou_threshold); // has a barrier before it reads them
-  int64_t slot = kept + (t < count ? step.num_kept_before(t) : 0);
-  if (t < count && step.is_kept(t) && slot < args.max_detections) {
+  find_suppressed(args, image, kept, scratch);
+  find_suppressors<kPaddedThreads>(scratch.step, count, args.iou_threshold);
+  uint64_t suppressed = uint64_t(scratch.suppressed[1]) << 32 | scratch.suppressed[0];
+  uint64_t more = resolve(scratch.step, first_boxes(count) & ~suppressed);
+  int64_t slot = kept + count_boxes(more & first_boxes(t));
+  if (t < count && more >> t & 1 && slot < args.max_detections) {
     image.keep(slot, index, image.scores[index]);
   }
-  kept = min(kept + step.num_kept(), args.max_detections);
   __syncthreads();
-  return kept;
+  return min(kept + count_boxes(more), args.max_detections);
 }
 
 __global__ void __launch_bounds__(kPaddedThreads)
@@ -241,7 +264,7 @@ __global__ void __launch_bounds__(kPaddedThreads)
     sort_descending<kPaddedThreads>(scratch.keys, unsigned(count));
     for (int first = 0; first < count && kept < args.max_detections; first += kStep) {
       int size = min(count - first, kStep);
-      kept = take_step(args, image, scratch.keys + first, size, kept, scratch.step);
+      kept = take_step(args, image, scratch.keys + first, size, kept, scratch);
     }
     high = range.low;
     more = count >= int(kWanted);
@@ -301,19 +324,14 @@ __global__ void __launch_bounds__(kPaddedThreads)
 
 // ---- the flat form ----
 
-constexpr uint64_t kReady = uint64_t(1) << 32; // beside 32 bits that say which boxes were kept
-
 struct FlatScratch {
-  Step step, earlier;
-  int64_t turn;
+  Step step;
+  uint64_t overlaps[2][kStep]; // boxes of two earlier steps that overlap a box
+  int turn;
 };
 
-__device__ void load_step(const FlatNms& args, int64_t first, int count, Step& step) {
-  int t = int(threadIdx.x);
-  if (t < count) {
-    float4 box = reinterpret_cast<const float4*>(args.boxes)[args.index[first + t]];
-    step.set(t, box, args.groups[first + t]);
-  }
+__device__ float4 box_at(const FlatNms& args, int64_t position) {
+  return reinterpret_cast<const float4*>(args.boxes)[args.index[position]];
 }
 
 // Where the group of the box at `position` starts. All threads look at as many places at a time.
@@ -329,53 +347,94 @@ __device__ int64_t find_group(const FlatNms& args, int64_t position) {
   return low;
 }
 
-__device__ unsigned wait_for(const uint64_t* word) {
-  uint64_t value;
+// Tells later blocks which boxes of a step are decided and which are kept: bits of 32 boxes each in
+// two words, which may be written again to add more. For one warp.
+__device__ void publish(uint64_t* words, int step, uint64_t decided, uint64_t kept) {
+  int shift = 32 * lane_index();
+  if (shift < kStep) {
+    uint64_t word = decided >> shift << 32 | unsigned(kept >> shift);
+    static_cast<volatile uint64_t*>(words)[2 * int64_t(step) + lane_index()] = word;
+  }
+}
+
+// Which of these boxes of an earlier step are kept, as soon as all of them are decided. For one warp.
+__device__ uint64_t wait_for(const uint64_t* words, int step, uint64_t boxes) {
+  int half = lane_index() % 2;
+  uint64_t wanted = boxes >> 32 * half << 32, word;
   do {
-    value = *static_cast<const volatile uint64_t*>(word);
-  } while (!(value & kReady));
-  return unsigned(value);
+    word = static_cast<const volatile uint64_t*>(words)[2 * int64_t(step) + half];
+  } while ((word & wanted) != wanted);
+  uint64_t low = __shfl_sync(kAllLanes, unsigned(word), 0);
+  return boxes & (uint64_t(__shfl_sync(kAllLanes, unsigned(word), 1)) << 32 | low);
+}
+
+// Which boxes of an earlier step overlap the first `count` of this one. For all warps but the first.
+__device__ void find_overlaps(
+    const FlatNms& args, int64_t earlier, const Step& step, int count, uint64_t* overlaps) {
+  int lane = lane_index();
+  float4 first = box_at(args, earlier + lane), second = box_at(args, earlier + lane + 32);
+  float first_area = area(&first.x), second_area = area(&second.x);
+  for (int j = int(threadIdx.x) / 32 - 1; j < count; j += kFlatThreads / 32 - 1) {
+    uint64_t boxes = ballot(
+        step.overlaps(j, first, first_area, args.iou_threshold),
+        step.overlaps(j, second, second_area, args.iou_threshold));
+    if (lane == 0) {
+      overlaps[j] = boxes;
+    }
+  }
+}
+
+// Which of the first `count` boxes of a step, whose group starts at `start`, are suppressed by boxes
+// of earlier steps. Right in the first warp: it waits, while the others are a step ahead of it.
+__device__ uint64_t find_suppressed(
+    const FlatNms& args, const uint64_t* words, int64_t start, int count, FlatScratch& scratch) {
+  int lane = lane_index(), others = int(start % kStep); // boxes of other groups in a step
+  uint64_t suppressed = 0;
+  for (int s = int(start / kStep); s < scratch.turn; ++s) {
+    uint64_t* overlaps = scratch.overlaps[s % 2];
+    if (threadIdx.x >= 32) {
+      find_overlaps(args, int64_t(s) * kStep, scratch.step, count, overlaps);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      uint64_t kept = wait_for(words, s, kAllBoxes << others);
+      suppressed |= ballot(overlaps[lane] & kept, overlaps[lane + 32] & kept);
+    }
+    others = 0;
+  }
+  return suppressed & first_boxes(count);
 }
 
 // `state` is a counter and two words for every step, all zero.
-__global__ void __launch_bounds__(kFlatThreads)
+__global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlatThreads)
     flat_kernel(const __grid_constant__ FlatNms args, uint64_t* state) {
   __shared__ FlatScratch scratch;
-  Step &step = scratch.step, &earlier = scratch.earlier;
-  uint64_t* words = state + 1;
+  Step& step = scratch.step;
   int t = int(threadIdx.x);
   if (t == 0) { // blocks start in no certain order, but who has waited for has started
-    scratch.turn = int64_t(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
-    step.suppressed[0] = step.suppressed[1] = 0;
+    scratch.turn = int(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
   }
   __syncthreads();
-  int64_t turn = scratch.turn, first = turn * kStep;
+  uint64_t* words = state + 1;
+  int64_t first = int64_t(scratch.turn) * kStep;
   int count = int(min(args.num_boxes - first, int64_t(kStep)));
-  load_step(args, first, count, step);
-  int i = t % kStep;
-  bool suppressed = false;
-  for (int64_t s = find_group(args, first) / kStep; s < turn; ++s) {
-    load_step(args, s * kStep, kStep, earlier);
-    if (t < 2) {
-      earlier.kept[t] = wait_for(words + 2 * s + t);
-    }
-    __syncthreads();
-    for (int j = t / kStep; j < kStep && i < count && !suppressed; j += kFlatThreads / kStep) {
-      suppressed = earlier.is_kept(j) && earlier.group[j] == step.group[i] &&
-                   step.overlaps(i, earlier.box[j], earlier.area[j], args.iou_threshold);
-    }
-    __syncthreads();
-  }
-  if (suppressed) {
-    atomicOr(&step.suppressed[i / 32], 1u << (i % 32));
-  }
-  __syncthreads();
-  resolve<kFlatThreads>(step, count, args.iou_threshold);
-  if (t < 2) {
-    *static_cast<volatile uint64_t*>(words + 2 * turn + t) = kReady | step.kept[t];
-  }
   if (t < count) {
-    args.keep[args.place[first + t]] = step.is_kept(t);
+    step.set(t, box_at(args, first + t), args.groups[first + t]);
+  }
+  // The boxes of the first one's group, which may depend on earlier steps.
+  int open = __syncthreads_count(t < count && args.groups[first + t] == args.groups[first]);
+  find_suppressors<kFlatThreads>(step, count, args.iou_threshold);
+  if (t < 32) {
+    uint64_t decided = ~first_boxes(open);
+    publish(words, scratch.turn, decided, resolve(step, first_boxes(count) & decided));
+  }
+  uint64_t suppressed = find_suppressed(args, words, find_group(args, first), open, scratch);
+  if (t < 32) {
+    uint64_t kept = resolve(step, first_boxes(count) & ~suppressed);
+    publish(words, scratch.turn, kAllBoxes, kept);
+    for (int i = t; i < count; i += 32) {
+      args.keep[args.place[first + i]] = kept >> i & 1;
+    }
   }
 }
 

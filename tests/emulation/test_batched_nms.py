@@ -195,10 +195,50 @@ def test_classes_of_any_number_are_apart():
     assert len(assert_flat_is_greedy(boxes[0], scores[0], -classes[0], 0.5)) == 4
 
 
+@pytest.mark.parametrize("distance", [1, 512, 1024, 2**32])
+def test_kept_boxes_suppress_none_of_other_classes(distance):
+    """Classes that are told apart only at the second look, with the same boxes, in turns of 64."""
+    boxes = BOXES["one"](320)[None]
+    classes = (torch.arange(320) // 64 * distance)[None]
+    scores = torch.linspace(1, 0.5, 320)[None]
+    for order in (torch.arange(320), torch.randperm(320)):
+        found = run_padded(boxes, scores, classes[:, order], 0.5)
+        assert found[3].tolist() == [5] and found[2][0, :5].unique().numel() == 5
+    assert run_padded(boxes, scores, classes, 0.5, class_agnostic=True)[3].tolist() == [1]
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 80])
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_many_kept_boxes(num_classes, class_agnostic):
+    """More of them than the threads that compare with them."""
+    boxes, scores, classes = random_batch(1, 1000, num_classes=num_classes)
+    boxes = boxes * 0.2 + torch.randint(40, (1, 1000, 1)) * torch.tensor([20.0, 0, 20, 0])
+    assert_padded_is_greedy(boxes, scores, classes, 0.3, 1000, class_agnostic)
+
+
 @pytest.mark.parametrize("num_groups", [1, 3, 1000])
 def test_flat_form_waits_for_earlier_boxes_of_a_group(num_groups):
     boxes = overlapping(700)
     assert_flat_is_greedy(boxes, torch.rand(700), torch.randint(num_groups, (700,)), 0.5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [64, 64, 64],  # begin and end with the 64 boxes that a block takes
+        [63, 65, 64, 1],
+        [1, 200, 1, 150],  # go on for blocks
+        [100, 20, 20, 20, 100],  # begin and end inside of one block
+        [32, 64, 32, 128],  # begin with the second word of a block
+        [31, 66, 33, 62, 200],
+    ],
+)
+def test_flat_form_knows_where_groups_begin_and_end(sizes):
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    boxes, scores = overlapping(len(groups)), torch.rand(len(groups))
+    kept = assert_flat_is_greedy(boxes, scores, groups, 0.3)
+    with emulated.schedule(1):
+        assert torch.equal(emulated.ops().batched_nms(boxes, scores, groups, 0.3), kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
