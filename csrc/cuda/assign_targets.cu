@@ -83,13 +83,13 @@ __device__ bool may_serve(const AssignTargets& args, const Tile& tile, const Sur
 // Looks at one box and appends it to the survivors if it may serve the tile.
 __device__ void load_box(
     const AssignTargets& args, const Tile& tile, int index, Survivor* survivors, int* count) {
-  const float* box = args.boxes + 4 * int64_t(index);
   int64_t label = args.classes[index];
-  Survivor s = {{box[0], box[1], box[2], box[3]}, area(box), index, label == -1};
-  FCOS_ASSERT( // after the loads, which would wait for it
+  FCOS_ASSERT(
       label >= -1 && label < args.num_classes,
       "assign_targets: gt_classes must lie in [-1, num_classes); -1 is an ignored region, other "
       "values need a larger num_classes");
+  const float* box = args.boxes + 4 * int64_t(index);
+  Survivor s = {{box[0], box[1], box[2], box[3]}, area(box), index, label == -1};
   if (may_serve(args, tile, s)) {
     survivors[atomicAdd(count, 1)] = s;
   }

@@ -2,7 +2,8 @@
 // logit costs one comparison, and the best of what exceeds it are found by the size of their keys.
 //
 // 1. scan_kernel reads all logits once. Candidates of a segment (one level of one image) go to a list
-//    that may overflow, and are counted by rank.
+//    that may overflow, and are counted by rank. The counts tell later blocks below which rank nothing
+//    matters any more.
 // 2. collect_kernel reads the segments again whose list has overflowed. The counts say above which
 //    rank the list is long enough but does not overflow.
 // 3. finish_kernel sorts the list of a segment and writes boxes, scores and classes. Where more
@@ -30,15 +31,15 @@ constexpr int kScanThreads = 256, kFinishThreads = 512;
 // Blocks of a scan that shall fit on a multiprocessor: as many as leave the compiler the registers
 // with which it starts all loads of a turn at once.
 template <class T>
-constexpr int kByRegisters = sizeof(T) == 2   ? 5
-                             : sizeof(T) == 4 ? 4
-                                              : 2;
+constexpr int kByRegisters = sizeof(T) == 8 ? 2 : 4;
 template <class T>
 constexpr int kMinBlocks = std::min(kByRegisters<T>, kThreadsOfMultiprocessor / kScanThreads);
 
-constexpr int kTileSize = 8192;      // logits that a block looks at together
-constexpr int kTilePoints = 512;     // at most; their classes, at most 128
-constexpr unsigned kSortable = 2048; // keys that are sorted in shared memory
+constexpr int kTileSize = 8192;               // logits that a block looks at together
+constexpr int kPointBits = 9, kClassBits = 7; // of 16 that say which logit of a tile
+constexpr int kTilePoints = 1 << kPointBits;  // at most
+constexpr int kTileClasses = 1 << kClassBits; // at most
+constexpr unsigned kSortable = 2048;          // keys that are sorted in shared memory
 
 // What neighbouring points and classes of a level a block looks at together.
 struct LevelPlan {
@@ -46,6 +47,8 @@ struct LevelPlan {
   int class_tiles; // that share their points
   int tiles;       // of an image
   bool columns_are_classes, is_vectorised;
+
+  __device__ unsigned column_bits() const { return columns_are_classes ? kClassBits : kPointBits; }
 };
 
 struct Plan {
@@ -55,18 +58,10 @@ struct Plan {
   unsigned* state;       // [B, L, kStateSize], zeros before the first kernel
 };
 
-// Rows and columns as they lie in memory: points and classes, or classes and points.
 struct Tile {
   int level;
   int64_t image;
   int first_point, num_points, first_class, num_classes;
-
-  __device__ unsigned rows(const LevelPlan& plan) const {
-    return unsigned(plan.columns_are_classes ? num_points : num_classes);
-  }
-  __device__ unsigned columns(const LevelPlan& plan) const {
-    return unsigned(plan.columns_are_classes ? num_classes : num_points);
-  }
 };
 
 __device__ Tile make_tile(const Plan& plan, int level, int64_t image, int index) {
@@ -80,14 +75,16 @@ __device__ Tile make_tile(const Plan& plan, int level, int64_t image, int index)
   };
 }
 
-__device__ Tile find_tile(const Plan& plan, int block) {
-  int entry = plan.blocks.level_of(block);
+// Blocks that run together work on all images, so that each learns early from its counts.
+__device__ Tile find_tile(const Plan& plan, unsigned block) {
+  int entry = plan.blocks.level_of(int(block));
+  unsigned index = block - unsigned(plan.blocks.first[entry]);
+  unsigned images = unsigned(plan.args.num_images);
   int level = plan.args.levels.count - 1 - entry;
-  int index = block - plan.blocks.first[entry];
-  return make_tile(plan, level, index / plan.level[level].tiles, index % plan.level[level].tiles);
+  return make_tile(plan, level, index % images, int(index / images));
 }
 
-constexpr int kStateSize = int(kBins) + 2;
+constexpr int kStateSize = int(kBins) + 3;
 
 // One level of one image.
 struct Segment {
@@ -96,6 +93,7 @@ struct Segment {
   unsigned capacity; // of the list
   unsigned* found;   // by the scan; more than the capacity if the list has overflowed
   unsigned* collected;
+  unsigned* lowest_bin; // that still matters; bins below it are counted in part
   unsigned* bins;
 };
 
@@ -107,8 +105,10 @@ __device__ Segment find_segment(const Plan& plan, int level, int64_t image) {
   float* boxes = args.boxes + 4 * (image * num_slots + args.slots[level]);
   int64_t capacity = min(2 * wanted, int64_t(UINT32_MAX));
   return {
-      unsigned(wanted), reinterpret_cast<uint64_t*>(boxes), unsigned(capacity), state, state + 1,
-      state + 2,
+      unsigned(wanted),   reinterpret_cast<uint64_t*>(boxes),
+      unsigned(capacity), state,
+      state + 1,          state + 2,
+      state + 3,
   };
 }
 
@@ -160,18 +160,39 @@ __device__ int64_t offset(const Layout& layout, int64_t image, int channel, int6
   return image * layout.image + channel * layout.channel + point * layout.point;
 }
 
-__device__ float read(const Map& map, DType dtype, int64_t image, int channel, int64_t point) {
-  int64_t at = offset(map.data_layout, image, channel, point);
+// Neighbouring channels of a point. All are on their way before the first is converted.
+template <class T, int N>
+__device__ void read_as(const Map& map, int64_t image, int channel, int64_t point, float* out) {
+  const T* data = static_cast<const T*>(map.data);
+  T stored[N];
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    stored[c] = data[offset(map.data_layout, image, channel + c, point)];
+  }
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    out[c] = float(widen(stored[c]));
+  }
+}
+
+template <int N>
+__device__ void read(const Map& map, DType dtype, int64_t image, int64_t point, float* out) {
   switch (dtype) {
     case DType::kHalf:
-      return widen(static_cast<const __half*>(map.data)[at]);
+      return read_as<__half, N>(map, image, 0, point, out);
     case DType::kBFloat16:
-      return widen(static_cast<const __nv_bfloat16*>(map.data)[at]);
+      return read_as<__nv_bfloat16, N>(map, image, 0, point, out);
     case DType::kDouble:
-      return float(static_cast<const double*>(map.data)[at]);
+      return read_as<double, N>(map, image, 0, point, out);
     default:
-      return static_cast<const float*>(map.data)[at];
+      return read_as<float, N>(map, image, 0, point, out);
   }
+}
+
+__device__ float read_quality(const Plan& plan, int level, int64_t image, int64_t point) {
+  float logit;
+  read<1>(plan.args.quality.level[level], plan.args.quality_dtype, image, point, &logit);
+  return sigmoid(logit);
 }
 
 // One (point, class) pair.
@@ -179,18 +200,14 @@ struct Scores {
   float cls, both;
 };
 
-template <class T>
-__device__ Scores
-score_pair(const Plan& plan, int level, int64_t image, int64_t point, int channel, float quality) {
-  const Map& map = plan.args.logits.level[level];
-  const T* data = static_cast<const T*>(map.data);
-  float cls = sigmoid(float(widen(data[offset(map.data_layout, image, channel, point)])));
+__device__ Scores make_scores(float logit, float quality) {
+  float cls = sigmoid(logit);
   return {cls, product(cls, quality)};
 }
 
-__device__ float read_quality(const Plan& plan, int level, int64_t image, int64_t point) {
-  const SelectCandidates& args = plan.args;
-  return sigmoid(read(args.quality.level[level], args.quality_dtype, image, 0, point));
+// What other blocks may be changing.
+__device__ unsigned read_now(const unsigned* from) {
+  return *static_cast<const volatile unsigned*>(from);
 }
 
 // ---- looking through a tile ----
@@ -199,8 +216,50 @@ template <int Threads>
 struct Scratch {
   alignas(16) float bound[kTilePoints]; // of every point
   float quality[kTilePoints];
-  uint16_t survivors[kTileSize];
+  uint16_t survivors[kTileSize]; // row << column_bits | column, in any order
+  unsigned num_survivors;
   unsigned of_warps[Threads / 32];
+};
+
+// A tile as it lies in memory: rows of points with columns of classes, or the other way round.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row_step, column_step;
+  unsigned rows, columns;
+};
+
+template <class T>
+__device__ Rows<T> make_rows(const Plan& plan, const Tile& tile) {
+  const Map& map = plan.args.logits.level[tile.level];
+  const Layout& at = map.data_layout;
+  const T* data =
+      static_cast<const T*>(map.data) + offset(at, tile.image, tile.first_class, tile.first_point);
+  unsigned points = unsigned(tile.num_points), classes = unsigned(tile.num_classes);
+  if (plan.level[tile.level].columns_are_classes) {
+    return {data, at.point, at.channel, points, classes};
+  }
+  return {data, at.channel, at.point, classes, points};
+}
+
+// The vectors of a tile at which a thread looks: every Threads-th.
+template <int Threads>
+struct Walk {
+  unsigned per_row, down, right, row, vector;
+
+  __device__ explicit Walk(unsigned vectors_per_row)
+      : per_row(vectors_per_row),
+        down(Threads / per_row),
+        right(Threads % per_row),
+        row(threadIdx.x / per_row),
+        vector(threadIdx.x % per_row) {}
+
+  __device__ __forceinline__ void next() {
+    row += down, vector += right;
+    if (vector >= per_row) {
+      vector -= per_row, ++row;
+    }
+  }
 };
 
 // Bounds of the elements of a vector.
@@ -226,44 +285,35 @@ __device__ __forceinline__ void load_bounds(
 }
 
 // Bit i * V + j is for element j of the i-th vector of this thread: whether it exceeds the bound.
-template <class T, int V, int Threads>
-__device__ uint32_t find_survivors(const Plan& plan, const Tile& tile, const float* bound) {
+template <int V, int Threads, class T>
+__device__ uint32_t
+find_survivors(const Rows<T>& tile, bool columns_are_classes, const float* bound) {
   constexpr int kTurns = kTileSize / Threads / V;
   constexpr int kAtOnce = kTurns < 4 ? kTurns : 4;
   static_assert(kTurns * V <= 32);
-  const Map& map = plan.args.logits.level[tile.level];
-  const LevelPlan& level = plan.level[tile.level];
-  const Layout& layout = map.data_layout;
-  int64_t row_step = level.columns_are_classes ? layout.point : layout.channel;
-  int64_t column_step = V > 1 ? 1 : level.columns_are_classes ? layout.channel : layout.point;
-  const T* data = static_cast<const T*>(map.data) +
-                  offset(layout, tile.image, tile.first_class, tile.first_point);
-  unsigned rows = tile.rows(level), per_row = tile.columns(level) / V;
-  unsigned row = threadIdx.x / per_row, vector = threadIdx.x % per_row;
-  unsigned down = Threads / per_row, right = Threads % per_row;
+  int64_t column_step = V > 1 ? 1 : tile.column_step;
+  Walk<Threads> walk(tile.columns / V);
   uint32_t survivors = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < kTurns && row < rows; turn += kAtOnce) {
+  for (int turn = 0; turn < kTurns && walk.row < tile.rows; turn += kAtOnce) {
     Vector<T, V> logits[kAtOnce];
     unsigned rows_of[kAtOnce], vectors_of[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) { // all are on their way before the first is looked at
-      rows_of[k] = row, vectors_of[k] = vector;
-      if (row < rows) {
-        logits[k] = load<T, V>(data + row * row_step + vector * V * column_step, false);
+      rows_of[k] = walk.row, vectors_of[k] = walk.vector;
+      if (walk.row < tile.rows) {
+        logits[k] =
+            load<T, V>(tile.data + walk.row * tile.row_step + walk.vector * V * column_step, false);
       }
-      row += down, vector += right;
-      if (vector >= per_row) {
-        vector -= per_row, ++row;
-      }
+      walk.next();
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      if (rows_of[k] < rows) {
+      if (rows_of[k] < tile.rows) {
         typename Compute<T>::Type x[V];
         unpack<T, V>(logits[k], x);
         float limit[V];
-        load_bounds<V>(bound, level.columns_are_classes, rows_of[k], vectors_of[k], limit);
+        load_bounds<V>(bound, columns_are_classes, rows_of[k], vectors_of[k], limit);
         uint32_t exceed = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -276,54 +326,79 @@ __device__ uint32_t find_survivors(const Plan& plan, const Tile& tile, const flo
   return survivors;
 }
 
-// Lists the elements of the tile (row-major) that exceed their bounds; returns how many.
-template <class T, int V, int Threads>
-__device__ unsigned list_survivors(const Plan& plan, const Tile& tile, Scratch<Threads>& scratch) {
-  uint32_t survivors = find_survivors<T, V, Threads>(plan, tile, scratch.bound);
+// Lists the elements of a tile that exceed their bounds; returns how many.
+template <int V, int Threads, class T>
+__device__ unsigned list_survivors(
+    const Rows<T>& tile, const LevelPlan& level, Scratch<Threads>& scratch) {
+  uint32_t survivors = find_survivors<V, Threads>(tile, level.columns_are_classes, scratch.bound);
   if (!__syncthreads_or(survivors != 0)) {
     return 0;
   }
-  unsigned total;
-  unsigned at = sum_before<Threads>(unsigned(__popc(survivors)), scratch.of_warps, &total);
-  for (; survivors != 0; survivors &= survivors - 1) {
-    unsigned bit = unsigned(__ffs(int(survivors))) - 1;
-    scratch.survivors[at++] = uint16_t((bit / V * Threads + threadIdx.x) * V + bit % V);
+  unsigned at = atomicAdd(&scratch.num_survivors, unsigned(__popc(survivors)));
+  for (Walk<Threads> walk(tile.columns / V); survivors != 0; survivors >>= V, walk.next()) {
+    unsigned first = walk.row << level.column_bits() | walk.vector * V;
+    for (uint32_t bits = survivors & ((1u << V) - 1); bits != 0; bits &= bits - 1) {
+      scratch.survivors[at++] = uint16_t(first + unsigned(__ffs(int(bits))) - 1);
+    }
   }
   __syncthreads();
-  return total;
+  return scratch.num_survivors;
 }
 
-// Calls take(valid, key) for the candidates of the tile with keys of `low` and more. The lanes of a
-// warp call it together, some with nothing valid.
-template <class T, int Threads, class Take>
-__device__ void scan_tile(
-    const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch, Take&& take) {
-  constexpr int V = kVectorBytes / sizeof(T);
-  const SelectCandidates& args = plan.args;
-  const LevelPlan& level = plan.level[tile.level];
-  float lowest = probability_of(uint32_t(low >> 32)) * (1 - 1e-6f);
+// First all of the quality, for `low` may be on its way from memory, too.
+template <int Threads>
+__device__ void make_bounds(
+    const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch) {
+#pragma unroll 1
   for (int p = int(threadIdx.x); p < tile.num_points; p += Threads) {
-    float quality = read_quality(plan, tile.level, tile.image, tile.first_point + p);
-    scratch.quality[p] = quality;
-    scratch.bound[p] = bound_of(args, quality, lowest);
+    scratch.quality[p] = read_quality(plan, tile.level, tile.image, tile.first_point + p);
+  }
+  float lowest = probability_of(uint32_t(low >> 32)) * (1 - 1e-6f);
+#pragma unroll 1
+  for (int p = int(threadIdx.x); p < tile.num_points; p += Threads) {
+    scratch.bound[p] = bound_of(plan.args, scratch.quality[p], lowest);
+  }
+  if (threadIdx.x == 0) {
+    scratch.num_survivors = 0;
   }
   __syncthreads();
-  unsigned total = level.is_vectorised ? list_survivors<T, V, Threads>(plan, tile, scratch)
-                                       : list_survivors<T, 1, Threads>(plan, tile, scratch);
-  unsigned columns = tile.columns(level);
-  for (unsigned first = 0; first < total; first += Threads) {
-    bool valid = first + threadIdx.x < total;
+}
+
+// Lists what may be candidates with keys of `low` and more; returns how many.
+template <class T, int Threads>
+__device__ unsigned look_through(
+    const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch) {
+  make_bounds(plan, tile, low, scratch);
+  const LevelPlan& level = plan.level[tile.level];
+  Rows<T> rows = make_rows<T>(plan, tile);
+  return level.is_vectorised
+             ? list_survivors<kVectorBytes / int(sizeof(T)), Threads>(rows, level, scratch)
+             : list_survivors<1, Threads>(rows, level, scratch);
+}
+
+// Calls take(valid, key) for what is listed; only candidates with keys of `low` and more are valid.
+// The lanes of a warp call it together.
+template <class T, int Threads, class Take>
+__device__ void take_survivors(
+    const Plan& plan, const Tile& tile, uint64_t low, unsigned count, Scratch<Threads>& scratch,
+    Take&& take) {
+  const SelectCandidates& args = plan.args;
+  const LevelPlan& level = plan.level[tile.level];
+  Rows<T> rows = make_rows<T>(plan, tile);
+  for (unsigned first = 0; first < count; first += Threads) {
+    bool valid = first + threadIdx.x < count;
     uint64_t key = 0;
     if (valid) {
       unsigned element = scratch.survivors[first + threadIdx.x];
-      int row = int(element / columns), column = int(element % columns);
-      int p = level.columns_are_classes ? row : column;
-      int channel = tile.first_class + (level.columns_are_classes ? column : row);
-      int64_t point = tile.first_point + p;
-      Scores scores =
-          score_pair<T>(plan, tile.level, tile.image, point, channel, scratch.quality[p]);
+      unsigned row = element >> level.column_bits();
+      unsigned column = element & ((1u << level.column_bits()) - 1);
+      unsigned p = level.columns_are_classes ? row : column;
+      unsigned channel = unsigned(tile.first_class) + (level.columns_are_classes ? column : row);
+      float logit = float(widen(rows.data[row * rows.row_step + column * rows.column_step]));
+      Scores scores = make_scores(logit, scratch.quality[p]);
       float rank = rank_of(args, scores.cls, scores.both);
-      key = ranking_key(probability_bits(rank), uint32_t(point * args.num_classes + channel));
+      unsigned index = (unsigned(tile.first_point) + p) * unsigned(args.num_classes) + channel;
+      key = ranking_key(probability_bits(rank), index);
       valid = passes(args, scores.cls, scores.both) && key >= low;
     }
     take(valid, key);
@@ -331,46 +406,78 @@ __device__ void scan_tile(
   __syncthreads();
 }
 
+template <class T, int Threads, class Take>
+__device__ void scan_tile(
+    const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch, Take&& take) {
+  unsigned count = look_through<T>(plan, tile, low, scratch);
+  take_survivors<T>(plan, tile, low, count, scratch, take);
+}
+
 // ---- the kernels ----
 
-template <class T>
-__global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
-    scan_kernel(const __grid_constant__ Plan plan) {
-  __shared__ Scratch<kScanThreads> scratch;
-  __shared__ unsigned bins[kBins];
-  __shared__ bool is_full;
-  Tile tile = find_tile(plan, int(blockIdx.x));
-  Segment segment = find_segment(plan, tile.level, tile.image);
-  if (threadIdx.x == 0) { // then there is no need to queue up for the list
-    is_full = *static_cast<volatile unsigned*>(segment.found) > segment.capacity;
-  }
-  clear_bins<kScanThreads>(bins);
-  bool full = is_full;
-  unsigned taken = 0;
-  scan_tile<T>(plan, tile, 0, scratch, [&](bool valid, uint64_t key) {
-    count_key(valid, scan_bin(key), bins);
-    taken += valid;
-    if (!full) {
-      unsigned found = append(valid, key, segment.keys, segment.capacity, segment.found);
-      full = found > segment.capacity;
+struct ScanScratch {
+  Scratch<kScanThreads> tile;
+  unsigned bins[kBins];
+  Bin found;
+};
+
+// Adds to the counts of a segment and raises its lowest bin. Counts that other blocks are about to add
+// are missed, which makes the bin too low, if anything.
+__device__ void add_counts(const Segment& segment, ScanScratch& scratch) {
+#pragma unroll
+  for (unsigned i = 0; i < kBins; i += kScanThreads) {
+    unsigned count = scratch.bins[i + threadIdx.x];
+    if (count != 0) {
+      atomicAdd(&segment.bins[i + threadIdx.x], count);
     }
-  });
-  if (!__syncthreads_or(taken != 0)) {
-    return;
   }
-  for (unsigned i = threadIdx.x; i < kBins; i += kScanThreads) {
-    if (bins[i] != 0) {
-      atomicAdd(&segment.bins[i], bins[i]);
-    }
+  __syncthreads();
+  Bin bin =
+      find_bin<kScanThreads>(segment.bins, segment.wanted, scratch.tile.of_warps, &scratch.found);
+  if (threadIdx.x == 0) {
+    atomicMax(segment.lowest_bin, unsigned(max(bin.index, 0)));
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
+    scan_kernel(const __grid_constant__ Plan plan) {
+  __shared__ ScanScratch scratch;
+  Tile tile = find_tile(plan, blockIdx.x);
+  Segment segment = find_segment(plan, tile.level, tile.image);
+  uint64_t low = scan_range(int(read_now(segment.lowest_bin))).low;
+  unsigned count = look_through<T>(plan, tile, low, scratch.tile);
+  if (count == 0) {
+    return;
+  }
+  bool many = count > kScanThreads; // a few are counted where all counts go in the end
+  if (many) {
+    clear_bins<kScanThreads>(scratch.bins);
+  }
+  // Then there is no need to queue up for the list. The lanes of a warp must agree.
+  bool full = __any_sync(kAllLanes, read_now(segment.found) > segment.capacity);
+  take_survivors<T>(plan, tile, low, count, scratch.tile, [&](bool valid, uint64_t key) {
+    if (many) {
+      count_key(valid, scan_bin(key), scratch.bins);
+    } else {
+      count_key(valid, scan_bin(key), segment.bins);
+    }
+    if (!full) {
+      full = append(valid, key, segment.keys, segment.capacity, segment.found) > segment.capacity;
+    }
+  });
+  if (many) {
+    add_counts(segment, scratch);
+  }
+}
+
+// Its first blocks look at what the last ones of the scan have left in the cache.
+template <class T>
+__global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
     collect_kernel(const __grid_constant__ Plan plan) {
   __shared__ Scratch<kScanThreads> scratch;
   __shared__ Bin found;
-  Tile tile = find_tile(plan, int(blockIdx.x));
+  Tile tile = find_tile(plan, gridDim.x - 1 - blockIdx.x);
   Segment segment = find_segment(plan, tile.level, tile.image);
   if (*segment.found <= segment.capacity) {
     return;
@@ -465,13 +572,10 @@ __device__ void write_candidate(
   uint32_t index = ranking_index(key);
   int64_t point = index / unsigned(args.num_classes);
   int channel = int(index % unsigned(args.num_classes));
-  float quality = read_quality(plan, level, image, point);
-  Scores scores = score_pair<T>(plan, level, image, point, channel, quality);
-  float ltrb[4], box[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    ltrb[c] = read(args.ltrb.level[level], args.ltrb_dtype, image, c, point);
-  }
+  float logit, ltrb[4], box[4];
+  read_as<T, 1>(args.logits.level[level], image, channel, point, &logit);
+  read<4>(args.ltrb.level[level], args.ltrb_dtype, image, point, ltrb);
+  Scores scores = make_scores(logit, read_quality(plan, level, image, point));
   decode_box(args.levels.level[level], point, ltrb, box);
   if (args.clip) {
     clip_box(float(args.image_sizes[2 * image]), float(args.image_sizes[2 * image + 1]), box);
@@ -534,7 +638,7 @@ LevelPlan make_level(const SelectCandidates& args, const Map& map) {
   if (classes == 0 || points == 0) {
     return plan;
   }
-  int64_t parts = divide_up(classes, 128);
+  int64_t parts = divide_up(classes, kTileClasses);
   plan.tile_classes = int(parts == 1 ? classes : divide_up(divide_up(classes, parts), 16) * 16);
   plan.class_tiles = int(divide_up(classes, plan.tile_classes));
   plan.tile_points = std::min(kTilePoints, kTileSize / plan.tile_classes / 32 * 32);

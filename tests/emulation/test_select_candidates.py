@@ -1,5 +1,6 @@
 """csrc/cuda/select_candidates.cu selects what the rule in float64 says, and has the CPU's bits."""
 
+import itertools
 import math
 
 import pytest
@@ -38,6 +39,11 @@ def with_infinities(*shape):
     return x
 
 
+def rising(*shape):
+    """From the first point of an image to the last."""
+    return torch.linspace(-1, 2, shape[2] * shape[3]).view(shape[2:]) + torch.rand(shape) * 0.1
+
+
 # Logits of several temperaments.
 SPREADS = {
     "normal": of_normal,
@@ -48,6 +54,8 @@ SPREADS = {
     "none": lambda *shape: torch.full(shape, -30.0),
     "infinities": with_infinities,
     "crowded": lambda *shape: 1 + torch.rand(shape) * 1e-4,
+    "rising": rising,
+    "falling": lambda *shape: rising(*shape).flip(2, 3),
 }
 
 
@@ -142,6 +150,33 @@ def test_every_or_no_logit_passes(spread, threshold):
         random_maps(shapes, 1, 20, spread), levels_of(shapes), score_threshold=threshold, topk=900
     )
     assert (found[2] >= 0).sum() == (900 if threshold == 0 else 0)
+
+
+@pytest.mark.parametrize("spread", ["normal", "rare", "crowded", "rising", "falling"])
+@pytest.mark.parametrize("topk", [60, 3000])
+def test_what_a_tile_counts_spares_later_tiles_only_losers(spread, topk):
+    """Five tiles of each image, of which the first ones overflow the list or do not."""
+    shapes = [(30, 60), (2, 3)]
+    maps, levels = random_maps(shapes, 2, 20, spread), levels_of(shapes)
+    expected = assert_selects_the_best(maps, levels, topk=topk)
+    arguments = arguments_of(maps, levels, topk=topk)
+    for number in range(1, 4):
+        with emulated.schedule(number):
+            found = emulated.ops().select_candidates(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("num_classes, points", [(16, 512), (16, 520), (128, 64), (128, 72)])
+def test_corners_of_tiles(num_classes, points, layout):
+    """Tiles with as many points, or classes, as there can be, and what is left over."""
+    (logits, ltrb, quality) = random_maps([(1, points)], 1, num_classes, "none", layout=layout)
+    quality[0].fill_(1.0)
+    for n, (point, channel) in enumerate(itertools.product((0, -1), repeat=2)):
+        logits[0][0, channel, 0, point] = n + 1.0
+    found = assert_selects_the_best((logits, ltrb, quality), levels_of([(1, points)]), topk=10)
+    last = num_classes - 1
+    assert found[2][0].tolist() == [last, 0, last, 0] + [-1] * 6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
