@@ -55,9 +55,15 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
           keys[high] = key;
         }
       }
-      __syncthreads();
+      int next = step > 0 ? step - 1 : run + 1;
+      if (max(step, next) < 6) { // a warp has 64 keys to itself
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
     }
   }
+  __syncthreads();
 }
 
 // Appends the keys of all lanes of a warp for which `valid` holds to a list that may overflow: then

@@ -59,16 +59,17 @@ void stop_with(Error error, const std::string& message) {
   emulator.message = message;
 }
 
-// 0, 1, ..., or some other order where a schedule is set: correct kernels do not depend on it.
-const std::vector<int>& order(int count) {
-  static std::vector<int> indices;
-  if (int(indices.size()) != count || emulator.schedule != 0) {
-    indices.resize(count);
-    std::iota(indices.begin(), indices.end(), 0);
-  }
+// Into some other order where a schedule is set: correct kernels do not depend on it.
+void shuffle(std::vector<int>& indices) {
   if (emulator.schedule != 0) {
     std::shuffle(indices.begin(), indices.end(), emulator.random);
   }
+}
+
+std::vector<int> order(int count) {
+  std::vector<int> indices(count);
+  std::iota(indices.begin(), indices.end(), 0);
+  shuffle(indices);
   return indices;
 }
 
@@ -103,15 +104,15 @@ bool same_place(const Site& a, const Site& b) {
 }
 
 // Lets a warp go on whose lanes of one mask have all come to the same place.
-bool release_lanes(int first, uint32_t mask, const Site& site) {
+void release_lanes(int first, uint32_t mask, const Site& site) {
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (mask >> lane & 1) {
       if (first + lane >= emulator.size) {
-        return false;
+        return;
       }
       const Thread& thread = emulator.threads[first + lane];
       if (thread.state != State::kAtWarp || thread.mask != mask || !same_place(thread.site, site)) {
-        return false;
+        return;
       }
     }
   }
@@ -130,20 +131,24 @@ bool release_lanes(int first, uint32_t mask, const Site& site) {
       thread.state = State::kReady;
     }
   }
-  return true;
 }
 
-bool release_warps() {
-  bool any = false;
-  for (int first = 0; first < emulator.size; first += kWarpSize) {
-    for (int i = first; i < std::min(first + kWarpSize, emulator.size); ++i) {
-      const Thread& thread = emulator.threads[i];
-      if (thread.state == State::kAtWarp) {
-        any |= release_lanes(first, thread.mask, Site(thread.site));
-      }
+// The threads of a warp that can run.
+std::vector<int> ready_threads(int warp) {
+  std::vector<int> ready;
+  int first = warp * kWarpSize, last = std::min(first + kWarpSize, emulator.size);
+  for (int i = first; i < last; ++i) {
+    const Thread& thread = emulator.threads[i];
+    if (thread.state == State::kAtWarp) {
+      release_lanes(first, thread.mask, Site(thread.site));
     }
   }
-  return any;
+  for (int i = first; i < last; ++i) {
+    if (emulator.threads[i].state == State::kReady) {
+      ready.push_back(i);
+    }
+  }
+  return ready;
 }
 
 bool release_block() {
@@ -184,22 +189,27 @@ void abandon_threads() {
   }
 }
 
-// Runs every thread that can run; false if there was none.
+// Runs threads that can run; false if there are none. Where a schedule is set some warps have to
+// wait, so that others run ahead of them, as far as the next barrier of the block.
 bool take_turns() {
-  bool any = false;
-  for (int i : order(emulator.size)) {
-    Thread& thread = emulator.threads[i];
-    if (thread.state == State::kReady) {
-      any = true;
-      emulator.current = i;
-      threadIdx = thread.index;
-      thread.fiber->resume();
-      if (emulator.failed) {
-        break;
-      }
+  std::vector<int> chosen;
+  for (int warp : order((emulator.size + kWarpSize - 1) / kWarpSize)) {
+    std::vector<int> ready = ready_threads(warp);
+    chosen.insert(chosen.end(), ready.begin(), ready.end());
+    if (!ready.empty() && emulator.schedule != 0 && emulator.random() % 2 == 0) {
+      break;
     }
   }
-  return any;
+  shuffle(chosen);
+  for (int i : chosen) {
+    emulator.current = i;
+    threadIdx = emulator.threads[i].index;
+    emulator.threads[i].fiber->resume();
+    if (emulator.failed) {
+      break;
+    }
+  }
+  return !chosen.empty();
 }
 
 void run_block() {
@@ -210,7 +220,7 @@ void run_block() {
   auto done = [](const Thread& thread) { return thread.state == State::kDone; };
   auto first = emulator.threads.begin(), last = first + emulator.size;
   while (!emulator.failed && !std::all_of(first, last, done)) {
-    if (!take_turns() && !release_warps() && !release_block()) {
+    if (!take_turns() && !release_block()) {
       stop_with(Error::kLaunchFailure, "divergent barrier: " + describe_threads());
     }
   }

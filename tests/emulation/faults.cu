@@ -36,6 +36,14 @@ __global__ void race(int* out) {
   out[threadIdx.x] = values[(threadIdx.x + kThreads - 1) % kThreads];
 }
 
+// The same between warps, of which one may be ahead of the other.
+__global__ void race_of_warps(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = int(threadIdx.x);
+  __syncwarp();
+  out[threadIdx.x] = values[(threadIdx.x + 32) % kThreads];
+}
+
 __attribute__((noinline)) int read(const int* values, int i) { return values[i]; }
 
 __global__ void past_shared_array(int* out) {
@@ -114,6 +122,7 @@ const Named kernels[] = {
     {"different_barriers", different_barriers},
     {"shuffle_without_all_lanes", shuffle_without_all_lanes},
     {"race", race},
+    {"race_of_warps", race_of_warps},
     {"past_shared_array", past_shared_array},
     {"past_dynamic_shared", past_dynamic_shared},
     {"past_global_array", past_global_array},

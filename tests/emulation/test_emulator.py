@@ -43,11 +43,12 @@ def test_shuffle_that_some_lanes_do_not_reach_is_named():
     assert message.startswith("divergent barrier: 32 threads have exited")
 
 
-def test_missing_barrier_shows_in_some_order_of_threads():
+@pytest.mark.parametrize("fault", ["race", "race_of_warps"])
+def test_missing_barrier_shows_in_some_order_of_threads(fault):
     outputs = []
-    for number in range(5):
+    for number in range(10):
         with emulated.schedule(number, "faults"):
-            outputs.append(run("race")[1])
+            outputs.append(run(fault)[1])
     assert any(out != outputs[0] for out in outputs)
 
 
