@@ -23,7 +23,7 @@ from fcos_d2 import add_fcos_config, resolve_convention
 ROOT = Path(__file__).parents[1]
 
 # Box AP of trainings of our own by config, "AP" or "AP (test-dev)": only what was measured.
-MEASURED = {"digits/fcos_R_18_FPN_digits": "65.5"}
+MEASURED = {"digits/fcos_R_18_FPN_digits": "65.9"}
 
 
 class Section(NamedTuple):
