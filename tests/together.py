@@ -11,7 +11,7 @@ from threading import Barrier
 
 def run_together(calls: Sequence[Callable], rounds: int = 1) -> list[list]:
     """Results of every call, each run ``rounds`` times; all threads start in the same moment."""
-    start = Barrier(len(calls))
+    start = Barrier(len(calls), timeout=60)  # seconds, then all fail instead of waiting for one
 
     def repeat(call: Callable) -> list:
         start.wait()

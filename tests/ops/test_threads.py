@@ -1,6 +1,6 @@
 """Every op gives in any thread, whatever the others do, the bits that it gives alone."""
 
-import threading
+import sys
 import time
 import warnings
 from functools import partial
@@ -88,11 +88,15 @@ def test_threads_that_miss_the_library_at_once_warn_once(monkeypatch):
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(warnings, "warn", lambda *message, **_: said.append(message))
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
-    threading.settrace(pause_before_every_line)
-    try:
-        run_together([lambda: _library._announce_reference("box_loss", "cpu")] * THREADS)
-    finally:
-        threading.settrace(None)
+
+    def announce():
+        sys.settrace(pause_before_every_line)  # of this thread
+        try:
+            _library._announce_reference("box_loss", "cpu")
+        finally:
+            sys.settrace(None)
+
+    run_together([announce] * THREADS)
     assert len(said) == 1
 
 
