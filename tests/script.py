@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import _cached_log_stream, setup_logger
 
 import train_net
 from fcos_d2 import add_fcos_config
@@ -45,6 +45,7 @@ def quiet_loggers():
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()
     setup_logger.cache_clear()
+    _cached_log_stream.cache_clear()  # by a relative name, so that all tests would share one file
 
 
 @pytest.fixture
