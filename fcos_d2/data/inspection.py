@@ -206,7 +206,7 @@ def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
 
 def without_problems(
     source_file: str,
-    image_root: str | os.PathLike | Collection[str],
+    image_roots: Collection[str],
     unusable: Collection[str],
     masks: bool = False,
 ) -> dict:
@@ -214,19 +214,17 @@ def without_problems(
 
     Args:
         source_file: the COCO file.
-        image_root: the folder that its file names start from; several where several data sets use
-            the file, each with images of its own.
+        image_roots: the folders that its file names start from: one, or more where several data
+            sets use the file, each with images of its own.
         unusable: images to leave out, as paths.
         masks: leave out what has a broken ``segmentation`` too.
     """
     content, unusable = read_coco(source_file), set(unusable)
     bad = problems_in_coco_annotations(content, masks)
-    is_one = isinstance(image_root, (str, os.PathLike))
-    roots = [image_root] if is_one else image_root
     images = [
         image
         for image in content["images"]
-        if unusable.isdisjoint(os.path.join(root, image["file_name"]) for root in roots)
+        if unusable.isdisjoint(os.path.join(root, image["file_name"]) for root in image_roots)
     ]
     kept = {image["id"] for image in images}
     annotations = [

@@ -22,15 +22,18 @@ class FCOSDatasetMapper(DatasetMapper):
             background), as boxes with ``gt_classes`` = -1. They are transformed like all others.
 
     Raises:
-        InputError: on a call, when the image is missing, cut off, no image, of more than 8 bits a
-            channel, or not of the size that the data set says. It stays an InputError when it
-            comes from a loader's worker.
+        InputError: ``keep_crowd`` together with masks; on a call, when the image is missing, cut
+            off, no image, of more than 8 bits a channel, or not of the size that the data set
+            says. It stays an InputError when it comes from a loader's worker.
     """
 
     @configurable
     def __init__(self, is_train: bool, *, keep_crowd: bool = False, **options):
         if keep_crowd and options.get("use_instance_mask"):
-            raise ValueError("FCOSDatasetMapper: keep_crowd=True is for boxes, not for masks")
+            raise InputError(
+                "crowd regions have no masks to learn; set MODEL.FCOS.IGNORE_CROWD False or "
+                "MODEL.MASK_ON False"
+            )
         super().__init__(is_train, **options)
         self.keep_crowd = keep_crowd
 

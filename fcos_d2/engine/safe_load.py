@@ -27,7 +27,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 def load_safely(path: str) -> object:
     """What ``path`` holds, which is what torch.save or pickle.dump was given.
 
-    Texts, numbers, lists, dicts and devices come back as what they are. Something else become:
+    Texts, numbers, lists, dicts and devices come back as what they are. Something else comes of:
 
     - arrays: tensors; numbers of numpy: those of Python;
     - OrderedDict, Counter: dicts; torch.Size: a tuple;

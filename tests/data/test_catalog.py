@@ -125,7 +125,7 @@ def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
         load_dataset(name, masks=True)
     (problem,) = inspect_dataset(name, masks=True).annotation_problems
     assert re.match(expected, problem)
-    clean = without_problems(str(coco.json_file), str(coco.folder), (), masks=True)
+    clean = without_problems(str(coco.json_file), [str(coco.folder)], (), masks=True)
     assert [annotation["id"] for annotation in clean["annotations"]] == [101, 103]
 
 

@@ -71,7 +71,7 @@ def test_contents_are_counted(coco):
 def test_clean_content_lacks_what_is_broken_alone(coco):
     coco.content["annotations"][0]["bbox"][2] = -3
     name = coco.register()
-    clean = without_problems(str(coco.json_file), str(coco.folder), {str(coco.folder / "2.png")})
+    clean = without_problems(str(coco.json_file), [str(coco.folder)], {str(coco.folder / "2.png")})
     assert [image["id"] for image in clean["images"]] == [1, 3]
     assert [annotation["id"] for annotation in clean["annotations"]] == [103]
     assert clean["categories"] == coco.content["categories"]

@@ -112,7 +112,7 @@ def test_evaluation_gets_no_ground_truth(image_file):
 
 
 def test_crowds_cannot_be_kept_beside_masks():
-    with pytest.raises(ValueError, match="keep_crowd=True is for boxes"):
+    with pytest.raises(InputError, match="IGNORE_CROWD False or MODEL.MASK_ON False"):
         FCOSDatasetMapper(
             True, augmentations=[], image_format="BGR", keep_crowd=True, use_instance_mask=True
         )

@@ -157,7 +157,7 @@ def inspect(name: str) -> None:
     for problem in (*found.annotation_problems, *found.image_problems.values()):
         assert problem.isprintable() and len(problem) < 1000, problem[:1000]
     if found.source_file:
-        clean = without_problems(found.source_file, found.image_root, list(found.image_problems))
+        clean = without_problems(found.source_file, [found.image_root], list(found.image_problems))
         json.dumps(clean)
 
 

@@ -1,4 +1,4 @@
-"""Calls on CUDA streams, in CUDA graphs, and without waiting for the GPU."""
+"""Calls on CUDA streams, and without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-
-from benchmarks.measure import captured
-
-__all__ = ["captured", "forbidden_to_wait", "results_on_streams"]
 
 
 @contextmanager

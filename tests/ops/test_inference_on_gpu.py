@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.measure import captured
 from fcos_d2.ops import backend, batched_nms, batched_nms_padded, make_levels, select_candidates
 
 from . import inputs
-from .gpu import captured, forbidden_to_wait, results_on_streams
+from .gpu import forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,

@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.measure import captured
 from fcos_d2.ops import assign_targets, backend, box_loss, sigmoid_focal_loss
 
 from . import inputs, isolated
-from .gpu import captured, forbidden_to_wait, results_on_streams
+from .gpu import forbidden_to_wait, results_on_streams
 
 pytestmark = [
     pytest.mark.cuda,
