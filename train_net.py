@@ -13,7 +13,8 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from fcos_d2.engine import Trainer, evaluate, is_lazy, run_lazy, run_script, setup_cfg
+from fcos_d2.engine import Trainer, is_lazy, run_lazy, run_script, setup_cfg
+from fcos_d2.inference import evaluate
 
 
 def main(args):

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
 from .errors import InputError
-from .predictor import Found, batches, build_predictor
-from .visualize import PANEL_SIDE, draw_objects
+from .inference import Found, batches, build_predictor
+from .visualization.drawing import PANEL_SIDE, draw_objects
 
 # What is written into a video file of each kind.
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".m4v": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}

@@ -13,7 +13,7 @@ from torch import nn
 
 from fcos_d2 import demo
 from fcos_d2.evaluation import THRESHOLD_FILE
-from fcos_d2.predictor import Predictor
+from fcos_d2.inference import Predictor
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV")

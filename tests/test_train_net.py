@@ -13,7 +13,7 @@ from detectron2.engine import default_argument_parser
 
 import train_net
 
-from .kill_and_resume import differences
+from .engine.kill_and_resume import differences
 from .tiny_training import CONFIG
 
 pytest_plugins = ["tests.script"]
@@ -26,7 +26,8 @@ from detectron2.modeling.backbone import ResNet
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler
 from fcos_d2.data import FCOSDatasetMapper, load_dataset
-from fcos_d2.engine import TrainLoader, evaluator_for
+from fcos_d2.engine import TrainLoader
+from fcos_d2.evaluation import evaluator_for
 
 model = LazyConfig.load("COMMON/fcos.py").model
 model.backbone.bottom_up.stages.depth = 18
@@ -329,7 +330,7 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
 
 
 def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):
-    text = LAZY_CONFIG.replace("import TrainLoader, evaluator_for", "import evaluator_for")
+    text = LAZY_CONFIG.replace("from fcos_d2.engine import TrainLoader\n", "")
     text = text.replace("_test_loader\n", "_test_loader, build_detection_train_loader\n")
     (script.folder / "tiny.py").write_text(
         text.replace("TrainLoader", "build_detection_train_loader")

@@ -19,7 +19,8 @@ from fvcore.nn import FlopCountAnalysis, flop_count_table, parameter_count
 from torch import Tensor, nn
 
 from fcos_d2 import FCOS, InputError
-from fcos_d2.engine import Trainer, read_cfg
+from fcos_d2.config_file import read_cfg
+from fcos_d2.engine import Trainer
 from fcos_d2.ops import make_levels
 
 # fvcore does not know these, and their work is little beside the convolutions'.

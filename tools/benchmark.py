@@ -26,7 +26,9 @@ from detectron2.structures import Boxes, Instances
 from torch.utils.benchmark import Timer
 
 from fcos_d2 import FCOS, InputError
-from fcos_d2.engine import Trainer, choose_device, load_detector, read_cfg
+from fcos_d2.config_file import choose_device, read_cfg
+from fcos_d2.engine import Trainer
+from fcos_d2.inference import load_detector
 from fcos_d2.ops import backend
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 
 from fcos_d2 import InputError
-from fcos_d2.engine.safe_load import load_safely, load_trusted
-from fcos_d2.engine.saving import atomic_write
-from fcos_d2.layouts import Needs, Weights
-from fcos_d2.weights import OURS, WRITABLE, Recognised, is_ours, read, unwrap, write
+from fcos_d2.checkpoint.conversion import OURS, WRITABLE, Recognised, is_ours, read, unwrap, write
+from fcos_d2.checkpoint.formats import Needs, Weights
+from fcos_d2.checkpoint.reading import load_safely, load_trusted
+from fcos_d2.checkpoint.saving import atomic_write
 
 
 def convert(source: str, target: str, layout: str, trust_pickle: bool) -> None:

@@ -25,9 +25,9 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from fcos_d2 import FCOS, InputError
+from fcos_d2.config_file import choose_device, read_cfg
 from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
-from fcos_d2.engine import choose_device, load_detector, read_cfg
-from fcos_d2.export import (
+from fcos_d2.export.graph import (
     FORMATS,
     Agreement,
     compare,
@@ -36,6 +36,7 @@ from fcos_d2.export import (
     load_exported,
     run_detector,
 )
+from fcos_d2.inference import load_detector
 
 SIZES = (0.75, 1.0, 1.25)  # of INPUT.MIN_SIZE_TEST
 BATCH_SIZES = (1, 4)

@@ -26,14 +26,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from fcos_d2 import InputError, add_fcos_config
-from fcos_d2.curves import Series, ap_series, plot_training, read_metrics
 from fcos_d2.data import FCOSDatasetMapper, load_dataset, register_datasets
 from fcos_d2.data.images import read_image
-from fcos_d2.engine import load_detector
 from fcos_d2.errors import one_line_cause
 from fcos_d2.evaluation import Objects, ground_truth
 from fcos_d2.evaluation.report import write_report
-from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_objects
+from fcos_d2.inference import load_detector
+from fcos_d2.visualization.curves import Series, ap_series, plot_training, read_metrics
+from fcos_d2.visualization.drawing import PANEL_SIDE, contact_sheet, draw_objects
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from fcos_d2 import InputError
 from fcos_d2.config import fcos_settings
+from fcos_d2.config_file import read_cfg
 from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
 from fcos_d2.data.images import distinct_names
 from fcos_d2.data.inspection import (
@@ -37,8 +38,7 @@ from fcos_d2.data.inspection import (
     inspect_dataset,
     without_problems,
 )
-from fcos_d2.engine import read_cfg
-from fcos_d2.level_fit import (
+from fcos_d2.data.level_fit import (
     MISSED,
     STRIDES,
     LevelFit,
@@ -50,7 +50,13 @@ from fcos_d2.level_fit import (
 )
 from fcos_d2.modeling.losses import FCOSLoss
 from fcos_d2.modeling.structures import PointGrid, pack_ground_truth
-from fcos_d2.visualize import PANEL_SIDE, contact_sheet, draw_assignment, draw_objects, to_rgb
+from fcos_d2.visualization.drawing import (
+    PANEL_SIDE,
+    contact_sheet,
+    draw_assignment,
+    draw_objects,
+    to_rgb,
+)
 
 MOST_SHOWN = 20  # broken things that are listed, the others are counted
 MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent

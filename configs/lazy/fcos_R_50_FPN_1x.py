@@ -3,7 +3,8 @@
 from detectron2 import model_zoo
 
 from fcos_d2.data import FCOSDatasetMapper, load_dataset
-from fcos_d2.engine import TrainLoader, evaluator_for
+from fcos_d2.engine import TrainLoader
+from fcos_d2.evaluation import evaluator_for
 
 from .common.fcos import model
 

@@ -14,10 +14,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..checkpoint.saving import AtomicSaving
 from ..errors import InputError
 from .distributed import bare, share_buffers
 from .random_state import kept_random_state
-from .saving import AtomicSaving
 from .step import stepper
 
 
@@ -69,7 +69,9 @@ class TrainingPanels(HookBase):
         """Draws the batch that the step has seen."""
         if self._handle is None:
             return
-        from ..visualize import training_panels  # takes matplotlib along: only when it is needed
+        from ..visualization.drawing import (
+            training_panels,  # takes matplotlib along: only when it is needed
+        )
 
         self._handle.remove()
         panels = training_panels(

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..checkpoint.checkpointer import Checkpointer
+from ..config_file import check_config_file
 from ..errors import InputError
-from .checkpoint import Checkpointer
 from .distributed import distribute
 from .hooks import AssignmentStatistics, CheckpointHook, EvaluationHook, WeightAveraging
-from .setup import check_config_file
 from .step import StepTrainer, usable_precision
 from .trainer import averaged_model, batch_size, forget_metrics, training_errors
 

@@ -8,14 +8,12 @@ import json
 import logging
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -24,15 +22,19 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .._compat import ResumableTrainer
+from ..checkpoint import Checkpointer
 from ..config import fcos_settings
 from ..data import FCOSDatasetMapper, check_num_classes, load_dataset
-from ..errors import InputError, one_line_cause
-from ..evaluation import ThresholdEvaluator
+from ..errors import InputError
+from ..inference import (
+    build_detector,
+    build_evaluator,
+    build_test_loader,
+    test_with_tta,
+    with_tta,
+)
 from ..modeling import FCOS
-from ..modeling.tta import FCOSWithTTA
-from .checkpoint import Checkpointer
 from .distributed import distribute
-from .evaluators import evaluator_for
 from .hooks import (
     AssignmentStatistics,
     CheckpointHook,
@@ -40,8 +42,8 @@ from .hooks import (
     TrainingPanels,
     WeightAveraging,
 )
+from .loader import TrainLoader, sampler_from_config
 from .step import StepTrainer, usable_precision
-from .train_loader import TrainLoader, sampler_from_config
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,22 +81,6 @@ class Trainer(ResumableTrainer):
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
-
-    @classmethod
-    def build_model(cls, cfg) -> nn.Module:
-        """DefaultTrainer's, compiled if MODEL.COMPILE; wrong values are the user's error."""
-        try:
-            model = super().build_model(cfg)
-        except ValueError as error:
-            if str(error).startswith("FCOS"):
-                raise InputError(one_line_cause(error)) from error
-            raise
-        if cfg.MODEL.COMPILE:
-            # In place, so that checkpoints stay as they are. Losses and detections are operators
-            # that a compiler could not improve.
-            model.backbone.compile()
-            model.head.compile()
-        return model
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -138,50 +124,19 @@ class Trainer(ResumableTrainer):
         )
 
     @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        """See ``fcos_d2.inference.build_detector``."""
+        return build_detector(cfg)
+
+    @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
-        """DefaultTrainer's, with FCOSDatasetMapper and checked data."""
-        records = load_dataset(dataset_name, filter_empty=False)
-        check_num_classes(dataset_name, fcos_settings(cfg).NUM_CLASSES)
-        return build_detection_test_loader(
-            records,
-            mapper=FCOSDatasetMapper(cfg, is_train=False),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
+        """See ``fcos_d2.inference.build_test_loader``."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(
-        cls, cfg, dataset_name: str, weights_folder: str | None = None
-    ) -> DatasetEvaluator:
-        """The evaluator of the data set's type (``evaluator_type`` in its metadata).
-
-        On the first data set the best score thresholds are measured too, and written into
-        ``weights_folder`` (OUTPUT_DIR where None). Not on LVIS, whose images name no more than some
-        of the objects in them, so that a right detection may count as wrong.
-        """
-        evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference")
-        is_lvis = MetadataCatalog.get(dataset_name).evaluator_type == "lvis"
-        if dataset_name != cfg.DATASETS.TEST[0] or is_lvis:
-            return evaluator
-        thresholds = ThresholdEvaluator(dataset_name, weights_folder or cfg.OUTPUT_DIR)
-        return DatasetEvaluators([evaluator, thresholds])
-
-    @classmethod
-    def test_with_TTA(cls, cfg, model: nn.Module) -> OrderedDict:
-        """Results with test-time augmentation (TEST.AUG), as ``*_TTA``.
-
-        The folder ``inference_TTA`` keeps its detections.
-
-        Raises:
-            InputError: a model that is no FCOS.
-        """
-        augmented = with_tta(cfg, model)
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.MIN_SIZE_TEST = 0  # every view is made from the original image
-        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
-        evaluators = [evaluator_for(name, folder) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, augmented, evaluators)
-        return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
+    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
+        """See ``fcos_d2.inference.build_evaluator``."""
+        return build_evaluator(cfg, dataset_name)
 
     def build_hooks(self) -> list[HookBase | None]:
         """DefaultTrainer's, with ours before the writers."""
@@ -233,7 +188,7 @@ class Trainer(ResumableTrainer):
         this = weakref.proxy(self)
 
         def evaluate(model: nn.Module) -> dict:
-            results = this.test_with_TTA(this.cfg, model)
+            results = test_with_tta(this.cfg, model)
             this._last_eval_results.update(results)
             return results
 
@@ -255,62 +210,6 @@ class Trainer(ResumableTrainer):
                 return super().train()
             finally:
                 self._trainer.close()
-
-
-def load_detector(cfg, weights: str | None = None, *, resume: bool = False) -> nn.Module:
-    """The trained detector of ``cfg``, in evaluation mode.
-
-    Args:
-        cfg: of ``setup_cfg`` or ``read_cfg``. With MODEL_EMA.ENABLED it gets the average of the
-            weights if the checkpoint has one.
-        weights: file or URL instead of MODEL.WEIGHTS.
-        resume: take the last checkpoint in OUTPUT_DIR, if there is one.
-
-    Raises:
-        InputError: weights that cannot be used.
-    """
-    model = Trainer.build_model(cfg).eval()
-    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.averaged = cfg.MODEL_EMA.ENABLED
-    checkpointer.resume_or_load(weights or cfg.MODEL.WEIGHTS, resume=resume)
-    return model
-
-
-def evaluate(cfg, resume: bool = False) -> OrderedDict:
-    """Results on DATASETS.TEST of the weights in MODEL.WEIGHTS.
-
-    Args:
-        cfg: of ``setup_cfg``; see ``load_detector``.
-        resume: evaluate the last checkpoint in OUTPUT_DIR instead.
-
-    Raises:
-        InputError: weights or data that cannot be used; TEST.AUG of a model that is no FCOS.
-    """
-    model = load_detector(cfg, resume=resume)
-    if cfg.TEST.AUG.ENABLED:
-        with_tta(cfg, model)  # refuses what it cannot do before the plain evaluation, not after it
-    folder = Path(cfg.MODEL.WEIGHTS).parent
-    is_beside = not resume and Path(cfg.MODEL.WEIGHTS).is_file() and os.access(folder, os.W_OK)
-    folder = str(folder) if is_beside else cfg.OUTPUT_DIR
-    evaluators = [Trainer.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-    results = Trainer.test(cfg, model, evaluators)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_TTA(cfg, model))
-    return results
-
-
-def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
-    """``model``, with the test-time augmentation of TEST.AUG.
-
-    Raises:
-        InputError: it is no FCOS.
-    """
-    if not isinstance(model, FCOS):
-        raise InputError(
-            "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS, "
-            f"got {cfg.MODEL.META_ARCHITECTURE}; set TEST.AUG.ENABLED False"
-        )
-    return FCOSWithTTA(cfg, model)
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -1,5 +1,6 @@
 """What an evaluation says beyond AP: what was found and missed, and from which score to believe."""
 
+from .evaluators import evaluator_for
 from .matching import (
     Evaluation,
     ImageMatches,
@@ -29,6 +30,7 @@ __all__ = [
     "Thresholds",
     "best_thresholds",
     "evaluate_boxes",
+    "evaluator_for",
     "f1_score",
     "ground_truth",
     "match_boxes",

@@ -17,9 +17,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from ..curves import Series, plot_precision_recall, plot_training
 from ..data.images import read_image
-from ..visualize import class_color, draw_boxes
+from ..visualization.curves import Series, plot_precision_recall, plot_training
+from ..visualization.drawing import class_color, draw_boxes
 from .matching import (
     SIZES,
     Evaluation,

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fcos_d2.engine import Trainer, TrainLoader, read_cfg
+from fcos_d2.config_file import read_cfg
+from fcos_d2.engine import Trainer, TrainLoader
 
 BOXES = 8.6  # per image, as in COCO train2017
 CONFIG = """

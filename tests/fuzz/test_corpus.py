@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fcos_d2 import InputError
-from fcos_d2.engine.safe_load import load_safely
+from fcos_d2.checkpoint.reading import load_safely
 from tests.ops.strategies import MANY, for_all
 
 from . import CORPUS, TARGETS, checker

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcos_d2.engine import Checkpointer
-from fcos_d2.engine.pickles import ALLOWED
-from fcos_d2.layouts import LAYOUTS
-from fcos_d2.weights import PREFIXES, WRAPPERS
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.checkpoint.conversion import PREFIXES, WRAPPERS
+from fcos_d2.checkpoint.formats import LAYOUTS
+from fcos_d2.checkpoint.pickles import ALLOWED
 
 from ..modeling.tiny import tiny_fcos
 from .choices import HOSTILE, Choices, spoil

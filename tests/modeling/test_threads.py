@@ -8,8 +8,8 @@ import pytest
 import torch
 from detectron2.modeling import DatasetMapperTTA
 
+from fcos_d2.inference import Predictor
 from fcos_d2.modeling.tta import FCOSWithTTA
-from fcos_d2.predictor import Predictor
 from tests.together import run_together
 
 from .tiny import tiny_fcos

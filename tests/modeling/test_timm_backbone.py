@@ -12,7 +12,7 @@ from timm.layers import FrozenBatchNormAct2d
 from torch import nn
 
 from fcos_d2 import InputError
-from fcos_d2.engine import Checkpointer
+from fcos_d2.checkpoint import Checkpointer
 from fcos_d2.modeling import FCOS, TimmBackbone
 from fcos_d2.modeling.timm_backbone import Blueprint
 from fcos_d2.modeling.timm_weights import TimmWeights

@@ -154,7 +154,7 @@ def test_training_augments_its_last_evaluation_alone(script):
 
 
 def test_what_cannot_be_augmented_is_refused_before_the_training(script, monkeypatch):
-    monkeypatch.setattr("fcos_d2.engine.trainer.FCOS", Squares)
+    monkeypatch.setattr("fcos_d2.inference.FCOS", Squares)
     done = script(*SMALL_VIEWS)
     assert done.status == 2 and "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS" in done.err
     assert not (script.folder / "output/metrics.json").exists()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from fcos_d2.engine import Checkpointer
-from tests import peer_weights
-from tests.peer_weights import LEVELS, small_cfg
+from fcos_d2.checkpoint import Checkpointer
+from tests.checkpoint import peer_weights
+from tests.checkpoint.peer_weights import LEVELS, small_cfg
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert_weights.py"
 

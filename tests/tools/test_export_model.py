@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcos_d2.engine import Trainer, read_cfg
-from fcos_d2.export import read_metadata
+from fcos_d2.config_file import read_cfg
+from fcos_d2.engine import Trainer
+from fcos_d2.export.graph import read_metadata
 from tests.tiny_training import CONFIG
 
 pytest_plugins = ["tests.script"]

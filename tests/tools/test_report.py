@@ -14,7 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from torch import nn
 
-from fcos_d2.visualize import GREY, GUTTER, PALETTE, PANEL_SIDE
+from fcos_d2.visualization.drawing import GREY, GUTTER, PALETTE, PANEL_SIDE
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"

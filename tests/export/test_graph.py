@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fcos_d2 import CONVENTIONS, InputError, export
+from fcos_d2 import CONVENTIONS, InputError
 from fcos_d2.data.digits import scenes
-from fcos_d2.export import (
+from fcos_d2.export import graph as export
+from fcos_d2.export.graph import (
     FORMATS,
     Agreement,
     Float32GroupNorm,
@@ -28,7 +29,7 @@ from fcos_d2.export import (
 from fcos_d2.ops import Detections, batched_nms_padded
 from tests.modeling.tiny import tiny_fcos
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
 METHODS = ("hard", "linear", "gaussian")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fcos_d2 import predictor
+from fcos_d2 import inference
 from fcos_d2.errors import InputError
-from fcos_d2.predictor import Predictor, build_predictor
+from fcos_d2.inference import Predictor, build_predictor
 
 from .modeling.tiny import tiny_cfg, tiny_fcos
 
@@ -66,7 +66,7 @@ def test_no_weights_name_the_command_that_makes_them(output):
 
 def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     taken = []
-    monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
+    monkeypatch.setattr(inference, "load_detector", lambda cfg, weights: taken.append(weights))
     build_predictor(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
     assert taken == ["https://host/a//w.pth"]
 

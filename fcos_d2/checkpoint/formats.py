@@ -1,7 +1,7 @@
 """How every other FCOS names its weights, and what these expect: one ``Layout`` each.
 
 To read another implementation, write its table of names, a function for what its weights need, and
-append both to ``LAYOUTS``; ``fcos_d2.weights`` does the rest.
+append both to ``LAYOUTS``; ``fcos_d2.checkpoint.conversion`` does the rest.
 
 In the tables ``{i}``, ``{k+1}`` and ``{3*i+1}`` stand for numbers and ``**`` for any path. Both
 columns name modules, theirs and ours, so that ``.weight``, ``.bias`` and the like follow by
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import CONVENTIONS
-from .errors import InputError
+from ..config import CONVENTIONS
+from ..errors import InputError
 
 Weights = dict[str, Tensor]
 Table = tuple[tuple[str, str], ...]

@@ -1,6 +1,6 @@
 """Checkpoints of every other FCOS as weights of this one, and back: dict -> dict, no model needed.
 
-What is particular to an implementation stands in ``fcos_d2.layouts``.
+What is particular to an implementation stands in ``fcos_d2.checkpoint.formats``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import CONVENTIONS
-from .errors import InputError, shown
-from .layouts import CLASS_LAYER, LAYOUTS, Layout, Needs, Weights, count_classes, is_scale
+from ..config import CONVENTIONS
+from ..errors import InputError, shown
+from .formats import CLASS_LAYER, LAYOUTS, Layout, Needs, Weights, count_classes, is_scale
 
 # Where checkpoints keep the weights, averaged ones first: published results are theirs. What
 # mmengine calls ema_state_dict is not in the list: it swaps the two when it saves.

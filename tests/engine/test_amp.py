@@ -10,8 +10,8 @@ from fcos_d2.engine.step import StepTrainer, usable_precision
 from fcos_d2.engine.trainer import averaged_model
 from fcos_d2.errors import InputError
 
-from .modeling.tiny import sample, tiny_cfg, tiny_fcos
-from .tiny_training import ROOT, metrics, python
+from ..modeling.tiny import sample, tiny_cfg, tiny_fcos
+from ..tiny_training import ROOT, metrics, python
 
 pytest_plugins = ["tests.script"]
 

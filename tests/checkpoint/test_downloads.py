@@ -11,10 +11,11 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from fcos_d2.engine import Checkpointer, setup_cfg
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.engine import setup_cfg
 from fcos_d2.errors import InputError
 
-from .tiny_training import ROOT, python, write_config
+from ..tiny_training import ROOT, python, write_config
 
 # Python announces every use of a socket to audit hooks, whichever library it comes from. Sockets
 # between processes of one machine have a name (text) instead of an address. The file tells of uses

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fcos_d2.level_fit import Sample, image_levels, measure_fit, suggest_pyramid
+from fcos_d2.data.level_fit import Sample, image_levels, measure_fit, suggest_pyramid
 from fcos_d2.modeling import FCOSLoss, PointGrid
 
 

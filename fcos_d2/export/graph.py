@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine.saving import atomic_write
-from .errors import InputError, one_line_cause
-from .modeling import FCOS, Predictions
-from .ops import Candidates, Detections, batched_nms_padded
+from ..checkpoint.saving import atomic_write
+from ..errors import InputError, one_line_cause
+from ..modeling import FCOS, Predictions
+from ..ops import Candidates, Detections, batched_nms_padded
 
 FORMATS = ("onnx", "torch_export", "torchscript")
 INPUT = "images"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .modeling.tiny import tiny_cfg
+from ..modeling.tiny import tiny_cfg
 
 CHANNELS = 32
 NUM_CLASSES = 5

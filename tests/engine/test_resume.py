@@ -22,16 +22,17 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 from torch import nn
 
-from fcos_d2.engine import Checkpointer, Trainer, TrainLoader
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.checkpoint.saving import atomic_write
+from fcos_d2.engine import Trainer, TrainLoader
 from fcos_d2.engine.hooks import Preempted
+from fcos_d2.engine.loader import WORKER_GRACE
 from fcos_d2.engine.random_state import kept_random_state, random_state, set_random_state
-from fcos_d2.engine.saving import atomic_write
-from fcos_d2.engine.train_loader import WORKER_GRACE
 from fcos_d2.engine.trainer import forget_metrics
 from fcos_d2.errors import InputError
 
+from ..tiny_training import ROOT, metrics, python, write_config
 from .kill_and_resume import differences
-from .tiny_training import ROOT, metrics, python, write_config
 
 pytest_plugins = ["tests.script"]
 
@@ -47,7 +48,7 @@ def draw() -> tuple:
 
 
 def kill_and_resume(folder: Path, config: Path, kills: int, *options) -> dict:
-    words = [ROOT / "tests/kill_and_resume.py", folder, config, kills, 0, *options]
+    words = [ROOT / "tests/engine/kill_and_resume.py", folder, config, kills, 0, *options]
     done = python(*words, cwd=folder, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

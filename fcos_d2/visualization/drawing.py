@@ -22,8 +22,8 @@ from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from .modeling.structures import pack_ground_truth
-from .ops import Levels, point_coordinates
+from ..modeling.structures import pack_ground_truth
+from ..ops import Levels, point_coordinates
 
 Color = tuple[int, int, int]
 

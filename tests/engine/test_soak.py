@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from .modeling.tiny import sample, tiny_fcos
+from ..modeling.tiny import sample, tiny_fcos
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from fcos_d2 import InputError, add_fcos_config
-from fcos_d2.engine import Checkpointer
-from fcos_d2.layouts import LAYOUTS
-from fcos_d2.weights import Renaming, fit, read, unwrap, write
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.checkpoint.conversion import Renaming, fit, read, unwrap, write
+from fcos_d2.checkpoint.formats import LAYOUTS
 
 from . import peer_weights
 from .peer_weights import CHANNELS, LEVELS, NUM_CLASSES, small_cfg

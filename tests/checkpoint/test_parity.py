@@ -9,8 +9,9 @@ from torch import nn
 from torchvision.models.detection import fcos_resnet50_fpn
 
 from fcos_d2 import add_fcos_config
-from fcos_d2.engine import Checkpointer, Trainer
-from fcos_d2.weights import read
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.checkpoint.conversion import read
+from fcos_d2.engine import Trainer
 
 # Short sides differ; most sizes are padded, and P6 and P7 of most have another spacing of points
 # than their stride with torchvision.

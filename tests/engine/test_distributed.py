@@ -17,7 +17,7 @@ from fcos_d2.engine.hooks import Preempted
 from fcos_d2.engine.trainer import scale_to_processes
 from fcos_d2.errors import InputError
 
-from .tiny_training import ROOT, metrics, python, write_config
+from ..tiny_training import ROOT, metrics, python, write_config
 
 pytest_plugins = ["tests.script"]
 
@@ -34,7 +34,7 @@ def torchrun(script, *words, cwd, **options):
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    done = torchrun(ROOT / "tests/two_processes.py", cwd=tmp_path)
+    done = torchrun(ROOT / "tests/engine/two_processes.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
     assert sorted(done.stdout.splitlines()) == ["agreed 0", "agreed 1"]
 
@@ -109,7 +109,7 @@ def spawned(monkeypatch, error: Exception) -> int:
     def launch(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("fcos_d2.engine.script.launch", launch)
+    monkeypatch.setattr("fcos_d2.engine.launch.launch", launch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     return run_script(lambda args: None, ARGS)
 
@@ -148,7 +148,7 @@ def test_sigterm_is_passed_on_to_spawned_processes(monkeypatch):
         raise torch.multiprocessing.ProcessExitedException(message, 0, 1, child.exitcode)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("fcos_d2.engine.script.launch", launch)
+    monkeypatch.setattr("fcos_d2.engine.launch.launch", launch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert run_script(lambda args: None, ARGS) == Preempted.STATUS
     assert signal.getsignal(signal.SIGTERM) is before

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from fcos_d2 import InputError
-from fcos_d2.engine import Checkpointer
-from fcos_d2.engine.pickles import Record
-from fcos_d2.engine.safe_load import load_safely, load_trusted
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.checkpoint.pickles import Record
+from fcos_d2.checkpoint.reading import load_safely, load_trusted
 
-from .fuzz.weights import archive, legacy
-from .modeling.tiny import tiny_fcos
+from ..fuzz.weights import archive, legacy
+from ..modeling.tiny import tiny_fcos
 
 pytest_plugins = ["tests.script"]
 
@@ -113,7 +113,7 @@ def test_the_attacks_of_this_test_are_real(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["os.system", "builtins.eval", "builtins.exec", "numpy.load", "torch.load", "operator.call"]
-    + ["fcos_d2.engine.safe_load.load_trusted", "fcos_d2.engine.pickles.ALLOWED"],
+    + ["fcos_d2.checkpoint.reading.load_trusted", "fcos_d2.checkpoint.pickles.ALLOWED"],
 )
 def test_nothing_but_the_named_calls_can_be_named(name, tmp_path):
     """By the opcodes GLOBAL and STACK_GLOBAL."""

@@ -17,20 +17,16 @@ from torch import nn
 
 from fcos_d2 import add_fcos_config
 from fcos_d2._compat import ResumableTrainer
-from fcos_d2.engine import (
-    AssignmentStatistics,
-    Checkpointer,
-    Trainer,
-    TrainLoader,
-    evaluator_for,
-)
+from fcos_d2.checkpoint import Checkpointer
+from fcos_d2.engine import AssignmentStatistics, Trainer, TrainLoader
 from fcos_d2.engine.hooks import WeightAveraging
 from fcos_d2.engine.step import StepTrainer
-from fcos_d2.engine.trainer import averaged_model, batch_size, evaluate
+from fcos_d2.engine.trainer import averaged_model, batch_size
 from fcos_d2.errors import InputError
-from fcos_d2.evaluation import THRESHOLD_FILE
+from fcos_d2.evaluation import THRESHOLD_FILE, evaluator_for
+from fcos_d2.inference import evaluate
 
-from .tiny_training import write_shapes
+from ..tiny_training import write_shapes
 
 pytest_plugins = ["tests.script"]
 
@@ -127,7 +123,9 @@ def test_gradients_are_clipped_for_both_optimizers(fcos_cfg, name):
 )
 def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch, kind, evaluator):
     made = []
-    monkeypatch.setattr(f"fcos_d2.engine.evaluators.{evaluator}", lambda *a, **k: made.append(a))
+    monkeypatch.setattr(
+        f"fcos_d2.evaluation.evaluators.{evaluator}", lambda *a, **k: made.append(a)
+    )
     name = named_data(kind)
     evaluator_for(name, "output")
     assert made == [(name,)]
@@ -220,8 +218,8 @@ def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change
 
 
 def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):
-    monkeypatch.setattr(Trainer, "build_model", lambda cfg: small_model())
-    monkeypatch.setattr(Trainer, "test", None)
+    monkeypatch.setattr("fcos_d2.inference.build_detector", lambda cfg: small_model())
+    monkeypatch.setattr("fcos_d2.inference.test", None)
     fcos_cfg.TEST.AUG.ENABLED = True
     with pytest.raises(InputError, match="TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS"):
         evaluate(fcos_cfg)
@@ -241,7 +239,7 @@ def test_thresholds_lie_beside_the_weights_that_were_evaluated(script, tmp_path)
 
 
 def test_thresholds_are_not_measured_on_lvis(named_data, fcos_cfg, monkeypatch):
-    monkeypatch.setattr("fcos_d2.engine.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
+    monkeypatch.setattr("fcos_d2.evaluation.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
     fcos_cfg.DATASETS.TEST = (named_data("lvis"),)
     assert Trainer.build_evaluator(fcos_cfg, fcos_cfg.DATASETS.TEST[0]) == "LVIS"
 
@@ -457,11 +455,12 @@ def test_a_decay_that_averages_nothing_is_refused(decay):
 def test_the_average_is_evaluated_saved_and_found_again(script, monkeypatch):
     evaluated = []
 
-    def test(cls, cfg, model, evaluators=None):
+    def test(cfg, model, evaluators=None):
         evaluated.append({key: value.clone() for key, value in model.state_dict().items()})
         return {}
 
-    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    monkeypatch.setattr(Trainer, "test", staticmethod(test))
+    monkeypatch.setattr("fcos_d2.inference.test", test)
     ema = ("MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.5)
     assert script(*ema, "SOLVER.MAX_ITER", 3).status == 0
     output = script.folder / "output"

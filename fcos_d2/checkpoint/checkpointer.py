@@ -15,8 +15,8 @@ from torch import nn
 from ..config import CONVENTIONS
 from ..errors import InputError, one_line_cause, shown
 from ..modeling import FCOS
-from ..weights import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
-from .safe_load import load_safely
+from .conversion import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
+from .reading import load_safely
 from .saving import AtomicSaving
 
 MOST_SHOWN = 5  # tensors named in an error, the others are counted

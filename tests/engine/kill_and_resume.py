@@ -1,6 +1,6 @@
 """Trains once undisturbed, then again with kill -9 at random moments, and compares what is left.
 
-    python tests/kill_and_resume.py FOLDER CONFIG KILLS SEED [KEY VALUE ...]
+    python tests/engine/kill_and_resume.py FOLDER CONFIG KILLS SEED [KEY VALUE ...]
 
 Every training is a fork of this process, which has imported everything but started nothing. Prints
 the number of kills, and the iteration of the last checkpoint after each of them.

@@ -7,8 +7,13 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fcos_d2.curves import ap_series, plot_precision_recall, plot_training, read_metrics
 from fcos_d2.errors import InputError
+from fcos_d2.visualization.curves import (
+    ap_series,
+    plot_precision_recall,
+    plot_training,
+    read_metrics,
+)
 
 
 def write_metrics(path, rows, tail=""):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fcos_d2.ops import make_levels
-from fcos_d2.visualize import (
+from fcos_d2.visualization.drawing import (
     CROSS,
     GREY,
     GUTTER,

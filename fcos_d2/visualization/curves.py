@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from .errors import InputError
+from ..errors import InputError
 
 LOSS_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MOST_CURVES = 6  # classes that are named; of more only the best and the worst

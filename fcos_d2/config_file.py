@@ -1,0 +1,140 @@
+"""Config files and command-line overrides; every mistake in them is one line with the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from .config import add_fcos_config, resolve_convention
+from .data import count_classes, register_datasets
+from .errors import InputError, one_line_cause
+
+
+def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """A config with every key filled in and its own data sets registered; it can still be changed.
+
+    Args:
+        config_file: YAML, or "" for the defaults.
+        opts: KEY VALUE pairs that override it.
+
+    Raises:
+        InputError: file, key or value that cannot be used; a data set that is needed for
+            MODEL.FCOS.NUM_CLASSES and cannot be read.
+    """
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    with _config_errors(cfg, "on the command line"):
+        cfg.merge_from_list(list(opts or []))
+    register_datasets(cfg.DATASETS.REGISTER)
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if cfg.MODEL.FCOS.NUM_CLASSES is None and names:
+        cfg.MODEL.FCOS.NUM_CLASSES = count_classes(names[0])
+    return resolve_convention(cfg)
+
+
+def check_config_file(path: str) -> None:
+    """Raises an InputError if there is no such file."""
+    if not PathManager.isfile(path):
+        raise InputError(f"config file {path} does not exist; pass --config-file FILE")
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    check_config_file(path)
+    try:
+        with _config_errors(cfg, f"in {path}"):
+            # detectron2's default lets a YAML file call Python functions.
+            cfg.merge_from_file(path, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name} line {mark.line + 1} column {mark.column + 1}" if mark else path
+        cause = getattr(error, "problem", None) or one_line_cause(error)
+        raise InputError(f"{place}: {cause}; correct the YAML") from error
+    except OSError as error:
+        raise InputError(f"{path}: {one_line_cause(error)}; correct its _BASE_") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{path} is its own _BASE_, by itself or by others, or is nested too deep; correct it"
+        ) from error
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path} is not a mapping of config keys ({one_line_cause(error)}); "
+            "write it like the files in configs/"
+        ) from error
+
+
+@contextlib.contextmanager
+def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
+    """Rewords the errors with which yacs rejects a key or a value."""
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError) as error:
+        message = str(error.args[0]) if error.args else type(error).__name__
+        unknown = re.match(r"Non-existent (?:config )?key: (\S+)", message)
+        mismatch = re.match(r"(?s)Type mismatch .* config key: (\S+)", message)
+        if isinstance(error, UnicodeError):
+            message = f"{one_line_cause(error)}; save it and its _BASE_ as UTF-8"
+        elif unknown:
+            message = f"unknown config key {unknown[1]}; {_suggest_key(cfg, unknown[1])}"
+        elif mismatch:
+            message = _describe_mismatch(cfg, mismatch[1], message)
+        raise InputError(f"{place}: {' '.join(message.split())}") from error
+
+
+def _suggest_key(cfg: CfgNode, key: str) -> str:
+    known = list(_keys(cfg))
+    last = key.rpartition(".")[2]
+    # The same name in another section is a likelier mistake than a section with a similar name.
+    moved = [name for name in known if name.rpartition(".")[2] == last]
+    close = [*moved, *difflib.get_close_matches(key, known, n=3, cutoff=0.75)]
+    if close:
+        return f"did you mean {' or '.join(list(dict.fromkeys(close))[:3])}?"
+    return "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
+    default = cfg
+    for part in key.split("."):
+        default = default[part]
+    # "Type mismatch (<class 'int'> vs. <class 'str'>) with values (80 vs. ten) for config key: K"
+    kind = re.search(r"vs\. <class '(?:.*\.)?(.*?)'>\)", message)
+    value = message.rpartition(f"({default} vs. ")[2].rpartition(") for config key")[0]
+    got = f"got {kind[1]} {value}" if kind else f"got {value}"
+    if isinstance(default, CfgNode):
+        example = next(iter(default), "NAME")
+        return f"{key} is a section, {got}; set its keys, like {key}.{example}"
+    if isinstance(default, (list, tuple)):
+        example = default or type(default)(("one", "two"))
+        advice = f"write it like {example}, and in a shell put it into quotation marks"
+    else:
+        advice = f"write it like {default!r}"
+    return f"{key} must be {type(default).__name__}, {got}; {advice}"
+
+
+def choose_device(cfg: CfgNode) -> str | None:
+    """Sets the CPU where a GPU is asked for and there is none; what to tell the user then."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return None
+    notice = f"no GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu"
+    cfg.MODEL.DEVICE = "cpu"
+    amp = cfg.SOLVER.AMP
+    if amp.ENABLED and amp.PRECISION == "float16":  # which the CPU is not made for
+        amp.ENABLED = False
+        notice += ", SOLVER.AMP.ENABLED becomes False"
+    return notice

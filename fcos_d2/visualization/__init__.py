@@ -1,0 +1,1 @@
+"""Boxes, assignments, heat maps and training curves as images."""
