@@ -2,7 +2,7 @@
 
 import reprlib
 
-LONGEST = 200  # characters of what a message quotes
+LONGEST = 200  # characters of a value in a message
 
 
 class InputError(ValueError):
@@ -27,24 +27,24 @@ def one_line_cause(error: BaseException) -> str:
     )
 
 
-def shown(value: object) -> str:
-    """A value of a user's file as a piece of a message: printable, on one line, and short."""
-    text = value if isinstance(value, str) else _written(value)
+def format_value(value: object, *, quote: bool = False) -> str:
+    """Formats a value from a user's file for an error message: printable, one line, and short.
+
+    Args:
+        value: anything.
+        quote: put strings in quotation marks.
+    """
+    text = value if isinstance(value, str) and not quote else _repr(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def quoted(value: object) -> str:
-    """The same with texts in quotation marks."""
-    return shown(_written(value))
-
-
-def _written(value: object) -> str:
+def _repr(value: object) -> str:
     try:
-        return _WRITER.repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+        return _REPR.repr(value)
+    except ValueError:  # Python does not format integers of more than 4300 digits
         return "a number of thousands of digits"
 
 
-_WRITER = reprlib.Repr()
-_WRITER.maxstring = _WRITER.maxother = LONGEST
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = LONGEST

@@ -13,7 +13,7 @@ from detectron2.layers import CNNBlockBase
 from torch import nn
 
 from ..config import CONVENTIONS
-from ..errors import InputError, one_line_cause, shown
+from ..errors import InputError, format_value, one_line_cause
 from ..modeling import FCOS
 from .conversion import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
 from .reading import load_safely
@@ -116,7 +116,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         """Refuses weights that do not fit; names of the class layer if it is to be left alone."""
         names = [name for name, _ in self.model.named_parameters()]
         if names and not set(names) & set(weights) and not wrong:
-            found = ", ".join(map(shown, list(weights)[:2]))
+            found = ", ".join(map(format_value, list(weights)[:2]))
             raise InputError(
                 f"{self._source} holds nothing for this model: it has no {names[0]}, but "
                 f"{found or 'nothing'}; set MODEL.WEIGHTS to weights of this architecture"
@@ -269,4 +269,5 @@ def _negligible(name: str) -> bool:
 
 def _shorten(texts: list[str]) -> str:
     more = len(texts) - MOST_SHOWN
-    return ", ".join(map(shown, texts[:MOST_SHOWN])) + (f", and {more} more" if more > 0 else "")
+    first = ", ".join(map(format_value, texts[:MOST_SHOWN]))
+    return f"{first}, and {more} more" if more > 0 else first

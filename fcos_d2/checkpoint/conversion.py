@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import CONVENTIONS
-from ..errors import InputError, shown
+from ..errors import InputError, format_value
 from .formats import CLASS_LAYER, LAYOUTS, Layout, Needs, Weights, count_classes, is_scale
 
 # Where checkpoints keep the weights, averaged ones first: published results are theirs. What
@@ -62,7 +62,7 @@ def unwrap(checkpoint: Mapping) -> tuple[Weights, dict]:
     is_dict = isinstance(checkpoint, Mapping)
     found = _find_state(checkpoint, rest) if is_dict else None
     if found is None:
-        keys = ", ".join(map(shown, list(checkpoint)[:5])) if is_dict else ""
+        keys = ", ".join(map(format_value, list(checkpoint)[:5])) if is_dict else ""
         raise InputError(
             f"expected weights by name, alone or under {', '.join(WRAPPERS)}, got "
             + (f"a dict of {keys or 'nothing'}" if is_dict else type(checkpoint).__name__)
@@ -85,8 +85,8 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         kind = f"a few numbers, repeated {tensor.numel()} times"
     if kind:
         raise InputError(
-            f"tensor {shown(name)} is {kind}; save plain arrays: torch.save({{k: v.contiguous() "
-            "for k, v in model.state_dict().items()}, FILE)"
+            f"tensor {format_value(name)} is {kind}; save plain arrays: "
+            "torch.save({k: v.contiguous() for k, v in model.state_dict().items()}, FILE)"
         )
 
 

@@ -7,7 +7,7 @@ from urllib.parse import urlparse
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import HTTPURLHandler
 
-from ..errors import InputError, shown
+from ..errors import InputError, format_value
 
 
 class Downloads(HTTPURLHandler):
@@ -21,7 +21,9 @@ class Downloads(HTTPURLHandler):
             OSError: the download failed.
         """
         if ".." in urlparse(path).path.split("/"):
-            raise InputError(f"URL {shown(path)} leads out of its folder; write it without ..")
+            raise InputError(
+                f"URL {format_value(path)} leads out of its folder; write it without .."
+            )
         return super()._get_local_path(path, *args, **kwargs)
 
 

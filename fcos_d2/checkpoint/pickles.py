@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import quoted, shown
+from ..errors import format_value
 
 MOST_ARGUMENTS = 20  # of one call, and dimensions of a tensor; those of a checkpoint are a few
 ORDERS = ("<", ">", "=", "|")  # of the bytes of a number; the last for one byte
@@ -103,7 +103,7 @@ class DType:
         """
         is_text = isinstance(self._code, str)
         if not (is_text and re.fullmatch(r"[biufc]\d\d?", self._code)) or self._order not in ORDERS:
-            raise ValueError(f"arrays of dtype {quoted(self._code)} are not read")
+            raise ValueError(f"arrays of dtype {format_value(self._code, quote=True)} are not read")
         return np.dtype(self._code).newbyteorder(self._order.replace("|", "="))
 
 
@@ -193,7 +193,7 @@ def _numbers(data: bytes | str, dtype: DType) -> np.ndarray:
 def _latin1(text: str, codec: str) -> str:
     """Leaves bytes the text that old protocols write them as: encoded often, it would be many."""
     if codec != "latin1" or not isinstance(text, str):
-        raise ValueError(f"bytes are read from a text in latin1, not in {shown(codec)}")
+        raise ValueError(f"bytes are read from a text in latin1, not in {format_value(codec)}")
     return text
 
 
@@ -400,7 +400,7 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError("it does not say which numbers it refers to")
         storage = self._storages.setdefault(key, Storage(dtype, count))
         if storage.size != count * dtype.itemsize:
-            raise ValueError(f"storage {shown(key)} has two sizes")
+            raise ValueError(f"storage {format_value(key)} has two sizes")
         return View(storage, dtype)
 
 

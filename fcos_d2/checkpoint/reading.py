@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from detectron2.utils.file_io import PathManager
 
-from ..errors import InputError, one_line_cause, quoted, shown
+from ..errors import InputError, format_value, one_line_cause
 from .pickles import Array, Budget, Refusal, Storage, View, run
 
 # How the files of torch.save begin: as a zip file, or with a pickled magic number.
@@ -49,15 +49,15 @@ def _load(file: IO[bytes], path: str) -> object:
         return _read(file)
     except Refusal as error:
         raise InputError(
-            f"{path} would call {shown(str(error))} to be read, so it was not read; if you trust "
-            "its author, keep its tensors alone: python tools/convert_weights.py --trust-pickle "
-            f"{path} OUT.pth"
+            f"{path} would call {format_value(str(error))} to be read, so it was not read; if you "
+            "trust its author, keep its tensors alone: "
+            f"python tools/convert_weights.py --trust-pickle {path} OUT.pth"
         ) from error
     except Exception as error:  # what a broken file makes of pickle and torch has many names
         cause = one_line_cause(error).partition(". ")[0]
         raise InputError(
-            f"{path} is no checkpoint that can be read ({shown(cause)}); copy it again, or save "
-            "its tensors alone with torch.save(model.state_dict(), FILE)"
+            f"{path} is no checkpoint that can be read ({format_value(cause)}); copy it again, or "
+            "save its tensors alone with torch.save(model.state_dict(), FILE)"
         ) from error
 
 
@@ -80,7 +80,7 @@ def _read_zip(file: IO[bytes], budget: Budget) -> object:
     order = archive.read("byteorder") if "byteorder" in archive else b"little"
     for key, storage in storages.items():
         if archive.find(f"data/{key}") != storage.size:
-            raise ValueError(f"storage {shown(key)} is not of {storage.size} bytes")
+            raise ValueError(f"storage {format_value(key)} is not of {storage.size} bytes")
         budget.take(storage.size)
         storage.fill(file)
         if order != sys.byteorder.encode():
@@ -103,7 +103,7 @@ class _Archive:
     def find(self, name: str) -> int:
         """Goes to the bytes of a record; how many they are."""
         if name not in self:
-            raise ValueError(f"it has no {shown(name)}")
+            raise ValueError(f"it has no {format_value(name)}")
         entry = self._entries[f"{self._folder}/{name}"]
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError("it is compressed, as torch.save never does")
@@ -126,11 +126,13 @@ def _read_legacy(file: IO[bytes], budget: Budget) -> object:
     for key in run(file):
         storage = storages.pop(key, None) if isinstance(key, str) else None
         if storage is None or file.read(8) != struct.pack("<q", storage.count):
-            raise ValueError(f"storage {quoted(key)} is not of the numbers that tensors have")
+            raise ValueError(
+                f"storage {format_value(key, quote=True)} is not of the numbers that tensors have"
+            )
         budget.take(storage.size)
         storage.fill(file)
     if storages:
-        raise ValueError(f"it has no storage {shown(next(iter(storages)))}")
+        raise ValueError(f"it has no storage {format_value(next(iter(storages)))}")
     return content
 
 

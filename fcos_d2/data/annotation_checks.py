@@ -15,7 +15,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..errors import InputError, quoted, shown
+from ..errors import InputError, format_value
 
 HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
 
@@ -78,17 +78,18 @@ def _problem_in_box(box, is_xyxy: bool) -> str | None:
         return f"it has no bbox; give it {names} or remove it"
     numbers = list(box) if isinstance(box, Iterable) else []
     if len(numbers) != 4 or not all(isinstance(number, Real) for number in numbers):
-        return f"bbox {shown(box)} is not {names} in numbers"
+        return f"bbox {format_value(box)} is not {names} in numbers"
     if not all(abs(number) < HUGE for number in numbers):
-        return f"bbox {shown(box)} is not finite; remove the annotation"
+        return f"bbox {format_value(box)} is not finite; remove the annotation"
     start = numbers[:2] if is_xyxy else (0, 0)
     if numbers[2] < start[0] or numbers[3] < start[1]:
-        return f"bbox {shown(box)} has negative size; it must be {names}"
+        return f"bbox {format_value(box)} has negative size; it must be {names}"
     return None
 
 
 def _problem_in_crowd(value: object) -> str | None:
-    return None if _is_flag(value) else f"iscrowd {quoted(value)} must be 0 or 1; correct it"
+    got = format_value(value, quote=True)
+    return None if _is_flag(value) else f"iscrowd {got} must be 0 or 1; correct it"
 
 
 def _is_flag(value: object) -> bool:
@@ -132,8 +133,8 @@ def read_coco(json_file: str | os.PathLike) -> dict:
         ) from error
     except (OSError, RecursionError, ValueError) as error:
         raise InputError(
-            f"cannot read annotation file {json_file}: {shown(str(error))}; check its path and "
-            "rights, or export it again"
+            f"cannot read annotation file {json_file}: {format_value(str(error))}; check its path "
+            "and rights, or export it again"
         ) from error
     problem = _problem_in_structure(content)
     if problem:
@@ -169,16 +170,17 @@ def _problems_in_entries(key: str, entries: list, fields: dict[str, Callable]) -
             continue
         for field, is_valid in fields.items():
             if field not in entry:
-                number = shown(entry.get("id", index))
+                number = format_value(entry.get("id", index))
                 yield f"entry {number} of {key!r} has no {field!r}; add it"
             elif not is_valid(entry[field]):
-                number, value = shown(entry.get("id", index)), quoted(entry[field])
+                number = format_value(entry.get("id", index))
+                value = format_value(entry[field], quote=True)
                 yield f"entry {number} of {key!r} has the {field} {value}; correct it"
         number = entry.get("id")
         other = seen.setdefault(_comparable(number), entry)
         # The same image twice is one for pycocotools, the same class twice is two.
         if other is not entry and (key != "images" or other != entry):
-            yield f"entry {shown(number)} of {key!r} has the id of another; number them anew"
+            yield f"entry {format_value(number)} of {key!r} has the id of another; number them anew"
     if len({isinstance(number, str) for number in seen}) > 1:
         yield f"of {key!r} some have numbers for ids and others have texts; number them anew"
 
@@ -242,7 +244,8 @@ def problems_in_coco_annotations(content: dict, masks: bool = False) -> dict[int
         seen.add(_comparable(number))
         cause = cause or (_problem_in_mask(annotation.get("segmentation")) if masks else None)
         if cause:
-            problems[index] = f"annotation {index if number is None else shown(number)}: {cause}"
+            name = index if number is None else format_value(number)
+            problems[index] = f"annotation {name}: {cause}"
     return problems
 
 
@@ -261,12 +264,12 @@ def _problem_in_coco_annotation(
     if _comparable(annotation["id"]) in seen:
         return "its id is that of another annotation; number them anew"
     if not is_in("image_id", images):
-        image = shown(annotation["image_id"])
+        image = format_value(annotation["image_id"])
         return f"image_id {image} is not in the file's images; remove it"
     if not is_in("category_id", categories):
         known = sorted(categories, key=str)
-        some = f"{', '.join(map(shown, known[:5]))}{', ...' if len(known) > 5 else ''}"
-        category = shown(annotation["category_id"])
+        some = f"{', '.join(map(format_value, known[:5]))}{', ...' if len(known) > 5 else ''}"
+        category = format_value(annotation["category_id"])
         return f"category_id {category} is not in the file's categories ({some})"
     if annotation.get("ignore", 0):
         return "detectron2 does not know 'ignore'; use 'iscrowd': 1 for regions to ignore"
@@ -281,14 +284,14 @@ def _problem_in_coco_annotation(
 def _problem_in_keypoints(points: object) -> str | None:
     """detectron2 reads them although boxes are all that FCOS needs."""
     if points and not _is_list_of(_is_coordinate, points):
-        return f"keypoints {shown(points)} are not numbers; remove them"
+        return f"keypoints {format_value(points)} are not numbers; remove them"
     return None
 
 
 def _problem_in_mask(mask: object) -> str | None:
     if not mask or _is_run_length(mask) or _is_list_of(_is_list, mask):
         return None
-    return f"segmentation {shown(mask)} is neither polygons nor run lengths; remove it"
+    return f"segmentation {format_value(mask)} is neither polygons nor run lengths; remove it"
 
 
 def is_usable_mask(mask: object) -> bool:

@@ -23,7 +23,7 @@ from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
 from pycocotools import coco
 
-from ..errors import InputError, shown
+from ..errors import InputError, format_value
 from . import digits
 from .annotation_checks import (
     count_flat_boxes,
@@ -195,7 +195,7 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
     for name in [names] if isinstance(names, str) else names:
         classes = class_names(name)
         if classes is not None and len(classes) != num_classes:
-            some = ", ".join(map(shown, classes[:3])) + (", ..." if len(classes) > 3 else "")
+            some = ", ".join(map(format_value, classes[:3])) + (", ..." if len(classes) > 3 else "")
             raise InputError(
                 f"data set {name!r} has {len(classes)} classes ({some}) but the model has "
                 f"{num_classes}; set MODEL.FCOS.NUM_CLASSES {len(classes)}"
@@ -378,6 +378,6 @@ def _check_image_files(records: list[dict], names: Sequence[str]) -> None:
         missing += [os.path.join(folder, name) for name in file_names if name not in present]
     if missing:
         raise InputError(
-            f"{_label(names)}: image {shown(missing[0])} does not exist (missing: {len(missing)} "
-            f"of {len(records)}); {_where_data_lives(names[0])}"
+            f"{_label(names)}: image {format_value(missing[0])} does not exist (missing: "
+            f"{len(missing)} of {len(records)}); {_where_data_lives(names[0])}"
         )

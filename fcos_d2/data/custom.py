@@ -21,7 +21,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..errors import InputError, one_line_cause, quoted, shown
+from ..errors import InputError, format_value, one_line_cause
 from .annotation_checks import read_coco
 from .images import is_image
 
@@ -72,25 +72,31 @@ def _check_entry(name: str, entry) -> str:
     is_name = isinstance(name, str) and NAME.fullmatch(name)
     if not is_name or len(name.encode()) > LONGEST_NAME:
         raise InputError(
-            f"DATASETS.REGISTER has the name {quoted(name)}; use letters, digits, '_', '-' and "
-            f"'.', not one of the last two first, and at most {LONGEST_NAME} bytes"
+            f"DATASETS.REGISTER has the name {format_value(name, quote=True)}; use letters, "
+            f"digits, '_', '-' and '.', not one of the last two first, and at most {LONGEST_NAME} "
+            "bytes"
         )
     place = f"DATASETS.REGISTER.{name}"
     if not isinstance(entry, Mapping) or len(kinds := KEYS.keys() & entry.keys()) != 1:
-        raise InputError(f"{place} must say where the data lies, got {quoted(entry)}; {EXAMPLES}")
+        got = format_value(entry, quote=True)
+        raise InputError(f"{place} must say where the data lies, got {got}; {EXAMPLES}")
     (kind,) = kinds
     for key in sorted({"json": {"images"}, "voc": {"split"}}[kind] - entry.keys()):
         raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
     for key in sorted(entry.keys() - KEYS[kind], key=str):
-        raise InputError(f"{place} has an unknown key {quoted(key)}; {EXAMPLES}")
+        raise InputError(f"{place} has an unknown key {format_value(key, quote=True)}; {EXAMPLES}")
     part = entry.get("part", (0, 1))
     numbers = isinstance(part, Sequence) and all(isinstance(p, (int, float)) for p in part)
     if not numbers or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
-        raise InputError(f"{place}.part must be two shares like [0, 0.8], got {quoted(part)}")
+        raise InputError(
+            f"{place}.part must be two shares like [0, 0.8], got {format_value(part, quote=True)}"
+        )
     classes = entry.get("classes", ())
     is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
     if not is_list or not all(isinstance(class_, str) for class_ in classes):
-        raise InputError(f"{place}.classes must be a list of names, got {quoted(classes)}")
+        raise InputError(
+            f"{place}.classes must be a list of names, got {format_value(classes, quote=True)}"
+        )
     return kind
 
 
@@ -201,7 +207,9 @@ def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> 
     }
     for stem in stems:
         if stem != Path(stem).name or not stem.isprintable():
-            raise InputError(f"{listed} names {shown(stem)}, which is no file of Annotations")
+            raise InputError(
+                f"{listed} names {format_value(stem)}, which is no file of Annotations"
+            )
         _add_voc_image(content, folder, stem, images.get(stem))
     return content
 
@@ -217,8 +225,10 @@ def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None
     for item in root.iter("object"):
         name = _class_name(item, path)
         if name not in ids:
-            some = shown(", ".join(ids))
-            raise InputError(f"{path}: class {quoted(name)} is none of {some}; add it to them")
+            some = format_value(", ".join(ids))
+            raise InputError(
+                f"{path}: class {format_value(name, quote=True)} is none of {some}; add it to them"
+            )
         corners = [
             _number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")
         ]
@@ -226,8 +236,8 @@ def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None
         width, height = corners[2] - x, corners[3] - y
         if width < 0 or height < 0:
             raise InputError(
-                f"{path}: bndbox of {quoted(name)} is {shown(corners)}, which must be xmin, ymin, "
-                "xmax, ymax; correct it"
+                f"{path}: bndbox of {format_value(name, quote=True)} is {format_value(corners)}, "
+                "which must be xmin, ymin, xmax, ymax; correct it"
             )
         content["annotations"].append(
             {
@@ -246,7 +256,7 @@ def _xml(path: Path) -> ElementTree.Element:
         return ElementTree.parse(path).getroot()
     except (LookupError, OSError, ValueError, ElementTree.ParseError) as error:
         raise InputError(
-            f"cannot read annotation file {path}: {shown(str(error))}; export it again"
+            f"cannot read annotation file {path}: {format_value(str(error))}; export it again"
         ) from error
 
 
@@ -271,5 +281,7 @@ def _number(element: ElementTree.Element, field: str, path: Path) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not abs(number) < 2**31:
-        raise InputError(f"{path}: {field} must be a number, got {quoted(text)}; correct it")
+        raise InputError(
+            f"{path}: {field} must be a number, got {format_value(text, quote=True)}; correct it"
+        )
     return number

@@ -26,10 +26,10 @@ def describe(value: object) -> str:
         if not is_dense(value):
             return f"{dtype} Tensor that is sparse, nested or quantized"
         return f"{dtype} Tensor{list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {shortened(value)}"
+    return f"{type(value).__name__} {format_value(value)}"
 
 
-def shortened(value: object) -> str:
+def format_value(value: object) -> str:
     """``repr(value)``, cut where it is long."""
     try:
         text = reprlib.repr(value)
@@ -120,7 +120,7 @@ def check_maps(
     if like:
         sizes, wanted = [[(t.shape[0], *t.shape[2:]) for t in side] for side in (maps, like)]
         if sizes != wanted:
-            expected = f"{name} must have (batch, height, width) {shortened(wanted)} per level"
+            expected = f"{name} must have (batch, height, width) {format_value(wanted)} per level"
             check(False, function, expected, sizes)
         check_same_device(function, first_level=like[0], **{name: maps[0]})
 
@@ -153,7 +153,7 @@ def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> 
     if maps:
         shapes = [tuple(t.shape[2:]) for t in maps]
         if shapes != [tuple(shape) for shape in levels.shapes]:
-            expected = f"levels.shapes must be those of the maps {shortened(shapes)}"
+            expected = f"levels.shapes must be those of the maps {format_value(shapes)}"
             check(False, function, expected, levels.shapes)
 
 
