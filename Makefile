@@ -8,7 +8,7 @@ PIP_LOCKED := $(PIP) --require-hashes --requirement
 TOO_OLD := "make env: the pinned versions need Python 3.11; type: make env PYTHON=python3.11"
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lock clean
+.PHONY: help env demo test lint docs bench gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lock clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lint: env ## check style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+docs: env ## build the documentation site into site/
+	$(BIN)/mkdocs build --quiet
 
 bench: env ## measure the ops beside their peers, into benchmarks/results/
 	$(BIN)/python -W ignore -m benchmarks
@@ -94,4 +97,4 @@ lock: ## write requirements.lock: a version and hashes for all that make env ins
 	    pyproject.toml -
 
 clean: ## remove .venv and everything built; output/ stays
-	rm -rf $(VENV) build dist *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info fcos_d2/*.so .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 from fcos_d2.config import add_fcos_config
 
@@ -119,6 +121,13 @@ def detectron2_flags(source: Path) -> str:
 def test_python_is_python(page):
     for code in blocks(page, "python"):
         ast.parse(code)
+
+
+def test_the_site_builds_without_a_broken_link_or_reference(tmp_path):
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
+    build(config)  # strict: a warning raises
+    found = (tmp_path / "api/ops/index.html").read_text()
+    assert "fcos_d2.ops.assign_targets" in found
 
 
 def test_examples_of_the_operators_run():
