@@ -56,12 +56,6 @@ def test_links_lead_to_files(page):
     assert [target for target in inside if not (page.parent / target).exists()] == []
 
 
-def test_every_page_of_docs_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text()
-    names = [page.name for page in PAGES if page.parent.name == "docs" and page.name != "index.md"]
-    assert [name for name in names if f"({name})" not in index] == []
-
-
 def test_commands_are_found():
     assert len(commands()) > 30
 
@@ -127,7 +121,7 @@ def test_the_site_builds_without_a_broken_link_or_reference(tmp_path):
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
     build(config)  # strict: a warning raises
     found = (tmp_path / "api/ops/index.html").read_text()
-    assert "fcos_d2.ops.assign_targets" in found
+    assert 'id="fcos_d2.ops.assign_targets.assign_targets"' in found
 
 
 def test_examples_of_the_operators_run():
