@@ -5,10 +5,8 @@ from .catalog import (
     class_names,
     count_classes,
     load_dataset,
-    prepare,
-    register_digits,
 )
-from .custom import register_datasets
+from .custom import prepare, register_datasets, register_digits
 from .mapper import FCOSDatasetMapper
 
 __all__ = [

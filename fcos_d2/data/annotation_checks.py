@@ -1,9 +1,4 @@
-"""What is wrong with annotations: a fast yes or no for loaded dicts, and words for what is wrong.
-
-``count_flat_boxes`` costs about a second per million annotations and runs on every load; the
-functions that find words look at one annotation after the other and run only after it, or
-detectron2, has said that something is wrong.
-"""
+"""What is wrong with annotations: a fast yes or no for loaded dicts, and words for the rest."""
 
 import json
 import os
@@ -94,24 +89,6 @@ def _problem_in_crowd(value: object) -> str | None:
 
 def _is_flag(value: object) -> bool:
     return isinstance(value, (int, float, np.bool_, np.number)) and value in (0, 1)
-
-
-def problem_in_coco_file(json_file: str, masks: bool = False) -> str | None:
-    """The first thing wrong with an annotation file; None if all is well.
-
-    Args:
-        json_file: its path.
-        masks: look at ``segmentation`` too, which boxes do without.
-    """
-    try:
-        content = read_coco(json_file)
-    except InputError as error:
-        return str(error)
-    problems = problems_in_coco_annotations(content, masks)
-    if not problems:
-        return None
-    count = f" ({len(problems)} annotations have problems)" if len(problems) > 1 else ""
-    return f"{json_file}: {next(iter(problems.values()))}{count}"
 
 
 def read_coco(json_file: str | os.PathLike) -> dict:
@@ -292,14 +269,6 @@ def _problem_in_mask(mask: object) -> str | None:
     if not mask or _is_run_length(mask) or _is_list_of(_is_list, mask):
         return None
     return f"segmentation {format_value(mask)} is neither polygons nor run lengths; remove it"
-
-
-def is_usable_mask(mask: object) -> bool:
-    """Whether detectron2 keeps an object with this ``segmentation``, which may be none."""
-    if not mask or _is_run_length(mask):
-        return True
-    polygons = mask if _is_list_of(_is_list, mask) else ()
-    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
 
 def _is_run_length(mask: object) -> bool:

@@ -7,6 +7,7 @@ images, so that one file serves for training and validation. Pascal VOC: the fol
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -19,11 +20,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, format_value, one_line_cause
-from .annotation_checks import read_coco
+from . import digits
+from .annotation_checks import problems_in_coco_annotations, read_coco
 from .images import is_image
+from .records import coco_records, set_classes
 
 KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
 NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
@@ -55,7 +58,7 @@ def register_datasets(entries: Mapping[str, Mapping]) -> None:
                 )
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(_load, name))
+        DatasetCatalog.register(name, partial(load_coco, name))
         metadata = MetadataCatalog.get(name)
         metadata.set(evaluator_type="coco", described=dict(entry))
         if kind == "voc":
@@ -102,12 +105,6 @@ def _check_entry(name: str, entry) -> str:
 
 def _path(text: str) -> Path:
     return Path(os.path.expandvars(os.path.expanduser(str(text))))
-
-
-def _load(name: str) -> list[dict]:
-    ensure_annotations(name)
-    metadata = MetadataCatalog.get(name)
-    return load_coco_json(metadata.json_file, metadata.image_root, name)
 
 
 def ensure_annotations(name: str) -> None:
@@ -164,6 +161,101 @@ def _share(file_name: str) -> float:
         int.from_bytes(hashlib.sha256(file_name.encode(errors="surrogatepass")).digest()[:6], "big")
         / 2**48
     )
+
+
+def register_digits(root: str | os.PathLike | None = None) -> None:
+    """Names ``digits_train`` and ``digits_val``; writes nothing. A second call moves them.
+
+    Args:
+        root: the folder that holds ``digits/``. Default: $DETECTRON2_DATASETS or ./datasets.
+    """
+    root = digits.default_root() if root is None else os.fspath(root)
+    for split in digits.SPLITS:
+        name = f"digits_{split}"
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, partial(load_coco, name))
+        MetadataCatalog.get(name).set(
+            thing_classes=list(digits.CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(digits.CLASSES))},
+            json_file=str(digits.annotation_file(root, split)),
+            image_root=str(digits.image_folder(root, split)),
+            evaluator_type="coco",
+            digits_root=str(root),
+        )
+
+
+def is_coco(name: str) -> bool:
+    """Whether it is registered here, or with detectron2's ``register_coco_instances``."""
+    function = DatasetCatalog[name]
+    ours = isinstance(function, partial) and function.func is load_coco
+    return ours or getattr(function, "__module__", "") == "detectron2.data.datasets.coco"
+
+
+def prepare(name: str) -> None:
+    """Guarantees that the annotation file of data set ``name`` is there; makes what can be made.
+
+    That is the built-in data, and COCO files of data sets in the config that have none.
+
+    Whoever opens ``MetadataCatalog.get(name).json_file`` calls this first: COCOEvaluator does so
+    when it is constructed, before any data is loaded.
+
+    Raises:
+        InputError: no such data set, or its annotation file is absent.
+    """
+    if name not in DatasetCatalog:
+        raise InputError(_unknown_name(name))
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("digits_root"):
+        digits.ensure_digits(metadata.digits_root)
+    ensure_annotations(name)
+    json_file = metadata.get("json_file")
+    if json_file and "://" not in json_file and not PathManager.exists(json_file):
+        raise InputError(
+            f"data set {name!r}: annotation file {json_file} does not exist; "
+            f"{where_data_lives(name)}"
+        )
+
+
+def _unknown_name(name: str) -> str:
+    known = DatasetCatalog.list()
+    close = difflib.get_close_matches(name, known, n=3)
+    advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
+    return (
+        f"unknown data set {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+        "{json: annotations.json, images: image_folder}}}"
+    )
+
+
+def where_data_lives(name: str) -> str:
+    """What to correct where files of a data set are missing."""
+    if MetadataCatalog.get(name).get("described"):
+        return f"correct the paths in DATASETS.REGISTER.{name}"
+    root = os.getenv("DETECTRON2_DATASETS")
+    state = f"it is {root}" if root else "it is not set, which means ./datasets"
+    return (
+        "check the path it was registered with, or set DETECTRON2_DATASETS to the folder that "
+        f"holds all data sets ({state})"
+    )
+
+
+def load_coco(name: str, masks: bool = False) -> list[dict]:
+    """Records of a data set that a COCO file describes.
+
+    Raises:
+        InputError: the file is absent or has defects.
+    """
+    prepare(name)
+    metadata = MetadataCatalog.get(name)
+    content = read_coco(metadata.json_file)
+    problems = problems_in_coco_annotations(content, masks)
+    if problems:
+        count = f" ({len(problems)} annotations have problems)" if len(problems) > 1 else ""
+        source = metadata.get("source_file") or metadata.json_file
+        raise InputError(f"{source}: {next(iter(problems.values()))}{count}")
+    indices = set_classes(name, content["categories"])
+    return coco_records(content, metadata.image_root, indices, masks)
 
 
 # ---- Pascal VOC ----
