@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulation import emulated
-from tests.ops import isolated
+from tests.ops import subprocesses
 
 OLDEST = ("torch==2.10.0", "torchvision==0.25.0")
 # Of the test table; what it needs besides torch.
@@ -52,23 +52,23 @@ def test_bindings_compile_with_the_headers_of_the_oldest_torch(oldest_python, bi
     command = [
         *setup.COMPILER, "-fsyntax-only", "-DUSE_CUDA", f"-I{emulated.HERE / 'include'}",
         *setup.describe_library("_C", [], Path(torch)).extra_compile_args,
-        str(isolated.ROOT / "csrc" / "bindings" / binding),
+        str(subprocesses.ROOT / "csrc" / "bindings" / binding),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not isolated.BUILT.exists(), reason="nothing is compiled")
+@pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
 @pytest.mark.skipif(sys.version_info >= (3, 15), reason="torch 2.10 has no wheels for it")
 def test_one_build_passes_the_test_table_on_the_oldest_torch(oldest_python, tmp_path):
-    folder = isolated.make_package(tmp_path, isolated.BUILT)
-    versions = isolated.run(folder, "-W", "ignore", "-c", VERSIONS, python=oldest_python)
+    folder = subprocesses.make_package(tmp_path, subprocesses.BUILT)
+    versions = subprocesses.run_python(folder, "-W", "ignore", "-c", VERSIONS, python=oldest_python)
     running, built_with = versions.stdout.split()
     assert running.startswith("2.10.") and not built_with.startswith("2.10."), versions.stderr
-    done = isolated.run(
-        folder, "-W", "ignore", "-c", isolated.RUN_TESTS, "-m", "not slow", "-k", "compiled",
-        str(isolated.ROOT / "tests" / "ops"), python=oldest_python,
+    done = subprocesses.run_python(
+        folder, "-W", "ignore", "-c", subprocesses.RUN_TESTS, "-m", "not slow", "-k", "compiled",
+        str(subprocesses.ROOT / "tests" / "ops"), python=oldest_python,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 200

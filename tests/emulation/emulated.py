@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from tests.ops.copies import Overloads, copy_ops, reference_of
+from tests.ops.backends import Overloads, reference_of, register_ops
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def missing() -> str | None:
 @functools.cache
 def overloads() -> Overloads:
     """All ops again, under another name; those of csrc/bindings/cuda.cpp run its kernels."""
-    overloads = copy_ops(NAMESPACE, reference_of)
+    overloads = register_ops(NAMESPACE, reference_of)
     torch.ops.load_library(build("ops"))
     return overloads
 

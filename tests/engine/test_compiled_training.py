@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from tests.ops import isolated
+from tests.ops import subprocesses
 
 ITERATIONS = 100
-DIGITS = isolated.ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml"
+DIGITS = subprocesses.ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml"
 TRAIN = """
 import json, sys
 import torch
@@ -37,9 +37,9 @@ with open("curve.json", "w") as file:
 
 def losses(folder, library, backend) -> list[dict[str, float]]:
     """All losses of every iteration of a training on the digits."""
-    isolated.make_package(folder, library, whole=True)
+    subprocesses.make_package(folder, library, whole=True)
     options = ["SOLVER.MAX_ITER", str(ITERATIONS), "TEST.EVAL_PERIOD", "0", "VIS_PERIOD", "0"]
-    done = isolated.run(
+    done = subprocesses.run_python(
         folder, "-W", "ignore", "-c", TRAIN, "--config-file", str(DIGITS),
         "OUTPUT_DIR", str(folder), "DATASETS.TEST", "()", *options,
     )  # fmt: skip
@@ -50,9 +50,9 @@ def losses(folder, library, backend) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not isolated.BUILT.exists(), reason="nothing is compiled")
+@pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
 def test_losses_of_a_training_do_not_depend_on_the_implementation(tmp_path):
-    compiled = losses(tmp_path / "compiled", isolated.BUILT, "compiled")
+    compiled = losses(tmp_path / "compiled", subprocesses.BUILT, "compiled")
     reference = losses(tmp_path / "reference", None, "reference")
     assert len(compiled) == len(reference) == ITERATIONS
     assert {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "total_loss"} <= set(compiled[0])

@@ -10,7 +10,7 @@ from detectron2.modeling import DatasetMapperTTA
 
 from fcos_d2.inference import Predictor
 from fcos_d2.modeling.tta import FCOSWithTTA
-from tests.together import run_together
+from tests.concurrency import run_concurrently
 
 from .tiny import tiny_fcos
 
@@ -40,7 +40,7 @@ def assert_same_together(find, fresh) -> None:
     pictures = [picture(*size) for size in SIZES]
     alone = [find(one) for one in pictures]
     calls = [partial(in_turn, fresh, pictures, first) for first in range(len(pictures))]
-    for results in run_together(calls, ROUNDS):
+    for results in run_concurrently(calls, ROUNDS):
         for result in results:
             for found, expected in zip(result, alone, strict=True):
                 assert len(found) == len(expected)

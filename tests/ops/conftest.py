@@ -1,7 +1,7 @@
-"""Runs every test of the ops on every implementation that is there.
+"""Runs every test of the ops on every implementation that is available.
 
-Each takes tensors of the CPU: the kernels of a GPU, where there is one, run on copies of them. The
-emulated kernels run in other orders of blocks and threads in every launch.
+All take tensors on the CPU: the kernels of a GPU, where there is one, run on copies of them. The
+emulated kernels run blocks and threads in another order in every launch.
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch
 from fcos_d2.ops import _library, backend
 from tests.emulation import emulated
 
-from .copies import Overloads, copy_ops, on_gpu, overloads_of, reference_of
+from .backends import Overloads, on_gpu, overloads_of, reference_of, register_ops
 
 
 def _has(device_type: str) -> bool:
@@ -43,7 +43,7 @@ def _overloads(implementation: str) -> Overloads:
     if implementation == "emulated":
         return emulated.overloads()
     kernel_of = on_gpu if implementation == "cuda" else reference_of
-    return copy_ops(f"fcos_d2_{implementation}", kernel_of)
+    return register_ops(f"fcos_d2_{implementation}", kernel_of)
 
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
@@ -52,7 +52,7 @@ def implementation(request, monkeypatch) -> Iterator[str]:
     name = request.param
     given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
     if given == "cuda" and name in ("emulated", "cuda"):
-        pytest.skip("takes tensors of the CPU")
+        pytest.skip("takes tensors on the CPU")
     overloads = _overloads(name)
     for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
         for attribute, value in list(vars(module).items()):
@@ -73,6 +73,6 @@ def overloads(implementation) -> Overloads:
 
 @pytest.fixture
 def assertions_can_be_caught(implementation) -> None:
-    """For tests of values that a kernel refuses; on a GPU that is the end of the process."""
+    """For tests of values that a kernel refuses: on a GPU that ends the process."""
     if implementation == "cuda":
         pytest.skip("a failed assertion on a GPU ends the process")

@@ -1,14 +1,12 @@
-"""Random cases of every op for property tests: what a case is, and the tensors it stands for.
+"""Random cases of every op for property tests, and the tensors each case stands for.
 
-A case is a few numbers and names, so that a failing one reads well and shrinks fast; the bulk of
-its data comes from its seed.
+A case is a few numbers and names, so that failing cases are easy to read and shrink quickly; its
+seed determines the bulk of the data.
 """
-
-from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pytest
 import torch
@@ -18,23 +16,23 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, Targets, make_levels, reference
 
-# A sample, the same in every run of the suite, and a campaign, which is another one every time.
+# A sample, the same in every run of the suite, and a campaign, different every time.
 SAMPLE, CAMPAIGN = 120, 20_000
 MANY = pytest.mark.parametrize(
     "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
 )
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Logits at which naive formulas break: saturation, overflow of exp, softplus in half precision.
 EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 BROKEN = [math.nan, math.inf, -math.inf]
+SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
 
 
-def not_aligned(x: Tensor) -> Tensor:
-    """Starts one element behind where vectors of several may start."""
+def unaligned(x: Tensor) -> Tensor:
+    """Starts one element after an address at which vectors may start."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
-# Ways to lay a map [B, C, H, W] out in memory; each keeps its values, but for images that are one.
+# Ways to lay out a map [B, C, H, W] in memory. All keep its values, except the expanded ones.
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
@@ -44,14 +42,22 @@ LAYOUTS = {
     "every_second": lambda x: torch.stack((x, x), dim=-1)[..., 0],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "batch_inside": lambda x: x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
-    "not_aligned": not_aligned,
+    "unaligned": unaligned,
     "expanded_batch": lambda x: x[:1].expand_as(x),
 }
-SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
+# torch makes such maps itself, of the zeros of forward-mode derivatives for one.
+EXPANDED_LAYOUTS = {
+    "expanded_channels": lambda x: x[:, :1].expand_as(x),
+    "expanded_rows": lambda x: x[:, :, :1].expand_as(x),
+    "expanded_columns": lambda x: x[..., :1].expand_as(x),
+    "expanded_points": lambda x: x[:, :, :1, :1].expand_as(x),
+    "expanded_everywhere": lambda x: x[:1, :1, :1, :1].expand_as(x),
+}
+ALL_LAYOUTS = LAYOUTS | EXPANDED_LAYOUTS
 
 
 def for_all(strategy, cases: int, holds) -> None:
-    """Calls ``holds`` with that many random cases; a failure is shrunk and printed."""
+    """Calls ``holds`` with that many random cases; shrinks and prints a failing one."""
     settings(
         max_examples=cases,
         deadline=None,
@@ -70,42 +76,37 @@ def pick(values, shape, g: torch.Generator) -> Tensor:
     return values[torch.randint(len(values), tuple(shape), generator=g)]
 
 
-seeds = st.integers(0, 2**31)
-layouts = st.sampled_from(list(LAYOUTS))
-dtypes = st.sampled_from(DTYPES)
-map_shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)
-
-
 def lay_out(maps: list[Tensor], names: list[str]) -> list[Tensor]:
-    """Every map in the memory layout of the name in its place."""
-    return [LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
+    """Lays out every map as the name in its place says."""
+    return [ALL_LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
 
 
-three_layouts = st.lists(layouts, min_size=3, max_size=3)
+def one_of(*values):
+    """The type of a field that takes one of these values."""
+    return Annotated[object, st.sampled_from(values)]
+
+
+def options(**strategies):
+    """The type of a field of keyword arguments."""
+    return Annotated[dict, st.fixed_dictionaries(strategies)]
+
+
+def integer(low: int, high: int):
+    return Annotated[int, st.integers(low, high)]
+
+
+def three(field):
+    """The type of a list of three such fields."""
+    return Annotated[list, st.lists(st.from_type(field), min_size=3, max_size=3)]
+
+
+Seed = integer(0, 2**31)
+DType = one_of(torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ThreeLayouts = three(one_of(*ALL_LAYOUTS))
+Shapes = Annotated[list, st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3)]
 
 
 # ---- assign_targets ----
-
-
-class AssignCase(NamedTuple):
-    seed: int
-    counts: list[int]
-    boxes: str
-    levels: Levels
-    ranges: list[tuple[float, float]]
-    center_radius: float
-    inclusive: bool
-    transposed: bool
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, classes, offsets); classes in [-1, NUM_CLASSES)."""
-        g, m = generator(self.seed), sum(self.counts)
-        boxes = BOX_KINDS[self.boxes](m, g)
-        classes = torch.randint(-1, NUM_CLASSES, (m,), generator=g)
-        if self.transposed:
-            boxes, classes = boxes.t().contiguous().t(), torch.stack((classes, classes), 1)[:, 0]
-        return boxes, classes, torch.tensor([0, *self.counts]).cumsum(0)
-
 
 NUM_CLASSES = 5
 
@@ -147,47 +148,36 @@ def levels(draw) -> Levels:
     return make_levels(shapes, strides, offset=offset, image_shape=image_shape)
 
 
-@st.composite
-def assign_cases(draw) -> AssignCase:
-    where = draw(levels())
-    bounds = draw(st.sampled_from([(-1, 16, 32, math.inf), (0, 8, 8, 64), (4, 12.3, 40, 80)]))
-    counts = draw(st.lists(st.integers(0, 9), min_size=0, max_size=3))
-    if draw(st.integers(0, 19)) == 0:
-        counts = [*counts, draw(st.integers(60, 200))]  # more than the reference takes at a time
-    return AssignCase(
-        seed=draw(seeds),
-        counts=counts,
-        boxes=draw(st.sampled_from(list(BOX_KINDS))),
-        levels=where,
-        ranges=list(pairwise(bounds))[: len(where.strides)],
-        center_radius=draw(st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.5, math.inf])),
-        inclusive=draw(st.booleans()),
-        transposed=draw(st.booleans()),
+class AssignCase(NamedTuple):
+    seed: Seed
+    # Now and then more boxes than the reference takes at a time.
+    counts: Annotated[
+        list, st.lists(st.integers(0, 9) | st.integers(0, 9) | st.integers(0, 200), max_size=3)
+    ]
+    boxes: one_of(*BOX_KINDS)
+    levels: Annotated[Levels, levels()]
+    bounds: one_of((-1, 16, 32, math.inf), (0, 8, 8, 64), (4, 12.3, 40, 80))
+    transposed: bool
+    options: options(
+        center_radius=st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.5, math.inf]),
+        inclusive=st.booleans(),
     )
+
+    @property
+    def ranges(self) -> list[tuple[float, float]]:
+        return list(pairwise(self.bounds))[: len(self.levels.strides)]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes, classes, offsets); classes in [-1, NUM_CLASSES)."""
+        g, m = generator(self.seed), sum(self.counts)
+        boxes = BOX_KINDS[self.boxes](m, g)
+        classes = torch.randint(-1, NUM_CLASSES, (m,), generator=g)
+        if self.transposed:
+            boxes, classes = boxes.t().contiguous().t(), torch.stack((classes, classes), 1)[:, 0]
+        return boxes, classes, torch.tensor([0, *self.counts]).cumsum(0)
 
 
 # ---- sigmoid_focal_loss ----
-
-
-class FocalCase(NamedTuple):
-    seed: int
-    shapes: list[tuple[int, int]]
-    images: int
-    num_classes: int
-    logits: str
-    dtype: torch.dtype
-    layouts: list[str]
-    alpha: float
-    gamma: float
-    upstream: float
-
-    def tensors(self) -> tuple[list[Tensor], Tensor]:
-        """(logits, labels)."""
-        g, make = generator(self.seed), LOGIT_KINDS[self.logits]
-        maps = [make((self.images, self.num_classes, h, w), g) for h, w in self.shapes]
-        points = sum(h * w for h, w in self.shapes)
-        labels = torch.randint(-1, self.num_classes + 1, (self.images, points), generator=g)
-        return lay_out([x.to(self.dtype) for x in maps], self.layouts), labels.int()
 
 
 def mixed_with(values, share=0.1):
@@ -210,35 +200,54 @@ LOGIT_KINDS = {
 }
 
 
-focal_cases = st.builds(
-    FocalCase,
-    seed=seeds,
-    shapes=map_shapes,
-    images=st.integers(0, 3),
-    num_classes=st.sampled_from([1, 2, 3, 15, 16, 17, 40]),
-    logits=st.sampled_from(list(LOGIT_KINDS)),
-    dtype=dtypes,
-    layouts=three_layouts,
-    alpha=st.sampled_from([0.25, 0.25, -1.0, 0.0, 0.5, 1.0]),
-    gamma=st.sampled_from([2.0, 2.0, 0.0, 0.5, 1.0, 1.5, 3.0]),
-    upstream=st.sampled_from([1.0, -1.7, 1 / 512]),
-)
+class FocalCase(NamedTuple):
+    seed: Seed
+    shapes: Shapes
+    images: integer(0, 3)
+    num_classes: one_of(1, 2, 3, 15, 16, 17, 40)
+    logits: one_of(*LOGIT_KINDS)
+    dtype: DType
+    layouts: ThreeLayouts
+    alpha: one_of(0.25, 0.25, -1.0, 0.0, 0.5, 1.0)
+    gamma: one_of(2.0, 2.0, 0.0, 0.5, 1.0, 1.5, 3.0)
+    upstream: one_of(1.0, -1.7, 1 / 512)
+
+    def tensors(self) -> tuple[list[Tensor], Tensor]:
+        """(logits, labels)."""
+        g, make = generator(self.seed), LOGIT_KINDS[self.logits]
+        maps = [make((self.images, self.num_classes, h, w), g) for h, w in self.shapes]
+        points = sum(h * w for h, w in self.shapes)
+        labels = torch.randint(-1, self.num_classes + 1, (self.images, points), generator=g)
+        return lay_out([x.to(self.dtype) for x in maps], self.layouts), labels.int()
 
 
 # ---- box_loss ----
 
+LTRB_KINDS = {
+    "near": lambda shape, g: torch.rand(shape, generator=g) * 4 + 0.05,
+    "relu": lambda shape, g: (torch.randn(shape, generator=g) * 2 + 1).relu(),
+    "zero": lambda shape, g: torch.zeros(shape),
+    "negative": lambda shape, g: torch.randn(shape, generator=g) * 2,
+    "large": lambda shape, g: torch.rand(shape, generator=g) * 1e4,
+    "small": lambda shape, g: torch.rand(shape, generator=g) * 1e-3,
+}
+
 
 class BoxCase(NamedTuple):
-    seed: int
-    shapes: list[tuple[int, int]]
-    images: int
-    ltrb: str
-    positive: float
-    dtype: torch.dtype
-    layouts: list[str]
-    options: dict
-    smoothing: list[float]
-    upstream: tuple[float, float]
+    seed: Seed
+    shapes: Shapes
+    images: integer(0, 3)
+    ltrb: one_of("near", *LTRB_KINDS)
+    positive: one_of(0.0, 0.2, 1.0)
+    dtype: DType
+    layouts: ThreeLayouts
+    options: options(
+        loss_type=st.sampled_from(["iou", "linear_iou", "giou", "diou", "ciou"]),
+        quality_type=st.sampled_from(["centerness", "iou"]),
+        weight_by_centerness=st.booleans(),
+    )
+    smoothing: three(one_of(0.0, 1.0, 0.125))
+    upstream: one_of((1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64))
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], Targets]:
         """(ltrb, quality, targets); NaN in the targets of background points, never to be read."""
@@ -255,50 +264,38 @@ class BoxCase(NamedTuple):
         return lay_out(ltrb, self.layouts), lay_out(quality, self.layouts[::-1]), targets
 
 
-LTRB_KINDS = {
-    "near": lambda shape, g: torch.rand(shape, generator=g) * 4 + 0.05,
-    "relu": lambda shape, g: (torch.randn(shape, generator=g) * 2 + 1).relu(),
-    "zero": lambda shape, g: torch.zeros(shape),
-    "negative": lambda shape, g: torch.randn(shape, generator=g) * 2,
-    "large": lambda shape, g: torch.rand(shape, generator=g) * 1e4,
-    "small": lambda shape, g: torch.rand(shape, generator=g) * 1e-3,
+# ---- select_candidates ----
+
+SCORE_KINDS = {
+    "normal": LOGIT_KINDS["normal"],
+    # Whole numbers: many ties, and no two scores so close that rounding could swap them.
+    "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
+    "equal": lambda shape, g: torch.full(shape, 1.0),
+    "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
+    "none_above": lambda shape, g: torch.rand(shape, generator=g) - 20,
+    "mixed": LOGIT_KINDS["mixed"],
+    "extreme": LOGIT_KINDS["extreme"],
+    "broken": LOGIT_KINDS["broken"],
 }
 
 
-box_cases = st.builds(
-    BoxCase,
-    seed=seeds,
-    shapes=map_shapes,
-    images=st.integers(0, 3),
-    ltrb=st.sampled_from(["near", *LTRB_KINDS]),
-    positive=st.sampled_from([0.0, 0.2, 1.0]),
-    dtype=dtypes,
-    layouts=three_layouts,
-    options=st.fixed_dictionaries(
-        {
-            "loss_type": st.sampled_from(["iou", "linear_iou", "giou", "diou", "ciou"]),
-            "quality_type": st.sampled_from(["centerness", "iou"]),
-            "weight_by_centerness": st.booleans(),
-        }
-    ),
-    smoothing=st.lists(st.sampled_from([0.0, 1.0, 0.125]), min_size=3, max_size=3),
-    upstream=st.sampled_from([(1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64)]),
-)
-
-
-# ---- select_candidates ----
-
-
 class SelectCase(NamedTuple):
-    seed: int
-    levels: Levels
-    images: int
-    num_classes: int
-    logits: str
-    ltrb: str
-    dtypes: list[torch.dtype]
-    layouts: list[str]
-    options: dict
+    seed: Seed
+    levels: Annotated[Levels, levels()]
+    images: integer(0, 2)
+    num_classes: one_of(1, 2, 5, 16, 17, 130)
+    logits: one_of("normal", *SCORE_KINDS)
+    ltrb: one_of(*LTRB_KINDS)
+    dtypes: three(DType)
+    layouts: ThreeLayouts
+    options: options(
+        score_threshold=st.sampled_from([0.05, 0.0, 0.3, 0.5, 0.9, 1.0]),
+        topk=st.sampled_from([1, 3, 10, 100, 1000]),
+        threshold_with_quality=st.booleans(),
+        rank_with_quality=st.booleans(),
+        score_rule=st.sampled_from(["sqrt", "product", "cls"]),
+        clip=st.booleans(),
+    )
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """(logits, ltrb, quality, image_sizes)."""
@@ -314,67 +311,7 @@ class SelectCase(NamedTuple):
         return *maps, torch.randint(1, 120, (self.images, 2), generator=g)
 
 
-SCORE_KINDS = {
-    "normal": LOGIT_KINDS["normal"],
-    # Whole numbers: many ties, and no two scores so close that rounding could swap them.
-    "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
-    "equal": lambda shape, g: torch.full(shape, 1.0),
-    "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
-    "none_above": lambda shape, g: torch.rand(shape, generator=g) - 20,
-    "mixed": LOGIT_KINDS["mixed"],
-    "extreme": LOGIT_KINDS["extreme"],
-    "broken": LOGIT_KINDS["broken"],
-}
-
-
-select_cases = st.builds(
-    SelectCase,
-    seed=seeds,
-    levels=levels(),
-    images=st.integers(0, 2),
-    num_classes=st.sampled_from([1, 2, 5, 16, 17, 130]),
-    logits=st.sampled_from(["normal", *SCORE_KINDS]),
-    ltrb=st.sampled_from(list(LTRB_KINDS)),
-    dtypes=st.lists(dtypes, min_size=3, max_size=3),
-    layouts=three_layouts,
-    options=st.fixed_dictionaries(
-        {
-            "score_threshold": st.sampled_from([0.05, 0.0, 0.3, 0.5, 0.9, 1.0]),
-            "topk": st.sampled_from([1, 3, 10, 100, 1000]),
-            "threshold_with_quality": st.booleans(),
-            "rank_with_quality": st.booleans(),
-            "score_rule": st.sampled_from(["sqrt", "product", "cls"]),
-            "clip": st.booleans(),
-        }
-    ),
-)
-
-
 # ---- batched_nms ----
-
-
-class NmsCase(NamedTuple):
-    seed: int
-    count: int
-    boxes: str
-    scores: str
-    num_classes: int
-    threshold: float
-    box_dtype: torch.dtype
-    score_dtype: torch.dtype
-    layout: str
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, scores, classes) of one image; some classes are negative."""
-        g = generator(self.seed)
-        boxes = NMS_BOX_KINDS[self.boxes](self.count, g).to(self.box_dtype)
-        scores = NMS_SCORE_KINDS[self.scores](self.count, g).to(self.score_dtype)
-        classes = torch.randint(-1, self.num_classes, (self.count,), generator=g)
-        if self.layout == "transposed":
-            boxes, scores = boxes.t().contiguous().t(), torch.stack((scores, scores), 1)[:, 0]
-        if self.layout == "not_aligned":
-            boxes, scores = not_aligned(boxes), not_aligned(scores)
-        return boxes, scores, classes
 
 
 def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
@@ -404,30 +341,48 @@ NMS_SCORE_KINDS = {
     "equal": lambda n, g: torch.full((n,), 0.5),
     "broken": lambda n, g: pick([*BROKEN, 0.0, -0.0, 0.5, 1.0], (n,), g),
 }
-nms_cases = st.builds(
-    NmsCase,
-    seed=seeds,
-    count=st.one_of(st.integers(0, 3), st.integers(0, 50), st.integers(90, 120)),
-    boxes=st.sampled_from(list(NMS_BOX_KINDS)),
-    scores=st.sampled_from(list(NMS_SCORE_KINDS)),
-    num_classes=st.sampled_from([1, 3, 80]),
-    threshold=st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0]),
-    box_dtype=dtypes,
-    score_dtype=dtypes,
-    layout=st.sampled_from(["contiguous", "transposed", "not_aligned"]),
-)
+
+
+class NmsCase(NamedTuple):
+    seed: Seed
+    count: Annotated[int, st.integers(0, 3) | st.integers(0, 50) | st.integers(90, 120)]
+    boxes: one_of(*NMS_BOX_KINDS)
+    scores: one_of(*NMS_SCORE_KINDS)
+    num_classes: one_of(1, 3, 80)
+    threshold: one_of(0.0, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0)
+    box_dtype: DType
+    score_dtype: DType
+    layout: one_of("contiguous", "transposed", "unaligned")
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(boxes, scores, classes) of one image; some classes are negative."""
+        g = generator(self.seed)
+        boxes = NMS_BOX_KINDS[self.boxes](self.count, g).to(self.box_dtype)
+        scores = NMS_SCORE_KINDS[self.scores](self.count, g).to(self.score_dtype)
+        classes = torch.randint(-1, self.num_classes, (self.count,), generator=g)
+        if self.layout == "transposed":
+            boxes, scores = boxes.t().contiguous().t(), torch.stack((scores, scores), 1)[:, 0]
+        if self.layout == "unaligned":
+            boxes, scores = unaligned(boxes), unaligned(scores)
+        return boxes, scores, classes
 
 
 class PaddedCase(NamedTuple):
-    seed: int
-    images: int
-    count: int
-    boxes: str
-    scores: str
-    num_classes: int
-    max_detections: int
+    seed: Seed
+    images: integer(0, 3)
+    count: Annotated[int, st.integers(0, 3) | st.integers(0, 40)]
+    boxes: one_of(*NMS_BOX_KINDS)
+    scores: one_of(*NMS_SCORE_KINDS)
+    num_classes: one_of(1, 3, 80)
     aligned: bool
-    options: dict
+    options: options(
+        iou_threshold=st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 1.0]),
+        max_detections=st.sampled_from([1, 5, 100]),
+        class_agnostic=st.booleans(),
+        method=st.sampled_from(["hard", "hard", "linear", "gaussian"]),
+        sigma=st.sampled_from([0.5, 0.1]),
+        min_score=st.sampled_from([0.0, 0.001, 0.3]),
+    )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(boxes, scores, classes) of a batch; empty slots among the classes."""
@@ -438,27 +393,10 @@ class PaddedCase(NamedTuple):
         else:
             scores = NMS_SCORE_KINDS[self.scores](self.images * self.count, g).reshape(shape)
         if not self.aligned:
-            boxes, scores = not_aligned(boxes), not_aligned(scores)
+            boxes, scores = unaligned(boxes), unaligned(scores)
         return boxes, scores, torch.randint(-1, self.num_classes, shape, generator=g)
 
 
-padded_cases = st.builds(
-    PaddedCase,
-    seed=seeds,
-    images=st.integers(0, 3),
-    count=st.one_of(st.integers(0, 3), st.integers(0, 40)),
-    boxes=st.sampled_from(list(NMS_BOX_KINDS)),
-    scores=st.sampled_from(list(NMS_SCORE_KINDS)),
-    num_classes=st.sampled_from([1, 3, 80]),
-    max_detections=st.sampled_from([1, 5, 100]),
-    aligned=st.booleans(),
-    options=st.fixed_dictionaries(
-        {
-            "iou_threshold": st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.6, 1.0]),
-            "class_agnostic": st.booleans(),
-            "method": st.sampled_from(["hard", "hard", "linear", "gaussian"]),
-            "sigma": st.sampled_from([0.5, 0.1]),
-            "min_score": st.sampled_from([0.0, 0.001, 0.3]),
-        }
-    ),
+assign_cases, focal_cases, box_cases, select_cases, nms_cases, padded_cases = map(
+    st.builds, (AssignCase, FocalCase, BoxCase, SelectCase, NmsCase, PaddedCase)
 )

@@ -1,6 +1,7 @@
-"""The contract all ops share: opcheck, fullgraph compilation, dispatch, examples that are true."""
+"""What all ops share: opcheck, compilation into one graph, dispatch, examples that are true."""
 
 import doctest
+import functools
 import importlib
 import math
 import re
@@ -10,57 +11,55 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcos_d2 import ops
 from fcos_d2.ops import _library
 
-from . import inputs, isolated
+from . import drive_kernels, inputs, subprocesses
 
 LEVELS = inputs.pyramid(64, 96, 2)
-
-
-def op_arguments(name: str, requires_grad: bool = False) -> tuple:
-    """Arguments of the raw op, as its wrapper passes them."""
-    targets = inputs.targets(LEVELS, [3, 0], 4, height=64, width=96)
-    maps = [[x.requires_grad_(requires_grad) for x in m] for m in inputs.predictions(LEVELS, 2, 4)]
-    logits, ltrb, quality = maps
-    shapes, pitches, sizes = [8, 12, 4, 6], [8, 8, 16, 16], torch.tensor([[64, 96]] * 2)
-    box = (targets.matched, targets.ltrb, targets.centerness, "giou", "iou", True, [1.0, 0.5])
-    one = torch.ones(())
-    boxes, classes, offsets = inputs.ground_truth([3, 0], 4, 64, 96)
-    scores = torch.rand(2, 9)
-    return {
-        "assign_targets": (
-            boxes, classes, offsets, shapes, [8, 16], pitches, 0.5, [-1.0, 32.0, 32.0, math.inf],
-            4, 1.5, True,
-        ),
-        "sigmoid_focal_loss": (logits, targets.labels, 0.25, 2.0),
-        "sigmoid_focal_loss_backward": (one, logits, targets.labels, 0.25, 2.0),
-        "sigmoid_focal_loss_with_gradient": (logits, targets.labels, one, 0.25, 2.0),
-        "sigmoid_focal_loss_correct_gradient": (
-            [torch.zeros_like(x) for x in logits], one / 2, logits, targets.labels, one, 0.25, 2.0,
-        ),
-        "box_loss": (ltrb, quality, *box),
-        "box_loss_backward": (one, one, ltrb, quality, *box),
-        "select_candidates": (
-            logits, ltrb, quality, sizes, [8, 16], pitches, 0.5, 0.05, 10,
-            False, True, "sqrt", True,
-        ),
-        "batched_nms": (inputs.boxes(9), scores[0], torch.arange(9) % 2, 0.5),
-        "batched_nms_padded": (
-            inputs.boxes(18).view(2, 9, 4), scores, torch.arange(18).view(2, 9) % 3 - 1, 0.5, 5,
-            False, "hard", 0.5, 0.0,
-        ),
-    }[name]  # fmt: skip
-
-
 ALL_OPS = list(ops.backend())
 
 
-def test_every_op_is_listed_here():
-    for name in ALL_OPS:
-        assert op_arguments(name)
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of the last call of each op of this package, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace.startswith("fcos_d2"):
+            self.calls[function._schema.name.partition("::")[2]] = arguments
+        return function(*arguments, **(keywords or {}))
+
+
+def op_arguments(name: str, requires_grad: bool = False) -> tuple:
+    """Arguments of the op as a training step or detection passes them; maps come in lists."""
+
+    def copy(value):
+        if isinstance(value, list):
+            copies = map(copy, value)
+            return [x.requires_grad_(requires_grad) if isinstance(x, Tensor) else x for x in copies]
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return tuple(map(copy, recorded_calls()[name]))
+
+
+@functools.cache
+def recorded_calls() -> dict[str, tuple]:
+    with Recorder() as recorder:
+        for save_gradient in (False, True):
+            drive_kernels.train("cpu", torch.float32, False, save_gradient)
+        drive_kernels.infer("cpu", torch.float32, False, prior=0.0)
+    return recorder.calls
+
+
+def test_kernels_that_run_under_compute_sanitizer_are_all_there_are():
+    assert set(recorded_calls()) == set(ALL_OPS)
 
 
 @pytest.mark.parametrize("name", ALL_OPS)
@@ -123,16 +122,6 @@ def test_autocast_takes_half_precision_as_it_is():
         assert losses(*maps, *packed).dtype == torch.float32
 
 
-def test_non_contiguous_maps_give_the_same_results():
-    maps = inputs.predictions(LEVELS, 2, 4)
-    strided = [[torch.stack((x, x), dim=-1)[..., 0] for x in m] for m in maps]
-    assert not strided[0][0].is_contiguous()
-    packed = inputs.ground_truth([3, 1], 4, 64, 96)
-    torch.testing.assert_close(losses(*strided, *packed), losses(*maps, *packed))
-    sizes = torch.tensor([[64, 96]] * 2)
-    torch.testing.assert_close(detect(*strided, sizes), detect(*maps, sizes))
-
-
 # These start processes of their own, or look at no op.
 ONCE = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 LOSS_OF_TWO_OPS = """
@@ -151,8 +140,8 @@ print(f"{loss.item():.4f}")
 
 @ONCE
 def test_nothing_built_is_one_warning_that_says_how_to_build(tmp_path):
-    folder = isolated.make_package(tmp_path, None)
-    done = isolated.run(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="0")
+    folder = subprocesses.make_package(tmp_path, None)
+    done = subprocesses.run_python(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="0")
     assert done.stdout == "0.9531\n", done.stderr
     assert done.stderr.count("fcos_d2: ") == 1
     said = re.sub(r"\s+", " ", done.stderr)
@@ -164,18 +153,18 @@ def test_nothing_built_is_one_warning_that_says_how_to_build(tmp_path):
 
 @ONCE
 def test_strict_turns_the_warning_into_an_error(tmp_path):
-    folder = isolated.make_package(tmp_path, None)
-    done = isolated.run(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1")
+    folder = subprocesses.make_package(tmp_path, None)
+    done = subprocesses.run_python(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1")
     assert done.returncode == 1 and done.stdout == ""
     assert "RuntimeError: fcos_d2: assign_targets runs on cpu" in done.stderr
     assert "FCOS_D2_STRICT=1 makes this an error" in done.stderr
 
 
 @ONCE
-@pytest.mark.skipif(not isolated.BUILT.exists(), reason="nothing is compiled")
+@pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
 def test_nothing_is_said_where_everything_is_in_order(tmp_path):
-    folder = isolated.make_package(tmp_path, isolated.BUILT)
-    done = isolated.run(
+    folder = subprocesses.make_package(tmp_path, subprocesses.BUILT)
+    done = subprocesses.run_python(
         folder, "-W", "error::UserWarning", "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.9531\n", "")

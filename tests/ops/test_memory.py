@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from . import isolated
+from . import subprocesses
 
 pytestmark = [
     pytest.mark.parametrize("implementation", ["compiled"], indirect=True),
-    pytest.mark.skipif(not isolated.BUILT.exists(), reason="nothing is compiled"),
+    pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's"),
     pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
 ]
@@ -80,7 +80,7 @@ def shares(tmp_path_factory) -> dict[str, float]:
     command = ["cc", "-O1", "-fPIC", "-shared", str(source), "-o", str(library), "-ldl"]
     subprocess.run(command, check=True)
     command = ["-W", "ignore", "-c", MEASURE, str(library)]
-    done = isolated.run(isolated.ROOT, *command, LD_PRELOAD=str(library))
+    done = subprocesses.run_python(subprocesses.ROOT, *command, LD_PRELOAD=str(library))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -77,11 +77,7 @@ def gradients(losses, upstream, maps):
 def test_assignment_equals_the_rule_and_the_reference_bit_for_bit(cases):
     def holds(case):
         tensors = case.tensors()
-        options = {
-            "num_classes": strategies.NUM_CLASSES,
-            "center_radius": case.center_radius,
-            "inclusive": case.inclusive,
-        }
+        options = {"num_classes": strategies.NUM_CLASSES, **case.options}
         targets = assign_targets(*tensors, case.levels, case.ranges, **options)
         labels, matched, ambiguous = oracles.assign(*tensors, case.levels, case.ranges, **options)
         assert torch.equal(targets.labels, labels) and torch.equal(targets.matched, matched)
@@ -100,7 +96,7 @@ def test_assignment_equals_the_rule_and_the_reference_bit_for_bit(cases):
         for name, got, want in zip(targets._fields, targets, specified, strict=True):
             assert same_bits(got, want), name
 
-    for_all(strategies.assign_cases(), cases, holds)
+    for_all(strategies.assign_cases, cases, holds)
 
 
 BAD_CLASSES = {"above": strategies.NUM_CLASSES, "below": -2}
@@ -127,7 +123,7 @@ def test_bad_ground_truth_is_an_error(cases):
             )  # fmt: skip
 
     faults = st.sampled_from([*BAD_CLASSES, "end", "order"])
-    for_all(st.tuples(strategies.assign_cases(), faults), cases // 10, lambda both: holds(*both))
+    for_all(st.tuples(strategies.assign_cases, faults), cases // 10, lambda both: holds(*both))
 
 
 # ---- sigmoid_focal_loss ----
@@ -351,9 +347,8 @@ def test_kept_boxes_are_those_of_a_greedy_search_in_float64(cases):
 def test_padded_detections_are_the_head_of_the_greedy_search(cases):
     def holds(case):
         boxes, scores, classes = case.tensors()
-        options = {**case.options, "max_detections": case.max_detections}
-        found = batched_nms_padded(boxes, scores, classes, **options)
-        assert found.boxes.shape == (case.images, case.max_detections, 4)
+        found = batched_nms_padded(boxes, scores, classes, **case.options)
+        assert found.boxes.shape == (case.images, case.options["max_detections"], 4)
         for image, count in enumerate(found.counts.tolist()):
             best = [column[image, :count] for column in found[:3]]
             empty = [column[image, count:] for column in found[:3]]
@@ -362,7 +357,7 @@ def test_padded_detections_are_the_head_of_the_greedy_search(cases):
             given_image = boxes[image], scores[image], classes[image]
             if case.options["method"] != "hard":
                 if case.boxes != "broken" and case.scores != "broken":
-                    oracles.check_soft_nms(*given_image, best, options)
+                    oracles.check_soft_nms(*given_image, best, case.options)
             else:
                 check_hard(case, given_image, best)
 
@@ -376,6 +371,6 @@ def check_hard(case, given_image, best):
     groups = torch.zeros_like(classes) if case.options["class_agnostic"] else classes
     threshold = case.options["iou_threshold"]
     kept = there[reference.batched_nms(boxes[there], scores[there], groups[there], threshold)]
-    kept = kept[: case.max_detections]
+    kept = kept[: case.options["max_detections"]]
     for column, given_column in zip(best, given_image, strict=True):
         torch.testing.assert_close(column, given_column[kept], rtol=0, atol=0, equal_nan=True)

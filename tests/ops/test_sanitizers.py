@@ -16,12 +16,12 @@ import torch
 
 from tests.emulation.emulated import SANITIZED, missing, setup_py
 
-from . import isolated
+from . import subprocesses
 
 LEVELS = ["x86-64", "x86-64-v3", "x86-64-v4"]  # as the compiler names them
 FLAGS_OF_LEVEL = {"x86-64": set(), "x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl"}}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-HERE, CSRC = Path(__file__).parent, isolated.ROOT / "csrc"
+HERE, CSRC = Path(__file__).parent, subprocesses.ROOT / "csrc"
 
 pytestmark = [
     pytest.mark.slow,  # builds the library twice
@@ -38,7 +38,7 @@ def build(level: str, sanitized: bool) -> Path:
     sources = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources.append(HERE / "processor.cpp")
     extension = setup_py().describe_library("_C", sources, Path(torch.__file__).parent)
-    folder = isolated.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
+    folder = subprocesses.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
     options = ["-include", str(HERE / "processor.h")]
     options += ["-O1", "-g1", *SANITIZERS] if sanitized else []
     jobs = {}
@@ -70,8 +70,8 @@ def run(folder: Path, level: str, *arguments: str, sanitized: bool = False):
     environment = {"FCOS_D2_TEST_PROCESSOR": level}
     if sanitized:
         environment |= sanitizer_environment()
-    isolated.make_package(folder, build(level, sanitized))
-    return isolated.run(folder, "-W", "ignore", *arguments, **environment)
+    subprocesses.make_package(folder, build(level, sanitized))
+    return subprocesses.run_python(folder, "-W", "ignore", *arguments, **environment)
 
 
 def has_instructions(level: str) -> bool:
@@ -147,7 +147,7 @@ def test_kernels_are_clean_under_the_sanitizers(level, tmp_path):
     only = "compiled" if level == LEVELS[-1] else "compiled and (focal or label or kept or padded)"
     # -s: a sanitizer ends the process, and with it what pytest has captured.
     options = ["-x", "-s", "-m", "not slow", "-k", only]
-    done = run(tmp_path, level, "-c", isolated.RUN_TESTS, *options, *files, sanitized=True)
+    done = run(tmp_path, level, "-c", subprocesses.RUN_TESTS, *options, *files, sanitized=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
 

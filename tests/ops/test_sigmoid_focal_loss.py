@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss against numbers worked out by hand, peers, derivatives, and bad input."""
+"""sigmoid_focal_loss on cases worked out by hand, beside torchvision, and on bad input."""
 
 import math
 import sys
@@ -10,8 +10,6 @@ from torch.autograd import gradcheck
 from fcos_d2.ops import sigmoid_focal_loss
 
 from . import inputs
-
-EXTREMES = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 
 
 def labels(values) -> torch.Tensor:
@@ -44,15 +42,6 @@ def test_gamma_zero_without_weights_is_cross_entropy():
     assert loss.item() == pytest.approx(2 * math.log(2))
 
 
-def test_ignored_points_cost_nothing_and_teach_nothing():
-    logits = [torch.randn(1, 3, 1, 2, requires_grad=True)]
-    loss = sigmoid_focal_loss(logits, labels([-1, 3]))
-    loss.backward()
-    only_second = sigmoid_focal_loss([logits[0][..., 1:]], labels([3]))
-    assert loss.item() == pytest.approx(only_second.item())
-    assert (logits[0].grad[..., 0] == 0).all() and (logits[0].grad[..., 1] != 0).all()
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_equals_the_dense_one_hot_form_over_all_levels(channels_last, device):
     torchvision = pytest.importorskip("torchvision")
@@ -79,22 +68,19 @@ def test_gradient_is_the_derivative_of_the_value(alpha, gamma):
     assert gradcheck(lambda *x: sigmoid_focal_loss(x, y, alpha, gamma), x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("label", [0, 1])
-def test_every_finite_logit_gives_a_finite_loss_and_gradient(dtype, gamma, label):
-    for value in [*EXTREMES, *([] if dtype == torch.float16 else [3e38, -3e38])]:
-        x = torch.full((1, 1, 1, 1), value).to(dtype).requires_grad_()
-        loss = sigmoid_focal_loss([x], labels([label]), 0.25, gamma)
-        loss.backward()
-        assert loss.isfinite() and x.grad.isfinite().all(), value
-        z = -x.item() if label == 0 else x.item()
-        weight = 0.25 if label == 0 else 0.75
-        if z > 10:  # surely wrong: the loss is linear in the logit
-            assert loss.item() == pytest.approx(weight * z, rel=1e-3)
-            assert abs(x.grad.item()) == pytest.approx(weight, rel=1e-2)
-        if z < -10 and gamma > 0:
-            assert loss.item() < 1e-4
+@pytest.mark.parametrize("logit", [17.0, 88.0, 1e4])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("label, weight", [(0, 0.25), (1, 0.75)])
+def test_loss_of_a_logit_that_is_surely_wrong_is_linear_and_of_one_that_is_right_none(
+    logit, gamma, label, weight
+):
+    wrong, right = (-logit, logit) if label == 0 else (logit, -logit)
+    x = torch.full((1, 1, 1, 1), wrong, requires_grad=True)
+    loss = sigmoid_focal_loss([x], labels([label]), 0.25, gamma)
+    loss.backward()
+    assert loss.item() == pytest.approx(weight * logit, rel=1e-3)
+    assert abs(x.grad.item()) == pytest.approx(weight, rel=1e-2)
+    assert 0 <= sigmoid_focal_loss(one_level([right]), labels([label]), 0.25, gamma) < 1e-4
 
 
 def test_infinity_and_nan_are_never_hidden():
@@ -103,10 +89,10 @@ def test_infinity_and_nan_are_never_hidden():
     assert sigmoid_focal_loss(one_level([math.nan]), labels([1])).isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("save_gradient", [False, True])
-def test_broken_logits_of_ignored_points_count_for_nothing(dtype, channels_last, save_gradient):
+def test_ignored_points_count_for_nothing_even_when_broken(dtype, channels_last, save_gradient):
     broken = torch.randn(1, 3, 5, 7, dtype=torch.float64).to(dtype)
     broken[:, :, 1] = torch.tensor([math.nan, math.inf, -math.inf])[:, None].to(dtype)
     y = torch.randint(0, 4, (1, 5, 7), dtype=torch.int32)
@@ -120,25 +106,6 @@ def test_broken_logits_of_ignored_points_count_for_nothing(dtype, channels_last,
         grads += torch.autograd.grad(losses[-1], x)
     assert losses[0] == losses[1] and losses[0] > 0
     assert torch.equal(*grads) and (grads[0][:, :, 1] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_is_computed_in_float32(dtype):
-    levels = inputs.pyramid(64, 64, 2)
-    logits = [x.requires_grad_() for x in inputs.predictions(levels, 2, 20, dtype)[0]]
-    y = inputs.targets(levels, [3, 2], 20, height=64, width=64).labels
-    loss = sigmoid_focal_loss(logits, y)
-    exact = sigmoid_focal_loss([x.double() for x in logits], y)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
-    grads = torch.autograd.grad(loss, logits)
-    wide = [x.detach().double().requires_grad_() for x in logits]
-    wanted = torch.autograd.grad(sigmoid_focal_loss(wide, y), wide)
-    ulp = torch.finfo(dtype).eps
-    for grad, want in zip(grads, wanted, strict=True):
-        assert grad.dtype == dtype
-        tolerance = {"rtol": max(ulp, 1e-6), "atol": 1e-7}
-        torch.testing.assert_close(grad.double(), want.to(dtype).double(), **tolerance)
 
 
 def test_gradient_scales_with_the_incoming_gradient_and_can_be_taken_twice():
@@ -165,7 +132,7 @@ def pyramid_case(dtype, device, channels_last=False):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_saved_gradient_is_the_recomputed_one(dtype, upstream, channels_last, device):
     logits, y = pyramid_case(dtype, device, channels_last)
     scale = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -217,14 +184,6 @@ def test_nothing_is_saved_without_a_gradient_to_save(monkeypatch, device):
         sigmoid_focal_loss(logits, y, save_gradient=True)
 
 
-def test_saved_gradient_has_no_second_derivative():
-    x = torch.randn(1, 2, 1, 1, requires_grad=True)
-    loss = sigmoid_focal_loss([x], labels([0]), save_gradient=True)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="has no second derivative"):
-        grad.sum().backward()
-
-
 def test_torch_compile_takes_it_whole_with_and_without_saving(device):
     logits, y = pyramid_case(torch.float32, device)
     _, wanted = loss_and_gradients(logits, y)
@@ -238,9 +197,11 @@ def test_torch_compile_takes_it_whole_with_and_without_saving(device):
         torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-9)
 
 
-def test_second_derivative_is_an_error():
+@pytest.mark.parametrize("save_gradient", [False, True])
+def test_second_derivative_is_an_error(save_gradient):
     x = torch.randn(1, 2, 1, 1, requires_grad=True)
-    (grad,) = torch.autograd.grad(sigmoid_focal_loss([x], labels([0])), x, create_graph=True)
+    loss = sigmoid_focal_loss([x], labels([0]), save_gradient=save_gradient)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         grad.sum().backward()
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.measure import captured
 from fcos_d2.ops import assign_targets, backend, box_loss, sigmoid_focal_loss
 
-from . import inputs, isolated
+from . import inputs, subprocesses
 from .gpu import forbidden_to_wait, results_on_streams
 
 pytestmark = [
@@ -136,6 +136,6 @@ torch.cuda.synchronize()
     ],
 )
 def test_bad_value_ends_the_process_with_its_reason(program, message):
-    done = isolated.run(isolated.ROOT, "-W", "ignore", "-c", program)
+    done = subprocesses.run_python(subprocesses.ROOT, "-W", "ignore", "-c", program)
     assert done.returncode != 0 and message in done.stderr
     assert "device-side assert" in done.stderr

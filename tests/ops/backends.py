@@ -1,4 +1,4 @@
-"""All ops again under another name, with kernels of the tests' own."""
+"""Registers all ops again, under other namespaces and with other kernels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Overloads = dict[str, torch._ops.OpOverload]
 _LIBRARIES = []  # torch forgets the ops of a library that nobody holds
 
 
-def copy_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overloads:
-    """``torch.ops.<namespace>.<name>`` for every op, run by ``kernel_of(name)`` on every device."""
+def register_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overloads:
+    """Registers ``torch.ops.<namespace>.<name>`` for every op, with kernels from ``kernel_of``."""
     library = torch.library.Library(namespace, "DEF")
     _LIBRARIES.append(library)
     for name, op in _library.OPS.items():
@@ -39,7 +39,7 @@ def reference_of(name: str) -> Callable:
 
 
 def on_gpu(name: str) -> Callable:
-    """The op on the GPU, for tensors of the CPU."""
+    """The op on the GPU, for tensors on the CPU."""
     op = overloads_of("fcos_d2")[name]
 
     def run(*arguments):
@@ -54,7 +54,7 @@ def on_gpu(name: str) -> Callable:
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that lies there as ``tensor`` lies here: strides, offset and alignment are its own."""
+    """A copy with the same strides, offset and alignment."""
     storage = tensor.untyped_storage().cuda()
     out = torch.empty(0, dtype=tensor.dtype, device="cuda")
     return out.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

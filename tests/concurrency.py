@@ -1,4 +1,4 @@
-"""Calls that run at the same time, each in a thread of its own."""
+"""Calls functions in several threads at once."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from contextlib import contextmanager
 from threading import Barrier
 
 
-def run_together(calls: Sequence[Callable], rounds: int = 1) -> list[list]:
-    """Results of every call, each run ``rounds`` times; all threads start in the same moment."""
-    start = Barrier(len(calls), timeout=60)  # seconds, then all fail instead of waiting for one
+def run_concurrently(calls: Sequence[Callable], rounds: int = 1) -> list[list]:
+    """Runs each call ``rounds`` times in a thread of its own; all threads start together.
+
+    Returns:
+        Results of every call, round by round.
+    """
+    start = Barrier(len(calls))
 
     def repeat(call: Callable) -> list:
         start.wait()
         return [call() for _ in range(rounds)]
 
-    with _eager_threads(), ThreadPoolExecutor(len(calls)) as pool:
+    with _frequent_thread_switches(), ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(repeat, calls))
 
 
 @contextmanager
-def _eager_threads() -> Iterator[None]:
-    """Lets threads take turns a thousand times as often as usual, so that races are lost."""
+def _frequent_thread_switches() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 1000)
     try:

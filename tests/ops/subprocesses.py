@@ -1,4 +1,4 @@
-"""Runs Python with an ``fcos_d2`` of its own: the same code, another compiled library or none."""
+"""Python processes with an ``fcos_d2`` of their own: the same code, another compiled library."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BUILT = _library._FOLDER / "_C.so"
 
 
 def make_package(folder: Path, library: Path | None, whole: bool = False) -> Path:
-    """Makes ``folder / "fcos_d2"`` with ``library`` as its compiled one, or with none.
+    """Makes ``folder / "fcos_d2"`` with ``library`` as its compiled library, or with none.
 
-    Unless ``whole``, it has nothing but the ops, which need torch alone.
+    It has only the ops, which need torch alone, unless ``whole``.
     """
     package = folder / "fcos_d2"
     package.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def make_package(folder: Path, library: Path | None, whole: bool = False) -> Pat
     return folder
 
 
-def run(
+def run_python(
     folder: Path, *arguments: str, python: str | Path = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess:
     """Runs Python where ``import fcos_d2`` finds the package in ``folder``."""
