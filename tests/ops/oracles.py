@@ -1,8 +1,9 @@
-"""What the ops must find, computed otherwise than by the reference: dense, and in float64."""
+"""What the ops must find, computed in other ways than in the reference: dense, in float64."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,41 +19,25 @@ SMALLEST = 1e-37  # smaller scores may count as 0
 
 
 def assign(
-    boxes: Tensor,
-    classes: Tensor,
-    offsets: Tensor,
-    levels: Levels,
-    ranges: list[tuple[float, float]],
-    num_classes: int,
-    center_radius: float,
-    inclusive: bool,
+    boxes: Tensor, classes: Tensor, offsets: Tensor, levels: Levels, ranges, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(labels, matched, ambiguous), each [B, P], by the whole matrix of points and boxes."""
     rows = [
-        _assign_image(
-            boxes[first:last], classes[first:last], first,
-            levels, ranges, num_classes, center_radius, inclusive,
-        )
-        for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    ]  # fmt: skip
-    shape = (len(rows), levels.num_points)
-    return (
-        tuple(torch.stack(column) for column in zip(*rows, strict=True))
-        or (torch.zeros(shape),) * 3
-    )
+        _assign_image(boxes[first:last], classes[first:last], first, levels, ranges, **options)
+        for first, last in pairwise(offsets.tolist())
+    ]
+    none = torch.zeros(0, levels.num_points)
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True)) or (none,) * 3
 
 
-def _assign_image(boxes, classes, first, levels, ranges, num_classes, center_radius, inclusive):
+def _assign_image(
+    boxes, classes, first, levels, ranges, *, num_classes, center_radius, inclusive
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_point = torch.tensor(levels.points_per_level)
     points = point_coordinates(levels)[:, None]  # [P, 1, 2]
-    per_level = list(zip(levels.strides, ranges, levels.points_per_level, strict=True))
-    stride, low, high = (
-        torch.cat([torch.full((n, 1), float(value)) for value, n in column])
-        for column in (
-            [(stride, n) for stride, _, n in per_level],
-            [(bounds[0], n) for _, bounds, n in per_level],
-            [(bounds[1], n) for _, bounds, n in per_level],
-        )
-    )
+    stride = torch.tensor(levels.strides).float().repeat_interleave(per_point)[:, None]
+    bounds = torch.tensor(ranges).float().repeat_interleave(per_point, dim=0)
+    low, high = bounds[:, :1], bounds[:, 1:]
     x1y1, x2y2 = boxes[:, :2], boxes[:, 2:]
     sides = torch.cat((points - x1y1, x2y2 - points), dim=-1)  # [P, M, 4]
     inside = (sides > 0).all(dim=-1)
@@ -139,9 +124,10 @@ def overlaps(boxes: Tensor) -> tuple[np.ndarray, np.ndarray]:
     b = boxes.float().double().numpy()
     top_left = np.maximum(b[:, None, :2], b[None, :, :2])
     bottom_right = np.minimum(b[:, None, 2:], b[None, :, 2:])
-    inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
-    area = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
-    return inter, area[:, None] + area[None] - inter
+    with np.errstate(invalid="ignore"):  # of infinite coordinates
+        inter = (bottom_right - top_left).clip(min=0).prod(axis=2)
+        area = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+        return inter, area[:, None] + area[None] - inter
 
 
 def is_close_call(inter: np.ndarray, union: np.ndarray, threshold: float) -> bool:

@@ -99,33 +99,6 @@ def test_assignment_equals_the_rule_and_the_reference_bit_for_bit(cases):
     for_all(strategies.assign_cases, cases, holds)
 
 
-BAD_CLASSES = {"above": strategies.NUM_CLASSES, "below": -2}
-
-
-@pytest.mark.usefixtures("assertions_can_be_caught")
-@MANY
-def test_bad_ground_truth_is_an_error(cases):
-    def holds(case, fault):
-        # A GPU looks at boxes for the sake of points of an image.
-        assume(case.counts and case.levels.num_points > 0)
-        boxes, classes, offsets = case.tensors()
-        if fault in BAD_CLASSES:
-            boxes = torch.cat((boxes, torch.zeros(1, 4)))
-            classes = torch.cat((classes, torch.tensor([BAD_CLASSES[fault]])))
-            offsets[-1] += 1
-        else:  # the last offset is not M, or one before it is larger
-            more = [1] if fault == "end" else [1, 0]
-            offsets = torch.cat((offsets, offsets[-1] + torch.tensor(more)))
-        with pytest.raises(RuntimeError, match="assign_targets: gt_"):
-            assign_targets(
-                boxes, classes, offsets, case.levels, case.ranges,
-                num_classes=strategies.NUM_CLASSES,
-            )  # fmt: skip
-
-    faults = st.sampled_from([*BAD_CLASSES, "end", "order"])
-    for_all(st.tuples(strategies.assign_cases, faults), cases // 10, lambda both: holds(*both))
-
-
 # ---- sigmoid_focal_loss ----
 
 
@@ -173,8 +146,7 @@ def test_focal_loss_and_gradient_equal_those_in_float64(cases, implementation):
 def test_label_out_of_range_is_an_error(cases):
     def holds(case, label, where):
         logits, labels = case.tensors()
-        if labels.numel() == 0:
-            return
+        assume(labels.numel() > 0)
         labels.view(-1)[where % labels.numel()] = -2 if label < 0 else case.num_classes + label
         with pytest.raises(RuntimeError, match="sigmoid_focal_loss: labels must lie in"):
             sigmoid_focal_loss(logits, labels)
@@ -194,7 +166,7 @@ def nudged(maps, eps, g):
 def box_loss_in_float64(ltrb, quality, targets, upstream, options):
     """Both losses and all gradients."""
     losses = reference.box_loss(ltrb, quality, *targets[1:4], **options)
-    upstream = [torch.tensor(u, dtype=torch.float64) for u in upstream]
+    upstream = [u.double() for u in upstream]
     boxes, qualities = reference.box_loss_backward(
         *upstream, ltrb, quality, *targets[1:4], **options
     )

@@ -1,7 +1,7 @@
 """Sizes around 2^31: what the kernels count in 64 bits, and what they refuse because it is 32.
 
-A part of a file that nobody touches costs nothing, so maps here lie in gigabytes of address space:
-a few small planes, each 2^30 elements and more away from the next. A wrong offset reads zeros, or
+Parts of a file that nobody touches cost nothing, so maps here lie in gigabytes of address space: a
+few small planes, each 2^30 elements and more away from the next. A wrong offset reads zeros, or
 ends the process.
 """
 
@@ -28,11 +28,10 @@ from ..emulation import emulated
 
 NEEDS_COMPILER = pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
 EMULATED = pytest.param("emulated", marks=NEEDS_COMPILER)
-# A GPU has memory for large maps: tests/ops/test_*_on_gpu.py.
+# A GPU has memory for large maps: tests/ops/test_on_gpu.py.
 ON_THE_CPU = pytest.mark.parametrize(
     "implementation", ["reference", "compiled", EMULATED], indirect=True
 )
-COMPILED = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
 H, W, K, B = 4, 8, 3, 2
 FAR = 2**31 + 64  # elements between two images; a multiple of 16, so that maps stay aligned
 POINTS = H * W
@@ -50,57 +49,54 @@ def far_apart(values: torch.Tensor, channel: int = 2**30) -> torch.Tensor:
     return out.copy_(values)
 
 
-def maps(channels: int, dtype=torch.float16) -> torch.Tensor:
-    return torch.randn(B, channels, H, W).to(dtype)
-
-
-def targets() -> Targets:
-    matched = torch.randint(-1, 2, (B, POINTS), dtype=torch.int32)
-    return Targets(None, matched, torch.rand(B, POINTS, 4) + 0.1, torch.rand(B, POINTS), None)
-
-
-def gradients(losses, given):
-    return torch.autograd.grad(sum(losses), given)
+def maps(channels: int) -> torch.Tensor:
+    return torch.randn(B, channels, H, W, dtype=torch.float16)
 
 
 # ---- Elements further apart than 32 bits can say ----
 
 
+def assert_same_losses_and_gradients(losses_of, near, far):
+    near, far = ([x.detach().requires_grad_() for x in side] for side in (near, far))
+    losses = [losses_of(*side) for side in (near, far)]
+    torch.testing.assert_close(losses[1], losses[0])
+    wanted, found = (
+        torch.autograd.grad(sum(*x), side) for *x, side in zip(losses, (near, far), strict=True)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 @ON_THE_CPU
-def test_focal_loss_of_maps_that_are_far_apart(implementation):
-    near, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
+@pytest.mark.parametrize("save_gradient", [False, True])
+def test_focal_loss_of_maps_that_are_far_apart(implementation, save_gradient):
+    logits, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
     # A thread of the GPU steps through 16 channels in 32 bits; what is further apart is refused.
-    far = far_apart(near, channel=2**16 if implementation == "emulated" else 2**30)
-    for save in (False, True):
-        near, far = near.detach().requires_grad_(), far.detach().requires_grad_()
-        losses = [sigmoid_focal_loss([x], labels, save_gradient=save) for x in (near, far)]
-        torch.testing.assert_close(losses[1], losses[0])
-        (want,), (got,) = gradients(losses[:1], [near]), gradients(losses[1:], [far])
-        torch.testing.assert_close(got, want)
+    far = far_apart(logits, channel=2**16 if implementation == "emulated" else 2**30)
+    assert_same_losses_and_gradients(
+        lambda x: [sigmoid_focal_loss([x], labels, save_gradient=save_gradient)], [logits], [far]
+    )
 
 
 @ON_THE_CPU
 def test_box_loss_of_maps_that_are_far_apart():
-    sides, quality, wanted = maps(4).abs() + 0.1, maps(1), targets()
-    near = [sides.requires_grad_(), quality.requires_grad_()]
-    far = [far_apart(x.detach()).requires_grad_() for x in near]
-    losses = [box_loss([a], [b], wanted) for a, b in (near, far)]
-    torch.testing.assert_close(losses[1], losses[0])
-    for want, got in zip(gradients(losses[0], near), gradients(losses[1], far), strict=True):
-        torch.testing.assert_close(got, want)
+    near = [maps(4).abs() + 0.1, maps(1)]
+    matched = torch.randint(-1, 2, (B, POINTS), dtype=torch.int32)
+    targets = Targets(None, matched, torch.rand(B, POINTS, 4) + 0.1, torch.rand(B, POINTS), None)
+    assert_same_losses_and_gradients(
+        lambda sides, quality: box_loss([sides], [quality], targets), near, map(far_apart, near)
+    )
 
 
 @ON_THE_CPU
 def test_candidates_of_maps_that_are_far_apart():
     near = [maps(K), maps(4).abs(), maps(1)]
-    far = [far_apart(x) for x in near]
     levels, sizes = make_levels([(H, W)], [8]), torch.tensor([[32, 64]] * B)
     want, got = (
-        select_candidates(*([x] for x in given), levels, sizes, topk=20) for given in (near, far)
+        select_candidates(*([x] for x in given), levels, sizes, topk=20)
+        for given in (near, map(far_apart, near))
     )
     assert (want.classes >= 0).sum() > 10
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, got, want))
 
 
 # ---- What is too large says so ----
@@ -115,51 +111,55 @@ def test_the_gpu_refuses_maps_that_it_cannot_step_or_launch(case):
         sigmoid_focal_loss([logits], labels)
 
 
-def huge(channels: int) -> torch.Tensor:
-    return torch.zeros(()).expand(1, channels, HUGE, HUGE)
+def huge(channels: int, side: int = HUGE) -> list[torch.Tensor]:
+    return [torch.zeros(()).expand(1, channels, side, side)]
 
 
-def test_levels_of_more_points_than_32_bits_count_are_refused():
-    none = torch.zeros(0, 4), torch.zeros(0).long(), torch.tensor([0, 0])
-    expected = "at most 2147483647 points"
-    with pytest.raises(ValueError, match=f"assign_targets: levels.shapes .*{expected}"):
-        assign_targets(*none, Levels(((HUGE, HUGE),), (8,), ((8, 8),)), [(-1, 64)], num_classes=1)
-    labels = torch.zeros((), dtype=torch.int32).expand(1, HUGE**2)
-    with pytest.raises(ValueError, match=rf"sigmoid_focal_loss: logits\[l\] .*{expected}"):
-        sigmoid_focal_loss([huge(1)], labels)
-    with pytest.raises(ValueError, match=rf"box_loss: ltrb\[l\] .*{expected}"):
-        box_loss([huge(4)], [huge(1)], targets())
-    with pytest.raises(ValueError, match=rf"select_candidates: logits\[l\] .*{expected}"):
-        levels = Levels(((HUGE, HUGE),), (8,), ((8, 8),))
-        select_candidates([huge(1)], [huge(4)], [huge(1)], levels, torch.ones(1, 2).long())
+BOX = torch.zeros(1, 4), torch.zeros(1).long(), torch.tensor([0, 1])
+MANY_BOXES = torch.zeros(4).expand(2**31, 4), torch.zeros(1).long().expand(2**31), BOX[2] * 2**31
+HUGE_LEVEL = Levels(((HUGE, HUGE),), (8,), ((8, 8),))
+SMALL_LEVELS = make_levels([(256, 256)], [8])
+LABELS, SIZES, RANGES = torch.zeros(1, 1).int(), torch.ones(1, 2).long(), [(-1, 64)]
+TOO_MANY_POINTS = "must be .*at most 2147483647 points|must have at most 2147483647 points"
 
 
-def test_more_pairs_of_point_and_class_than_32_bits_number_are_refused():
-    one = torch.zeros(())
-    logits, sides, quality = (one.expand(1, n, 256, 256) for n in (HUGE, 4, 1))
-    levels = make_levels([(256, 256)], [8])
-    with pytest.raises(ValueError, match=r"select_candidates: logits\[l\] .* less than 2\^32"):
-        select_candidates([logits], [sides], [quality], levels, torch.ones(1, 2).long())
-
-
-def test_more_boxes_than_32_bits_number_are_refused():
-    boxes = torch.zeros(4).expand(2**31, 4)
-    classes = torch.zeros((), dtype=torch.int64).expand(2**31)
-    with pytest.raises(ValueError, match="assign_targets: gt_boxes must be at most"):
-        assign_targets(
-            boxes, classes, torch.tensor([0, 2**31]), make_levels([(1, 1)], [8]), [(-1, 64)],
-            num_classes=1,
-        )  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: assign_targets(*BOX, HUGE_LEVEL, RANGES, num_classes=1), TOO_MANY_POINTS),
+        (lambda: sigmoid_focal_loss(huge(1), LABELS), TOO_MANY_POINTS),
+        (lambda: box_loss(huge(4), huge(1), None), TOO_MANY_POINTS),
+        (
+            lambda: select_candidates(huge(1), huge(4), huge(1), HUGE_LEVEL, SIZES),
+            TOO_MANY_POINTS,
+        ),
+        (
+            lambda: select_candidates(
+                huge(HUGE, 256), huge(4, 256), huge(1, 256), SMALL_LEVELS, SIZES
+            ),
+            r"select_candidates: logits\[l\] .* less than 2\^32",
+        ),
+        (
+            lambda: assign_targets(*MANY_BOXES, SMALL_LEVELS, RANGES, num_classes=1),
+            "assign_targets: gt_boxes must be at most",
+        ),
+    ],
+)
+def test_more_than_the_kernels_count_in_32_bits_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # ---- One of that size ----
 
 FREE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+COMPILED = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
+LARGE = pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memory")
 
 
 @COMPILED
 @pytest.mark.slow
-@pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memory")
+@LARGE
 @pytest.mark.parametrize("size", [2**25 + 2, 2**25 + 3])
 @pytest.mark.parametrize("is_row", [True, False])
 def test_levels_longer_than_float32_counts(size, is_row):
@@ -180,7 +180,7 @@ def test_levels_longer_than_float32_counts(size, is_row):
 
 @COMPILED
 @pytest.mark.slow
-@pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memory")
+@LARGE
 def test_focal_loss_of_a_map_of_more_than_two_to_the_31_elements():
     """Only the last plane, beyond 2^31, has anything to say."""
     side, classes = 5200, 80
