@@ -28,8 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
-from .errors import InputError
-from .inference import Found, batches, build_predictor
+from .errors import InputError, exit_status
+from .predictor import Prediction, Predictor
 from .visualization.drawing import PANEL_SIDE, draw_objects
 
 # What is written into a video file of each kind.
@@ -304,7 +304,7 @@ class JsonWriter:
     def __init__(self, file: IO[str], names: Sequence[str] | None):
         self._file, self._names, self._separator = file, names, "[\n"
 
-    def write(self, picture: Picture, found: Found) -> None:
+    def write(self, picture: Picture, found: Prediction) -> None:
         """Adds one picture."""
         names = self._names
         objects = [
@@ -360,7 +360,9 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         sources = choose_targets(sources, options.output, options.frames)
     check_targets(sources, options.json)
-    predictor = build_predictor(options.config_file, options.opts, options.weights, options.score)
+    predictor = Predictor.from_config(
+        options.config_file, options.opts, options.weights, options.score
+    )
     total = count_pictures(sources)
     if options.frames and (total is None or total > options.frames):
         total = options.frames
@@ -384,8 +386,10 @@ def run(options: argparse.Namespace) -> int:
 def _process(predictor, pictures, writer, json_writer, bar, options) -> tuple[int, int]:
     """Detects, draws and writes batch by batch; numbers of pictures and of objects."""
     shown = objects = 0
-    for batch in batches(islice(pictures, options.frames), options.batch_size):
-        for picture, found in zip(batch, predictor([p.image for p in batch]), strict=True):
+    pictures = islice(pictures, options.frames)
+    while batch := list(islice(pictures, options.batch_size)):
+        predictions = predictor.predict([picture.image for picture in batch])
+        for picture, found in zip(batch, predictions, strict=True):
             if json_writer:
                 json_writer.write(picture, found)
             if writer:
@@ -434,12 +438,4 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    options = parse(arguments)
-    try:
-        return run(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was written so far is complete", file=sys.stderr)
-        return 130
+    return exit_status(run, parse(arguments))

@@ -1,6 +1,8 @@
 """The one exception that means "the input is wrong, and here is what to do about it"."""
 
 import reprlib
+import sys
+from collections.abc import Callable
 
 LONGEST = 200  # characters of a value in a message
 
@@ -11,6 +13,18 @@ class InputError(ValueError):
     The message is one line: what is wrong, where, and the next command to type or key to set.
     Scripts print it without a traceback and exit with status 2.
     """
+
+
+def exit_status(script: Callable[..., int | None], *arguments) -> int:
+    """Runs ``script``; its status, or 2 after an InputError and 130 after Ctrl-C, in one line."""
+    try:
+        return script(*arguments) or 0
+    except InputError as error:
+        print(f"error: {one_line_cause(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def one_line_cause(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fcos_d2 import demo
 from fcos_d2.evaluation import THRESHOLD_FILE
-from fcos_d2.inference import Predictor
+from fcos_d2.predictor import Predictor
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV")
@@ -151,7 +151,7 @@ def no_model(monkeypatch):
         raise AssertionError("it can be refused without a model")
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "build_predictor", build)
+        patch.setattr(demo.Predictor, "from_config", build)
         yield patch
 
 
@@ -379,7 +379,7 @@ def test_predictor_hands_the_model_its_channel_order_and_size():
     for input_format, channel in (("RGB", 0), ("BGR", 2)):
         model = Model()
         with pytest.raises(StopIteration):
-            Predictor(model, (40, 60), input_format, 0.5)([image])
+            Predictor(model, (40, 60), input_format, 0.5)(image)
         (seen,) = model.seen
         assert seen["image"].shape == (3, 30, 60) and (seen["height"], seen["width"]) == (20, 40)
         assert (seen["image"][channel] == 200).all() and seen["image"].sum() == 200 * 30 * 60

@@ -52,7 +52,8 @@ RULES = {
         "fcos_d2.modeling", "fcos_d2.engine", "fcos_d2.checkpoint.conversion", "detectron2",
     ),
     "fcos_d2.errors": ("fcos_d2", "torch", "detectron2"),
-    "fcos_d2.inference": ("fcos_d2.engine",),
+    "fcos_d2.inference": ("fcos_d2.engine", "fcos_d2.predictor", "fcos_d2.commands"),
+    "fcos_d2.predictor": ("fcos_d2.engine", "fcos_d2.commands"),
     "fcos_d2.checkpoint": ("fcos_d2.engine", "fcos_d2.inference", "fcos_d2.data"),
     "fcos_d2.evaluation": ("fcos_d2.engine", "fcos_d2.inference"),
     "fcos_d2.export": ("fcos_d2.engine", "fcos_d2.inference"),
@@ -66,6 +67,7 @@ ONLY = {  # importer -> the parts of this package it may import
 }
 # A config is taken apart here and nowhere else: everything below takes plain arguments.
 MAY_SEE_CFG = ("fcos_d2.config", "fcos_d2.config_file", "fcos_d2.engine", "fcos_d2.inference")
+MAY_SEE_CFG += ("fcos_d2.predictor", "fcos_d2.commands")
 TAKES_CFG_APART = re.compile(r"from_config|build_\w+")
 
 

@@ -3,7 +3,6 @@
 
     python tools/run_exported.py model.onnx image.jpg [--score 0.5]      needs onnxruntime
     python tools/run_exported.py model.pt2 image.jpg                     needs torch
-    python tools/run_exported.py model.ts image.jpg                      needs torch
 
 Prints one line of JSON per object, with its box in pixels of the upright image. What cannot be read
 is named and skipped, and the exit status is 1 then. Neither fcos_d2 nor detectron2 is imported:
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ METADATA = "fcos_d2.json"
 
 
 def load(path: str) -> tuple[Callable, dict]:
-    """The detector, uint8 [B, 3, H, W] -> boxes, scores, classes, counts; and what it asks for."""
+    """The detector, uint8 [B, C, H, W] -> boxes, scores, classes, counts; and what it asks for."""
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -36,13 +36,17 @@ def load(path: str) -> tuple[Callable, dict]:
 
     import torch
 
-    files = {METADATA: ""}
-    if path.endswith(".pt2"):
-        module = torch.export.load(path, extra_files=files).module()
-    else:
-        module = torch.jit.load(path, _extra_files=files)
-    metadata = json.loads(files[METADATA])
-    return lambda images: [x.numpy() for x in module(torch.from_numpy(images))], metadata
+    with zipfile.ZipFile(path) as archive:
+        compiled = [n for n in archive.namelist() if n.endswith("wrapper_metadata.json")]
+        if compiled:  # --format aoti
+            metadata = json.loads(archive.read(compiled[0]))[METADATA]
+            detect = torch._inductor.aoti_load_package(path)
+        else:
+            metadata = archive.read(f"{archive.namelist()[0].split('/')[0]}/extra/{METADATA}")
+            detect = torch.export.load(path).module()
+    return lambda images: [x.numpy() for x in detect(torch.from_numpy(images))], json.loads(
+        metadata
+    )
 
 
 def read(path: Path) -> Image.Image:
@@ -61,13 +65,15 @@ def read(path: Path) -> Image.Image:
 
 
 def prepare(image: Image.Image, metadata: dict) -> np.ndarray:
-    """uint8 [3, H, W], resized as for the model's evaluation, in the model's channel order."""
-    scale = metadata["min_size"] / min(image.size)
-    scale = min(scale, metadata["max_size"] / max(image.size))
-    size = tuple(int(side * scale + 0.5) for side in image.size)
-    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    if metadata["channels"] == "BGR":
-        pixels = pixels[:, :, ::-1]
+    """uint8 [C, H, W], resized as for the model's evaluation, in the model's channel order."""
+    if metadata["min_size"]:  # 0: images stay as they are
+        scale = metadata["min_size"] / min(image.size)
+        scale = min(scale, metadata["max_size"] / max(image.size))
+        size = tuple(max(1, int(side * scale + 0.5)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    order = metadata["channels"]
+    pixels = np.asarray(image.convert("RGB" if order == "BGR" else order))
+    pixels = np.atleast_3d(pixels)[:, :, :: -1 if order == "BGR" else 1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -1,16 +1,10 @@
 """The whole detector, from uint8 images to boxes, in the formats of other runtimes."""
 
-from .graph import (
-    Agreement,
-    compare,
-    export_detector,
-    join,
-    load_exported,
-    read_metadata,
-    run_detector,
-)
+from .verification import Agreement, compare, join, load_exported, read_metadata, run_detector
+from .writers import FORMATS, export_detector
 
 __all__ = [
+    "FORMATS",
     "Agreement",
     "compare",
     "export_detector",

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from ..config import fcos_settings
-from ..ops import Detections, Levels
+from ..ops import Candidates, Detections, Levels
 from .head import FCOSHead
 from .losses import FCOSLoss
 from .postprocess import PostProcessor
@@ -77,6 +77,19 @@ class FCOS(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def dense_predictions(
+        self, batched_inputs: Sequence[dict]
+    ) -> tuple[ImageList, list[Tensor], Predictions]:
+        """The batch, padded and normalised, its feature maps, and what the head says about them."""
+        images = self.preprocess_image(batched_inputs)
+        return images, *self.network(images.tensor)
+
+    def network(self, images: Tensor) -> tuple[list[Tensor], Predictions]:
+        """Normalised Tensor[B, C, H, W] -> feature maps and predictions, by ascending stride."""
+        maps = self.backbone(images)
+        features = [maps[name] for name in self.head_in_features]
+        return features, self.head(features)
+
     def forward_training(
         self,
         images: ImageList,
@@ -100,9 +113,15 @@ class FCOS(DenseDetector):
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> Detections:
         """Detections of the whole batch in fixed shapes, without waiting for the device."""
+        return self.postprocess.suppress(self.select(images, features, predictions))
+
+    def select(
+        self, images: ImageList, features: list[Tensor], predictions: Predictions
+    ) -> Candidates:
+        """What NMS chooses the detections from."""
         sizes = torch.tensor([tuple(size) for size in images.image_sizes])
         sizes = sizes.to(self.device, non_blocking=True)
-        return self.postprocess(predictions, self.levels(features, images), sizes)
+        return self.postprocess.select(predictions, self.levels(features, images), sizes)
 
     def levels(self, features: list[Tensor], images: ImageList) -> Levels:
         """Where the points of ``features`` lie in ``images``."""

@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..config import fcos_settings
-from ..ops import Detections, Levels, batched_nms_padded, select_candidates
+from ..ops import Candidates, Detections, Levels, batched_nms_padded, select_candidates
 from ..ops.batched_nms import NMS_METHODS
 from ..ops.select_candidates import SCORE_RULES
 from .structures import Predictions, check_choice, check_number
@@ -91,9 +91,17 @@ class PostProcessor:
             "max_detections": fcos[f"POST_NMS_TOPK_{split}"],
         }
 
-    @torch.no_grad()
     def __call__(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Detections:
         """Detections of images whose (height, width) without padding are int64 Tensor[B, 2]."""
+        return self.suppress(self.select(predictions, levels, image_sizes))
+
+    @torch.no_grad()
+    def select(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Candidates:
+        """What NMS chooses from; arguments as above."""
         logits, ltrb, quality, _ = predictions
-        candidates = select_candidates(logits, ltrb, quality, levels, image_sizes, **self.selection)
+        return select_candidates(logits, ltrb, quality, levels, image_sizes, **self.selection)
+
+    @torch.no_grad()
+    def suppress(self, candidates: Candidates) -> Detections:
+        """NMS."""
         return batched_nms_padded(*candidates, **self.suppression)

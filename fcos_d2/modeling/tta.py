@@ -16,7 +16,7 @@ from detectron2.modeling import DatasetMapperTTA, detector_postprocess
 from detectron2.structures import Instances
 from torch import nn
 
-from ..ops import Candidates, batched_nms_padded, select_candidates
+from ..ops import Candidates
 from .fcos import FCOS
 from .structures import to_instances
 
@@ -49,29 +49,18 @@ class FCOSWithTTA(nn.Module):
 
     def _detect(self, original: dict) -> Instances:
         image = original["image"]
-        height, width = (
-            original.get("height", image.shape[1]),
-            original.get("width", image.shape[2]),
-        )
+        height = original.get("height", image.shape[1])
+        width = original.get("width", image.shape[2])
         views = self.views({"image": image, "height": height, "width": width})
         found = [part for batch in _of_one_size(views) for part in self._look(batch)]
-        merged = (torch.cat(column)[None] for column in zip(*found, strict=True))
-        detections = batched_nms_padded(*merged, **self.model.postprocess.suppression)
+        merged = Candidates(*(torch.cat(column)[None] for column in zip(*found, strict=True)))
+        detections = self.model.postprocess.suppress(merged)
         instances = to_instances(detections, [(height, width)])[0]
         return detector_postprocess(instances, height, width)
 
     def _look(self, views: Sequence[dict]) -> Iterator[Candidates]:
         """Candidates of every view, in pixels of the original image."""
-        model = self.model
-        images = model.preprocess_image(views)
-        features = model.backbone(images.tensor)
-        features = [features[name] for name in model.head_in_features]
-        logits, ltrb, quality, _ = model.head(features)
-        sizes = torch.tensor(images.image_sizes, device=model.device)
-        batch = select_candidates(
-            logits, ltrb, quality, model.levels(features, images), sizes,
-            **model.postprocess.selection,
-        )  # fmt: skip
+        batch = self.model.select(*self.model.dense_predictions(views))
         for view, boxes, scores, classes in zip(views, *batch, strict=True):
             back = view["transforms"].inverse()
             original = torch.from_numpy(back.apply_box(boxes.cpu().numpy()))

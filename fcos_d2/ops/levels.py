@@ -62,8 +62,8 @@ def make_levels(
     Raises:
         ValueError: shapes and strides differ in length, or one of them is not positive.
     """
-    shapes = tuple((int(h), int(w)) for h, w in shapes)
-    strides = tuple(int(s) for s in strides)
+    # Sizes stay symbols where torch.export traces: int() would make them constants.
+    shapes, strides = tuple((h, w) for h, w in shapes), tuple(int(s) for s in strides)
     if len(shapes) != len(strides):
         raise ValueError(
             f"make_levels: expected one stride per level, got {len(shapes)} shapes and "
@@ -77,7 +77,9 @@ def make_levels(
         pitches = tuple((s, s) for s in strides)
     else:
         height, width = image_shape
-        pitches = tuple((height // max(h, 1), width // max(w, 1)) for h, w in shapes)
+        pitches = tuple(
+            (height // torch.sym_max(h, 1), width // torch.sym_max(w, 1)) for h, w in shapes
+        )
     return Levels(shapes, strides, pitches, float(offset))
 
 

@@ -13,6 +13,7 @@ of a box, in strides of the point's level. Background label = K, ignored label =
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -429,8 +430,10 @@ def select_candidates(
     rank_with_quality: bool,
     score_rule: str,
     clip: bool,
+    top: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``fcos_d2.ops.select_candidates``."""
+    """See ``fcos_d2.ops.select_candidates``; ``top`` replaces ``top_lowest_index_first``."""
+    top = top or top_lowest_index_first
     shapes = tuple(tuple(level.shape[2:]) for level in logits)
     levels = Levels(shapes, tuple(strides), _pairs(pitches), offset)
     points = point_coordinates(levels, logits[0].device).split(levels.points_per_level)
@@ -441,7 +444,7 @@ def select_candidates(
         passes = (product if threshold_with_quality else cls) > score_threshold
         passes &= ~product.isnan()
         rank = torch.where(passes, product if rank_with_quality else cls, -1.0).flatten(1)
-        rank, index = _topk_lowest_index_first(rank, topk)
+        rank, index = top(rank, topk)
         found = rank >= 0
         score = {"cls": cls, "product": product, "sqrt": product.sqrt()}[score_rule]
         point = index // cls.shape[2]
@@ -463,7 +466,7 @@ def select_candidates(
     return boxes, scores, classes
 
 
-def _topk_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Like torch.topk on [B, n] of values >= 0 or == -1, but ties always go to the lower index.
 
     The bits of a non-negative float order like the float, so (bits, -index) packed into one
@@ -473,7 +476,7 @@ def _topk_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     bits = torch.where(values >= 0, values, 0.0).contiguous().view(torch.int32).long() + 1
     bits = torch.where(values >= 0, bits, 0)
     key = (bits << 32) | (n - 1 - torch.arange(n, device=values.device))
-    index = n - 1 - (key.topk(min(k, n), dim=1).values & 0xFFFFFFFF)
+    index = n - 1 - (key.topk(torch.sym_min(k, n), dim=1).values & 0xFFFFFFFF)
     return values.gather(1, index), index
 
 
@@ -492,36 +495,60 @@ def batched_nms_padded(
     min_score: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``fcos_d2.ops.batched_nms_padded``."""
-    num_images, num_boxes = scores.shape
-    position = torch.arange(num_boxes, device=boxes.device)
-    alive = torch.where((classes >= 0) & ~scores.isnan(), scores.float(), -math.inf)
-    kept = []
-    for _ in range(min(max_detections, num_boxes)):
-        best = alive.amax(dim=1, keepdim=True)
-        valid = best > -math.inf
-        first = torch.where(alive == best, position, num_boxes).amin(dim=1, keepdim=True)
-        box = boxes.gather(1, first[..., None].expand(-1, -1, 4)).float()
-        label = classes.gather(1, first)
-        kept.append((box, best, label, valid))
-        rival = valid & ((label == classes) | class_agnostic)
-        alive = torch.where(position == first, -math.inf, alive)
-        alive = _lower_scores(alive, box, boxes.float(), rival, iou_threshold, method, sigma)
-        if method != "hard":
-            alive = torch.where(alive > min_score, alive, -math.inf)
-    missing = (num_images, max_detections - len(kept))
-    kept.append(
-        (
-            boxes.new_zeros(*missing, 4).float(),
-            scores.new_zeros(missing).float(),
-            classes.new_zeros(missing),
-            torch.zeros(missing, dtype=torch.bool, device=boxes.device),
+    # One empty slot more, so that there is one to point at.
+    boxes, scores = F.pad(boxes, (0, 0, 0, 1)), F.pad(scores, (0, 1))
+    classes = F.pad(classes, (0, 1), value=-1)
+    alive, kept = nms_start(scores, classes), []
+    for _ in range(min(max_detections, scores.shape[1])):
+        *best, alive = nms_step(
+            alive, boxes, classes, iou_threshold, class_agnostic, method, sigma, min_score
         )
-    )
-    box, score, label, valid = (torch.cat(column, dim=1) for column in zip(*kept, strict=True))
+        kept.append(best)
+    best, index = (torch.cat(column, dim=1) for column in zip(*kept, strict=True))
+    missing = (0, max_detections - len(kept))
+    return nms_result(boxes, classes, F.pad(best, missing, value=-math.inf), F.pad(index, missing))
+
+
+def nms_start(scores: Tensor, classes: Tensor) -> Tensor:
+    """Scores [B, N] of the boxes that can be kept; -inf for the others."""
+    return torch.where((classes >= 0) & ~scores.isnan(), scores.float(), -math.inf)
+
+
+def nms_step(
+    alive: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    iou_threshold: float,
+    class_agnostic: bool,
+    method: str,
+    sigma: float,
+    min_score: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and index [B, 1] of the best box, and the scores [B, N] that it leaves alive."""
+    position = torch.arange(alive.shape[1], device=alive.device)
+    best = alive.amax(dim=1, keepdim=True)
+    index = torch.where(alive == best, position, alive.shape[1]).amin(dim=1, keepdim=True)
+    box = boxes.gather(1, index[..., None].expand(-1, -1, 4)).float()
+    rival = best > -math.inf
+    if not class_agnostic:
+        rival = rival & (classes.gather(1, index) == classes)
+    alive = torch.where(position == index, -math.inf, alive)
+    alive = _lower_scores(alive, box, boxes.float(), rival, iou_threshold, method, sigma)
+    if method != "hard":
+        alive = torch.where(alive > min_score, alive, -math.inf)
+    return best, index, alive
+
+
+def nms_result(
+    boxes: Tensor, classes: Tensor, best: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes, scores, classes and counts of the slots [B, D]; a score of -inf makes one empty."""
+    valid = best > -math.inf
+    box = boxes.gather(1, index[..., None].expand(-1, -1, 4)).float()
     return (
         torch.where(valid[..., None], box, 0.0),
-        torch.where(valid, score, 0.0),
-        torch.where(valid, label, -1),
+        torch.where(valid, best, 0.0),
+        torch.where(valid, classes.gather(1, index), -1),
         valid.sum(dim=1).int(),
     )
 

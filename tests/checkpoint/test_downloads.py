@@ -59,11 +59,11 @@ def test_imports_training_evaluation_demo_and_export_of_local_files_use_no_netwo
         [*train_net, "--eval-only", *weights],
         [*train_net, "--resume", "SOLVER.MAX_ITER", "3"],
         [*demo, "1.png", "--output", "found"],
-        [*export, "torchscript", "--output", "model.ts", *weights],
+        [*export, "torch_export", "--output", "model.pt2", *weights],
     ]
     done = python("-c", GUARD + RUN, json.dumps(commands), cwd=tmp_path)
     assert done.stdout.endswith("done\n"), done.stderr
-    assert (tmp_path / "found").is_dir() and (tmp_path / "model.ts").is_file()
+    assert (tmp_path / "found").is_dir() and (tmp_path / "model.pt2").is_file()
     assert not (tmp_path / "network.txt").exists(), (tmp_path / "network.txt").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Exported detectors: three formats, each beside the model that it was made of."""
+"""Exported detectors: every format beside the model that it was made of."""
 
 import json
 import subprocess
@@ -15,24 +15,24 @@ from torch import nn
 
 from fcos_d2 import CONVENTIONS, InputError
 from fcos_d2.data.digits import scenes
-from fcos_d2.export import graph as export
-from fcos_d2.export.graph import (
-    FORMATS,
+from fcos_d2.export import (
     Agreement,
-    Float32GroupNorm,
     compare,
     export_detector,
+    join,
     load_exported,
     read_metadata,
     run_detector,
+    writers,
 )
-from fcos_d2.ops import Detections, batched_nms_padded
+from fcos_d2.export.graph import DetectionGraph, Float32GroupNorm, nms_as_while_loop, top_of_onnx
+from fcos_d2.ops import Detections, batched_nms_padded, reference
 from tests.modeling.tiny import tiny_fcos
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".ts"}
-METHODS = ("hard", "linear", "gaussian")
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
+FILES = ["onnx", "torch_export", pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +42,18 @@ def model():
     return tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
 
 
+@pytest.fixture(scope="module", params=FILES)
+def exported(request, model, tmp_path_factory):
+    """(format, file) of the model."""
+    path = tmp_path_factory.mktemp(request.param) / f"model{SUFFIXES[request.param]}"
+    export_detector(model, path, request.param, metadata=METADATA)
+    return request.param, path
+
+
 @pytest.fixture(scope="module")
-def files(model, tmp_path_factory):
-    """The model's file in every format."""
-    folder = tmp_path_factory.mktemp("export")
-    paths = {format: folder / f"model{SUFFIXES[format]}" for format in FORMATS}
-    for format, path in paths.items():
-        export_detector(model, path, format, metadata=METADATA)
-    return paths
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def runner(request, files):
-    """Each file, opened by its runtime."""
-    return load_exported(files[request.param], request.param)
+def runner(exported):
+    """The file, opened by its runtime."""
+    return load_exported(exported[1], exported[0])
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +62,11 @@ def digits():
     rng, writing = np.random.default_rng(0), scenes.load_handwriting("val", 0)
     images = np.stack([scenes.compose_scene(writing, rng).image for _ in range(4)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def graph_of(model, half=False):
+    """The graph, not captured."""
+    return DetectionGraph(model, reference.top_lowest_index_first, batched_nms_padded, half)
 
 
 def crowd(num_images=2, count=40):
@@ -105,34 +108,68 @@ def test_outputs_have_fixed_shapes_and_say_which_slots_are_empty(runner, digits)
     assert boxes[..., 0::2].max() <= 48 and boxes[..., 1::2].max() <= 40 and boxes.min() >= 0
 
 
-def test_image_without_detections_gives_counts_of_zero(tmp_path):
-    silent = tiny_fcos(INFERENCE_TH_TEST=1.0).eval()
-    export_detector(silent, tmp_path / "silent.ts", "torchscript")
-    found = load_exported(tmp_path / "silent.ts", "torchscript")(torch.zeros(2, 3, 64, 64).byte())
-    assert found.counts.tolist() == [0, 0] and (found.classes == -1).all()
+def test_file_carries_its_metadata(exported):
+    assert read_metadata(exported[1], exported[0]) == METADATA
+
+
+RUN_WITHOUT_US = """
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fcos_d2", "detectron2", "torchvision"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+tool, file, picture = sys.argv[1:]
+sys.argv = [tool, file, picture, "--score", "0.08"]
+runpy.run_path(tool, run_name="__main__")
+"""
+
+
+def test_runner_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tmp_path):
+    picture = tmp_path / "digits.png"
+    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(picture)
+    tool = ROOT / "tools" / "run_exported.py"
+    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, exported[1], picture]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    small = Image.open(picture).resize((96, 128), Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    expected = run_detector(model, image[None])
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == (expected.scores >= 0.08).sum() > 0
+    assert lines[0]["class"] == METADATA["classes"][expected.classes[0, 0]]
+    np.testing.assert_allclose(lines[0]["box"], expected.boxes[0, 0] * 120 / 96, atol=0.01)
+
+
+# ---- the graph ----
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_every_convention_is_exported_with_its_rules(convention, digits, tmp_path):
+def test_graph_has_the_rules_of_every_convention(convention, digits):
     model = tiny_fcos(CONVENTION=convention, INFERENCE_TH_TEST=0.002, NUM_CLASSES=3).eval()
-    export_detector(model, tmp_path / "model.ts", "torchscript")
     images = digits[:2, :, :100, :140].contiguous()
-    result = compare(
-        run_detector(model, images), load_exported(tmp_path / "model.ts", "torchscript")(images)
-    )
+    result = compare(run_detector(model, images), Detections(*graph_of(model)(images)))
     assert result.exact and result.detections > 20, result
 
 
-def test_float16_weights_find_nearly_the_same(model, digits, tmp_path):
-    export_detector(model, tmp_path / "half.ts", "torchscript", half=True)
-    got = load_exported(tmp_path / "half.ts", "torchscript")(digits)
+def test_image_without_detections_gives_counts_of_zero():
+    silent = tiny_fcos(INFERENCE_TH_TEST=1.0).eval()
+    found = Detections(*graph_of(silent)(torch.zeros(2, 3, 64, 64).byte()))
+    assert found.counts.tolist() == [0, 0] and (found.classes == -1).all()
+
+
+def test_float16_weights_find_nearly_the_same_and_leave_the_model_as_it_was(model, digits):
+    model.train()
+    half = graph_of(model, half=True)
+    assert model.training and next(model.parameters()).dtype == torch.float32
+    assert not any(isinstance(layer, Float32GroupNorm) for layer in model.modules())
+    model.eval()
+    got = Detections(*half(digits))
     result = compare(run_detector(model, digits), got, box_tolerance=0.5, score_tolerance=0.005)
     assert max(result.missed, result.extra) <= 0.05 * result.detections, result
     assert got.boxes.dtype == got.scores.dtype == torch.float32
-    weights = torch.jit.load(tmp_path / "half.ts").state_dict()
-    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    assert dtypes["head.cls_tower.0.weight"] == torch.float16
-    assert dtypes["head.cls_tower.1.weight"] == torch.float32, "group norm"
+    tower = half.model.head.cls_tower
+    assert (tower[0].weight.dtype, tower[1].weight.dtype) == (torch.float16, torch.float32)
 
 
 def test_group_norm_of_float16_maps_does_not_overflow():
@@ -145,28 +182,18 @@ def test_group_norm_of_float16_maps_does_not_overflow():
     torch.testing.assert_close(got.float(), expected, atol=0.01, rtol=0.01)
 
 
-def test_model_is_left_as_it_was(model, tmp_path):
-    model.train()
-    export_detector(model, tmp_path / "half.ts", "torchscript", half=True)
-    assert model.training and next(model.parameters()).dtype == torch.float32
-    assert not any(isinstance(layer, Float32GroupNorm) for layer in model.modules())
-    model.eval()
-
-
 # ---- what the files are made of ----
 
 
-def test_onnx_has_standard_operators_alone(files):
-    proto = onnx.load(files["onnx"])
+@pytest.mark.parametrize("exported", ["onnx"], indirect=True)
+def test_onnx_has_standard_operators_alone_and_names_its_axes(exported):
+    proto = onnx.load(exported[1])
     onnx.checker.check_model(proto, full_check=True)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
     assert not proto.functions
     assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"}
     assert sum(node.op_type == "NonMaxSuppression" for node in proto.graph.node) == 1
-
-
-def test_onnx_names_its_axes(files):
-    session = onnxruntime.InferenceSession(files["onnx"], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported[1], providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
     assert (images.name, images.type) == ("images", "tensor(uint8)")
     assert images.shape == ["batch", 3, "height", "width"]
@@ -178,48 +205,7 @@ def test_onnx_names_its_axes(files):
     }
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_file_carries_its_metadata(files, format):
-    assert read_metadata(files[format], format) == METADATA
-
-
-RUN_WITHOUT_US = """
-import runpy, sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("fcos_d2", "detectron2", "torchvision"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Without())
-tool, picture, *files = sys.argv[1:]
-for file in files:
-    sys.argv = [tool, file, picture, "--score", "0.08"]
-    try:
-        runpy.run_path(tool, run_name="__main__")
-    except SystemExit as done:
-        assert not done.code
-    print("end")
-"""
-
-
-def test_runner_needs_neither_fcos_d2_nor_detectron2(files, model, digits, tmp_path):
-    picture = tmp_path / "digits.png"
-    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(picture)
-    tool = ROOT / "tools" / "run_exported.py"
-    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, picture, *files.values()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, other, third, rest = done.stdout.split("end\n")
-    assert one == other == third and not rest
-    small = Image.open(picture).resize((96, 128), Image.Resampling.BILINEAR)
-    image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-    expected = run_detector(model, image[None])
-    lines = [json.loads(line) for line in one.splitlines()]
-    assert len(lines) == (expected.scores >= 0.08).sum() > 0
-    assert lines[0]["class"] == METADATA["classes"][expected.classes[0, 0]]
-    np.testing.assert_allclose(lines[0]["box"], expected.boxes[0, 0] * 120 / 96, atol=0.01)
-
-
-@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
 def test_operator_that_is_not_standard_is_refused(format, tmp_path):
     model = tiny_fcos(USE_DEFORMABLE=True)
     with pytest.raises(InputError, match="torchvision.*deform_conv2d.*deformable"):
@@ -227,26 +213,18 @@ def test_operator_that_is_not_standard_is_refused(format, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_format_and_missing_package_are_told(model, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="onnx, torch_export, torchscript, got 'caffe2'"):
+def test_unknown_format_missing_package_and_missing_compiler_are_told(model, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="onnx, torch_export, aoti, got 'caffe2'"):
         export_detector(model, tmp_path / "x", "caffe2")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(writers, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"onnx, onnxscript; pip install 'fcos-d2\[export\]'"):
         export_detector(model, tmp_path / "x", "onnx")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="aoti compiles C.*no-such-compiler; set CXX"):
+        export_detector(model, tmp_path / "x", "aoti")
 
 
 # ---- the parts ----
-
-
-@pytest.mark.parametrize("agnostic", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_scripted_loop_is_batched_nms(method, agnostic):
-    suppress = export._nms_as_scripted_loop()
-    for count in (40, 6):
-        candidates = crowd(count=count)
-        rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": agnostic}
-        rule |= {"method": method, "sigma": 0.5}
-        assert_same(suppress(*candidates, **rule), batched_nms_padded(*candidates, **rule))
 
 
 class Suppression(nn.Module):
@@ -263,21 +241,27 @@ def captured(module, candidates):
     return torch.export.export(module, candidates, dynamic_shapes=(dynamic,) * 3)
 
 
-def test_while_loop_is_batched_nms_and_becomes_a_standard_loop_of_onnx(tmp_path):
-    rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": False}
-    rule |= {"method": "gaussian", "sigma": 0.5}
-    candidates = crowd()
-    program = captured(Suppression(export._nms_as_while_loop, **rule), candidates)
-    path = tmp_path / "loop.onnx"
-    onnx.save(torch.onnx.export(program, dynamo=True, verbose=False).model_proto, path)
+def open_onnx(program, path, **options):
+    """What onnxruntime makes of a captured suppression."""
+    result = torch.onnx.export(program, dynamo=True, verbose=False, **options)
+    onnx.save(result.model_proto, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
+    return lambda *columns: session.run(
+        None, {name: x.numpy() for name, x in zip(names, columns, strict=True)}
+    )
+
+
+def test_while_loop_is_batched_nms_and_becomes_a_standard_loop_of_onnx(tmp_path):
+    rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": False}
+    rule |= {"method": "gaussian", "sigma": 0.5, "min_score": 0.001}
+    program = captured(Suppression(nms_as_while_loop, **rule), crowd())
+    run = open_onnx(program, tmp_path / "loop.onnx")
     for num_images in (2, 3):
         candidates = crowd(num_images)
         expected = batched_nms_padded(*candidates, **rule)
         assert_same(program.module()(*candidates), expected)
-        columns = (column.numpy() for column in candidates)
-        assert_same(session.run(None, dict(zip(names, columns, strict=True))), expected)
+        assert_same(run(*candidates), expected)
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
@@ -285,27 +269,20 @@ def test_non_max_suppression_of_onnx_is_batched_nms(agnostic, tmp_path):
     """Also where fewer boxes come than slots are asked for."""
     rule = {"iou_threshold": 0.4, "max_detections": 50, "class_agnostic": agnostic}
     program = captured(Suppression(batched_nms_padded, **rule), crowd())
-    table = {torch.ops.fcos_d2.batched_nms_padded.default: export._nms_of_onnx(3)}
-    path = tmp_path / "nms.onnx"
-    result = torch.onnx.export(
-        program, dynamo=True, verbose=False, opset_version=18, custom_translation_table=table
-    )
-    onnx.save(result.model_proto, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
+    table = {torch.ops.fcos_d2.batched_nms_padded.default: writers.nms_of_onnx(3)}
+    options = {"opset_version": 18, "custom_translation_table": table}
+    run = open_onnx(program, tmp_path / "nms.onnx", **options)
     for num_images in (2, 3):
         candidates = crowd(num_images)
-        columns = (column.numpy() for column in candidates)
-        got = session.run(None, dict(zip(names, columns, strict=True)))
-        assert_same(got, batched_nms_padded(*candidates, **rule))
+        assert_same(run(*candidates), batched_nms_padded(*candidates, **rule))
 
 
-def test_top_gives_equal_values_in_their_order():
-    values = torch.tensor([[0.5, 0.25, -1.0, 0.5, 0.75, 0.25, 0.5, -1.0]])
-    values = torch.cat((values, torch.nextafter(values, torch.ones(()))), dim=1)
-    top, index = export._top_by_key(values, 9)
-    assert index.tolist() == [[12, 4, 8, 11, 14, 0, 3, 6, 9]]
-    assert torch.equal(top, values.gather(1, index))
+@pytest.mark.parametrize("top", [reference.top_lowest_index_first, top_of_onnx])
+def test_top_fills_up_with_what_is_no_candidate(top):
+    values = torch.tensor([[0.5, 0.25, -1.0, 0.75]])
+    found, index = top(values, 4)
+    assert found.tolist() == [[0.75, 0.5, 0.25, -1.0]] and index[0, :3].tolist() == [3, 0, 1]
+    assert 0 <= index[0, 3] < 4
 
 
 # ---- the comparison ----
@@ -346,4 +323,4 @@ def test_comparison_reports_the_largest_differences():
     )
     assert result.box_error == pytest.approx(0.04, abs=1e-5)
     assert result.score_error == pytest.approx(5e-5, abs=1e-6)
-    assert export.join([result, Agreement(1, 3, 1, 0, 0, 0.5, 0.0)])[:3] == (2, 5, 1)
+    assert join([result, Agreement(1, 3, 1, 0, 0, 0.5, 0.0)])[:3] == (2, 5, 1)

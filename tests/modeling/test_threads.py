@@ -8,8 +8,8 @@ import pytest
 import torch
 from detectron2.modeling import DatasetMapperTTA
 
-from fcos_d2.inference import Predictor
 from fcos_d2.modeling.tta import FCOSWithTTA
+from fcos_d2.predictor import Predictor
 from tests.concurrency import run_concurrently
 
 from .tiny import tiny_fcos
@@ -78,9 +78,9 @@ def test_detector_with_augmentation():
 
 def test_predictor():
     predictors = [Predictor(model, (64, 96), "BGR", 0.005) for model in two_of()]
-    assert_same_together(*[lambda pixels, p=p: p([pixels])[0] for p in predictors])
+    assert_same_together(*[lambda pixels, p=p: p(pixels) for p in predictors])
 
 
 def test_predictor_with_batches_of_several_sizes():
     predictors = [Predictor(model, (64, 96), "RGB", 0.005) for model in two_of()]
-    assert_same_together(*[lambda pixels, p=p: p([pixels, picture(40, 70)])[0] for p in predictors])
+    assert_same_together(*[lambda pixels, p=p: p.predict([pixels, picture(40, 70)])[0] for p in predictors])

@@ -52,3 +52,17 @@ def test_what_cannot_be_read_is_named_and_skipped(tool, tmp_path, capsys):
             f"skipped {tmp_path / name}: its pixels have more than 8 bits (Pillow's mode {mode}); "
             "convert it to 8 bits" in err
         )
+
+
+def test_images_stay_as_they_are_where_the_model_saw_them_so(tool):
+    image = Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint8).reshape(60, 40, 3))
+    pixels = tool.prepare(image, METADATA | {"min_size": 0})
+    np.testing.assert_array_equal(pixels, np.asarray(image).transpose(2, 0, 1))
+
+
+def test_channels_are_those_of_the_model(tool):
+    image = Image.new("RGB", (1, 200), (200, 100, 0))
+    assert tool.prepare(image, METADATA)[:, 0, 0].tolist() == [200, 100, 0]
+    assert tool.prepare(image, METADATA | {"channels": "BGR"})[:, 0, 0].tolist() == [0, 100, 200]
+    grey = tool.prepare(image, METADATA | {"channels": "L"})
+    assert grey.shape == (1, 100, 1) and grey[0, 0, 0] == 118

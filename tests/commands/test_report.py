@@ -1,6 +1,5 @@
 """The report on a training: a synthetic output folder, a tiny model, five small images."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,24 +13,14 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from torch import nn
 
+from fcos_d2.commands import report
 from fcos_d2.visualization.drawing import GREY, GUTTER, PALETTE, PANEL_SIDE
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
-TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 SIZE = 64
 SCALE = PANEL_SIDE // SIZE
 TOP = GUTTER + 30 + 22  # of the first row of pictures: below the heading and the titles
 CATEGORIES = (7, 11, 20)  # COCO's numbers have gaps, too
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("report", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report = load_tool()
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,12 @@
-"""tools/benchmark.py: every part is measured, and says what it is."""
-
-import importlib.util
-from pathlib import Path
-from time import sleep
+"""The benchmark command: every part is measured, and says what it is."""
 
 import pytest
 
+from fcos_d2.commands import benchmark
 from tests.tiny_training import CONFIG
 
 pytest_plugins = ["tests.script"]
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 HEADER = "| part | ms per batch | images per second | includes |"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("benchmark", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_tool()
 
 
 @pytest.fixture
@@ -65,10 +51,6 @@ def test_random_images_need_no_data(run):
     assert status == 0, printed.err
     assert list(table(printed.out)) == ["training step", "network", "post-processing", "inference"]
     assert "40 x 56, random images" in printed.out and "bfloat16 autocast" in printed.out
-
-
-def test_parts_are_timed_by_what_they_do():
-    assert 10 <= benchmark._milliseconds(lambda: sleep(0.01), 0.05) < 40
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,18 @@
-"""tools/analyze_model.py against numbers worked out by hand and published ones."""
+"""The analyze command against numbers worked out by hand and published ones."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from fcos_d2.commands import analyze
+
 ROOT = Path(__file__).parents[2]
-
-
-def load_tool():
-    path = ROOT / "tools" / "analyze_model.py"
-    spec = importlib.util.spec_from_file_location("analyze_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-analyze_model = load_tool()
 
 
 def values(capsys, *words):
     """What the lines below the table say, by their first word."""
     config, *rest = words
-    assert analyze_model.main(["--config-file", str(ROOT / "configs" / config), *rest]) == 0
+    assert analyze.main(["--config-file", str(ROOT / "configs" / config), *rest]) == 0
     text = capsys.readouterr().out
     lines = text.rpartition("|\n")[2].strip().splitlines()
     return text, {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
@@ -55,11 +45,11 @@ def test_flops_of_the_head_are_those_of_its_convolutions(capsys):
 
 def test_size_that_is_none_is_one_line(capsys):
     config = str(ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml")
-    assert analyze_model.main(["--config-file", config, "--size", "0", "9"]) == 2
+    assert analyze.main(["--config-file", config, "--size", "0", "9"]) == 2
     assert capsys.readouterr().err == "error: --size must be positive, got 0 9\n"
 
 
 @pytest.mark.parametrize("config", ["no.yaml"])
 def test_missing_config_is_one_line(capsys, config):
-    assert analyze_model.main(["--config-file", config]) == 2
+    assert analyze.main(["--config-file", config]) == 2
     assert "no.yaml does not exist" in capsys.readouterr().err

@@ -1,28 +1,15 @@
-"""tools/export_model.py on a tiny detector and tiny data."""
-
-import importlib.util
-from pathlib import Path
+"""The export command on a tiny detector and tiny data."""
 
 import pytest
 import torch
 
+from fcos_d2.commands import export
 from fcos_d2.config_file import read_cfg
-from fcos_d2.engine import Trainer
-from fcos_d2.export.graph import read_metadata
+from fcos_d2.export import read_metadata, run_detector
+from fcos_d2.inference import build_detector
 from tests.tiny_training import CONFIG
 
 pytest_plugins = ["tests.script"]
-TOOL = Path(__file__).parents[2] / "tools" / "export_model.py"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("export_model", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-export_model = load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +19,7 @@ def trained(tiny_shapes, tmp_path_factory):
     config = folder / "tiny.yaml"
     config.write_text(CONFIG)
     torch.manual_seed(0)
-    model = Trainer.build_model(read_cfg(str(config), ["MODEL.DEVICE", "cpu"]))
+    model = build_detector(read_cfg(str(config), ["MODEL.DEVICE", "cpu"]))
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     return config, folder / "model.pth"
 
@@ -42,42 +29,50 @@ def run(trained, tmp_path, capsys):
     config, weights = trained
 
     def call(*words, weights=weights):
-        words = ["--config-file", config, "--format", "torchscript", *words]
-        words += ["MODEL.DEVICE", "cpu", "MODEL.FCOS.INFERENCE_TH_TEST", "0.005"]
-        status = export_model.main([*map(str, words), "MODEL.WEIGHTS", str(weights)])
+        words = ["--config-file", config, "--format", "torch_export", *words]
+        pairs = ["MODEL.DEVICE", "cpu", "MODEL.FCOS.INFERENCE_TH_TEST", "0.005"]
+        status = export.main([*map(str, pairs), "MODEL.WEIGHTS", str(weights), *map(str, words)])
         return status, capsys.readouterr()
 
     return call
 
 
 def test_file_is_written_and_verified_on_the_test_set(run, tmp_path):
-    status, printed = run("--output", tmp_path / "model.ts", "--verify", 3)
+    status, printed = run("--output", tmp_path / "model.pt2", "--verify", "--images", 3)
     assert status == 0, printed.err
     *_, header, one, two, three, four, five, six, verdict = printed.out.splitlines()
-    assert header.split()[:5] == ["size", "batch", "images", "detections", "missed"]
+    assert header.split()[:5] == ["scale", "batch", "images", "detections", "missed"]
     rows = [line.split() for line in (one, two, three, four, five, six)]
-    assert [row[:3] for row in rows] == [[s, b, "3"] for s in ("36", "48", "60") for b in "13"]
+    assert [row[:3] for row in rows] == [[s, b, "3"] for s in ("0.75", "1.0", "1.25") for b in "13"]
     assert all(int(row[3]) > 10 and row[4:7] == ["0", "0", "0"] for row in rows)
     assert verdict == "the same detections"
-    assert read_metadata(tmp_path / "model.ts", "torchscript") == {
+    assert read_metadata(tmp_path / "model.pt2", "torch_export") == {
         "channels": "BGR", "min_size": 48, "max_size": 64, "classes": ["small", "large"],
     }  # fmt: skip
 
 
 def test_difference_is_told_and_is_the_exit_status(run, tmp_path, monkeypatch):
-    load = export_model.load_exported
+    def write(model, path, *_, **__):
+        path.touch()
+        write.model = model
 
-    def load_spoiled(*arguments):
-        detect = load(*arguments)
-        return lambda images: (found := detect(images))._replace(boxes=found.boxes + 0.06)
+    def open_spoiled(*_):
+        return lambda images: (found := run_detector(write.model, images))._replace(
+            boxes=found.boxes + 0.06
+        )
 
-    monkeypatch.setattr(export_model, "load_exported", load_spoiled)
-    status, printed = run("--output", tmp_path / "model.ts", "--verify", 2)
+    monkeypatch.setattr(export, "export_detector", write)
+    monkeypatch.setattr(export, "load_exported", open_spoiled)
+    status, printed = run("--output", tmp_path / "model.pt2", "--verify", "--images", 2)
     assert status == 1 and "not the same detections" in printed.out
+    status, printed = run(
+        "--output", tmp_path / "model.pt2", "--verify", "MODEL.FCOS.INFERENCE_TH_TEST", "1.0"
+    )
+    assert status == 2 and "compared nothing" in printed.err
 
 
 def test_float16_is_verified_with_wider_tolerances(run, tmp_path):
-    status, printed = run("--output", tmp_path / "half.ts", "--half", "--verify", 2)
+    status, printed = run("--output", tmp_path / "half.pt2", "--half", "--verify", "--images", 2)
     assert "save up to 5%" in printed.out
     assert status == 0, printed.out
 
@@ -87,6 +82,6 @@ def test_float16_is_verified_with_wider_tolerances(run, tmp_path):
     [("", "MODEL.WEIGHTS is empty; end the command with"), ("no.pth", "no.pth: no such file")],
 )
 def test_missing_weights_are_one_line(run, tmp_path, weights, message):
-    status, printed = run("--output", tmp_path / "model.ts", weights=weights)
+    status, printed = run("--output", tmp_path / "model.pt2", weights=weights)
     assert status == 2 and message in printed.err
     assert len(printed.err.splitlines()) == 1 and not list(tmp_path.glob("model*"))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fcos_d2 import inference
+from fcos_d2 import predictor
 from fcos_d2.errors import InputError
-from fcos_d2.inference import Predictor, build_predictor
+from fcos_d2.predictor import Predictor
 
 from .modeling.tiny import tiny_cfg, tiny_fcos
 
@@ -35,7 +35,7 @@ def output(tmp_path):
 
 
 def bias_of(output, *opts, weights="") -> float:
-    built = build_predictor(str(output.folder / "config.yaml"), opts, weights)
+    built = Predictor.from_config(str(output.folder / "config.yaml"), opts, weights)
     return built._model.head.cls_logits.bias[0].item()
 
 
@@ -66,8 +66,8 @@ def test_no_weights_name_the_command_that_makes_them(output):
 
 def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     taken = []
-    monkeypatch.setattr(inference, "load_detector", lambda cfg, weights: taken.append(weights))
-    build_predictor(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
+    monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
+    Predictor.from_config(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
     assert taken == ["https://host/a//w.pth"]
 
 
@@ -80,5 +80,5 @@ def test_picture_of_a_single_row_is_a_picture(shape):
 
     model = Model()
     with pytest.raises(StopIteration):
-        Predictor(model, (40, 60), "RGB", 0.5)([np.zeros((*shape, 3), np.uint8)])
+        Predictor(model, (40, 60), "RGB", 0.5)(np.zeros((*shape, 3), np.uint8))
     assert sorted(model.seen) == [1, 3, 60]

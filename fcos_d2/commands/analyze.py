@@ -1,0 +1,92 @@
+"""Counts the parameters and the multiply-adds of the network of a config, by part.
+
+    python tools/analyze_model.py --config-file FILE [--size HEIGHT WIDTH] [--depth N]
+
+No weights and no data are needed. What is counted is what runs for one image: backbone and head,
+without decoding and NMS. One multiply-add counts as one flop, as fvcore and most papers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from fvcore.nn import FlopCountAnalysis, flop_count_table, parameter_count
+from torch import Tensor, nn
+
+from ..config_file import read_cfg
+from ..errors import InputError, exit_status
+from ..inference import build_detector
+from ..modeling import FCOS
+from ..ops import make_levels
+from .arguments import config_parser
+
+# fvcore does not know these, and their work is little beside the convolutions'.
+CHEAP = (
+    "add", "add_", "clamp", "div", "exp", "max_pool2d", "mul", "mul_", "neg", "pad", "relu",
+    "relu_", "rsqrt", "rsub", "sigmoid", "silu", "silu_", "sub", "sum", "upsample_nearest2d",
+)  # fmt: skip
+
+
+class Network(nn.Module):
+    """The part of the detector that is made of layers."""
+
+    def __init__(self, model: FCOS):
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+        self.network = model.network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """float32 Tensor[B, C, H, W] -> all predictions of all levels."""
+        _, predictions = self.network(images)
+        return [level for kind in predictions for level in kind]
+
+
+def analyze(options: argparse.Namespace) -> None:
+    """Prints the counts for one image of ``--size``, padded as the model pads it.
+
+    Raises:
+        InputError: a config or size that cannot be used.
+    """
+    cfg = read_cfg(options.config_file, options.opts)
+    cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cpu", False
+    size = options.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    if min(size) < 1:
+        raise InputError(f"--size must be positive, got {size[0]} {size[1]}")
+    model = build_detector(cfg).eval()
+    if not isinstance(model, FCOS):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; use "
+            "detectron2's own tools/analyze_model.py for other detectors"
+        )
+    unit = max(model.backbone.size_divisibility, 1)
+    height, width = (-(-side // unit) * unit for side in size)
+    network = Network(model)
+    flops = FlopCountAnalysis(network, torch.zeros(1, len(model.pixel_mean), height, width))
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    print(flop_count_table(flops, max_depth=options.depth, show_param_shapes=False))
+    print(f"\nparameters        {parameter_count(network)['']:,}, trainable {trainable:,}")
+    print(f"network input     {height} x {width}, one image")
+    shapes = [(-(-height // s), -(-width // s)) for s in model.grid.strides]
+    print(f"points            {make_levels(shapes, model.grid.strides).num_points:,}")
+    print(f"multiply-adds     {flops.total() / 1e9:.2f} G")
+    uncounted = {name: n for name, n in flops.unsupported_ops().items() if not _is_cheap(name)}
+    if uncounted:
+        print(f"not counted       {', '.join(f'{name} ({n})' for name, n in uncounted.items())}")
+
+
+def _is_cheap(operator: str) -> bool:
+    return operator.removeprefix("aten::") in CHEAP
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = config_parser(__doc__)
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="default: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST",
+    )  # fmt: skip
+    parser.add_argument("--depth", type=int, default=2, help="of the table (default: %(default)s)")
+    return exit_status(analyze, parser.parse_intermixed_args(arguments))

@@ -1,0 +1,235 @@
+"""Measures the parts of training and inference one by one, and all together.
+
+    python tools/benchmark.py --config-file FILE [--batch N] [--dtype bfloat16] [--seconds S]
+    python tools/benchmark.py --config-file FILE --size 800 1344      random images: no data needed
+
+Prints a Markdown table that says what each time includes. Weights are those of MODEL.WEIGHTS, if
+any: an untrained model has no candidates, which makes post-processing look cheap. Times are medians
+of runs after a warm-up, on the device's own clock where it has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from torch.utils.benchmark import Timer
+
+from ..config_file import choose_device, read_cfg
+from ..engine import Trainer
+from ..errors import InputError, exit_status
+from ..inference import load_detector
+from ..modeling import FCOS
+from ..ops import backend
+from .arguments import config_parser
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BOXES_PER_IMAGE = 7  # of random images; COCO has as many
+
+
+class Part(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    includes: str
+    run: Callable[[], object]
+
+
+def training_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
+    """What a training consists of; each part is made when its turn comes.
+
+    Raises:
+        InputError: a data set cannot be used.
+    """
+    synthetic = options.size is not None
+    training = _random_batches(options) if synthetic else _training_batches(cfg)
+    if not synthetic:
+        yield Part(
+            "data loading",
+            f"training: read, augment, batch; {cfg.DATALOADER.NUM_WORKERS} workers",
+            lambda: next(training),
+        )
+    batch, cast = next(training), _autocast(cfg.MODEL.DEVICE, DTYPES[options.dtype])
+    step = _training_step(cfg, model, batch, cast)
+    yield Part("training step", "copy to the device, forward, losses, backward, optimizer", step)
+
+
+def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
+    """What finding objects consists of.
+
+    Raises:
+        InputError: a data set cannot be used.
+    """
+    model.eval()
+    synthetic, cast = options.size is not None, _autocast(cfg.MODEL.DEVICE, DTYPES[options.dtype])
+    testing = _random_batches(options) if synthetic else _test_batches(cfg, options.batch)
+    batch = next(testing)
+
+    @torch.no_grad()
+    def network():
+        with cast():
+            return model.dense_predictions(batch)
+
+    yield Part("network", "copy to the device, normalisation, backbone, head", network)
+    outputs = network()
+    yield Part("post-processing", "candidates, decoding, NMS", lambda: model.detect(*outputs))
+
+    @torch.no_grad()
+    def infer(inputs):
+        with cast():
+            return model(inputs)
+
+    yield Part("inference", "network, post-processing, instances on the host", lambda: infer(batch))
+    if not synthetic:
+        yield Part(
+            "end to end",
+            f"read, resize, inference; {cfg.DATALOADER.NUM_WORKERS} workers",
+            lambda: infer(next(testing)),
+        )
+
+
+def _training_batches(cfg: CfgNode) -> Iterator[list[dict]]:
+    return iter(Trainer.build_train_loader(cfg))
+
+
+def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
+    """Batches of the first test set, over and over."""
+    if not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty; set it, or pass --size for random images")
+    while True:
+        images = itertools.chain.from_iterable(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
+        complete = False
+        while len(batch := list(itertools.islice(images, size))) == size:
+            complete = True
+            yield batch
+        if not complete:
+            raise InputError(f"{cfg.DATASETS.TEST[0]} has fewer than {size} images; lower --batch")
+
+
+def _random_batches(options: argparse.Namespace) -> Iterator[list[dict]]:
+    """Noise with boxes of class 0, of all sizes."""
+    height, width = options.size
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(options.batch, BOXES_PER_IMAGE, 2, 2, generator=generator).sort(dim=2)
+    boxes = (corners.values * torch.tensor([width, height])).flatten(2)
+    shape = (options.batch, options.channels, height, width)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    batch = [
+        {"image": image, "instances": Instances(
+            (height, width), gt_boxes=Boxes(box), gt_classes=torch.zeros(len(box)).long()
+        )}
+        for image, box in zip(images, boxes, strict=True)
+    ]  # fmt: skip
+    return itertools.repeat(batch)
+
+
+def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict], cast: Callable) -> Callable:
+    model.train()
+    optimizer = Trainer.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # every run does the work of the first
+
+    def step():
+        with cast():
+            losses = model(batch)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> Callable:
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(torch.device(device).type, dtype)
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measures and prints.
+
+    Raises:
+        InputError: config, data or sizes that cannot be used.
+    """
+    cfg = read_cfg(options.config_file, options.opts)
+    choose_device(cfg)
+    options.batch = options.batch or cfg.SOLVER.IMS_PER_BATCH
+    if options.batch < 1 or options.size is not None and min(options.size) < 1:
+        raise InputError(
+            f"--batch and --size must be positive, got {options.batch}, {options.size}"
+        )
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION = options.batch, 1
+    model = load_detector(cfg)
+    if not isinstance(model, FCOS):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; pass the "
+            "--config-file of a detector of this package"
+        )
+    options.channels = len(model.pixel_mean)
+    for line in _circumstances(cfg, options):
+        print(line)
+    print("\n| part | ms per batch | images per second | includes |\n|---|---|---|---|")
+    parts = itertools.chain(
+        training_parts(cfg, model, options), inference_parts(cfg, model, options)
+    )
+    for part in parts:
+        milliseconds = _milliseconds(part.run, options.seconds)
+        speed = options.batch / milliseconds * 1e3
+        print(f"| {part.name} | {milliseconds:.2f} | {speed:.1f} | {part.includes} |", flush=True)
+
+
+def _milliseconds(run: Callable, seconds: float) -> float:
+    """The median; Timer warms up and waits for the device."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    run()
+    return timer.blocked_autorange(min_run_time=seconds).median * 1e3
+
+
+def _circumstances(cfg: CfgNode, options: argparse.Namespace) -> Iterator[str]:
+    """What the figures depend on."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    kinds = sorted({kernels[device.type.upper()] for kernels in backend().values()})
+    yield f"device      {name}"
+    yield f"software    torch {torch.__version__}, ops {' and '.join(kinds)}"
+    yield f"batch       {options.batch} images, {options.dtype}" + (
+        " autocast" if DTYPES[options.dtype] else ""
+    )
+    if options.size is not None:
+        yield f"resolution  {options.size[0]} x {options.size[1]}, random images"
+    else:
+        train, test = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST
+        train = " to ".join(map(str, dict.fromkeys((min(train), max(train)))))
+        yield (
+            f"resolution  short side {train}, at most {cfg.INPUT.MAX_SIZE_TRAIN} (training); "
+            f"{test}, at most {cfg.INPUT.MAX_SIZE_TEST} (testing)"
+        )
+    yield f"weights     {cfg.MODEL.WEIGHTS or 'random'}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--batch", type=int, metavar="N", help="default: SOLVER.IMS_PER_BATCH")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--seconds", type=float, default=5.0, help="per part, at least")
+    return exit_status(benchmark, parser.parse_intermixed_args(arguments))

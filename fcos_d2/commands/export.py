@@ -1,0 +1,168 @@
+"""Writes a trained detector as one file that runs without fcos_d2 and without detectron2.
+
+    python tools/export_model.py --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
+    python tools/export_model.py ... --format torch_export --output FILE.pt2 --half --verify
+
+Formats are onnx (onnxruntime, TensorRT), torch_export (torch.export.load) and aoti (compiled by
+AOTInductor for this kind of machine; C++ loads it without Python). --verify runs the file beside
+the model on images of the first test set, at three sizes and in batches of one and of up to four;
+the exit status is 1 if they differ. docs/deployment.md says what goes in and what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from ..config_file import choose_device, read_cfg
+from ..data import FCOSDatasetMapper, class_names, load_dataset
+from ..errors import InputError, exit_status
+from ..export import (
+    FORMATS,
+    Agreement,
+    compare,
+    export_detector,
+    join,
+    load_exported,
+    run_detector,
+)
+from ..inference import load_detector
+from ..modeling import FCOS
+from .arguments import config_parser
+
+SCALES = (0.75, 1.0, 1.25)  # of the images as the evaluation sees them
+BATCH_SIZES = (1, 4)
+
+
+class Tolerance(NamedTuple):
+    """How much may differ: box coordinates in pixels, scores, and the share of detections lost."""
+
+    box: float
+    score: float
+    lost: float
+
+
+FLOAT32 = Tolerance(0.05, 1e-4, 0.0)
+FLOAT16 = Tolerance(0.5, 0.005, 0.05)  # rounding moves some over a threshold
+
+
+def load_model(cfg: CfgNode) -> FCOS:
+    """The trained detector of ``cfg``.
+
+    Raises:
+        InputError: it is no FCOS, or has no weights.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; pass the "
+            "--config-file that the model was trained with"
+        )
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError(
+            "MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and the file of the weights"
+        )
+    cfg.MODEL.COMPILE = False  # a graph is captured from the plain model
+    return load_detector(cfg)
+
+
+def describe(cfg: CfgNode) -> dict[str, object]:
+    """What a runner must know beside the graph: how to make its input, what its classes are."""
+    classes = None
+    for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
+        with contextlib.suppress(InputError):  # the data need not be there
+            classes = classes or class_names(name)
+    return {
+        "channels": cfg.INPUT.FORMAT,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "classes": classes,
+    }
+
+
+def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
+    """Prints how well the file repeats the model's detections; whether it does.
+
+    Raises:
+        InputError: the first test set cannot be used, or the model finds nothing in it.
+    """
+    if not cfg.DATASETS.TEST:
+        raise InputError("--verify needs images; set DATASETS.TEST")
+    records = load_dataset(cfg.DATASETS.TEST[0], filter_empty=False)[: options.images]
+    mapper = FCOSDatasetMapper(cfg, is_train=False)
+    images = [mapper(dict(record))["image"] for record in records]
+    tolerance = FLOAT16 if options.half else FLOAT32
+    exported, good = load_exported(options.output, options.format), True
+    print(f"{'scale':>6} {'batch':>6} {Agreement.HEADER}")
+    for scale in SCALES:
+        for batch_size in BATCH_SIZES:
+            batches = list(_batches([_scaled(image, scale) for image in images], batch_size))
+            result = join([
+                compare(run_detector(model, batch), exported(batch), *tolerance[:2])
+                for batch in batches
+            ])  # fmt: skip
+            lost = max(result.missed, result.extra)
+            good &= lost <= tolerance.lost * result.detections
+            good &= options.half or not result.moved
+            print(f"{scale:6} {max(map(len, batches)):6} {result}")
+    if not result.detections:
+        raise InputError(
+            "--verify compared nothing: the model finds no object; check MODEL.WEIGHTS, or lower "
+            "MODEL.FCOS.INFERENCE_TH_TEST"
+        )
+    same = "the same detections" + (f", save up to {tolerance.lost:.0%}" if options.half else "")
+    print(same if good else f"error: not {same}")
+    return good
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    """uint8 Tensor[C, H, W] at another size."""
+    size = [max(1, round(scale * side)) for side in image.shape[1:]]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def _batches(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """uint8 Tensor[up to size, C, H, W] of images of the same size."""
+    for _, group in groupby(sorted(images, key=_shape), key=_shape):
+        alike = list(group)
+        for first in range(0, len(alike), size):
+            yield torch.stack(alike[first : first + size])
+
+
+def _shape(image: Tensor) -> tuple[int, ...]:
+    return tuple(image.shape)
+
+
+def export(options: argparse.Namespace) -> int:
+    """What the command line says.
+
+    Raises:
+        InputError: config, weights or data that cannot be used, or a format that cannot be written.
+    """
+    cfg = read_cfg(options.config_file, options.opts)
+    choose_device(cfg)
+    model = load_model(cfg)
+    export_detector(
+        model, options.output, options.format, half=options.half, metadata=describe(cfg)
+    )
+    print(f"{options.output}: {options.output.stat().st_size / 2**20:.1f} MiB")
+    return int(options.verify and not verify(cfg, model, options))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = config_parser(__doc__)
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--half", action="store_true", help="weights and feature maps in float16")
+    parser.add_argument("--verify", action="store_true", help="compare with the model")
+    parser.add_argument("--images", type=int, default=8, metavar="N", help="that are compared")
+    return exit_status(export, parser.parse_intermixed_args(arguments))

@@ -1,0 +1,204 @@
+"""A training in pictures: its curves, what the model finds, and a page to browse its mistakes.
+
+    python tools/report.py OUTPUT_DIR [--images N] [--score S] [--mistakes N]
+
+Reads what train_net.py left in OUTPUT_DIR and writes curves.png and contact_sheet.png beside it,
+and report/index.html, which opens from disk. The images of the contact sheet are evenly spaced over
+the first test set, so nobody chose the pretty ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import add_fcos_config
+from ..data import FCOSDatasetMapper, load_dataset, register_datasets
+from ..data.images import read_image
+from ..errors import InputError, exit_status, one_line_cause
+from ..evaluation import Objects, ground_truth
+from ..evaluation.report import write_report
+from ..inference import load_detector
+from ..visualization.curves import Series, ap_series, plot_training, read_metrics
+from ..visualization.drawing import PANEL_SIDE, contact_sheet, draw_objects
+from .arguments import parser_of
+
+DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
+PAIRS_PER_ROW = 3
+# What yacs and yaml raise for a file that is no config, and for keys or values of another version.
+CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, OSError, RecursionError, TypeError)
+CONFIG_ERRORS += (ValueError, yaml.YAMLError)
+
+
+def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:
+    """Writes the pictures and the page and says where they are.
+
+    Raises:
+        InputError: a file of the training is missing or cannot be used.
+    """
+    cfg = _load_config(output_dir)
+    metrics = read_metrics(_require(output_dir / "metrics.json", "train first"))
+    name = cfg.DATASETS.TEST[0]
+    records = load_dataset(name, filter_empty=False)
+    sample = records[:: max(1, len(records) // num_images)][:num_images]
+    found = _saved_detections(output_dir, cfg, records)
+    if found is None:
+        found = _run_model(output_dir, cfg, records)
+    precision = ", ".join(f"{key} {value:.1f}" for key, value in _final(ap_series(metrics)).items())
+    shown = f"{len(sample)} of {len(records)} images, evenly spaced"
+    heading = f"{name}:  {shown};  score ≥ {min_score}" + (f";  {precision}" if precision else "")
+    class_names = MetadataCatalog.get(name).thing_classes
+    sheet = _sheet(sample, found, class_names, min_score, heading)
+    plot_training(metrics, output_dir / "curves.png")
+    Image.fromarray(sheet).save(output_dir / "contact_sheet.png")
+    page = write_report(
+        output_dir / "report",
+        f"{output_dir.name} on {name}",
+        records,
+        [found[record["image_id"]] for record in records],
+        class_names,
+        metrics,
+        num_mistakes,
+    )
+    print(precision.replace(", ", "   ") or f"AP unknown: {output_dir} was never evaluated")
+    print(f"curves         {output_dir / 'curves.png'}")
+    print(f"contact sheet  {output_dir / 'contact_sheet.png'}")
+    print(f"page           {page}")
+
+
+def _require(path: Path, what: str) -> Path:
+    """``path``, if it is a file; else the error that says how it is made."""
+    if path.is_file():
+        return path
+    config = path.parent / "config.yaml"
+    command = f"python train_net.py --config-file {config} --resume"
+    if not config.is_file():
+        command = f"python train_net.py --config-file {DEMO_CONFIG} OUTPUT_DIR {path.parent}"
+    raise InputError(f"{path} does not exist; {what}: {command}")
+
+
+def _load_config(output_dir: Path) -> CfgNode:
+    path = _require(output_dir / "config.yaml", "train first")
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except CONFIG_ERRORS as error:
+        raise InputError(
+            f"{path} is not a config that train_net.py wrote from a YAML file of this version "
+            f"({one_line_cause(error)}); train again"
+        ) from error
+    register_datasets(cfg.DATASETS.REGISTER)
+    if not cfg.DATASETS.TEST:
+        raise InputError(f"{path}: DATASETS.TEST is empty; set it to a data set with ground truth")
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _saved_detections(
+    output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]
+) -> dict[object, Objects] | None:
+    """What the last evaluation found, by image id; None unless it is sure to be of this model."""
+    path, weights = output_dir / "inference/coco_instances_results.json", _weights(output_dir)
+    if not path.is_file() or _evaluated_other_weights(output_dir, cfg):
+        return None
+    if weights.is_file() and weights.stat().st_mtime > path.stat().st_mtime:
+        return None
+    number = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_dataset_id_to_contiguous_id", {})
+    rows: dict[object, list[tuple]] = {record["image_id"]: [] for record in records}
+    try:
+        for row in json.loads(path.read_text()):
+            box = BoxMode.convert(row["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+            rows[row["image_id"]].append((box, number[row["category_id"]], row["score"]))
+    except (KeyError, TypeError, ValueError):
+        return None  # of another data set, or cut off
+    if sum(map(bool, rows.values())) < len(rows) / 2:
+        return None  # a data set may use the ids of another one, but hardly as many
+    return {key: Objects(*_columns(value, 3)) for key, value in rows.items()}
+
+
+def _weights(output_dir: Path) -> Path:
+    return output_dir / "model_final.pth"
+
+
+def _evaluated_other_weights(output_dir: Path, cfg: CfgNode) -> bool:
+    """Whether ``--eval-only`` came last, which rewrites config.yaml, and with which weights."""
+    config, weights = output_dir / "config.yaml", _weights(output_dir)
+    if not weights.is_file() or config.stat().st_mtime < weights.stat().st_mtime:
+        return False
+    return Path(cfg.MODEL.WEIGHTS).resolve() != weights.resolve()
+
+
+def _run_model(output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]) -> dict[object, Objects]:
+    weights = _require(_weights(output_dir), "finish the training")
+    model = load_detector(cfg, str(weights))
+    mapper = FCOSDatasetMapper(cfg, is_train=False)
+    found = {}
+    with torch.no_grad():
+        for record in tqdm(records, disable=None):
+            instances = model([mapper(dict(record))])[0]["instances"]
+            found[record["image_id"]] = Objects.of(instances)
+    return found
+
+
+def _columns(rows: Sequence[tuple], count: int) -> list:
+    """Rows (box, ...) -> columns, the first an array [n, 4]."""
+    boxes, *others = zip(*rows, strict=True) if rows else [()] * count
+    return [np.array(boxes, dtype=float).reshape(-1, 4), *map(list, others)]
+
+
+def _sheet(
+    sample: Sequence[Mapping],
+    found: Mapping[object, Objects],
+    class_names: Sequence[str],
+    min_score: float,
+    heading: str,
+) -> np.ndarray:
+    pictures, captions = [], []
+    for record in sample:
+        image = read_image(record["file_name"], "RGB")
+        scale = PANEL_SIDE / max(image.shape[:2])
+        truth, (boxes, classes, scores, _) = ground_truth(record), found[record["image_id"]]
+        shown = [-1 if crowd else c for c, crowd in zip(truth.classes, truth.crowd, strict=True)]
+        pictures.append(draw_objects(image, truth.boxes, shown, class_names, None, scale))
+        keep = np.flatnonzero(np.array(scores) >= min_score)
+        scores, classes = [scores[i] for i in keep], [classes[i] for i in keep]
+        pictures.append(draw_objects(image, boxes[keep], classes, class_names, scores, scale))
+        captions += [Path(record["file_name"]).name, ""]
+    width = 2 * min(PAIRS_PER_ROW, len(sample))
+    rows, names = (
+        [cells[i : i + width] for i in range(0, len(cells), width)]
+        for cells in (pictures, captions)
+    )
+    titles = ["ground truth", "detections"] * PAIRS_PER_ROW
+    return contact_sheet(rows, titles[:width], heading, names, group=2)
+
+
+def _final(precision: Mapping[str, Series]) -> dict[str, float]:
+    return {name: float(series.values[-1]) for name, series in precision.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="of train_net.py")
+    add("--images", type=int, default=12, metavar="N", help="default: %(default)s")
+    add("--score", type=float, default=0.5, metavar="S", help="lowest shown (default: %(default)s)")
+    add("--mistakes", type=int, default=24, metavar="N", help="of each kind (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("images", "mistakes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return exit_status(report, *vars(options).values())

@@ -1,0 +1,169 @@
+"""Exported files beside the model they were made of: opening them, and comparing what both find."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modeling import FCOS
+from ..ops import Detections
+from .writers import INPUT, METADATA, OUTPUTS, require
+
+TIE = 1e-6  # scores that differ by less are ordered by the rounding of the convolutions
+
+
+def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detections]:
+    """The detector of a file that ``export_detector`` wrote, with runtimes of this process.
+
+    ONNX runs on the CPU. The images must be where the file's graph is.
+    """
+    path = str(path)
+    if format == "onnx":
+        require("onnxruntime")
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda images: Detections(
+            *map(torch.from_numpy, session.run(OUTPUTS, {INPUT: images.cpu().numpy()}))
+        )
+    if format == "aoti":
+        detect = torch._inductor.aoti_load_package(path)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            detect = torch.export.load(path).module()
+    return lambda images: Detections(*detect(images))
+
+
+def read_metadata(path: str | Path, format: str) -> dict[str, object]:
+    """The ``metadata`` that ``export_detector`` stored."""
+    if format == "onnx":
+        require("onnx")
+        import onnx
+
+        proto = onnx.load(str(path), load_external_data=False)
+        return json.loads({entry.key: entry.value for entry in proto.metadata_props}[METADATA])
+    with zipfile.ZipFile(path) as archive:
+        if format == "torch_export":
+            name = next(n for n in archive.namelist() if n.endswith(f"/extra/{METADATA}"))
+            return json.loads(archive.read(name))
+        name = next(n for n in archive.namelist() if n.endswith("_metadata.json"))
+        return json.loads(json.loads(archive.read(name))[METADATA])
+
+
+@torch.no_grad()
+def run_detector(model: FCOS, images: Tensor) -> Detections:
+    """What ``model`` finds in uint8 Tensor[B, 3, H, W], on the CPU, as an exported file says it."""
+    found = [
+        output["instances"].to("cpu") for output in model([{"image": image} for image in images])
+    ]
+    size = model.postprocess.suppression["max_detections"]
+    columns = [(one.pred_boxes.tensor, one.scores, one.pred_classes) for one in found]
+    padded = (
+        [F.pad(x, (0, 0) * (x.dim() - 1) + (0, size - len(x)), value=empty) for x in column]
+        for column, empty in zip(zip(*columns, strict=True), (0, 0, -1), strict=True)
+    )
+    counts = torch.tensor([len(one) for one in found], dtype=torch.int32)
+    return Detections(*map(torch.stack, padded), counts)
+
+
+class Agreement(NamedTuple):
+    """How well an exported detector repeats the detections of its model.
+
+    Attributes:
+        images: compared.
+        detections: of the model.
+        missed: detections of the model that the export lacks (within the tolerances).
+        extra: detections of the export that the model lacks.
+        moved: common detections at another place in the order, not counting those that trade
+            places with one whose score is the same up to rounding (``TIE``).
+        box_error: largest difference of a coordinate of common detections, in pixels.
+        score_error: largest difference of their scores.
+    """
+
+    images: int
+    detections: int
+    missed: int
+    extra: int
+    moved: int
+    box_error: float
+    score_error: float
+
+    HEADER = "images  detections  missed  extra  moved  largest difference of boxes and scores"
+
+    def __str__(self) -> str:
+        *counts, box_error, score_error = self
+        columns = [f"{n:{width}}" for n, width in zip(counts, (6, 11, 7, 6, 6), strict=True)]
+        return f"{' '.join(columns)}  {box_error:.1e} px  {score_error:.1e}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether both found the same, in the same order."""
+        return not (self.missed or self.extra or self.moved)
+
+
+def compare(
+    expected: Detections,
+    got: Detections,
+    box_tolerance: float = 0.05,
+    score_tolerance: float = 1e-4,
+) -> Agreement:
+    """Pairs the detections of two sides, image by image.
+
+    Two detections are common if class, boxes (``box_tolerance`` in pixels per coordinate) and
+    scores (``score_tolerance``) agree; the pair nearest in the order counts.
+    """
+    total = Agreement(0, 0, 0, 0, 0, 0.0, 0.0)
+    for image in range(len(expected.counts)):
+        ours, theirs = (
+            [column[image, : side.counts[image]].cpu() for column in side[:3]]
+            for side in (expected, got)
+        )
+        one = _compare_image(ours, theirs, box_tolerance, score_tolerance)
+        total = join([total, one])
+    return total
+
+
+def _compare_image(
+    expected: Sequence[Tensor], got: Sequence[Tensor], box_tolerance: float, score_tolerance: float
+) -> Agreement:
+    (boxes, scores, classes), (their_boxes, their_scores, their_classes) = expected, got
+    box_error = (boxes[:, None] - their_boxes).abs().amax(dim=2)
+    score_error = (scores[:, None] - their_scores).abs()
+    same = (classes[:, None] == their_classes) & (box_error <= box_tolerance)
+    same &= score_error <= score_tolerance
+    pairs = []
+    for row in range(len(boxes)):
+        free = same[row].nonzero()[:, 0].tolist()
+        if free:
+            column = min(free, key=lambda position: abs(position - row))
+            same[:, column] = False
+            pairs.append((row, column))
+    index = tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T)
+    return Agreement(
+        images=1,
+        detections=len(boxes),
+        missed=len(boxes) - len(pairs),
+        extra=len(their_boxes) - len(pairs),
+        moved=sum(_is_moved(scores, row, column) for row, column in pairs),
+        box_error=max(box_error[index].tolist(), default=0.0),
+        score_error=max(score_error[index].tolist(), default=0.0),
+    )
+
+
+def _is_moved(scores: Tensor, row: int, column: int) -> bool:
+    return column >= len(scores) or (scores[row] - scores[column]).abs().item() > TIE
+
+
+def join(parts: Sequence[Agreement]) -> Agreement:
+    """The agreement over all images of ``parts``."""
+    *counts, box_errors, score_errors = zip(*parts, strict=True)
+    return Agreement(*map(sum, counts), max(box_errors), max(score_errors))

@@ -1,0 +1,230 @@
+"""Writing a detector into a file that a runtime opens without fcos_d2 and without detectron2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.saving import atomic_write
+from ..errors import InputError, one_line_cause
+from ..modeling import FCOS
+from ..ops import Detections, batched_nms_padded, reference
+from .graph import DetectionGraph, nms_as_while_loop, top_of_onnx
+
+INPUT = "images"
+OUTPUTS = Detections._fields
+METADATA = "fcos_d2.json"  # the name under which every format carries its metadata
+ONNX_OPSET = 18
+STANDARD_NAMESPACES = ("aten", "higher_order", "prim", "prims")
+
+
+def export_detector(
+    model: FCOS,
+    path: str | Path,
+    format: str,
+    *,
+    half: bool = False,
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Writes ``model`` as a file that a runtime opens without fcos_d2 and without detectron2.
+
+    The graph takes ``images``, uint8 Tensor[B, C, H, W] in the channel order of ``model``, and
+    returns ``boxes``, ``scores``, ``classes`` and ``counts`` as ``fcos_d2.ops.Detections``
+    describes them. For the formats of torch each side must be longer than the coarsest stride, and
+    their files run on the device of ``model``.
+
+    Args:
+        model: the detector, in any mode.
+        path: of the file; "torch_export" and "aoti" want it to end in ``.pt2``.
+        format: "onnx" (opset 18), "torch_export", or "aoti" (compiled by AOTInductor).
+        half: weights and feature maps in float16; boxes and scores stay float32.
+        metadata: stored in the file as JSON; see ``read_metadata``.
+
+    Raises:
+        InputError: a package or compiler that the format needs is missing, or the model holds an
+            operator that the format has no standard one for.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    text = json.dumps(dict(metadata or {}), indent=1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what the exporters themselves are made of
+        FORMATS[format](model, Path(path), half, text)
+
+
+def _write_onnx(model: FCOS, path: Path, half: bool, metadata: str) -> None:
+    require("onnx", "onnxscript")
+    import onnx
+
+    hard = model.postprocess.suppression["method"] == "hard"
+    graph = DetectionGraph(model, top_of_onnx, batched_nms_padded if hard else _while_loop, half)
+    program = _capture(graph, model)
+    translated = torch.ops.fcos_d2.batched_nms_padded.default
+    _refuse(_foreign_operators(program) - {str(translated)}, "onnx")
+    num_classes = model.head.cls_logits.out_channels
+    try:
+        result = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=ONNX_OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            custom_translation_table={translated: nms_of_onnx(num_classes)},
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = one_line_cause(error.__cause__ or error)
+        raise InputError(
+            f"the model has no form in standard ONNX operators ({cause}); use --format torch_export"
+        ) from error
+    proto = result.model_proto
+    _name_axes(proto)
+    proto.metadata_props.add(key=METADATA, value=metadata)
+    with atomic_write(path) as file:
+        onnx.save(proto, file)
+
+
+def _name_axes(proto) -> None:
+    """Names for the dimensions that may change, instead of the tracer's numbers."""
+    names = iter(("batch", "height", "width"))
+    found = {}
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                if dim.dim_param not in found:
+                    found[dim.dim_param] = next(names)
+                dim.dim_param = found[dim.dim_param]
+    # What the tracer knew about the values inside is in its own names, and runtimes infer it anew.
+    del proto.graph.value_info[:]
+
+
+def _write_torch_export(model: FCOS, path: Path, half: bool, metadata: str) -> None:
+    program = _program_of_torch(model, half, "torch_export")
+    with atomic_write(path) as file:
+        torch.export.save(program, file, extra_files={METADATA: metadata})
+
+
+def _write_aoti(model: FCOS, path: Path, half: bool, metadata: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"--format aoti compiles C++, but there is no {compiler}; set CXX to one")
+    program = _program_of_torch(model, half, "aoti")
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+        package = aoti_compile_and_package(
+            program,
+            package_path=f"{folder}/model.pt2",
+            inductor_configs={"aot_inductor.metadata": {METADATA: metadata}},
+        )
+        file.write(Path(package).read_bytes())
+
+
+def _program_of_torch(model: FCOS, half: bool, format: str) -> torch.export.ExportedProgram:
+    graph = DetectionGraph(model, reference.top_lowest_index_first, _while_loop, half)
+    program = _capture(graph, model)
+    _refuse(_foreign_operators(program), format)
+    return program
+
+
+FORMATS = {"onnx": _write_onnx, "torch_export": _write_torch_export, "aoti": _write_aoti}
+
+# ---- capturing ----
+
+_while_loop = partial(nms_as_while_loop, min_score=0.001)  # the default of batched_nms_padded
+
+
+def _capture(graph: nn.Module, model: FCOS) -> torch.export.ExportedProgram:
+    dynamic = torch.export.Dim.DYNAMIC
+    return torch.export.export(
+        graph, (_example(model),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+
+
+def _example(model: FCOS) -> Tensor:
+    """Two images, with two points on the coarsest level: a size of 1 would count as a constant."""
+    side, channels = 2 * max(model.grid.strides), len(model.pixel_mean)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (2, channels, side + 8, 2 * side + 24), generator=generator)
+    return pixels.to(model.device, torch.uint8)
+
+
+def _foreign_operators(program: torch.export.ExportedProgram) -> set[str]:
+    """Operators, here or in the bodies of loops, that are none of torch's own."""
+    graphs = (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    calls = (node.target for graph in graphs for node in graph.graph.nodes)
+    operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
+    return {str(op) for op in operators if op.namespace not in STANDARD_NAMESPACES}
+
+
+def _refuse(foreign: set[str], format: str) -> None:
+    if foreign:
+        raise InputError(
+            f"--format {format}: the model uses {', '.join(sorted(foreign))}, which no runtime has "
+            "without the package that defines it; train without deformable convolutions and the "
+            "like to export"
+        )
+
+
+def require(*packages: str) -> None:
+    """Raises an InputError unless all ``packages`` are installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"the ONNX format needs {', '.join(missing)}; pip install 'fcos-d2[export]'"
+        )
+
+
+# ---- non-maximum suppression in ONNX ----
+
+
+def nms_of_onnx(num_classes: int) -> Callable:
+    """Translation of fcos_d2::batched_nms_padded, method "hard", into NonMaxSuppression.
+
+    That one suppresses within each of [B, K, N] score rows; a box has a score in the row of its
+    class alone, so it comes out once at most.
+    """
+    from onnxscript import opset18 as op
+
+    def batched_nms_padded(
+        boxes, scores, classes, iou_threshold, max_detections, class_agnostic, *_
+    ):
+        empty, limit = op.Constant(value_float=-1.0), op.Constant(value_ints=[max_detections])
+        zero, none = op.Constant(value_float=0.0), op.Constant(value_int=-1)
+        ids = op.Constant(value_ints=list(range(1 if class_agnostic else num_classes)))
+        own = op.Min(classes, op.Constant(value_int=0)) if class_agnostic else classes
+        is_own = op.Equal(op.Unsqueeze(own, [1]), op.Unsqueeze(ids, [0, 2]))
+        rows = op.Where(is_own, op.Unsqueeze(scores, [1]), empty)
+        selected = op.NonMaxSuppression(
+            boxes,
+            rows,
+            limit,
+            op.Constant(value_floats=[iou_threshold]),
+            op.Constant(value_floats=[-0.5]),
+        )
+        where = op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)  # (image, box)
+        nothing = op.Expand(empty, op.Shape(scores))
+        kept = op.ScatterND(nothing, where, op.GatherND(scores, where))
+        kept = op.Pad(kept, op.Constant(value_ints=[0, 0, 0, max_detections]), empty)
+        rank, index = op.TopK(kept, limit, axis=1)
+        there = op.GreaterOrEqual(rank, zero)
+        index = op.Where(there, index, op.Constant(value_int=0))
+        box = op.GatherND(boxes, op.Unsqueeze(index, [2]), batch_dims=1)
+        return (
+            op.Where(op.Unsqueeze(there, [2]), box, zero),
+            op.Where(there, rank, zero),
+            op.Where(there, op.GatherElements(classes, index, axis=1), none),
+            op.Cast(op.ReduceSum(op.Cast(there, to=6), [1], keepdims=0), to=6),
+        )
+
+    return batched_nms_padded
