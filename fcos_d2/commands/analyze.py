@@ -81,12 +81,17 @@ def _is_cheap(operator: str) -> bool:
     return operator.removeprefix("aten::") in CHEAP
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = config_parser(__doc__)
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="default: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST",
     )  # fmt: skip
     parser.add_argument("--depth", type=int, default=2, help="of the table (default: %(default)s)")
-    return exit_status(analyze, parser.parse_intermixed_args(arguments))
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(analyze, parse(arguments))

@@ -225,11 +225,16 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = config_parser(__doc__)
     parser.add_argument("--batch", type=int, metavar="N", help="default: SOLVER.IMS_PER_BATCH")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--seconds", type=float, default=5.0, help="per part, at least")
-    return exit_status(benchmark, parser.parse_intermixed_args(arguments))
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(benchmark, parse(arguments))

@@ -157,12 +157,17 @@ def export(options: argparse.Namespace) -> int:
     return int(options.verify and not verify(cfg, model, options))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = config_parser(__doc__)
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--half", action="store_true", help="weights and feature maps in float16")
     parser.add_argument("--verify", action="store_true", help="compare with the model")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="that are compared")
-    return exit_status(export, parser.parse_intermixed_args(arguments))
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(export, parse(arguments))

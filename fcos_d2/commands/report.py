@@ -9,6 +9,7 @@ the first test set, so nobody chose the pretty ones.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -189,8 +190,8 @@ def _final(precision: Mapping[str, Series]) -> dict[str, float]:
     return {name: float(series.values[-1]) for name, series in precision.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("output_dir", type=Path, metavar="OUTPUT_DIR", help="of train_net.py")
@@ -201,4 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("images", "mistakes"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    return exit_status(report, *vars(options).values())
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(report, *vars(parse(arguments)).values())

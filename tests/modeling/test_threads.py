@@ -83,4 +83,5 @@ def test_predictor():
 
 def test_predictor_with_batches_of_several_sizes():
     predictors = [Predictor(model, (64, 96), "RGB", 0.005) for model in two_of()]
-    assert_same_together(*[lambda pixels, p=p: p.predict([pixels, picture(40, 70)])[0] for p in predictors])
+    other = picture(40, 70)
+    assert_same_together(*[lambda pixels, p=p: p.predict([pixels, other])[0] for p in predictors])
