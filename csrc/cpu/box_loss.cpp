@@ -86,10 +86,19 @@ void write_gradients(const BoxLossArgs& args, const Piece& piece) {
   using T = Compute<Storage>;
   const Map& ltrb = args.ltrb.level[piece.level];
   const Map& quality = args.quality.level[piece.level];
-  auto put = [&](const Map& map, int64_t channel, int64_t point, T value) {
+  auto place = [&](const Map& map, int64_t channel, int64_t point) {
     int64_t to = element(map.grad_layout, piece.image, channel, point);
-    narrow(value, static_cast<Storage*>(map.grad) + to);
+    return static_cast<Storage*>(map.grad) + to;
   };
+  auto put = [&](const Map& map, int64_t channel, int64_t point, T value) {
+    narrow(value, place(map, channel, point));
+  };
+  for (int64_t point = piece.first; point < piece.last; ++point) {
+    for (int64_t channel = 0; channel < 4; ++channel) {
+      *place(ltrb, channel, point) = Storage{};
+    }
+    *place(quality, 0, point) = Storage{};
+  }
   T box_scale = T(number(args.dtype, args.grad_box));
   T quality_scale = T(number(args.dtype, args.grad_quality));
   for_each_positive<Storage>(args, piece, [&](int64_t point, const PointTerms<T>& t) {

@@ -8,7 +8,7 @@
 // Every product that is added to something here is exact, so it does not matter that the compiler
 // fuses the two: results have the bits of the reference.
 
-#include "assign_targets.h"
+#include "ops.h"
 
 #include "launch.h"
 

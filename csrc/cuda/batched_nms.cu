@@ -12,7 +12,7 @@
 //
 // soft_kernel has a block per image, which lowers all scores each time it has kept a box.
 
-#include "batched_nms.h"
+#include "ops.h"
 
 #include "../core/ranking.h"
 #include "../core/scores.h"

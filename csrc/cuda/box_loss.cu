@@ -1,6 +1,6 @@
 // box_loss: a thread per point. Nearly all are background: they read one number and write zeros.
 
-#include "box_loss.h"
+#include "ops.h"
 
 #include "launch.h"
 #include "numbers.h"

@@ -13,7 +13,7 @@
 // Keys are unique, so neither the order in which candidates come nor which of them a full list has
 // missed changes a result. The lists lie where the boxes will be, the only other memory is for counts.
 
-#include "select_candidates.h"
+#include "ops.h"
 
 #include <algorithm>
 

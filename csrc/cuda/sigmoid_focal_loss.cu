@@ -6,7 +6,7 @@
 // point or to an ignored point, all are negative and need no label. So a thread looks at its labels
 // once, to mark the rows that are not.
 
-#include "sigmoid_focal_loss.h"
+#include "ops.h"
 
 #include <algorithm>
 

@@ -1,0 +1,304 @@
+// Every op once, for both devices: allocates the outputs, says in `args` where all tensors lie, and
+// has the device run its kernels.
+//
+// This folder alone sees torch: its stable ABI as of TORCH_TARGET_VERSION (setup.py), so that one
+// compiled library serves that torch and every later one. The Python wrappers have checked shapes
+// and dtypes. All memory comes from torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "maps.h"
+
+namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
+
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+
+// An input, contiguous; `data` says where it lies.
+template <class T>
+Tensor input(
+    const char* op, const char* name, const Tensor& given, const Tensor& first, const T*& data) {
+  check_device(op, name, given, first);
+  Tensor tensor = torch::stable::contiguous(given);
+  data = tensor.const_data_ptr<T>();
+  return tensor;
+}
+
+// An output beside `like`; `data` says where it lies.
+template <class T>
+Tensor output(const Tensor& like, Integers sizes, T*& data) {
+  auto dtype = torch::headeronly::CppTypeToScalarType<T>::value;
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  data = tensor.template mutable_data_ptr<T>();
+  return tensor;
+}
+
+// A loss of maps, of their precision.
+inline Tensor loss_of(const Tensor& map, void*& data) {
+  Tensor loss = torch::stable::new_empty(map, {}, loss_dtype(map));
+  data = loss.mutable_data_ptr();
+  return loss;
+}
+
+// A kernel reads the gradient of a loss where it lies, so it must be what the loss was.
+inline const void* number(const char* op, const char* name, const Tensor& grad, const Tensor& map) {
+  check_device(op, name, grad, map);
+  STD_TORCH_CHECK(
+      grad.numel() == 1 && grad.scalar_type() == loss_dtype(map), op, ": ", name,
+      " must be one number of the dtype of the loss");
+  return grad.const_data_ptr();
+}
+
+inline Levels make_levels(
+    const char* op, const Integers& shapes, const Integers& strides, const Integers& pitches,
+    double offset) {
+  STD_TORCH_CHECK(
+      strides.size() <= kMaxLevels, op, ": expected at most ", kMaxLevels, " levels, got ",
+      strides.size());
+  Levels levels{int(strides.size()), 0, {}};
+  for (int l = 0; l < levels.count; ++l) {
+    Level& level = levels.level[l];
+    level.height = int(shapes[2 * l]), level.width = int(shapes[2 * l + 1]);
+    level.first_point = levels.num_points;
+    level.stride = float(strides[l]);
+    level.pitch_y = float(pitches[2 * l]), level.pitch_x = float(pitches[2 * l + 1]);
+    level.origin = float(offset * double(strides[l]));
+    levels.num_points += level.num_points();
+  }
+  return levels;
+}
+
+// The value of enumeration `Choice` that `name` is the name of.
+template <class Choice>
+Choice choose(
+    const char* op, const char* what, const std::string& name,
+    std::initializer_list<const char*> names) {
+  auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), op, ": unknown ", what, " ", name);
+  return Choice(found - names.begin());
+}
+
+// A `Device` makes the device of a tensor the current one for as long as it lives. run(args) runs the
+// kernels of an op: those of a loss, or of its gradients where `args` has no place for the loss.
+// can_walk() says which maps they take as they lie.
+template <class Device>
+class Ops {
+ public:
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
+      const Tensor& gt_boxes, const Tensor& gt_classes, const Tensor& gt_offsets, Integers shapes,
+      Integers strides, Integers pitches, double offset, Numbers size_ranges, int64_t num_classes,
+      double center_radius, bool inclusive) {
+    const char* op = "assign_targets";
+    AssignTargets args{};
+    Tensor boxes = input(op, "gt_boxes", gt_boxes, gt_boxes, args.boxes);
+    Tensor classes = input(op, "gt_classes", gt_classes, boxes, args.classes);
+    Tensor offsets = input(op, "gt_offsets", gt_offsets, boxes, args.offsets);
+    args.num_boxes = int(boxes.size(0));
+    args.num_images = offsets.numel() - 1;
+    args.levels = make_levels(op, shapes, strides, pitches, offset);
+    for (int l = 0; l < args.levels.count; ++l) {
+      args.ranges[l] = {float(size_ranges[2 * l]), float(size_ranges[2 * l + 1]), inclusive};
+    }
+    args.center_radius = float(center_radius);
+    args.num_classes = int(num_classes);
+    int64_t b = args.num_images, p = args.levels.num_points;
+    Tensor labels = output(boxes, {b, p}, args.labels);
+    Tensor matched = output(boxes, {b, p}, args.matched);
+    Tensor ltrb = output(boxes, {b, p, 4}, args.ltrb);
+    Tensor centerness = output(boxes, {b, p}, args.centerness);
+    Tensor counts = output(boxes, {b, args.levels.count, 2}, args.counts);
+    Device(op, boxes).run(args);
+    return {labels, matched, ltrb, centerness, counts};
+  }
+
+  static Tensor sigmoid_focal_loss(
+      Tensors logits, const Tensor& labels, double alpha, double gamma) {
+    Tensor loss;
+    focal("sigmoid_focal_loss", logits, labels, alpha, gamma, &loss, nullptr);
+    return loss;
+  }
+
+  static Tensors sigmoid_focal_loss_backward(
+      const Tensor& grad, Tensors logits, const Tensor& labels, double alpha, double gamma) {
+    return focal("sigmoid_focal_loss_backward", logits, labels, alpha, gamma, nullptr, &grad);
+  }
+
+  static std::tuple<Tensor, Tensors> sigmoid_focal_loss_with_gradient(
+      Tensors logits, const Tensor& labels, const Tensor& scale, double alpha, double gamma) {
+    Tensor loss;
+    Tensors grads =
+        focal("sigmoid_focal_loss_with_gradient", logits, labels, alpha, gamma, &loss, &scale);
+    return {loss, grads};
+  }
+
+  static void sigmoid_focal_loss_correct_gradient(
+      Tensors gradient, const Tensor& factor, Tensors logits, const Tensor& labels,
+      const Tensor& scale, double alpha, double gamma) {
+    const char* op = "sigmoid_focal_loss_correct_gradient";
+    focal(op, logits, labels, alpha, gamma, nullptr, &scale, &factor, gradient);
+  }
+
+  static std::tuple<Tensor, Tensor> box_loss(
+      Tensors ltrb, Tensors quality, const Tensor& matched, const Tensor& target_ltrb,
+      const Tensor& target_centerness, std::string loss_type, std::string quality_type,
+      bool weight_by_centerness, Numbers smoothing) {
+    std::tuple<Tensor, Tensor> losses;
+    box("box_loss", ltrb, quality, matched, target_ltrb, target_centerness, loss_type, quality_type,
+        weight_by_centerness, smoothing, &losses, nullptr, nullptr);
+    return losses;
+  }
+
+  static std::tuple<Tensors, Tensors> box_loss_backward(
+      const Tensor& grad_box, const Tensor& grad_quality, Tensors ltrb, Tensors quality,
+      const Tensor& matched, const Tensor& target_ltrb, const Tensor& target_centerness,
+      std::string loss_type, std::string quality_type, bool weight_by_centerness,
+      Numbers smoothing) {
+    return box(
+        "box_loss_backward", ltrb, quality, matched, target_ltrb, target_centerness, loss_type,
+        quality_type, weight_by_centerness, smoothing, nullptr, &grad_box, &grad_quality);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> select_candidates(
+      Tensors logits, Tensors ltrb, Tensors quality, const Tensor& image_sizes, Integers strides,
+      Integers pitches, double offset, double score_threshold, int64_t topk,
+      bool threshold_with_quality, bool rank_with_quality, std::string score_rule, bool clip) {
+    const char* op = "select_candidates";
+    TensorMaps<Device> logits_maps(op, "logits", logits, logits);
+    TensorMaps<Device> ltrb_maps(op, "ltrb", ltrb, logits);
+    TensorMaps<Device> quality_maps(op, "quality", quality, logits);
+    SelectCandidates args{};
+    args.logits = logits_maps.describe(), args.logits_dtype = dtype_of(logits[0]);
+    args.ltrb = ltrb_maps.describe(), args.ltrb_dtype = dtype_of(ltrb[0]);
+    args.quality = quality_maps.describe(), args.quality_dtype = dtype_of(quality[0]);
+    Tensor sizes = input(op, "image_sizes", image_sizes, logits[0], args.image_sizes);
+    Integers shapes;
+    for (const Tensor& map : logits) {
+      shapes.insert(shapes.end(), {map.size(2), map.size(3)});
+    }
+    args.levels = make_levels(op, shapes, strides, pitches, offset);
+    args.num_images = logits[0].size(0);
+    args.num_classes = int(logits[0].size(1));
+    args.threshold = float(score_threshold);
+    args.topk = topk;
+    args.threshold_with_quality = threshold_with_quality;
+    args.rank_with_quality = rank_with_quality;
+    args.score_rule = choose<ScoreRule>(op, "score_rule", score_rule, {"sqrt", "product", "cls"});
+    args.clip = clip;
+    for (int l = 0; l < args.levels.count; ++l) {
+      int64_t pairs = args.levels.level[l].num_points() * args.num_classes;
+      STD_TORCH_CHECK(
+          pairs <= UINT32_MAX, op, ": expected H * W * K < 2^32 per level, got ", pairs);
+      args.slots[l + 1] = args.slots[l] + std::min(topk, pairs);
+    }
+    int64_t b = args.num_images, n = args.slots[args.levels.count];
+    Tensor boxes = output(sizes, {b, n, 4}, args.boxes);
+    Tensor scores = output(sizes, {b, n}, args.scores);
+    Tensor classes = output(sizes, {b, n}, args.classes);
+    Device(op, sizes).run(args);
+    return {boxes, scores, classes};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> batched_nms_padded(
+      const Tensor& given_boxes, const Tensor& given_scores, const Tensor& given_classes,
+      double iou_threshold, int64_t max_detections, bool class_agnostic, std::string method,
+      double sigma, double min_score) {
+    const char* op = "batched_nms_padded";
+    PaddedNms args{};
+    Tensor boxes = contiguous_boxes(given_boxes);
+    args.boxes = boxes.const_data_ptr<float>();
+    Tensor scores = input(op, "scores", given_scores, boxes, args.scores);
+    Tensor classes = input(op, "classes", given_classes, boxes, args.classes);
+    args.num_images = boxes.size(0), args.num_boxes = boxes.size(1);
+    args.max_detections = max_detections;
+    args.iou_threshold = float(iou_threshold);
+    args.class_agnostic = class_agnostic;
+    args.method = choose<NmsMethod>(op, "method", method, {"hard", "linear", "gaussian"});
+    args.sigma = float(sigma), args.min_score = float(min_score);
+    int64_t b = args.num_images, d = args.max_detections;
+    Tensor kept_boxes = output(boxes, {b, d, 4}, args.kept_boxes);
+    Tensor kept_scores = output(boxes, {b, d}, args.kept_scores);
+    Tensor kept_classes = output(boxes, {b, d}, args.kept_classes);
+    Tensor counts = output(boxes, {b}, args.counts);
+    Device(op, boxes).run(args);
+    return {kept_boxes, kept_scores, kept_classes, counts};
+  }
+
+  template <class Library>
+  static void register_in(Library& m) {
+    m.impl("assign_targets", TORCH_BOX(&assign_targets));
+    m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss));
+    m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward));
+    m.impl("sigmoid_focal_loss_with_gradient", TORCH_BOX(&sigmoid_focal_loss_with_gradient));
+    m.impl("sigmoid_focal_loss_correct_gradient", TORCH_BOX(&sigmoid_focal_loss_correct_gradient));
+    m.impl("box_loss", TORCH_BOX(&box_loss));
+    m.impl("box_loss_backward", TORCH_BOX(&box_loss_backward));
+    m.impl("select_candidates", TORCH_BOX(&select_candidates));
+    m.impl("batched_nms", TORCH_BOX(&Device::batched_nms));
+    m.impl("batched_nms_padded", TORCH_BOX(&batched_nms_padded));
+  }
+
+ private:
+  // The loss, its gradients or both; with a factor, `grads` hold those of before.
+  static Tensors focal(
+      const char* op, const Tensors& logits, const Tensor& given_labels, double alpha, double gamma,
+      Tensor* loss, const Tensor* grad, const Tensor* factor = nullptr, Tensors grads = {}) {
+    FocalLoss args{};
+    TensorMaps<Device> maps(op, "logits", logits, logits);
+    Tensor labels = input(op, "labels", given_labels, logits[0], args.labels);
+    args.dtype = dtype_of(logits[0]);
+    args.num_images = labels.size(0), args.num_points = labels.size(1);
+    args.num_classes = int(logits[0].size(1));
+    args.alpha = alpha, args.gamma = gamma;
+    if (loss) {
+      *loss = loss_of(logits[0], args.loss);
+    }
+    if (grad) {
+      args.grad = number(op, "grad", *grad, logits[0]);
+      args.factor = factor ? number(op, "factor", *factor, logits[0]) : nullptr;
+      maps.write_to(std::move(grads));
+    }
+    args.logits = maps.describe();
+    Device(op, labels).run(args);
+    return maps.take_grads();
+  }
+
+  // The losses, or their gradients.
+  static std::tuple<Tensors, Tensors> box(
+      const char* op, const Tensors& ltrb, const Tensors& quality, const Tensor& given_matched,
+      const Tensor& given_ltrb, const Tensor& given_centerness, const std::string& loss_type,
+      const std::string& quality_type, bool weight_by_centerness, const Numbers& smoothing,
+      std::tuple<Tensor, Tensor>* losses, const Tensor* grad_box, const Tensor* grad_quality) {
+    BoxLossArgs args{};
+    TensorMaps<Device> boxes(op, "ltrb", ltrb, ltrb), qualities(op, "quality", quality, ltrb);
+    const Tensor& first = ltrb[0];
+    Tensor matched = input(op, "matched", given_matched, first, args.matched);
+    Tensor targets = input(op, "target_ltrb", given_ltrb, first, args.target_ltrb);
+    Tensor centerness =
+        input(op, "target_centerness", given_centerness, first, args.target_centerness);
+    args.dtype = dtype_of(first);
+    args.num_images = matched.size(0), args.num_points = matched.size(1);
+    args.loss_type =
+        choose<LossType>(op, "loss_type", loss_type, {"iou", "linear_iou", "giou", "diou", "ciou"});
+    args.quality_type =
+        choose<QualityType>(op, "quality_type", quality_type, {"centerness", "iou"});
+    args.weight_by_centerness = weight_by_centerness;
+    std::copy(smoothing.begin(), smoothing.end(), args.smoothing);
+    if (losses) {
+      *losses = {loss_of(first, args.box_loss), loss_of(first, args.quality_loss)};
+    } else {
+      args.grad_box = number(op, "grad_box", *grad_box, first);
+      args.grad_quality = number(op, "grad_quality", *grad_quality, first);
+      boxes.write_to(), qualities.write_to();
+    }
+    args.ltrb = boxes.describe(), args.quality = qualities.describe();
+    Device(op, first).run(args);
+    return {boxes.take_grads(), qualities.take_grads()};
+  }
+};
+
+} // namespace fcos

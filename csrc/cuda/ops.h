@@ -1,0 +1,50 @@
+// The CUDA kernels: plain pointers in, plain pointers out. No torch.
+//
+// A launch_<op> queues the work on a stream and returns the error of launching it. The memory it
+// works in is the caller's; a function before it says how much that is.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../core/arguments.h"
+
+namespace fcos::cuda {
+
+cudaError_t launch_assign_targets(const AssignTargets& args, cudaStream_t stream);
+
+// How many numbers `partials` must hold; negative where the maps are too large for one launch.
+int64_t focal_loss_partials(const FocalLoss& args);
+// The loss where `loss` is not null, gradients where `grad` is not, in one pass over the logits.
+// `partials` is for the loss.
+cudaError_t launch_sigmoid_focal_loss(const FocalLoss& args, double* partials, cudaStream_t stream);
+
+// How many numbers each half of `partials`, [2, box_loss_partials], holds.
+int64_t box_loss_partials(const BoxLossArgs& args);
+cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStream_t stream);
+cudaError_t launch_box_loss_backward(const BoxLossArgs& args, cudaStream_t stream);
+
+// How many 32-bit numbers `state` must hold.
+int64_t select_candidates_state(const SelectCandidates& args);
+cudaError_t launch_select_candidates(
+    const SelectCandidates& args, unsigned* state, cudaStream_t stream);
+
+// How many floats `scores` must hold: soft-NMS lowers them there.
+int64_t batched_nms_padded_scores(const PaddedNms& args);
+cudaError_t launch_batched_nms_padded(const PaddedNms& args, float* scores, cudaStream_t stream);
+
+// N boxes, of which those of one group stand together, by descending score.
+struct FlatNms {
+  const float* boxes;    // [N, 4], in any order, aligned to 16 bytes
+  const int64_t* index;  // [N], which of them stands where
+  const int64_t* groups; // [N], rising
+  const int64_t* place;  // [N], where `keep` shall say whether it was kept
+  int64_t num_boxes;
+  float iou_threshold;
+  bool* keep; // [N]
+};
+
+// How many 64-bit numbers `state` must hold.
+int64_t batched_nms_state(const FlatNms& args);
+cudaError_t launch_batched_nms(const FlatNms& args, uint64_t* state, cudaStream_t stream);
+
+} // namespace fcos::cuda
