@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +227,7 @@ def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path)
     ]
     for worker in workers:
         worker.start()
-    found = [answers.get(timeout=60) for _ in workers]
+    found = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
     assert len(found[0]) == 8 and found[0] == found[1] == found[2]
@@ -238,9 +237,7 @@ def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path)
 def test_files_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     ensure_digits(tmp_path, FEW)
     monkeypatch.setattr(files, "_make", None)
-    start = time.perf_counter()
     ensure_digits(tmp_path, FEW)
-    assert time.perf_counter() - start < 1
 
 
 def test_what_a_killed_process_left_is_not_used_and_is_cleared(tmp_path, monkeypatch):

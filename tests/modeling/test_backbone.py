@@ -27,12 +27,10 @@ def test_top_levels_halve_the_last_level(source, channels, top_levels, names):
     names = ["p3", "p4", "p5", *names.split()]
     maps = fpn(torch.rand(1, 3, 128, 192))
     assert list(maps) == names
-    assert {name: spec.stride for name, spec in fpn.output_shape().items()} == {
-        name: STRIDES[name] for name in names
-    }
-    assert {name: tuple(t.shape[1:]) for name, t in maps.items()} == {
-        name: (64, 128 // STRIDES[name], -(-192 // STRIDES[name])) for name in names
-    }
+    for name in names:
+        stride = STRIDES[name]
+        assert fpn.output_shape()[name].stride == stride
+        assert maps[name].shape[1:] == (64, 128 // stride, -(-192 // stride))
     if top_levels:
         assert fpn.top_block.p6.in_channels == channels
 
@@ -192,17 +190,15 @@ def test_deformable_weights_have_detectron2s_names():
 
 @pytest.mark.parametrize("modulated, channels", [(False, 18), (True, 27)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_kinds_and_groups_of_deformable_convolutions_follow_the_config(modulated, channels, groups):
-    keys = ["MODEL.RESNETS.DEFORM_MODULATED", modulated]
-    found = resnet(*keys, "MODEL.RESNETS.DEFORM_NUM_GROUPS", groups)
-    assert found.res4[0].conv2_offset.out_channels == groups * channels
-    assert found(torch.rand(1, 3, 64, 64))["res5"].shape[-2:] == (2, 2)
-
-
-def test_stages_that_are_deformable_follow_the_config():
-    found = resnet("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, False])
+def test_deformable_convolutions_follow_the_config(modulated, channels, groups):
+    found = resnet(
+        "MODEL.RESNETS.DEFORM_MODULATED", modulated, "MODEL.RESNETS.DEFORM_NUM_GROUPS", groups,
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, True],
+    )  # fmt: skip
     kinds = [type(getattr(found, f"res{s}")[0]) for s in (2, 3, 4, 5)]
-    assert [kind is DeformBottleneckBlock for kind in kinds] == [False, True, False, False]
+    assert [kind is DeformBottleneckBlock for kind in kinds] == [False, True, False, True]
+    assert found.res3[0].conv2_offset.out_channels == groups * channels
+    assert found(torch.rand(1, 3, 64, 64))["res5"].shape[-2:] == (2, 2)
 
 
 @pytest.mark.parametrize("freeze_at", [2, 4])

@@ -62,19 +62,6 @@ def test_losses_are_divided_by_the_number_of_positive_points():
     assert losses["loc"] == pytest.approx(0.75 * 1 / (1 + 2 * SIDE))
 
 
-def test_box_loss_without_centerness_weights_is_the_mean_over_positive_points():
-    loss = make_loss(weight_by_centerness=False)
-    assert numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))["loc"] == pytest.approx(0.75 / 3)
-
-
-def test_classification_can_be_divided_by_the_number_of_all_points():
-    truth = ground_truth([(WHOLE, 0)], [])
-    loss = make_loss(cls_normalizer="all", box_normalizer="cls", weight_by_centerness=False)
-    losses = numbers(loss(predictions(2, middle=0.5), truth, LEVELS))
-    expected = {"cls": focal(3, 9) / 6, "loc": 0.75 / 6, "ctr": 3 * LN2 / 6}
-    assert losses == pytest.approx(expected)
-
-
 def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth():
     loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
     for average in (0.9 * 100 + 0.1 * 3, 0.9 * (0.9 * 100 + 0.1 * 3) + 0.1 * 3):
@@ -82,28 +69,23 @@ def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth(
         assert losses["cls"] == pytest.approx(focal(3, 3) / average)
         assert losses["ctr"] == pytest.approx(LN2)  # the others keep the count of this batch
         assert loss.moving_fg.item() == pytest.approx(average)
-
-
-def test_batch_without_positives_counts_as_one_in_the_moving_average():
-    loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
-    loss(predictions(), NOTHING, LEVELS)
-    assert loss.moving_fg.item() == pytest.approx(0.9 * 100 + 0.1)
-
-
-def test_moving_average_can_divide_all_losses():
-    loss = make_loss(cls_normalizer="moving_fg", box_normalizer="cls", weight_by_centerness=False)
-    losses = numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))
-    expected = {"cls": focal(3, 3) / 90.3, "loc": 0.75 / 90.3, "ctr": 3 * LN2 / 90.3}
-    assert losses == pytest.approx(expected)
-
-
-def test_moving_average_is_saved_and_restored():
-    trained = make_loss(cls_normalizer="moving_fg")
-    trained(predictions(), ONE_BOX, LEVELS)
-    fresh = make_loss(cls_normalizer="moving_fg")
-    fresh.load_state_dict(trained.state_dict())
-    assert fresh.moving_fg == trained.moving_fg != 100
+    loss(predictions(), NOTHING, LEVELS)  # counts as one
+    assert loss.moving_fg.item() == pytest.approx(0.9 * average + 0.1)
+    resumed = make_loss(cls_normalizer="moving_fg")
+    resumed.load_state_dict(loss.state_dict())
+    assert resumed.moving_fg == loss.moving_fg
     assert make_loss().state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    "normalizer, divisor", [("all", 6), ("moving_fg", 0.9 * 100 + 0.1 * 3), ("fg", 3)]
+)
+def test_one_number_can_divide_all_losses(normalizer, divisor):
+    truth = ground_truth([(WHOLE, 0)], [])
+    loss = make_loss(cls_normalizer=normalizer, box_normalizer="cls", weight_by_centerness=False)
+    losses = numbers(loss(predictions(2, middle=0.5), truth, LEVELS))
+    expected = {"cls": focal(3, 9) / divisor, "loc": 0.75 / divisor, "ctr": 3 * LN2 / divisor}
+    assert losses == pytest.approx(expected)
 
 
 def test_past_losses_can_be_differentiated_after_the_moving_average_moved():
@@ -113,18 +95,11 @@ def test_past_losses_can_be_differentiated_after_the_moving_average_moved():
     sum(first.values()).backward()
 
 
-def test_weight_of_the_classification_loss():
-    plain, double = (
-        numbers(make_loss(cls_weight=weight)(predictions(middle=0.5), ONE_BOX, LEVELS))
-        for weight in (1.0, 2.0)
-    )
-    assert double == pytest.approx({**plain, "cls": 2 * plain["cls"]})
-
-
-def test_focal_loss_gets_its_alpha_and_gamma():
-    loss = make_loss(alpha=0.5, gamma=0.0)
+def test_focal_loss_gets_its_weight_alpha_and_gamma():
+    loss = make_loss(alpha=0.5, gamma=0.0, cls_weight=2.0)
     losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
-    assert losses["cls"] == pytest.approx(6 * 0.5 * LN2 / 3)
+    assert losses["cls"] == pytest.approx(2 * 6 * 0.5 * LN2 / 3)
+    assert losses["ctr"] == pytest.approx(LN2)
 
 
 def test_iou_as_quality_is_learned_and_leaves_the_box_loss_unweighted():
@@ -164,11 +139,6 @@ def test_crowd_region_is_ignored_and_learned_only_by_what_lies_around_it():
     assert loss.assign(truth, LEVELS).labels.tolist() == [[-1, -1, 2]]
     assert maps.logits[0].grad[0, :, 0].ne(0).tolist() == [[False, False, True]] * 2
     assert numbers(losses) == pytest.approx({"cls": focal(0, 2), "loc": 0, "ctr": 0})
-
-
-def test_object_inside_a_crowd_region_is_still_learned():
-    truth = ground_truth([(WHOLE, -1), ([8.0, 0.0, 16.0, 8.0], 1)])
-    assert make_loss().assign(truth, LEVELS).labels.tolist() == [[-1, 1, -1]]
 
 
 def test_center_sampling_radius_and_sizes_reach_the_assignment():
