@@ -321,7 +321,7 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
     result = script("--eval-only", weights, config="tiny.py")
     assert result.status == 0 and "bbox" in result.results[0]
     weights, average = weights.replace("_ema", ""), "train.model_ema={enabled: True}"
-    evaluated = "fcos_d2.engine.lazy._test_lazy"
+    evaluated = "fcos_d2.engine.lazy._test"
     monkeypatch.setattr(evaluated, lambda cfg, model: model.head.cls_logits.bias.tolist())
     last, averaged = (torch.load(output / f"model_final{x}.pth")["model"] for x in ("", "_ema"))
     for state, options in ((last, ()), (averaged, (average,))):

@@ -1,4 +1,4 @@
-"""Several processes that train together: NCCL where there are GPUs, gloo where there are none."""
+"""Several processes that train together: NCCL on GPUs, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import InputError
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of those that torchrun started."""
+def is_torchrun() -> bool:
+    """Whether torchrun started this process."""
     return all(name in os.environ for name in TORCHRUN)
 
 
-def join_torchrun() -> None:
+def init_torchrun() -> None:
     """Makes this process, which torchrun started, a member of its group.
 
     Raises:
@@ -42,12 +42,8 @@ def join_torchrun() -> None:
     comm.synchronize()
 
 
-def distribute(model: nn.Module, **options) -> nn.Module:
-    """``model``, in DistributedDataParallel if there are other processes.
-
-    Args:
-        model: on the device that it trains on.
-        options: of detectron2's create_ddp_model.
+def wrap_ddp(model: nn.Module, **options) -> nn.Module:
+    """detectron2's create_ddp_model, for CPUs as well.
 
     Raises:
         InputError: SyncBN on the CPU, which torch does not have.
@@ -57,37 +53,31 @@ def distribute(model: nn.Module, **options) -> nn.Module:
     is_synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if is_cpu and is_synced and dist.is_initialized():  # torchrun may have started one process
         raise InputError(
-            "SyncBN needs GPUs where several processes train; set MODEL.FCOS.NORM, "
+            "SyncBN needs GPUs if several processes train; set MODEL.FCOS.NORM, "
             "MODEL.RESNETS.NORM and MODEL.FPN.NORM to GN or BN, or start without torchrun"
         )
-    if comm.get_world_size() == 1:
-        return model
     return create_ddp_model(model, device_ids=None if is_cpu else [device.index], **options)
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap_ddp(model: nn.Module) -> nn.Module:
     """The detector inside DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Gives all processes the buffers of the first one.
 
-    Statistics of BN differ between them, and each evaluates a part of the images.
+    Their batch norm statistics differ, and each evaluates a part of the images.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def gather_rows(values: Tensor) -> list[list[float]]:
-    """Tensor[N] of every process -> W rows of N numbers, on every process.
-
-    Waits for the device, once.
-    """
-    size = comm.get_world_size()
-    if size == 1:
-        return [values.tolist()]
-    rows = [torch.empty_like(values) for _ in range(size)]
-    dist.all_gather(rows, values)
-    return torch.stack(rows).tolist()
+def gather_rows(row: Tensor) -> Tensor:
+    """Tensor[N] of each of W processes -> Tensor[W, N] on every process."""
+    rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
+    if len(rows) == 1:
+        return row[None]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""What happens around iterations: statistics, pictures, averaged weights, checkpoints, stops."""
+"""What happens around iterations: statistics, images, EMA, checkpoints, evaluation, preemption."""
 
 from __future__ import annotations
 
@@ -12,31 +12,49 @@ import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from ..checkpoint.saving import AtomicSaving
 from ..errors import InputError
-from .distributed import bare, share_buffers
-from .random_state import kept_random_state
-from .step import stepper
+from .distributed import broadcast_buffers, unwrap_ddp
+from .rng import fork_rng
+from .step import unwrap_trainer
+
+
+class ProgressBar(HookBase):
+    """tqdm's bar, with rate and remaining time, if stderr is a terminal."""
+
+    def before_train(self):
+        """Opens it."""
+        trainer = self.trainer
+        self._bar = tqdm(total=trainer.max_iter, initial=trainer.start_iter, disable=None)
+
+    def after_step(self):
+        """Moves it."""
+        self._bar.update()
+
+    def after_train(self):
+        """Closes it."""
+        self._bar.close()
 
 
 class AssignmentStatistics(HookBase):
     """Writes how the last batch was assigned: positives per level, ambiguous points, lost boxes.
 
-    The model leaves these numbers on the device; reading them here is the only time that anything
-    but the report of losses waits for it.
+    The model leaves these numbers on the GPU; only reading them, every ``period`` iterations, waits
+    for it.
     """
 
     def __init__(self, period: int = 20):
         self._period = period
 
     def after_step(self):
-        """Writes the statistics, if it is time."""
+        """Writes the statistics, if due."""
         iteration = self.trainer.iter + 1
         if iteration % self._period and iteration != self.trainer.max_iter:
             return
-        stats = getattr(getattr(bare(self.trainer.model), "losses", None), "stats", {})
+        stats = getattr(getattr(unwrap_ddp(self.trainer.model), "losses", None), "stats", {})
         if stats:
             values = torch.stack([value.detach().float() for value in stats.values()]).tolist()
             self.trainer.storage.put_scalars(
@@ -45,7 +63,7 @@ class AssignmentStatistics(HookBase):
 
 
 class TrainingPanels(HookBase):
-    """Draws the batch of every ``period``-th iteration, the first one included, for TensorBoard.
+    """Draws the batch of every ``period``-th iteration, starting with the first, for TensorBoard.
 
     Args:
         period: in iterations.
@@ -54,55 +72,71 @@ class TrainingPanels(HookBase):
 
     def __init__(self, period: int, class_names: Sequence[str] | None = None):
         self._period, self._class_names = period, class_names
-        self._batch = self._handle = None
-
-    def before_step(self):
-        """Asks the model for its next batch, if that one is to be drawn."""
-        if self.trainer.iter % self._period == 0:
-            model = bare(self.trainer.model)
-            self._handle = model.register_forward_pre_hook(self._keep_batch)
-
-    def _keep_batch(self, module: nn.Module, inputs: tuple) -> None:
-        self._batch = inputs[0]
 
     def after_step(self):
-        """Draws the batch that the step has seen."""
-        if self._handle is None:
+        """Draws the batch that the step has read, if due."""
+        if self.trainer.iter % self._period:
             return
-        from ..visualization.drawing import (
-            training_panels,  # takes matplotlib along: only when it is needed
-        )
+        from ..visualization.drawing import training_panels  # which imports matplotlib
 
-        self._handle.remove()
-        panels = training_panels(
-            bare(self.trainer.model), self._batch, class_names=self._class_names
-        )
-        for name, panel in panels.items():
+        model, batch = unwrap_ddp(self.trainer.model), unwrap_trainer(self.trainer).batches[-1]
+        for name, panel in training_panels(model, batch, class_names=self._class_names).items():
             image = np.ascontiguousarray(np.moveaxis(panel, -1, 0))
             self.trainer.storage.put_image(f"training/{name}", image)
-        self._batch = self._handle = None
 
 
-class WeightAveraging(HookBase):
-    """Follows the weights with their average, and leaves it in ``model_final_ema.pth``.
+def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
+    """The exponential moving average of ``model``, which starts with its first update.
+
+    Batch norm statistics are averaged too: those of the last weights would not fit.
 
     Args:
-        averaged: of the detector that is trained.
-        checkpointer: saves the average after the last iteration.
+        model: the detector.
+        decay: share of the average that an update keeps, in (0, 1); 0 for no average at all.
+
+    Raises:
+        InputError: another decay.
+    """
+    if not 0 <= decay < 1:
+        raise InputError(f"MODEL_EMA.DECAY must be in (0, 1), got {decay}; 0.999 is common")
+    if not decay:
+        return None
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return ema.requires_grad_(False)
+
+
+class EMAHook(HookBase):
+    """Updates the EMA, and saves it as ``model_final_ema.pth`` after the last iteration.
+
+    Args:
+        ema: of the detector that is trained.
+        checkpointer: saves it.
     """
 
-    def __init__(self, averaged: AveragedModel, checkpointer: AtomicSaving):
-        self._averaged, self._checkpointer = averaged, checkpointer
+    def __init__(self, ema: AveragedModel, checkpointer: AtomicSaving):
+        self._ema, self._checkpointer = ema, checkpointer
 
     def after_step(self):
-        """Averages, and saves after the last iteration."""
-        self._averaged.update_parameters(bare(self.trainer.model))
+        """Updates, and saves if this was the last iteration."""
+        self._ema.update_parameters(unwrap_ddp(self.trainer.model))
         if self.trainer.iter + 1 == self.trainer.max_iter:
-            self._checkpointer.save_weights("model_final_ema", self._averaged.module)
+            unwrap_trainer(self.trainer).flush()  # raises if that iteration must not be saved
+            self._checkpointer.save_weights("model_final_ema", self._ema.module)
+
+
+class LossWriter(hooks.PeriodicWriter):
+    """PeriodicWriter, for all processes, which waits for the losses that it writes."""
+
+    def after_step(self):
+        """Writes, if due."""
+        iteration = self.trainer.iter + 1
+        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+            unwrap_trainer(self.trainer).flush()
+        super().after_step()
 
 
 class Preempted(SystemExit):
-    """Ends a training that was told to stop and has saved all it needs to go on.
+    """Ends a training run that was told to stop and has saved all that --resume needs.
 
     Its status is EX_TEMPFAIL of sysexits.h: the same command with --resume will do better.
     """
@@ -114,7 +148,7 @@ class Preempted(SystemExit):
 
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
-    """detectron2's PeriodicCheckpointer, for all processes, that also saves and stops on SIGTERM.
+    """PeriodicCheckpointer, for all processes, which also saves and stops on SIGTERM.
 
     Args:
         checkpointer: saves everything from which --resume continues.
@@ -129,17 +163,17 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         if period < 1:
             raise InputError(
                 f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {period}; set it to "
-                "SOLVER.MAX_ITER for the last iteration alone"
+                "SOLVER.MAX_ITER to save the last iteration only"
             )
         super().__init__(checkpointer, period, **options)
         self._saved = -1  # the last iteration with a checkpoint
         self._evaluating = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """A block, around a whole training, in which SIGTERM means to save and stop."""
+    def handle_sigterm(self) -> Iterator[None]:
+        """A block, around a whole training run, in which SIGTERM means to save and stop."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the business of the main thread
+            yield  # only the main thread may handle signals
             return
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
@@ -149,17 +183,18 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """A block that changes nothing of what is saved: on SIGTERM it is left at once."""
-        stepper(self.trainer).collect_random_states()
+        """A block that changes nothing that is saved: on SIGTERM it is left at once."""
+        trainer = unwrap_trainer(self.trainer)
+        trainer.gather_rng_states()
         try:
-            with kept_random_state():
+            with fork_rng():
                 self._evaluating = True
-                if stepper(self.trainer).stop_requested:
+                if trainer.stop_requested:
                     raise Preempted
                 yield
         except (Exception, Preempted) as error:
             # The signal may have reached the processes that read images first.
-            if not stepper(self.trainer).stop_requested:
+            if not trainer.stop_requested:
                 raise
             self._save_now()
             raise Preempted from error
@@ -167,20 +202,24 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self._evaluating = False
 
     def after_step(self):
-        """Saves if it is time or if any process was told to stop; then stops."""
-        iteration = self.trainer.iter
+        """Saves if due or if any process was told to stop; then stops."""
+        trainer, iteration = unwrap_trainer(self.trainer), self.trainer.iter
         is_last = iteration + 1 >= self.max_iter
         is_due = is_last or (iteration + 1) % self.period == 0
-        stopping = stepper(self.trainer).stopping and not is_last
+        stopping = trainer.stopping and not is_last
         if is_due or stopping:
-            stepper(self.trainer).collect_random_states()
+            trainer.gather_rng_states()
         if is_due and comm.is_main_process():
             self.step(iteration)
             self._saved = iteration
         if stopping:
             self._save_now()
-            comm.synchronize()  # whoever ends first makes launchers kill the others
+            comm.synchronize()  # launchers kill the others as soon as one has ended
             raise Preempted
+
+    def after_train(self):
+        """Ends the workers of the data loader before the last evaluation."""
+        unwrap_trainer(self.trainer).close()
 
     def _save_now(self) -> None:
         iteration = self.trainer.iter
@@ -189,19 +228,19 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self._saved = iteration
 
     def _on_signal(self, number: int, frame: object) -> None:
-        stepper(self.trainer).stop_requested = True
+        unwrap_trainer(self.trainer).stop_requested = True
         if self._evaluating:
             self._evaluating = False  # a second signal must not disturb the saving
             raise Preempted
 
 
 class EvaluationHook(hooks.EvalHook):
-    """detectron2's EvalHook, of one model, which leaves no trace in the training.
+    """EvalHook of one model, which leaves no trace in training.
 
     Args:
         period: in iterations.
         evaluate: model -> results.
-        model: the one to evaluate.
+        model: to be evaluated.
         checkpoints: see ``CheckpointHook.evaluation``.
     """
 
@@ -214,7 +253,7 @@ class EvaluationHook(hooks.EvalHook):
     ):
         def evaluate_alone() -> dict:
             with checkpoints.evaluation():
-                share_buffers(model)
+                broadcast_buffers(model)
                 return evaluate(model)
 
         super().__init__(period, evaluate_alone)

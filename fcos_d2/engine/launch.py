@@ -14,7 +14,7 @@ import torch.distributed as dist
 from detectron2.engine import launch
 
 from ..errors import InputError, one_line_cause
-from .distributed import join_torchrun, started_by_torchrun
+from .distributed import init_torchrun, is_torchrun
 from .hooks import Preempted
 
 
@@ -28,7 +28,7 @@ def run_script(main: Callable, args) -> int:
     75: stopped by SIGTERM, after saving all that --resume needs. 130: interrupted.
     """
     try:
-        if started_by_torchrun():
+        if is_torchrun():
             _run_under_torchrun(main, args)
         else:
             _launch(main, args)
@@ -53,7 +53,7 @@ def run_script(main: Callable, args) -> int:
 
 
 def _run_under_torchrun(main: Callable, args) -> None:
-    join_torchrun()
+    init_torchrun()
     main(args)
     dist.destroy_process_group()  # after an error, torchrun ends those who wait for this process
 

@@ -1,38 +1,34 @@
 """Training batches whose order and augmentation depend on a seed and a position, and nothing else.
 
-detectron2's loader hands its sampler to the workers, so that what comes next lies in the memory of
-several processes. Here batches are put together from indices before any image is read, and every
-sample is augmented with random numbers of its own. So a training goes on exactly where it was
-killed, and neither the number of workers nor the number of processes changes what is learned.
+The samplers of detectron2 run ahead in its workers, and torchdata's StatefulDataLoader resumes with
+the same number of workers and processes only. Here, batches are composed of indices before any
+image is read, and every sample is augmented with random numbers of its own: training resumes where
+it was killed, and neither workers nor processes change what is learned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from ctypes import c_byte
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import partial
 from itertools import islice
 from multiprocessing.util import Finalize
 
 import torch
 from detectron2.data import DatasetFromList
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import (
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from .random_state import kept_random_state, seed_generators
-
-# How long a worker that was told to terminate goes on, for its training to be saved meanwhile.
-WORKER_GRACE = 120  # seconds
+from .rng import fork_rng, seed_rng
 
 MakeSampler = Callable[[int], Sampler]
 
@@ -40,23 +36,23 @@ MakeSampler = Callable[[int], Sampler]
 class TrainLoader:
     """Endless batches of mapped records, for one of the processes that train together.
 
-    Iterating starts, in this order, behind the position that ``load_state_dict`` set. Batch n is
-    the same whatever ``num_workers`` is; with P processes, batch n of all of them together holds
-    the samples of batch n of a single one (without aspect ratio grouping).
+    Iteration starts after the position that ``load_state_dict`` set. Batch n is the same whatever
+    ``num_workers`` is; with P processes, their batches n together hold the samples of batch n of a
+    single process (without aspect ratio grouping).
 
     Args:
-        dataset: records, or a map-style data set of them.
-        mapper: record -> sample; None for a sample that is to be replaced by another one.
+        dataset: records, or a map-style dataset of them.
+        mapper: record -> sample, or None for a sample to be replaced by another one.
         make_sampler: seed -> one of detectron2's training samplers. Default: TrainingSampler.
         total_batch_size: images per batch, of all processes together.
-        aspect_ratio_grouping: only images wider than high, or only others, in a batch; records
+        aspect_ratio_grouping: whether to batch landscape images apart from the others; records
             need ``width`` and ``height``.
-        num_workers: processes that read images; 0 reads in this one.
+        num_workers: processes that read images; 0 reads them in this one.
         seed: of order and augmentation, the same for all processes. Default: drawn.
 
     Raises:
         InputError: a batch that cannot be divided among the processes, a record without size, or a
-            data set without a length.
+            dataset without a length.
     """
 
     def __init__(
@@ -75,33 +71,36 @@ class TrainLoader:
                 f"the training data is of type {type(dataset).__name__}, which has no length; "
                 "register a list of records or a torch Dataset with __len__ and __getitem__"
             )
-        self._batch_size = _share(total_batch_size)
+        self._batch_size = split_batch(total_batch_size)
         self._is_portrait = _is_portrait(dataset) if aspect_ratio_grouping else None
         self._make_sampler = make_sampler or partial(_shuffle, len(dataset))
-        self._records = DatasetFromList(dataset, copy=False) if _is_list(dataset) else dataset
+        is_list = isinstance(dataset, list)  # which is serialized once, for all workers
+        self.dataset = DatasetFromList(dataset, copy=False) if is_list else dataset
         self._mapper, self._num_workers = mapper, num_workers
         self._seed = comm.shared_random_seed() if seed is None else seed
-        self._images = 0  # that were taken before the batches below were counted
+        self._images = 0  # taken before the batches below were counted
         self._batches = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
         loader = DataLoader(
-            _Samples(self._records, self._mapper, self._seed),
-            batch_sampler=_Iterable(self._draws),
+            _Samples(self.dataset, self._mapper, self._seed),
+            batch_sampler=self._batches_of_draws(),
             num_workers=self._num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(_outlive_sigterm, _leaving()),
-            # Of its own, so that starting to read draws nothing from the training's generator.
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=_ignore_sigterm,
+            # Its own, so that starting to read draws nothing from the training's generator.
             generator=torch.Generator(),
         )
-        with _held_back(signal.SIGTERM):  # until the workers know what to do about it
+        if self._num_workers:
+            Finalize(None, _kill_workers, exitpriority=0)
+        with _sigterm_blocked():  # until the workers ignore it
             batches = iter(loader)
         for batch in batches:
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict:
-        """The seed, and what was handed out so far."""
+        """The seed, and what was returned so far."""
         return {
             "seed": self._seed,
             "images": self._images,
@@ -116,19 +115,19 @@ class TrainLoader:
         self._images, self._batches = state["images"], state["batches"]
         split = state["batch_size"], state["num_processes"]
         if split != (self._batch_size, comm.get_world_size()):
-            # Other batches than those that were counted: go on from the next image.
+            # Other batches than those that were counted: continue with the next image.
             self._images += self._batches * state["batch_size"] * state["num_processes"]
             self._batches = 0
 
-    def _draws(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (draw, index of the record); the draws of all processes count 0, 1, 2..."""
+    def _batches_of_draws(self) -> Iterator[list[tuple[int, int]]]:
+        """(draw, index of the record) of each sample; draws count over all processes."""
         rank, step = comm.get_rank(), comm.get_world_size()
         taken = max(0, -(-(self._images - rank) // step))
         stream = islice(self._make_sampler(self._seed), taken, None)
         draws = ((rank + (taken + n) * step, index) for n, index in enumerate(stream))
         return islice(self._grouped(draws), self._batches, None)
 
-    def _grouped(self, draws: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    def _grouped(self, draws: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         groups: tuple[list, list] = [], []
         for draw, index in draws:
             group = groups[self._is_portrait[index] if self._is_portrait else 0]
@@ -138,11 +137,28 @@ class TrainLoader:
                 group.clear()
 
 
+class _Samples(Dataset):
+    """Maps the record of a (draw, index) pair, with random numbers that the draw determines."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable, seed: int):
+        self._records, self._mapper, self._seed = records, mapper, seed
+
+    def __getitem__(self, draw_and_index: tuple[int, int]) -> dict:
+        draw, index = draw_and_index
+        with fork_rng():
+            seed_rng(self._seed, draw)
+            sample = self._mapper(self._records[index])
+            while sample is None:
+                other = torch.randint(len(self._records), ()).item()
+                sample = self._mapper(self._records[other])
+        return sample
+
+
 def sampler_from_config(cfg, records: Sequence[dict]) -> MakeSampler:
     """DATALOADER.SAMPLER_TRAIN as a function of the seed.
 
     Raises:
-        InputError: a sampler that is not known.
+        InputError: an unknown sampler.
     """
     name, loader = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER
     if name == "TrainingSampler":
@@ -162,55 +178,24 @@ def sampler_from_config(cfg, records: Sequence[dict]) -> MakeSampler:
     )
 
 
-class _Samples(Dataset):
-    """Maps the record of a (draw, index) pair, with random numbers that the draw decides."""
+def split_batch(images: int, accumulation: int = 1) -> int:
+    """Images per process and batch, if all processes read ``images`` in ``accumulation`` batches.
 
-    def __init__(self, records: Sequence[dict], mapper: Callable, seed: int):
-        self._records, self._mapper, self._seed = records, mapper, seed
-
-    def __getitem__(self, draw_and_index: tuple[int, int]) -> dict:
-        draw, index = draw_and_index
-        # A worker has no other use for its generators; this process may be the one that trains.
-        in_worker = get_worker_info() is not None
-        with contextlib.nullcontext() if in_worker else kept_random_state():
-            seed_generators(self._seed, draw)
-            sample = self._mapper(self._records[index])
-            while sample is None:
-                other = torch.randint(len(self._records), ()).item()
-                sample = self._mapper(self._records[other])
-        return sample
-
-
-class _Iterable:
-    """What ``make_iterator`` returns, as often as asked for."""
-
-    def __init__(self, make_iterator: Callable[[], Iterator]):
-        self._make_iterator = make_iterator
-
-    def __iter__(self) -> Iterator:
-        return self._make_iterator()
+    Raises:
+        InputError: they cannot be divided so.
+    """
+    parts = comm.get_world_size() * max(accumulation, 1)
+    if accumulation < 1 or images < 1 or images % parts:
+        raise InputError(
+            f"{images} images (SOLVER.IMS_PER_BATCH) cannot be divided among "
+            f"{comm.get_world_size()} processes x {accumulation} batches "
+            f"(SOLVER.GRADIENT_ACCUMULATION); set SOLVER.IMS_PER_BATCH to a multiple of {parts}"
+        )
+    return images // parts
 
 
 def _shuffle(size: int, seed: int) -> Sampler:
     return TrainingSampler(size, seed=seed)
-
-
-def _as_it_is(batch: list) -> list:
-    return batch
-
-
-def _is_list(dataset: Sequence[dict] | Dataset) -> bool:
-    return isinstance(dataset, list)
-
-
-def _share(total_batch_size: int) -> int:
-    processes = comm.get_world_size()
-    if total_batch_size < 1 or total_batch_size % processes:
-        raise InputError(
-            f"{total_batch_size} images cannot be divided among {processes} processes; set "
-            f"SOLVER.IMS_PER_BATCH to a multiple of {processes} x SOLVER.GRADIENT_ACCUMULATION"
-        )
-    return total_batch_size // processes
 
 
 def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
@@ -224,37 +209,31 @@ def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
         ) from error
 
 
-def _outlive_sigterm(leaving: c_byte, worker_id: int) -> None:
-    """A job that is told to terminate is told in all its processes, but must finish its step.
+# A job that is told to terminate is told in all its processes, but must finish its iteration. So
+# workers ignore SIGTERM: they end with the iterator, with their parent, or by being killed at exit.
 
-    The alarm ends a worker whose training forgot it. A training that leaves, with an error perhaps
-    whose traceback holds on to the loader, terminates its workers too, and waits for them.
-    """
 
-    def on_signal(number: int, frame: object) -> None:
-        if leaving.value:
-            os._exit(0)
-        signal.alarm(WORKER_GRACE)
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def _ignore_sigterm(worker_id: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextlib.contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Lets a signal wait, here and in the processes that are started meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+def _sigterm_blocked() -> Iterator[None]:
+    """Delays SIGTERM, here and in processes that are forked meanwhile. Windows cannot."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@lru_cache(maxsize=1)
-def _leaving() -> c_byte:
-    """Says to the workers whether this process is on its way out."""
-    flag = multiprocessing.Value("b", False, lock=False)
-    # Runs right before multiprocessing terminates the workers, which atexit does in the first
-    # process alone.
-    Finalize(None, setattr, (flag, "value", True), exitpriority=0)
-    return flag
+def _kill_workers() -> None:
+    """At exit, before multiprocessing terminates and joins the daemons that still run."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

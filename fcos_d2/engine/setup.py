@@ -1,17 +1,30 @@
-"""The config of a training run, with its log files and random seeds."""
+"""The config of a training run, and what surrounds the run: loggers, seeds, signals, errors."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..config_file import choose_device, read_cfg
 from ..data import prepare
+from ..errors import InputError
+from .hooks import CheckpointHook
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOGGERS = ("detectron2", "fvcore", "fcos_d2")
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +37,7 @@ def setup_cfg(args) -> CfgNode:
             by ``args.config_file``, and this by the KEY VALUE pairs in ``args.opts``.
 
     Raises:
-        InputError: file, key, value or data set name that cannot be used.
+        InputError: file, key, value or dataset name that cannot be used.
     """
     cfg = read_cfg(args.config_file, args.opts)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -37,3 +50,58 @@ def setup_cfg(args) -> CfgNode:
     if notice:
         logger.warning(notice)
     return cfg
+
+
+@contextlib.contextmanager
+def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
+    """A block around a training run: SIGTERM saves and stops, log and progress bar do not mix.
+
+    InputErrors, which ``run_script`` prints, stay out of the log; a full disk becomes one.
+    """
+
+    def is_bug(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, InputError) and not _is_full_disk(error)
+
+    loop = logging.getLogger("detectron2.engine.train_loop")  # logs the traceback of any error
+    loop.addFilter(is_bug)
+    on_terminal = map(logging.getLogger, LOGGERS if sys.stderr.isatty() else ())
+    try:
+        with checkpoints.handle_sigterm(), logging_redirect_tqdm(list(on_terminal)):
+            yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise InputError(
+            f"cannot write {error.filename or 'to the output folder'}: {error.strerror}; free some "
+            "space or set OUTPUT_DIR, and continue with --resume"
+        ) from error
+    finally:
+        loop.removeFilter(is_bug)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def truncate_metrics(path: str, first: int) -> None:
+    """Removes the lines that a run which resumes at iteration ``first`` will write again."""
+    if os.path.isfile(path):
+        with open(path, "r+b") as file:
+            file.truncate(sum(map(len, takewhile(lambda line: _is_before(line, first), file))))
+
+
+def _is_before(line: bytes, first: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["iteration"] < first
+    except ValueError:  # it was cut off
+        return False
+
+
+def flatten(tree: Mapping, prefix: str) -> dict[str, str]:
+    """Values of nested mappings, as strings, by their dotted keys."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        flat |= flatten(value, name) if isinstance(value, Mapping) else {name: str(value)}
+    return flat

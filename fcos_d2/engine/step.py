@@ -1,53 +1,70 @@
-"""One iteration of training: batches in, one step of the optimizer out."""
+"""One iteration of training: batches in, one optimizer step out, without waiting for the GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from math import inf, isfinite
+from typing import NamedTuple
 
 import torch
-from detectron2.engine import TrainerBase
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .distributed import bare, gather_rows
-from .random_state import random_state, set_random_state
-
-SMOOTHING = 20  # iterations over which detectron2's writers take the median of a loss
-MOST_SHOWN = 4  # parameters or images named in a message; the others are counted
+from .distributed import gather_rows, unwrap_ddp
+from .rng import get_rng_state, set_rng_state
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SMOOTHING = 20  # iterations over which detectron2's writers take the median of a loss
+MOST_NAMED = 4  # in a message; the others are counted
 
 logger = logging.getLogger(__name__)
 
 
-class StepTrainer(TrainerBase):
-    """Takes the place of detectron2's SimpleTrainer and AMPTrainer.
+class Report(NamedTuple):
+    """The numbers of an iteration, which may still be on their way from the GPU."""
 
-    Beyond these it accumulates gradients, runs under autocast of either type on every device,
-    answers for numbers that are not finite, and has a state from which all of it continues. All
-    processes decide alike, because they exchange losses before each step.
+    iteration: int
+    batches: list[list[dict]]
+    losses: dict[str, Tensor]  # of this process
+    rows: Tensor  # of each process: data time, whether to stop, loss scale, losses
+    parameters: list[str]
+    gradients: Tensor  # the largest absolute value of each parameter's
+    arrived: torch.cuda.Event | None  # None: they are on the host
+
+
+class StepTrainer(SimpleTrainer):
+    """SimpleTrainer with mixed precision, gradient accumulation, NaN checks and a complete state.
+
+    A loss or gradient that is not finite never reaches the weights: GradScaler leaves out the step,
+    with a constant scale of 1 unless the precision is float16. If the optimizer is fused, the GPU
+    decides that by itself; otherwise the host waits for it in every iteration. From a GPU, the host
+    gets the numbers of an iteration when the next one is queued: it writes losses, skips
+    iterations and ends training then.
 
     Args:
-        model: returns a dict of losses; DistributedDataParallel where several processes train.
+        model: returns a dict of losses; DistributedDataParallel if several processes train.
         data_loader: iterable of batches; if it has a ``state_dict``, that is saved too.
         optimizer: over the parameters of ``model``.
         accumulation: batches per step. The step is that of their losses' mean.
         amp_dtype: of autocast: "float16" (with loss scaling), "bfloat16", or None for float32.
-        max_skipped: so many iterations with losses or gradients that are not finite are skipped;
-            the next one ends the training.
+        max_skipped: how many iterations with losses or gradients that are not finite are skipped;
+            the next one ends training.
+        settings: of the run, by config key; ``load_state_dict`` says which ones have changed.
 
     Attributes:
+        batches: what the last iteration has read.
         stop_requested: set it (a signal handler does) to ask this process to stop.
-        stopping: whether any process was asked, and all know: true on all of them at once.
+        stopping: whether any process was asked to; becomes true on all of them at once.
 
     Raises:
-        InputError: a loss or gradient that is not finite, too often.
+        InputError: losses or gradients that are not finite, too often; batch norm of one value.
     """
 
     def __init__(
@@ -59,151 +76,221 @@ class StepTrainer(TrainerBase):
         accumulation: int = 1,
         amp_dtype: str | None = None,
         max_skipped: int = 0,
+        settings: Mapping[str, str] | None = None,
     ):
-        super().__init__()
-        self.model, self.data_loader, self.optimizer = model.train(), data_loader, optimizer
+        super().__init__(model, data_loader, optimizer)
         self._accumulation, self._max_skipped = accumulation, max_skipped
+        self._settings = dict(settings or {})
         self._device = next(model.parameters()).device
+        self._is_cuda = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream() if self._is_cuda else None
         self._dtype = AMP_DTYPES[amp_dtype] if amp_dtype else None
-        self.grad_scaler = torch.amp.GradScaler(
-            self._device.type, enabled=self._dtype is torch.float16
-        )
+        self._is_scaled = self._dtype is torch.float16
+        scale = {} if self._is_scaled else {"init_scale": 1.0}
+        self.grad_scaler = torch.amp.GradScaler(self._device.type, **scale)
+        self.batches: list[list[dict]] = []
         self.stop_requested = self.stopping = False
         self._skipped = 0
-        self._batches = None
+        self._unread: Report | None = None
         self._resumed: dict = {}
-        self._random_states: list[dict] = []
+        self._rng_states: list[dict] = []
 
     def run_step(self) -> None:
         """Reads batches, computes gradients, and steps if everything is finite."""
         if not self.model.training:
             raise RuntimeError("StepTrainer: a hook left the model in evaluation mode")
-        self._start()
+        self._restore()
         start = time.perf_counter()
-        batches = [next(self._batches) for _ in range(self._accumulation)]
+        self.batches = [next(self._data_loader_iter) for _ in range(self._accumulation)]
         data_time = time.perf_counter() - start
-        buffers = self._copy_buffers() if self._max_skipped else []
+        # Batch norm statistics, which must not keep a NaN.
+        buffers = unwrap_ddp(self.model).buffers() if self._max_skipped else ()
+        copies = [(buffer, buffer.clone()) for buffer in buffers if buffer.is_floating_point()]
         self.optimizer.zero_grad()
+        batches = self._to_device(self.batches)
         losses = self._backward(batches)
-        # Nothing below waits for the device a second time, save loss scaling.
-        rows = self._exchange(losses, data_time)
-        if not all(map(math.isfinite, sum(rows, []))):
-            self._skip_or_end(list(losses), rows, batches)
-            for buffer, copy in buffers:
-                buffer.copy_(copy)
-            return
-        self._write(list(losses), rows)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        self.grad_scaler.unscale_(self.optimizer)
+        report = self._report(batches, losses, data_time)
+        is_finite = report.rows.isfinite().all() & report.gradients.isfinite().all()
+        for buffer, before in copies:
+            buffer.copy_(torch.where(is_finite, buffer, before))
+        self.flush()  # the previous iteration
+        self._unread = self._to_host(report)
+        # A fused SGD whose first step is left out would keep momenta that nothing has written.
+        if (self._is_cuda and self.optimizer.state) or self.flush():
+            self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update(None if self._is_scaled else 1.0)
 
-    def after_train(self) -> None:
-        """Ends the workers of the data loader, after the hooks."""
-        super().after_train()
-        self.close()
+    def flush(self) -> bool:
+        """Writes the losses of the last iteration; returns whether all its numbers are finite.
+
+        Waits until the GPU has computed them. All processes must call it together.
+
+        Raises:
+            InputError: they are not finite, and no more iterations may be skipped.
+        """
+        report, self._unread = self._unread, None
+        if report is None:
+            return True
+        if report.arrived:
+            report.arrived.synchronize()
+        times, stops, scales, *losses = zip(*report.rows.tolist(), strict=True)
+        self.stopping = any(stops)
+        has_losses = all(map(isfinite, chain(*losses)))
+        has_gradients = all(map(isfinite, report.gradients.tolist()))
+        storage = get_event_storage()
+        now, storage.iter = storage.iter, report.iteration
+        # float16's overflow now and then, until the loss scale is at its end.
+        if has_losses and (has_gradients or self._is_scaled and scales[0] >= 1):
+            _write(dict(zip(report.losses, losses, strict=True)), times)
+        else:
+            self._skip_or_end(report)
+        storage.iter = now
+        return has_losses and has_gradients
 
     def close(self) -> None:
         """Ends the workers of the data loader."""
-        self._batches = None
+        getattr(self._data_loader_iter, "close", lambda: None)()
 
-    def collect_random_states(self) -> None:
-        """Makes the states of all processes part of ``state_dict``; all must call it."""
-        self._random_states = comm.gather(random_state())
+    def gather_rng_states(self) -> None:
+        """Makes the states of all processes part of ``state_dict``; all must call it.
+
+        Raises:
+            InputError: see ``flush``.
+        """
+        self.flush()
+        self._rng_states = comm.gather(get_rng_state())
 
     def state_dict(self) -> dict:
-        """Everything that decides how training goes on, besides the model."""
-        state = {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.grad_scaler.is_enabled():
+        """Everything that decides how training continues, besides the model."""
+        state = super().state_dict()
+        if self._is_scaled:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         if hasattr(self.data_loader, "state_dict"):
             state["data_loader"] = self.data_loader.state_dict()
-        return {
-            **state,
-            "skipped": self._skipped,
-            "random_states": self._random_states,
-            "losses": _recent_losses(get_event_storage()),
-        }
+        histories = get_event_storage().histories().items()
+        losses = {name: h.values()[-SMOOTHING:] for name, h in histories if "loss" in name}
+        kept = {"skipped": self._skipped, "settings": self._settings, "losses": losses}
+        return {**state, **kept, "rng_states": self._rng_states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes what ``state`` has; main's SimpleTrainer and AMPTrainer save a part of it."""
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.grad_scaler.is_enabled() and state.get("grad_scaler"):
+        """Loads what ``state`` has; that of SimpleTrainer and AMPTrainer has a part of it.
+
+        Learning rate, weight decay and the like are those of this run, not those of the state.
+
+        Raises:
+            InputError: the state of another optimizer.
+        """
+        groups = self.optimizer.param_groups
+        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        # Adam-like and SGD-like states load into each other silently and fail a step later.
+        saved = state["optimizer"]["param_groups"]
+        same_kind = any("betas" in g for g in saved) == any("betas" in g for g in groups)
+        try:
+            if not same_kind:
+                raise ValueError("it is the state of another kind of optimizer")
+            super().load_state_dict(state)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                f"--resume: the checkpoint's optimizer does not fit ({error}); use the config that "
+                "wrote it, or train without --resume and set MODEL.WEIGHTS to the checkpoint"
+            ) from error
+        for group, option in zip(self.optimizer.param_groups, options, strict=True):
+            group.update({"initial_lr": option["lr"], **option})
+        if self._is_scaled and "grad_scaler" in state:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         if "data_loader" in state and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state["data_loader"])
         else:
             logger.warning("the position in the training data is unknown: it is shuffled anew")
         self._skipped = state.get("skipped", 0)
+        self._warn_of_changes(state.get("settings", self._settings))
         self._resumed = state
 
-    def _start(self) -> None:
-        if self._batches is None:
-            self._batches = iter(self.data_loader)
-        resumed, self._resumed = self._resumed, {}
-        if resumed:
-            _restore_losses(get_event_storage(), resumed.get("losses", {}))
-            states = resumed.get("random_states", [])
-            if len(states) == comm.get_world_size():
-                set_random_state(states[comm.get_rank()])
+    def _warn_of_changes(self, saved: Mapping[str, str]) -> None:
+        ours = self._settings
+        changed = [
+            f"{key} {ours.get(key)} (was {saved.get(key)})"
+            for key in {**ours, **saved}
+            if ours.get(key) != saved.get(key)
+        ]
+        if changed:
+            logger.warning(f"--resume: training continues with {', '.join(changed)}")
+
+    def _restore(self) -> None:
+        """What needs an EventStorage, and what building the trainer would have changed."""
+        state, self._resumed = self._resumed, {}
+        storage = get_event_storage()
+        now = storage.iter
+        for name, values in state.get("losses", {}).items():
+            for value, storage.iter in values:
+                storage.put_scalar(name, value)
+        storage.iter = now
+        rng_states = state.get("rng_states", [])
+        if len(rng_states) == comm.get_world_size():
+            set_rng_state(rng_states[comm.get_rank()])
+
+    def _to_device(self, batches: list[list[dict]]) -> list[list[dict]]:
+        """The batches on the GPU, by way of a stream whose copies wait for nothing else."""
+        if self._copies is None:
+            return batches
+        with torch.cuda.stream(self._copies):
+            moved = [
+                [
+                    {k: v.to(self._device) if hasattr(v, "to") else v for k, v in sample.items()}
+                    for sample in batch
+                ]
+                for batch in batches
+            ]
+        torch.cuda.current_stream().wait_stream(self._copies)
+        return moved
 
     def _backward(self, batches: list[list[dict]]) -> dict[str, Tensor]:
         """Gradients of the mean of all batches' losses; returns the losses of the mean."""
         mean: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            last = number == len(batches)
             # Processes exchange gradients once, with the last batch.
-            alone = contextlib.nullcontext() if last or self._is_bare() else self.model.no_sync()
-            with alone:
-                with torch.autocast(
-                    self._device.type, self._dtype, enabled=self._dtype is not None
-                ):
+            is_alone = number < len(batches) and unwrap_ddp(self.model) is not self.model
+            with self.model.no_sync() if is_alone else contextlib.nullcontext():
+                autocast = torch.autocast(self._device.type, self._dtype, self._dtype is not None)
+                with autocast, batch_norm_errors():
                     losses = self.model(batch)
                 losses = {name: loss / len(batches) for name, loss in losses.items()}
-                self.grad_scaler.scale(sum(losses.values())).backward()
+                total = sum(losses.values())
+                # Times 1, or times NaN, so that every gradient is NaN, on all processes.
+                total = total * (1 + 0 * total.detach())
+                self.grad_scaler.scale(total).backward()
             for name, loss in losses.items():
                 mean[name] = mean.get(name, 0) + loss.detach().float()
         return mean
 
-    def _exchange(self, losses: Mapping[str, Tensor], data_time: float) -> list[list[float]]:
-        """One row per process: losses, largest gradient, data time; agrees on stopping, too."""
-        facts = torch.tensor([data_time, float(self.stop_requested)], device=self._device)
-        row = torch.stack((*losses.values(), self._largest_gradient()))
-        rows = gather_rows(torch.cat((row, facts)))
-        self.stopping = any(row.pop() for row in rows)
-        return rows
+    def _report(self, batches: list, losses: dict[str, Tensor], data_time: float) -> Report:
+        named = [(n, p.grad) for n, p in unwrap_ddp(self.model).named_parameters()]
+        names, gradients = zip(*((n, g) for n, g in named if g is not None), strict=True)
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, inf)])
+        scale = self.grad_scaler.scale(torch.ones((), device=self._device))
+        host = torch.tensor([data_time, float(self.stop_requested)])
+        host = host.to(self._device, non_blocking=True)
+        rows = gather_rows(torch.cat((host, torch.stack((scale, *losses.values())))))
+        return Report(self.iter, batches, losses, rows, list(names), largest, None)
 
-    def _largest_gradient(self) -> Tensor:
-        """Largest absolute value in all gradients, or what is not finite in them.
+    def _to_host(self, report: Report) -> Report:
+        """``report`` on its way to pinned memory."""
+        if not self._is_cuda:
+            return report
+        rows, gradients = (x.to("cpu", non_blocking=True) for x in (report.rows, report.gradients))
+        arrived = torch.cuda.current_stream().record_event()
+        return report._replace(rows=rows, gradients=gradients, arrived=arrived)
 
-        float16's overflow now and then; loss scaling looks after that, until it is at its end.
-        """
-        scaling = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if scaling or not gradients:
-            return torch.zeros((), device=self._device)
-        return torch.nn.utils.get_total_norm(gradients, math.inf).float()
-
-    def _write(self, names: list[str], rows: list[list[float]]) -> None:
-        """Losses, averaged over processes, under the names that SimpleTrainer uses."""
-        if not comm.is_main_process():
-            return
-        storage = get_event_storage()
-        storage.put_scalar("data_time", max(row[-1] for row in rows))
-        columns = zip(*rows, strict=True)
-        means = {name: sum(c) / len(c) for name, c in zip(names, columns, strict=False)}
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)
-
-    def _skip_or_end(self, names: list[str], rows: list[list[float]], batches: list) -> None:
-        """All processes come here at once.
+    def _skip_or_end(self, report: Report) -> None:
+        """All processes come here together.
 
         Raises:
             InputError: one iteration more than may be skipped.
         """
-        files = [str(image.get("file_name", "?")) for batch in batches for image in batch]
-        all_files = comm.all_gather(files)
-        message = f"iteration {self.iter}: {self._describe(names, rows, all_files)}"
+        found = zip(*comm.all_gather(_describe(report)), strict=True)
+        losses, gradients = ("; ".join(filter(None, parts)) for parts in found)
+        message = f"iteration {report.iteration}: {losses or gradients}"
         self._skipped += 1
         if self._skipped > self._max_skipped:
             before = f", after {self._max_skipped} skipped ones" if self._max_skipped else ""
@@ -217,32 +304,6 @@ class StepTrainer(TrainerBase):
             get_event_storage().put_scalar(
                 "skipped_iterations", self._skipped, smoothing_hint=False
             )
-
-    def _describe(self, names: list[str], rows: list[list[float]], files: list[list[str]]) -> str:
-        """Which losses of which process and images, or else which gradients."""
-        parts = []
-        for rank, row in enumerate(rows):
-            losses = dict(zip(names, row, strict=False))
-            bad = [f"{name} is {v}" for name, v in losses.items() if not math.isfinite(v)]
-            if bad:
-                good = [f"{name} is {v:.4g}" for name, v in losses.items() if math.isfinite(v)]
-                where = f" of process {rank}" if len(rows) > 1 else ""
-                parts.append(f"{_list([*bad, *good])} for images{where} {', '.join(files[rank])}")
-        if parts:
-            return "; ".join(parts)
-        bad = [
-            name
-            for name, parameter in bare(self.model).named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
-        return f"gradient of {_list(bad)} is not finite for images {', '.join(sum(files, []))}"
-
-    def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """What a forward pass changes, and what must not keep a NaN: statistics of BN."""
-        return [(b, b.clone()) for b in bare(self.model).buffers() if b.is_floating_point()]
-
-    def _is_bare(self) -> bool:
-        return bare(self.model) is self.model
 
 
 def usable_precision(precision: str | None, device: str) -> str | None:
@@ -262,32 +323,51 @@ def usable_precision(precision: str | None, device: str) -> str | None:
     return precision
 
 
-def stepper(trainer: TrainerBase) -> StepTrainer:
-    """The StepTrainer of a trainer: the one that a DefaultTrainer has, or itself."""
+def unwrap_trainer(trainer: TrainerBase) -> StepTrainer:
+    """The StepTrainer inside a DefaultTrainer, or ``trainer`` itself."""
     return getattr(trainer, "_trainer", trainer)
 
 
-def _is_loss(name: str) -> bool:
-    return name == "total_loss" or name.startswith("loss_")
+@contextlib.contextmanager
+def batch_norm_errors() -> Iterator[None]:
+    """Rewords torch's error about batch norm of a single value per channel."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise InputError(
+            "batch norm needs more than one value per channel, got a batch of one image with a "
+            "feature map of 1x1; set SOLVER.IMS_PER_BATCH to at least 2 images per process and "
+            "batch, raise INPUT.MIN_SIZE_TRAIN, or set MODEL.FCOS.NORM, MODEL.FPN.NORM and "
+            "MODEL.RESNETS.NORM to GN"
+        ) from error
 
 
-def _recent_losses(storage: EventStorage) -> dict[str, list[tuple[float, float]]]:
-    """(value, iteration) of the iterations that the next report takes its medians of."""
-    return {
-        name: [(float(value), int(iteration)) for value, iteration in history.values()[-SMOOTHING:]]
-        for name, history in storage.histories().items()
-        if _is_loss(name)
-    }
+def _describe(report: Report) -> tuple[str, str]:
+    """What is not finite in this process: losses, if any, with their images; gradients."""
+    files = ", ".join(str(image.get("file_name", "?")) for b in report.batches for image in b)
+    where = f" of process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+    values = {name: loss.item() for name, loss in report.losses.items()}
+    bad = [f"{name} is {value}" for name, value in values.items() if not isfinite(value)]
+    good = [f"{name} is {value:.4g}" for name, value in values.items() if isfinite(value)]
+    losses = f"{_join([*bad, *good])} for images{where} {files}" if bad else ""
+    pairs = zip(report.parameters, report.gradients.tolist(), strict=True)
+    names = _join([name for name, value in pairs if not isfinite(value)])
+    return losses, f"gradient of {names} is not finite for images{where} {files}"
 
 
-def _restore_losses(storage: EventStorage, losses: dict[str, list[tuple[float, float]]]) -> None:
-    now = storage.iter
-    for name, values in losses.items():
-        for value, storage.iter in values:
-            storage.put_scalar(name, value)
-    storage.iter = now
+def _join(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _list(names: list[str]) -> str:
-    more = len(names) - MOST_SHOWN
-    return ", ".join(names[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _write(losses: dict[str, tuple[float, ...]], data_times: tuple[float, ...]) -> None:
+    """Losses, averaged over processes, under the names that SimpleTrainer uses."""
+    if comm.is_main_process():
+        storage = get_event_storage()
+        means = {name: sum(values) / len(values) for name, values in losses.items()}
+        storage.put_scalar("data_time", max(data_times))
+        storage.put_scalar("total_loss", sum(means.values()))
+        if len(means) > 1:
+            storage.put_scalars(**means)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import logging
-import os
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .._compat import ResumableTrainer
 from ..checkpoint import Checkpointer
@@ -34,61 +31,69 @@ from ..inference import (
     with_tta,
 )
 from ..modeling import FCOS
-from .distributed import distribute
+from .distributed import wrap_ddp
 from .hooks import (
     AssignmentStatistics,
     CheckpointHook,
+    EMAHook,
     EvaluationHook,
+    LossWriter,
+    ProgressBar,
     TrainingPanels,
-    WeightAveraging,
+    build_ema,
 )
-from .loader import TrainLoader, sampler_from_config
-from .step import StepTrainer, usable_precision
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from .loader import TrainLoader, sampler_from_config, split_batch
+from .setup import flatten, training_context, truncate_metrics
+from .step import StepTrainer, batch_norm_errors, usable_precision
 
 
 class Trainer(ResumableTrainer):
     """DefaultTrainer for FCOS, driven by a config of ``setup_cfg``.
 
-    Its checkpoints hold all that decides how training goes on: model, average of the model,
-    optimizer, schedule, loss scale, position in the data and random numbers of all processes.
+    Its checkpoints hold everything that decides how training continues: model, EMA, optimizer,
+    schedule, loss scale, position in the data and random number states of all processes.
     """
 
     def __init__(self, cfg):
-        # Not DefaultTrainer's, which takes a step, a way to distribute and a checkpointer for given
-        # that know neither the CPU nor how to continue.
+        # DefaultTrainer.__init__ cannot be called: it hands device_ids, which DDP refuses for a
+        # CPU model, to create_ddp_model.
         TrainerBase.__init__(self)
         cfg = scale_to_processes(cfg)
         precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        optimizer, loader = self.build_optimizer(cfg, model), self.build_train_loader(cfg)
+        check_batch_norm(cfg, model, loader)
         self._trainer = StepTrainer(
-            distribute(model, broadcast_buffers=False),
-            self.build_train_loader(cfg),
+            wrap_ddp(model, broadcast_buffers=False),
+            loader,
             optimizer,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
             amp_dtype=usable_precision(precision, cfg.MODEL.DEVICE),
             max_skipped=cfg.SOLVER.MAX_SKIPPED_ITERS,
+            settings=flatten(cfg.SOLVER, "SOLVER"),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.averaged = averaged_model(model, cfg.MODEL_EMA.DECAY if cfg.MODEL_EMA.ENABLED else 0)
+        self.ema = build_ema(model, cfg.MODEL_EMA.DECAY if cfg.MODEL_EMA.ENABLED else 0)
+        states = {"ema": self.ema} if self.ema else {}
         self.checkpointer = Checkpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            trainer=weakref.proxy(self),
-            **({"ema": self.averaged} if self.averaged else {}),
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **states
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self._last_eval_results: dict = {}
         self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
-        """SOLVER.OPTIMIZER "SGD" or "ADAMW", both with detectron2's parameter groups."""
+        """SOLVER.OPTIMIZER "SGD" or "ADAMW", with detectron2's parameter groups; fused on GPUs."""
         solver = cfg.SOLVER
+        options = {
+            "lr": solver.BASE_LR,
+            "weight_decay": solver.WEIGHT_DECAY,
+            "fused": True if cfg.MODEL.DEVICE.startswith("cuda") else None,
+        }
         if solver.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if solver.OPTIMIZER != "ADAMW":
+            options |= {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        elif solver.OPTIMIZER != "ADAMW":
             raise InputError(f"SOLVER.OPTIMIZER must be SGD or ADAMW, got {solver.OPTIMIZER!r}")
         params = get_default_optimizer_params(
             model,
@@ -97,30 +102,29 @@ class Trainer(ResumableTrainer):
             bias_lr_factor=solver.BIAS_LR_FACTOR,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         )
-        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        kind = torch.optim.SGD if solver.OPTIMIZER == "SGD" else torch.optim.AdamW
+        return maybe_add_gradient_clipping(cfg, kind)(params, **options)
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """A TrainLoader of checked data, by FCOSDatasetMapper."""
-        names = cfg.DATASETS.TRAIN
+        """A TrainLoader of validated data, mapped by FCOSDatasetMapper."""
+        names, loader = cfg.DATASETS.TRAIN, cfg.DATALOADER
         if not names:
             raise InputError(
                 "DATASETS.TRAIN is empty; set it, for example to \"('digits_train',)\""
             )
         records = load_dataset(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            masks=cfg.MODEL.MASK_ON,
+            names, filter_empty=loader.FILTER_EMPTY_ANNOTATIONS, masks=cfg.MODEL.MASK_ON
         )
         check_num_classes(names, fcos_settings(cfg).NUM_CLASSES)
+        per_process = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION)
         return TrainLoader(
             records,
             mapper=FCOSDatasetMapper(cfg, is_train=True),
             make_sampler=sampler_from_config(cfg, records),
-            total_batch_size=batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION),
-            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            total_batch_size=per_process * comm.get_world_size(),
+            aspect_ratio_grouping=loader.ASPECT_RATIO_GROUPING,
+            num_workers=loader.NUM_WORKERS,
         )
 
     @classmethod
@@ -141,27 +145,28 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """DefaultTrainer's, with ours before the writers."""
         cfg, is_main = self.cfg, comm.is_main_process()
+        evaluated = self.ema.module if self.ema else self.checkpointer.model
+        panels = is_main and cfg.VIS_PERIOD > 0 and isinstance(self.checkpointer.model, FCOS)
+        classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
         self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        is_fcos = isinstance(self.checkpointer.model, FCOS)
-        evaluated = self.averaged.module if self.averaged else self.checkpointer.model
+        if cfg.TEST.AUG.ENABLED:
+            with_tta(cfg, evaluated)  # refuses what it cannot do before training, not after it
         return [
             hooks.IterationTimer(),  # first, so that it times the step alone
+            ProgressBar() if is_main else None,
             AssignmentStatistics() if is_main else None,
-            self._build_panels() if is_main and cfg.VIS_PERIOD > 0 and is_fcos else None,
+            TrainingPanels(cfg.VIS_PERIOD, classes) if panels else None,
             hooks.LRScheduler(),
             self._build_precise_bn(evaluated) if cfg.TEST.PRECISE_BN.ENABLED else None,
             # Before checkpoints, which are to have its result.
-            WeightAveraging(self.averaged, self.checkpointer) if self.averaged else None,
+            EMAHook(self.ema, self.checkpointer) if self.ema else None,
             # Before the evaluation, so that there is something to look at if that fails.
             self._checkpoints,
-            EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluator(), evaluated, self._checkpoints),
-            self._build_augmented_test(evaluated) if cfg.TEST.AUG.ENABLED else None,
-            hooks.PeriodicWriter(self.build_writers(), period=20) if is_main else None,
+            self._build_evaluation(cfg.TEST.EVAL_PERIOD, self.test, evaluated),
+            # After the last iteration only, as in detectron2's train_net.py: it takes long.
+            self._build_evaluation(0, test_with_tta, evaluated) if cfg.TEST.AUG.ENABLED else None,
+            LossWriter(self.build_writers() if is_main else [], period=20),
         ]
-
-    def _build_panels(self) -> TrainingPanels:
-        metadata = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0])
-        return TrainingPanels(self.cfg.VIS_PERIOD, metadata.get("thing_classes"))
 
     def _build_precise_bn(self, model: nn.Module) -> hooks.PreciseBN | None:
         cfg = self.cfg.clone()
@@ -173,63 +178,63 @@ class Trainer(ResumableTrainer):
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
-    def _evaluator(self):
+    def _build_evaluation(self, period: int, test: Callable, model: nn.Module) -> EvaluationHook:
         this = weakref.proxy(self)  # a hook must not own its trainer
 
         def evaluate(model: nn.Module) -> dict:
-            this._last_eval_results = this.test(this.cfg, model)
-            return this._last_eval_results
-
-        return evaluate
-
-    def _build_augmented_test(self, model: nn.Module) -> EvaluationHook:
-        """After the last iteration alone, as in detectron2's train_net.py: it takes long."""
-        with_tta(self.cfg, model)  # refuses what it cannot do before the training, not after it
-        this = weakref.proxy(self)
-
-        def evaluate(model: nn.Module) -> dict:
-            results = test_with_tta(this.cfg, model)
-            this._last_eval_results.update(results)
+            results = test(this.cfg, model)
+            this._last_eval_results = {**this._last_eval_results, **results}
             return results
 
-        return EvaluationHook(0, evaluate, model, self._checkpoints)
+        return EvaluationHook(period, evaluate, model, self._checkpoints)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """ResumableTrainer's; the learning rate is that of this run's config."""
+        super().load_state_dict(state_dict)
+        groups = self.optimizer.param_groups
+        self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, lr in zip(groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = lr
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """DefaultTrainer's; only weights that start a training may have other classes."""
-        checkpointer = self.checkpointer
-        resume = resume and checkpointer.has_checkpoint()
-        checkpointer.reset_class_layer = not resume
+        """DefaultTrainer's; only weights that start a training run may have other classes."""
+        resume = resume and self.checkpointer.has_checkpoint()
+        self.checkpointer.reset_class_layer = not resume
         super().resume_or_load(resume=resume)
         if resume and comm.is_main_process():
-            forget_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json", self.start_iter)
+            truncate_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json", self.start_iter)
 
     def train(self):
-        """DefaultTrainer's; SIGTERM saves and stops, and a user's error is told in one line."""
-        with training_errors(), self._checkpoints.listening():
-            try:
-                return super().train()
-            finally:
-                self._trainer.close()
+        """DefaultTrainer's; SIGTERM saves and stops, and input errors are reported in one line."""
+        with training_context(self._checkpoints):
+            return super().train()
 
 
-def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential moving average of ``model``, which starts at its first update.
+def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
+    """Refuses a config with which batch norm would get a single value per channel.
 
-    Statistics of BN are averaged as well: those of the last weights would not fit.
-
-    Args:
-        model: the detector.
-        decay: share of the average that an update keeps, in (0, 1); 0 for no average at all.
+    This happens if a batch is one image, and a normalized feature map of the smallest one, resized
+    to the smallest size, is 1x1. The model is run on shapes only.
 
     Raises:
-        InputError: another decay.
+        InputError: see above.
     """
-    if not 0 <= decay < 1:
-        raise InputError(f"MODEL_EMA.DECAY must be in (0, 1), got {decay}; 0.999 is common")
-    if not decay:
-        return None
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return averaged.requires_grad_(False)
+    images = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION)
+    records = loader.dataset if isinstance(loader, TrainLoader) and images == 1 else ()
+    sides = {(r["height"], r["width"]) for r in records if {"height", "width"} <= r.keys()}
+    if not sides or not get_bn_modules(model.train()):
+        return
+    short, long = min(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    if short:
+        sides = {ResizeShortestEdge.get_output_shape(*pair, short, long) for pair in sides}
+    divisor = model.backbone.size_divisibility or 1
+    padded = [-(-side // divisor) * divisor for side in min(sides, key=max)]
+    image = torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *padded, device="meta")
+    model = copy.deepcopy(model).to("meta")
+    with batch_norm_errors(), contextlib.suppress(RuntimeError):  # an operator without shapes
+        features = model.backbone(image)
+        if isinstance(model, FCOS):
+            model.head([features[name] for name in model.head_in_features])
 
 
 def scale_to_processes(cfg):
@@ -245,69 +250,3 @@ def scale_to_processes(cfg):
             f"{images}; set it to the number of processes that the schedule was made for"
         )
     return ResumableTrainer.auto_scale_workers(cfg, comm.get_world_size())
-
-
-def batch_size(images: int, accumulation: int) -> int:
-    """Images of all processes per batch, if a step of ``images`` takes ``accumulation`` batches.
-
-    Raises:
-        InputError: it cannot be divided so.
-    """
-    processes = comm.get_world_size()
-    if accumulation < 1 or images < 1 or images % (accumulation * processes):
-        raise InputError(
-            f"{images} images (SOLVER.IMS_PER_BATCH) cannot be divided by {processes} (processes) "
-            f"x {accumulation} (SOLVER.GRADIENT_ACCUMULATION); make it a multiple of "
-            f"{max(accumulation, 1) * processes}"
-        )
-    return images // accumulation
-
-
-def forget_metrics(path: str, first: int) -> None:
-    """Cuts off what a training that resumes at iteration ``first`` will write again."""
-    if not os.path.isfile(path):
-        return
-    with open(path, "r+b") as file:
-        while line := file.readline():
-            if not _is_before(line, first):
-                file.seek(-len(line), os.SEEK_CUR)
-                file.truncate()
-                return
-
-
-def _is_before(line: bytes, first: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["iteration"] < first
-    except ValueError:  # it was cut off
-        return False
-
-
-@contextlib.contextmanager
-def training_errors() -> Iterator[None]:
-    """Keeps InputErrors out of the log, and makes one of a full disk.
-
-    detectron2's loop logs the traceback of whatever ends it; for these, ``run_script`` prints the
-    line that matters.
-    """
-
-    def is_bug(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, InputError) or _is_full_disk(error))
-
-    loop = logging.getLogger("detectron2.engine.train_loop")
-    loop.addFilter(is_bug)
-    try:
-        yield
-    except OSError as error:
-        if not _is_full_disk(error):
-            raise
-        raise InputError(
-            f"cannot write {error.filename or 'to the output folder'}: {error.strerror}; make room "
-            "or set OUTPUT_DIR, and continue with --resume"
-        ) from error
-    finally:
-        loop.removeFilter(is_bug)
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS

@@ -6,8 +6,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from fcos_d2.engine import Trainer
+from fcos_d2.engine.hooks import build_ema
 from fcos_d2.engine.step import StepTrainer, usable_precision
-from fcos_d2.engine.trainer import averaged_model
 from fcos_d2.errors import InputError
 
 from ..modeling.tiny import sample, tiny_cfg, tiny_fcos
@@ -44,7 +44,7 @@ def test_both_precisions_learn_what_float32_does(precision):
     assert losses != expected, "autocast was off"
     assert losses == pytest.approx(expected, rel=0.03)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    assert trainer.grad_scaler.is_enabled() is (precision == "float16")
+    assert trainer.grad_scaler.get_scale() == (65536 if precision == "float16" else 1)
 
 
 def test_the_loss_scale_is_saved_and_comes_back():
@@ -137,7 +137,7 @@ def test_backbone_and_head_are_compiled_by_config(eager_compiler):
     torch._dynamo.utils.counters.clear()
     assert_compiled_like(plain, compiled)
     assert not torch._dynamo.utils.counters["graph_break"]
-    average = averaged_model(compiled, 0.9).module  # a copy, which must not compile as well
+    average = build_ema(compiled, 0.9).module  # a copy, which must not compile as well
     assert list(average.state_dict()) == list(plain.state_dict())
     assert average.backbone._compiled_call_impl is None
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fcos_d2.engine import run_script
-from fcos_d2.engine.distributed import TORCHRUN, distribute, started_by_torchrun
+from fcos_d2.engine.distributed import TORCHRUN, is_torchrun, wrap_ddp
 from fcos_d2.engine.hooks import Preempted
 from fcos_d2.engine.trainer import scale_to_processes
 from fcos_d2.errors import InputError
@@ -47,7 +47,7 @@ def test_torchrun_trains_and_evaluates_as_a_single_process_does(script, tmp_path
     assert script(*ALIKE, "OUTPUT_DIR", "one").status == 0
     one, two = (torch.load(tmp_path / f / "model_final.pth") for f in ("one", "two"))
     assert two["trainer"]["_trainer"]["data_loader"]["num_processes"] == 2
-    assert len(two["trainer"]["_trainer"]["random_states"]) == 2
+    assert len(two["trainer"]["_trainer"]["rng_states"]) == 2
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-5)
     momenta = (c["trainer"]["_trainer"]["optimizer"]["state"] for c in (two, one))
     torch.testing.assert_close(*momenta, rtol=1e-4, atol=1e-5)
@@ -170,7 +170,7 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in zip(TORCHRUN, "1122", strict=True):
         monkeypatch.setenv(name, value)
-    assert started_by_torchrun() and run_script(lambda args: None, ARGS) == 2
+    assert is_torchrun() and run_script(lambda args: None, ARGS) == 2
     assert "2 processes, but 1 GPU is there; pass --nproc-per-node 1" in capsys.readouterr().err
 
 
@@ -179,7 +179,7 @@ def test_sync_bn_of_a_single_process_of_torchrun_is_refused_on_the_cpu(tmp_path)
     dist.init_process_group("gloo", **group)
     try:
         with pytest.raises(InputError, match="SyncBN needs GPUs"):
-            distribute(nn.SyncBatchNorm(3))
+            wrap_ddp(nn.SyncBatchNorm(3))
     finally:
         dist.destroy_process_group()
 

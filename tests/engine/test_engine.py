@@ -19,9 +19,9 @@ from fcos_d2 import add_fcos_config
 from fcos_d2._compat import ResumableTrainer
 from fcos_d2.checkpoint import Checkpointer
 from fcos_d2.engine import AssignmentStatistics, Trainer, TrainLoader
-from fcos_d2.engine.hooks import WeightAveraging
+from fcos_d2.engine.hooks import EMAHook, build_ema
+from fcos_d2.engine.loader import split_batch
 from fcos_d2.engine.step import StepTrainer
-from fcos_d2.engine.trainer import averaged_model, batch_size
 from fcos_d2.errors import InputError
 from fcos_d2.evaluation import THRESHOLD_FILE, evaluator_for
 from fcos_d2.inference import evaluate
@@ -423,14 +423,14 @@ def test_accumulated_gradients_are_those_of_the_mean():
 @pytest.mark.parametrize(("images", "accumulation"), [(6, 4), (6, 0), (0, 1)])
 def test_images_that_cannot_be_divided_are_refused(images, accumulation):
     with pytest.raises(InputError, match=f"{images} images .*GRADIENT_ACCUMULATION"):
-        batch_size(images, accumulation)
+        split_batch(images, accumulation)
 
 
 def test_average_follows_the_weights_and_statistics(tmp_path):
     model = Fragile()
-    averaged = averaged_model(model, 0.75)
-    hook = WeightAveraging(averaged, Checkpointer(model, str(tmp_path)))
-    hook.trainer = SimpleNamespace(model=model, iter=0, max_iter=3)
+    averaged = build_ema(model, 0.75)
+    hook = EMAHook(averaged, Checkpointer(model, str(tmp_path)))
+    hook.trainer = SimpleNamespace(model=model, iter=0, max_iter=3, flush=lambda: True)
     expected = None
     for hook.trainer.iter in range(3):
         for tensor in (model.root.data, model.norm.running_mean):
@@ -449,7 +449,7 @@ def test_average_follows_the_weights_and_statistics(tmp_path):
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_that_averages_nothing_is_refused(decay):
     with pytest.raises(InputError, match="MODEL_EMA.DECAY must be in"):
-        averaged_model(small_model(), decay)
+        build_ema(small_model(), decay)
 
 
 def test_the_average_is_evaluated_saved_and_found_again(script, monkeypatch):

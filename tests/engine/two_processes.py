@@ -13,7 +13,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from fcos_d2.engine.distributed import distribute, join_torchrun, share_buffers
+from fcos_d2.engine.distributed import broadcast_buffers, init_torchrun, wrap_ddp
 from fcos_d2.engine.step import StepTrainer
 from fcos_d2.errors import InputError
 from tests.modeling.tiny import sample, tiny_fcos
@@ -43,7 +43,7 @@ def train(model, data, accumulation: int = 1, steps: int = STEPS, **options):
     """(losses of every step, gradients of the first, final weights, the trainer)."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
-    wrapped = distribute(model, broadcast_buffers=False)
+    wrapped = wrap_ddp(model, broadcast_buffers=False)
     trainer = StepTrainer(wrapped, data, optimizer, accumulation=accumulation, **options)
     losses, gradients = [], []
     with EventStorage() as storage:
@@ -88,7 +88,7 @@ def main() -> None:
     even = batches(lambda image: image % 2 == 0)  # of the first process
     alone = {"all": train(model, everywhere), "even": train(model, even, steps=4)}
 
-    join_torchrun()
+    init_torchrun()
     rank = comm.get_rank()
     assert (comm.get_world_size(), comm.get_local_rank()) == (2, rank)
     assert_same(train(model, my_part(everywhere)), alone["all"])
@@ -107,17 +107,17 @@ def main() -> None:
     trainer = train(model, my_part(everywhere), steps=1)[3]
     trainer.stop_requested = rank == 1
     with EventStorage():
-        trainer._batches = iter(my_part(everywhere))
+        trainer._data_loader_iter = iter(my_part(everywhere))
         trainer.run_step()
     assert trainer.stopping, "one was asked to stop, both must know"
-    trainer.collect_random_states()
-    assert len(trainer._random_states) == (2 if rank == 0 else 0)
+    trainer.gather_rng_states()
+    assert len(trainer._rng_states) == (2 if rank == 0 else 0)
 
     model.pixel_mean.fill_(rank)
-    share_buffers(model)
+    broadcast_buffers(model)
     assert model.pixel_mean.eq(0).all()
     with pytest.raises(InputError, match="SyncBN needs GPUs"):
-        distribute(tiny_fcos(NORM="SyncBN"))
+        wrap_ddp(tiny_fcos(NORM="SyncBN"))
     comm.synchronize()
     dist.destroy_process_group()
     os.write(1, f"agreed {rank}\n".encode())  # at once: the other process writes too
