@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
 from .errors import InputError, exit_status
 from .predictor import Prediction, Predictor
-from .visualization.drawing import PANEL_SIDE, draw_objects
+from .visualization.boxes import PANEL_SIDE, draw_objects
 
 # What is written into a video file of each kind.
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".m4v": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}

@@ -50,13 +50,9 @@ from fcos_d2.data.level_fit import (
 )
 from fcos_d2.modeling.losses import FCOSLoss
 from fcos_d2.modeling.structures import PointGrid, pack_ground_truth
-from fcos_d2.visualization.drawing import (
-    PANEL_SIDE,
-    contact_sheet,
-    draw_assignment,
-    draw_objects,
-    to_rgb,
-)
+from fcos_d2.visualization.assignment import draw_assignment, to_rgb
+from fcos_d2.visualization.boxes import PANEL_SIDE, draw_objects
+from fcos_d2.visualization.sheet import contact_sheet
 
 MOST_SHOWN = 20  # broken things that are listed, the others are counted
 MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent

@@ -30,8 +30,9 @@ from ..errors import InputError, exit_status, one_line_cause
 from ..evaluation import Objects, ground_truth
 from ..evaluation.report import write_report
 from ..inference import load_detector
+from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import Series, ap_series, plot_training, read_metrics
-from ..visualization.drawing import PANEL_SIDE, contact_sheet, draw_objects
+from ..visualization.sheet import contact_sheet
 from .arguments import parser_of
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"

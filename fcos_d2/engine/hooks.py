@@ -77,7 +77,7 @@ class TrainingPanels(HookBase):
         """Draws the batch that the step has read, if due."""
         if self.trainer.iter % self._period:
             return
-        from ..visualization.drawing import training_panels  # which imports matplotlib
+        from ..visualization.assignment import training_panels  # which imports matplotlib
 
         model, batch = unwrap_ddp(self.trainer.model), unwrap_trainer(self.trainer).batches[-1]
         for name, panel in training_panels(model, batch, class_names=self._class_names).items():

@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..data.images import read_image
+from ..visualization.boxes import class_color, draw_boxes
 from ..visualization.curves import Series, plot_precision_recall, plot_training
-from ..visualization.drawing import class_color, draw_boxes
 from .matching import (
     SIZES,
     Evaluation,

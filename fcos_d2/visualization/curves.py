@@ -155,11 +155,9 @@ def _plot_losses(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Training losses", loc="left", fontsize=12, color="#222222")
     names = sorted(name for name in metrics if name.startswith("loss"))
     colors = {name: LOSS_COLORS[i % len(LOSS_COLORS)] for i, name in enumerate(names)}
-    if "total_loss" in metrics:
-        colors["total_loss"] = "#555555"
     ends, top = [], 0.0
-    for name, color in colors.items():
-        iterations, values = _finite(metrics[name])
+    for name, color in (colors | {"total_loss": "#555555"}).items():
+        iterations, values = _finite(metrics, name)
         if not len(values):
             continue
         smooth = _smooth(values)
@@ -179,11 +177,10 @@ def _short(name: str) -> str:
 def _plot_rate(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Learning rate", loc="left", fontsize=9, color="#666666")
     axes.set_xlabel("iteration", fontsize=9, color="#666666")
-    if "lr" in metrics:
-        iterations, values = _finite(metrics["lr"])
-        axes.plot(iterations, values, color="#888888", linewidth=1.4)
-        axes.set_yticks([0, values.max()] if len(values) else [])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    iterations, values = _finite(metrics, "lr")
+    axes.plot(iterations, values, color="#888888", linewidth=1.4)
+    axes.set_yticks([0, values.max()] if len(values) else [])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     axes.set_ylim(0, None)
 
 
@@ -191,14 +188,12 @@ def _plot_precision(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Box AP, %", loc="left", fontsize=12, color="#222222")
     axes.set_xlabel("iteration", fontsize=9, color="#666666")
     axes.set_ylim(0, 100)
-    ends = []
-    for name, series in ap_series(metrics).items():
-        iterations, values = _finite(series)
+    found, ends = ap_series(metrics), []
+    for name, color in AP_COLORS.items():
+        iterations, values = _finite(found, name)
         if len(values):
-            color = AP_COLORS[name]
-            width = 2.2 if name == "AP" else 1.4
-            style = {"color": color, "linewidth": width, "marker": "o", "markersize": 4}
-            axes.plot(iterations, values, **style, clip_on=False)
+            style = {"linewidth": 2.2 if name == "AP" else 1.4, "marker": "o", "markersize": 4}
+            axes.plot(iterations, values, color=color, **style, clip_on=False)
             ends.append((iterations[-1], values[-1], f"{name} {values[-1]:.1f}", color))
     if not ends:
         middle = {"transform": axes.transAxes, "ha": "center", "color": "#888888"}
@@ -209,21 +204,21 @@ def _plot_precision(axes, metrics: Mapping[str, Series]) -> None:
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes each text beside the end of its line, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = 0.055 * (high - low)
-    ends = sorted(ends, key=lambda end: end[1])
-    heights: list[float] = []
-    for _, value, _, _ in ends:
-        heights.append(max(min(value, high), heights[-1] + gap if heights else low))
-    overflow = max(0.0, heights[-1] - high) if heights else 0.0
-    for (x, _, text, color), y in zip(ends, heights, strict=True):
-        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        style = {"color": color, "fontsize": 10, "annotation_clip": False}
-        axes.annotate(text, (x, y - overflow), **beside, **style)
+    gap, bottom = 0.055 * (high - low), high
+    room = len(ends) * gap
+    for x, y, text, color in sorted(ends, key=lambda end: -end[1]):  # from the top down
+        room -= gap
+        bottom = min(bottom, max(y, low + room))
+        style = {"color": color, "fontsize": 10, "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, bottom), xytext=(7, 0), textcoords="offset points", **style)
+        bottom -= gap
 
 
-def _finite(series: Series) -> Series:
-    keep = np.isfinite(series.values)
-    return Series(series.iterations[keep], series.values[keep])
+def _finite(metrics: Mapping[str, Series], name: str) -> Series:
+    """The finite values of a series; none where there is no such series."""
+    iterations, values = metrics.get(name, Series(np.zeros(0, int), np.zeros(0)))
+    keep = np.isfinite(values)
+    return Series(iterations[keep], values[keep])
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -231,5 +226,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     sigma = len(values) / 40
     reach = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-9)) ** 2)
-    weight = np.convolve(np.ones(len(values)), kernel, "full")[reach : reach + len(values)]
-    return np.convolve(values, kernel, "full")[reach : reach + len(values)] / weight
+    inside = slice(reach, reach + len(values))
+    sums, weights = (np.convolve(x, kernel)[inside] for x in (values, np.ones(len(values))))
+    return sums / weights

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from fcos_d2.commands import report
-from fcos_d2.visualization.drawing import GREY, GUTTER, PALETTE, PANEL_SIDE
+from fcos_d2.visualization.boxes import GREY, PALETTE, PANEL_SIDE
+from fcos_d2.visualization.sheet import GUTTER
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 SIZE = 64

@@ -8,20 +8,16 @@ import torch
 from torch import nn
 
 from fcos_d2.ops import make_levels
-from fcos_d2.visualization.drawing import (
-    CROSS,
+from fcos_d2.visualization.assignment import CROSS, draw_assignment, draw_heat_maps, training_panels
+from fcos_d2.visualization.boxes import (
     GREY,
-    GUTTER,
     PALETTE,
     PANEL_SIDE,
     class_color,
-    contact_sheet,
-    draw_assignment,
     draw_boxes,
-    draw_heat_maps,
     draw_objects,
-    training_panels,
 )
+from fcos_d2.visualization.sheet import GUTTER, contact_sheet
 from tests.modeling.tiny import sample, tiny_fcos
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
