@@ -15,7 +15,7 @@ void parallel_for(int64_t count, int64_t grain, const cpu::Task& task) {
 
 // Neighbours in memory, which the elements of an expanded map (stride 0) are not.
 bool points_touch(const Tensor& map) {
-  return map.size(2) * map.size(3) <= 1 || layout_of(map).point == 1;
+  return map.size(2) * map.size(3) <= 1 || strides_of(map).point == 1;
 }
 bool channels_touch(const Tensor& map) { return map.size(1) <= 1 || map.stride(1) == 1; }
 

@@ -52,7 +52,7 @@ inline bool has_point_stride(const Tensor& map) {
   return map.size(2) <= 1 || map.size(3) <= 1 || map.stride(2) == map.size(3) * map.stride(3);
 }
 
-inline Layout layout_of(const Tensor& map) {
+inline Strides strides_of(const Tensor& map) {
   auto stride = [&](int dim) { return map.size(dim) > 1 ? map.stride(dim) : 0; };
   return {stride(0), stride(1), map.size(3) > 1 ? map.stride(3) : stride(2)};
 }
@@ -104,10 +104,10 @@ class TensorMaps {
     for (int l = 0; l < out.num_levels; ++l) {
       const Tensor& data = read_[l];
       int points = int(data.size(2) * data.size(3));
-      out.level[l] = {data.const_data_ptr(), nullptr, layout_of(data), {}, points, first_point};
+      out.level[l] = {data.const_data_ptr(), nullptr, strides_of(data), {}, points, first_point};
       if (!written_.empty()) {
         out.level[l].grad = written_[l].mutable_data_ptr();
-        out.level[l].grad_layout = layout_of(written_[l]);
+        out.level[l].grad_strides = strides_of(written_[l]);
       }
       first_point += points;
     }

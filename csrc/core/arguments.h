@@ -17,7 +17,7 @@ inline int64_t bytes_of(DType dtype) {
 
 // Strides in elements. Point p (row-major) and channel c of image b is element
 // b * image + c * channel + p * point. A dimension of size 1 has stride 0.
-struct Layout {
+struct Strides {
   int64_t image, channel, point;
 };
 
@@ -25,7 +25,7 @@ struct Layout {
 struct Map {
   const void* data;
   void* grad; // null where only `data` is read
-  Layout data_layout, grad_layout;
+  Strides data_strides, grad_strides;
   int num_points;
   int64_t first_point; // of this level among the P points
 };

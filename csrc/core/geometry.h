@@ -37,15 +37,17 @@ FCOS_HD float longest(const Ltrb<float>& d) {
   return max_of(max_of(d.left, d.top), max_of(d.right, d.bottom));
 }
 
-FCOS_HD float area(const float* box) { return product(box[2] - box[0], box[3] - box[1]); }
+FCOS_HD float area(const float* box) { return mul_rn(box[2] - box[0], box[3] - box[1]); }
 
 // Areas of intersection and union of two boxes. A NaN coordinate makes the union NaN, which no
 // comparison exceeds.
 struct Overlap {
-  float inter, both;
+  float inter, union_area;
 
-  FCOS_HD bool exceeds(float iou_threshold) const { return inter > product(iou_threshold, both); }
-  FCOS_HD float iou() const { return both > 0 ? inter / both : 0.0f; }
+  FCOS_HD bool exceeds(float iou_threshold) const {
+    return inter > mul_rn(iou_threshold, union_area);
+  }
+  FCOS_HD float iou() const { return union_area > 0 ? inter / union_area : 0.0f; }
 };
 
 FCOS_HD Overlap overlap(
@@ -53,7 +55,7 @@ FCOS_HD Overlap overlap(
     float by2, float b_area) {
   float width = max_of(min_of(ax2, bx2) - max_of(ax1, bx1), 0.0f);
   float height = max_of(min_of(ay2, by2) - max_of(ay1, by1), 0.0f);
-  float inter = product(width, height);
+  float inter = mul_rn(width, height);
   return {inter, a_area + b_area - inter};
 }
 FCOS_HD Overlap overlap(const float* a, const float* b) {
@@ -63,10 +65,10 @@ FCOS_HD Overlap overlap(const float* a, const float* b) {
 // The box at distances `ltrb`, in strides, from a point of a level.
 FCOS_HD void decode_box(const Level& level, int64_t point, const float* ltrb, float* box) {
   float x = level.x(int(point % level.width)), y = level.y(int(point / level.width));
-  box[0] = x - product(ltrb[0], level.stride);
-  box[1] = y - product(ltrb[1], level.stride);
-  box[2] = x + product(ltrb[2], level.stride);
-  box[3] = y + product(ltrb[3], level.stride);
+  box[0] = x - mul_rn(ltrb[0], level.stride);
+  box[1] = y - mul_rn(ltrb[1], level.stride);
+  box[2] = x + mul_rn(ltrb[2], level.stride);
+  box[3] = y + mul_rn(ltrb[3], level.stride);
 }
 
 FCOS_HD void clip_box(float height, float width, float* box) {
@@ -135,15 +137,15 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
   T different = overlaps ? overlap_w * (more_h + less_h) + overlap_h * (more_w + less_w) +
                                more_w * more_h + less_w * less_h
                          : w * h + target_w * target_h;
-  T both = inter + different;
-  Ltrb<T> d_both = {h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
-  T denominator = both + smoothing + eps;
+  T union_area = inter + different;
+  Ltrb<T> d_union = {h - d_inter.left, w - d_inter.top, h - d_inter.right, w - d_inter.bottom};
+  T denominator = union_area + smoothing + eps;
   T iou = (inter + smoothing) / denominator;
   Ltrb<T> d_iou = {
-      (d_inter.left - iou * d_both.left) / denominator,
-      (d_inter.top - iou * d_both.top) / denominator,
-      (d_inter.right - iou * d_both.right) / denominator,
-      (d_inter.bottom - iou * d_both.bottom) / denominator};
+      (d_inter.left - iou * d_union.left) / denominator,
+      (d_inter.top - iou * d_union.top) / denominator,
+      (d_inter.right - iou * d_union.right) / denominator,
+      (d_inter.bottom - iou * d_union.bottom) / denominator};
   if (type == LossType::kIou) {
     bool flat = !(iou > T(kMinIou));
     return {
@@ -166,13 +168,13 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
     T cover = cover_w * cover_h;
     Ltrb<T> d_cover = {
         grows.left * cover_h, grows.top * cover_w, grows.right * cover_h, grows.bottom * cover_w};
-    T uncovered = overlaps ? more_w * less_h + less_w * more_h : cover - both;
+    T uncovered = overlaps ? more_w * less_h + less_w * more_h : cover - union_area;
     T empty = uncovered / (cover + eps);
     out.loss += empty;
-    out.slope.left += (d_cover.left - d_both.left - empty * d_cover.left) / (cover + eps);
-    out.slope.top += (d_cover.top - d_both.top - empty * d_cover.top) / (cover + eps);
-    out.slope.right += (d_cover.right - d_both.right - empty * d_cover.right) / (cover + eps);
-    out.slope.bottom += (d_cover.bottom - d_both.bottom - empty * d_cover.bottom) / (cover + eps);
+    out.slope.left += (d_cover.left - d_union.left - empty * d_cover.left) / (cover + eps);
+    out.slope.top += (d_cover.top - d_union.top - empty * d_cover.top) / (cover + eps);
+    out.slope.right += (d_cover.right - d_union.right - empty * d_cover.right) / (cover + eps);
+    out.slope.bottom += (d_cover.bottom - d_union.bottom - empty * d_cover.bottom) / (cover + eps);
     return out;
   }
 

@@ -20,14 +20,14 @@ namespace fcos {
 // a * b, rounded before it becomes part of a sum, so that both processors get the same bits. Files of
 // the CPU switch -ffp-contract off for that.
 template <class T>
-FCOS_HD T product(T a, T b) {
+FCOS_HD T mul_rn(T a, T b) {
   return a * b;
 }
 template <class T>
-FCOS_HD T product(T a, float b) {
+FCOS_HD T mul_rn(T a, float b) {
   return a * b;
 }
-FCOS_HD float product(float a, float b) {
+FCOS_HD float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
 #else

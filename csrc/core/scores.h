@@ -16,16 +16,16 @@ constexpr float kLowestExponent = -87.0f; // below it e^x is too small to matter
 template <class Number, class Bits>
 FCOS_HD Number exp_polynomial(Number x) {
   const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-  Number shifted = product(x, 1.44269504088896341f) + magic;
+  Number shifted = mul_rn(x, 1.44269504088896341f) + magic;
   Number n = shifted - magic;
-  Number r = x - product(n, 0.693359375f);
-  r = r + product(n, 2.12194440e-4f);
-  Number p = product(r, 1.9875691500e-4f) + 1.3981999507e-3f;
-  p = product(p, r) + 8.3334519073e-3f;
-  p = product(p, r) + 4.1665795894e-2f;
-  p = product(p, r) + 1.6666665459e-1f;
-  p = product(p, r) + 5.0000001201e-1f;
-  p = product(p, product(r, r)) + r + 1.0f;
+  Number r = x - mul_rn(n, 0.693359375f);
+  r = r + mul_rn(n, 2.12194440e-4f);
+  Number p = mul_rn(r, 1.9875691500e-4f) + 1.3981999507e-3f;
+  p = mul_rn(p, r) + 8.3334519073e-3f;
+  p = mul_rn(p, r) + 4.1665795894e-2f;
+  p = mul_rn(p, r) + 1.6666665459e-1f;
+  p = mul_rn(p, r) + 5.0000001201e-1f;
+  p = mul_rn(p, mul_rn(r, r)) + r + 1.0f;
   // 2^n by adding n to the exponent; the low bits of `shifted` are n.
   Bits exponent, bits;
   std::memcpy(&exponent, &shifted, sizeof bits);
@@ -48,7 +48,7 @@ FCOS_HD Number sigmoid(Number x) {
   Number magnitude = x < 0 ? x : -x;
   Number e = exp_polynomial<Number, Bits>(magnitude < lowest ? lowest : magnitude);
   Number r = 1.0f / (1.0f + e);
-  Number out = x < 0 ? product(e, r) : r;
+  Number out = x < 0 ? mul_rn(e, r) : r;
   out = x < lowest ? zero : out;
   return x != x ? x : out;
 }

@@ -185,7 +185,7 @@ void soft(const PaddedNms& args, int64_t image) {
       const float* other = boxes + 4 * i;
       Overlap o = overlap(box, other);
       if (args.method == NmsMethod::kGaussian) {
-        alive[i] *= exp_of_negative(-product(o.iou(), o.iou()) / args.sigma);
+        alive[i] *= exp_of_negative(-mul_rn(o.iou(), o.iou()) / args.sigma);
       } else if (o.exceeds(args.iou_threshold)) {
         alive[i] *= 1 - o.iou();
       }

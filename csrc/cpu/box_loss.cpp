@@ -26,7 +26,7 @@ PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image
   using T = Compute<Storage>;
   const Map& map = args.ltrb.level[l];
   auto side = [&](int c) {
-    return widen(static_cast<const Storage*>(map.data)[element(map.data_layout, image, c, point)]);
+    return widen(static_cast<const Storage*>(map.data)[element(map.data_strides, image, c, point)]);
   };
   int64_t row = image * args.num_points + map.first_point + point;
   const float* target = args.target_ltrb + 4 * row;
@@ -37,8 +37,8 @@ PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image
   T weight = args.weight_by_centerness ? centerness : T(1);
   T wanted = args.quality_type == QualityType::kCenterness ? centerness : box.iou;
   const Map& logits = args.quality.level[l];
-  T logit =
-      widen(static_cast<const Storage*>(logits.data)[element(logits.data_layout, image, 0, point)]);
+  T logit = widen(
+      static_cast<const Storage*>(logits.data)[element(logits.data_strides, image, 0, point)]);
   box.loss *= weight;
   box.slope = {
       weight * box.slope.left, weight * box.slope.top, weight * box.slope.right,
@@ -87,7 +87,7 @@ void write_gradients(const BoxLossArgs& args, const Piece& piece) {
   const Map& ltrb = args.ltrb.level[piece.level];
   const Map& quality = args.quality.level[piece.level];
   auto place = [&](const Map& map, int64_t channel, int64_t point) {
-    int64_t to = element(map.grad_layout, piece.image, channel, point);
+    int64_t to = element(map.grad_strides, piece.image, channel, point);
     return static_cast<Storage*>(map.grad) + to;
   };
   auto put = [&](const Map& map, int64_t channel, int64_t point, T value) {

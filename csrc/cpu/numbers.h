@@ -70,8 +70,8 @@ inline void set_number(DType of_maps, double value, void* to) {
 }
 
 // Element of a channel of a point.
-inline int64_t element(const Layout& layout, int64_t image, int64_t channel, int64_t point) {
-  return image * layout.image + channel * layout.channel + point * layout.point;
+inline int64_t element(const Strides& strides, int64_t image, int64_t channel, int64_t point) {
+  return image * strides.image + channel * strides.channel + point * strides.point;
 }
 
 // Sixteen floats: one AVX-512 register, two of AVX2, four of SSE2 or NEON.

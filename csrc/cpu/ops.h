@@ -20,7 +20,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const Task& task);
 // Else its channels are, for the binding hands over no other maps.
 inline bool points_are_neighbours(const Map& map) {
   return map.num_points <= 1 ||
-         (map.data_layout.point == 1 && (map.grad == nullptr || map.grad_layout.point == 1));
+         (map.data_strides.point == 1 && (map.grad == nullptr || map.grad_strides.point == 1));
 }
 
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for);

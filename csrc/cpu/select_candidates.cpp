@@ -178,7 +178,7 @@ class Scorer {
       using T = decltype(zero);
       const T* data = static_cast<const T*>(map.data);
       for (int64_t p = 0; p < num_points_; ++p) {
-        quality_[p] = float(widen(data[element(map.data_layout, on_.image, 0, first_point_ + p)]));
+        quality_[p] = float(widen(data[element(map.data_strides, on_.image, 0, first_point_ + p)]));
       }
     });
     sigmoid_in_place(quality_.data(), padded);
@@ -200,11 +200,11 @@ class Scorer {
   template <class T>
   void take_block() {
     const Map& map = args_.logits.level[on_.level];
-    const Layout& layout = map.data_layout;
-    const T* data = static_cast<const T*>(map.data) + element(layout, on_.image, 0, first_point_);
+    const Strides& strides = map.data_strides;
+    const T* data = static_cast<const T*>(map.data) + element(strides, on_.image, 0, first_point_);
     if (points_are_neighbours(map)) {
       for (int64_t c = 0; c < args_.num_classes; ++c) {
-        take(data + c * layout.channel, bound_.data(), num_points_, 0, c, false);
+        take(data + c * strides.channel, bound_.data(), num_points_, 0, c, false);
       }
       return;
     }
@@ -212,7 +212,7 @@ class Scorer {
     for (int64_t p = 0; p < num_points_; ++p) {
       if (bound_[p] < kInfinity) {
         std::fill(bounds_of_classes_.begin(), bounds_of_classes_.end(), bound_[p]);
-        take(data + p * layout.point, bounds_of_classes_.data(), args_.num_classes, p, 0, true);
+        take(data + p * strides.point, bounds_of_classes_.data(), args_.num_classes, p, 0, true);
       }
     }
   }
@@ -249,8 +249,8 @@ class Scorer {
     sigmoid_in_place(logit_, kLanes);
     bool is_full = false;
     for (int i = 0; i < pending_; ++i) {
-      float cls = logit_[i], both = cls * quality_of_[i], rank = rank_of(args_, cls, both);
-      if (passes(args_, cls, both) && rank >= best_.worst()) {
+      float cls = logit_[i], product = cls * quality_of_[i], rank = rank_of(args_, cls, product);
+      if (passes(args_, cls, product) && rank >= best_.worst()) {
         is_full |= best_.add(ranking_key(rank, index_[i]));
       }
     }
@@ -276,7 +276,7 @@ class Scorer {
 float read(const Map& map, DType dtype, int64_t image, int64_t channel, int64_t point) {
   return dispatch(dtype, [&](auto zero) {
     const auto* data = static_cast<const decltype(zero)*>(map.data);
-    return float(widen(data[element(map.data_layout, image, channel, point)]));
+    return float(widen(data[element(map.data_strides, image, channel, point)]));
   });
 }
 

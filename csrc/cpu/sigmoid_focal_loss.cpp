@@ -54,12 +54,12 @@ std::vector<Piece> pieces(const FocalLoss& args) {
 FocalStrip strip_of(const FocalLoss& args, const Piece& piece, int64_t i) {
   const Map& map = *piece.map;
   int64_t channel = piece.is_pixel ? 0 : i, point = piece.is_pixel ? i : 0;
-  auto offset = [&](const Layout& layout) {
-    return element(layout, piece.image, channel, point) * int64_t(size_of(args.dtype));
+  auto offset = [&](const Strides& strides) {
+    return element(strides, piece.image, channel, point) * int64_t(size_of(args.dtype));
   };
   FocalStrip strip;
-  strip.logits = static_cast<const char*>(map.data) + offset(map.data_layout);
-  strip.grad = map.grad ? static_cast<char*>(map.grad) + offset(map.grad_layout) : nullptr;
+  strip.logits = static_cast<const char*>(map.data) + offset(map.data_strides);
+  strip.grad = map.grad ? static_cast<char*>(map.grad) + offset(map.grad_strides) : nullptr;
   strip.labels = args.labels + piece.image * args.num_points + map.first_point + point;
   strip.size = piece.is_pixel ? args.num_classes : map.num_points;
   strip.channel = int32_t(channel);

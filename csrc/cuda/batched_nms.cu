@@ -277,9 +277,9 @@ __global__ void __launch_bounds__(kPaddedThreads)
 // The score of a box after one that overlaps it was kept (1704.04503).
 __device__ float lower(const PaddedNms& args, float score, const Overlap& o) {
   if (args.method == NmsMethod::kGaussian) {
-    return product(score, exp_of_negative(-product(o.iou(), o.iou()) / args.sigma));
+    return mul_rn(score, exp_of_negative(-mul_rn(o.iou(), o.iou()) / args.sigma));
   }
-  return o.exceeds(args.iou_threshold) ? product(score, 1 - o.iou()) : score;
+  return o.exceeds(args.iou_threshold) ? mul_rn(score, 1 - o.iou()) : score;
 }
 
 __global__ void __launch_bounds__(kPaddedThreads)

@@ -36,19 +36,19 @@ __device__ bool find_point(const BoxLossArgs& args, unsigned blocks_per_image, P
   return true;
 }
 
-__device__ int64_t offset(const Layout& layout, const Point& point, int channel) {
-  return point.image * layout.image + channel * layout.channel + point.index * layout.point;
+__device__ int64_t offset(const Strides& strides, const Point& point, int channel) {
+  return point.image * strides.image + channel * strides.channel + point.index * strides.point;
 }
 
 template <class T>
 __device__ typename Compute<T>::Type read(const Map& map, const Point& point, int channel) {
-  return widen(static_cast<const T*>(map.data)[offset(map.data_layout, point, channel)]);
+  return widen(static_cast<const T*>(map.data)[offset(map.data_strides, point, channel)]);
 }
 
 template <class T>
 __device__ void write(
     const Map& map, const Point& point, int channel, typename Compute<T>::Type value) {
-  narrow(value, static_cast<T*>(map.grad) + offset(map.grad_layout, point, channel));
+  narrow(value, static_cast<T*>(map.grad) + offset(map.grad_strides, point, channel));
 }
 
 // Both losses of a positive point, with their gradients.

@@ -156,8 +156,8 @@ FCOS_HD float bound_of(const SelectCandidates& args, float quality, float lowest
 
 // ---- reading ----
 
-__device__ int64_t offset(const Layout& layout, int64_t image, int channel, int64_t point) {
-  return image * layout.image + channel * layout.channel + point * layout.point;
+__device__ int64_t offset(const Strides& strides, int64_t image, int channel, int64_t point) {
+  return image * strides.image + channel * strides.channel + point * strides.point;
 }
 
 // Neighbouring channels of a point. All are on their way before the first is converted.
@@ -167,7 +167,7 @@ __device__ void read_as(const Map& map, int64_t image, int channel, int64_t poin
   T stored[N];
 #pragma unroll
   for (int c = 0; c < N; ++c) {
-    stored[c] = data[offset(map.data_layout, image, channel + c, point)];
+    stored[c] = data[offset(map.data_strides, image, channel + c, point)];
   }
 #pragma unroll
   for (int c = 0; c < N; ++c) {
@@ -197,12 +197,12 @@ __device__ float read_quality(const Plan& plan, int level, int64_t image, int64_
 
 // One (point, class) pair.
 struct Scores {
-  float cls, both;
+  float cls, product;
 };
 
 __device__ Scores make_scores(float logit, float quality) {
   float cls = sigmoid(logit);
-  return {cls, product(cls, quality)};
+  return {cls, mul_rn(cls, quality)};
 }
 
 // What other blocks may be changing.
@@ -232,7 +232,7 @@ struct Rows {
 template <class T>
 __device__ Rows<T> make_rows(const Plan& plan, const Tile& tile) {
   const Map& map = plan.args.logits.level[tile.level];
-  const Layout& at = map.data_layout;
+  const Strides& at = map.data_strides;
   const T* data =
       static_cast<const T*>(map.data) + offset(at, tile.image, tile.first_class, tile.first_point);
   unsigned points = unsigned(tile.num_points), classes = unsigned(tile.num_classes);
@@ -396,10 +396,10 @@ __device__ void take_survivors(
       unsigned channel = unsigned(tile.first_class) + (level.columns_are_classes ? column : row);
       float logit = float(widen(rows.data[row * rows.row_step + column * rows.column_step]));
       Scores scores = make_scores(logit, scratch.quality[p]);
-      float rank = rank_of(args, scores.cls, scores.both);
+      float rank = rank_of(args, scores.cls, scores.product);
       unsigned index = (unsigned(tile.first_point) + p) * unsigned(args.num_classes) + channel;
       key = ranking_key(probability_bits(rank), index);
-      valid = passes(args, scores.cls, scores.both) && key >= low;
+      valid = passes(args, scores.cls, scores.product) && key >= low;
     }
     take(valid, key);
   }
@@ -581,7 +581,7 @@ __device__ void write_candidate(
     clip_box(float(args.image_sizes[2 * image]), float(args.image_sizes[2 * image + 1]), box);
   }
   reinterpret_cast<float4*>(args.boxes)[to] = make_float4(box[0], box[1], box[2], box[3]);
-  args.scores[to] = score_of(args, scores.cls, scores.both);
+  args.scores[to] = score_of(args, scores.cls, scores.product);
   args.classes[to] = channel;
 }
 
@@ -643,13 +643,13 @@ LevelPlan make_level(const SelectCandidates& args, const Map& map) {
   plan.class_tiles = int(divide_up(classes, plan.tile_classes));
   plan.tile_points = std::min(kTilePoints, kTileSize / plan.tile_classes / 32 * 32);
   plan.tiles = int(divide_up(points, plan.tile_points)) * plan.class_tiles;
-  const Layout& layout = map.data_layout;
-  plan.columns_are_classes = layout.channel == 1 && layout.point != 1;
-  int64_t row_step = plan.columns_are_classes ? layout.point : layout.channel;
-  int64_t column_step = plan.columns_are_classes ? layout.channel : layout.point;
+  const Strides& strides = map.data_strides;
+  plan.columns_are_classes = strides.channel == 1 && strides.point != 1;
+  int64_t row_step = plan.columns_are_classes ? strides.point : strides.channel;
+  int64_t column_step = plan.columns_are_classes ? strides.channel : strides.point;
   int64_t columns = plan.columns_are_classes ? classes : points;
   int64_t vector = kVectorBytes / bytes_of(args.logits_dtype);
-  plan.is_vectorised = column_step == 1 && row_step % vector == 0 && layout.image % vector == 0 &&
+  plan.is_vectorised = column_step == 1 && row_step % vector == 0 && strides.image % vector == 0 &&
                        columns % vector == 0 &&
                        reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0;
   return plan;

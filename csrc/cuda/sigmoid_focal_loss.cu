@@ -27,7 +27,7 @@ constexpr int kMaxRows = 16; // of a thread: float sums stay short, and there is
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
 
-struct Strides {
+struct RowStrides {
   int64_t image, row, column;
 };
 
@@ -35,7 +35,7 @@ struct Strides {
 struct Matrix {
   const void* data;
   void* grad;
-  Strides data_strides, grad_strides;
+  RowStrides data_strides, grad_strides;
   int64_t first_point;
   int rows, columns;
   bool columns_are_classes;
@@ -65,7 +65,7 @@ struct Patch {
   int first_column;
   const int32_t* labels; // of this image and level
 
-  __device__ int64_t offset(const Strides& s) const {
+  __device__ int64_t offset(const RowStrides& s) const {
     return image * s.image + first_row * s.row + first_column * s.column;
   }
 };
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
 
 // ---- the host's side ----
 
-bool is_aligned(const void* data, const Strides& strides, int64_t bytes) {
+bool is_aligned(const void* data, const RowStrides& strides, int64_t bytes) {
   return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
          strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
 }
@@ -324,14 +324,14 @@ Matrix make_matrix(const FocalLoss& args, const Map& map) {
   Matrix m{};
   m.data = map.data, m.grad = map.grad;
   m.first_point = map.first_point;
-  m.columns_are_classes = map.data_layout.channel == 1 && map.data_layout.point != 1;
+  m.columns_are_classes = map.data_strides.channel == 1 && map.data_strides.point != 1;
   m.rows = m.columns_are_classes ? map.num_points : args.num_classes;
   m.columns = m.columns_are_classes ? args.num_classes : map.num_points;
-  auto strides = [&](const Layout& layout) {
-    return m.columns_are_classes ? Strides{layout.image, layout.point, layout.channel}
-                                 : Strides{layout.image, layout.channel, layout.point};
+  auto of_rows = [&](const Strides& strides) {
+    return m.columns_are_classes ? RowStrides{strides.image, strides.point, strides.channel}
+                                 : RowStrides{strides.image, strides.channel, strides.point};
   };
-  m.data_strides = strides(map.data_layout), m.grad_strides = strides(map.grad_layout);
+  m.data_strides = of_rows(map.data_strides), m.grad_strides = of_rows(map.grad_strides);
   int64_t bytes = bytes_of(args.dtype);
   int vector = int(kVectorBytes / bytes);
   m.is_vectorised = m.columns % vector == 0 && is_aligned(m.data, m.data_strides, bytes) &&
