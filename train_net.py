@@ -9,33 +9,10 @@ torchrun --nproc-per-node 2 train_net.py --config-file FILE OUTPUT_DIR output/mi
 
 import sys
 
-from detectron2.engine import default_argument_parser
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
+from fcos_d2.commands.train import main as invoke_main
+from fcos_d2.commands.train import train as main
 
-from fcos_d2.engine import Trainer, is_lazy, run_lazy, run_script, setup_cfg
-from fcos_d2.inference import evaluate
-
-
-def main(args):
-    """Trains, or with --eval-only evaluates; returns the results of the last evaluation."""
-    if is_lazy(args):
-        return run_lazy(args)
-    cfg = setup_cfg(args)
-    if not args.eval_only:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
-    results = evaluate(cfg, resume=args.resume)
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
-
-
-def invoke_main() -> int:
-    """The script; its exit status."""
-    return run_script(main, default_argument_parser(epilog=__doc__).parse_args())
-
+__all__ = ["invoke_main", "main"]
 
 if __name__ == "__main__":
     sys.exit(invoke_main())

@@ -3,7 +3,7 @@
 
 import sys
 
-from fcos_d2.demo import main
+from fcos_d2.commands.predict import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,9 +19,25 @@ if find_spec("detectron2") is None:
         )
 
 else:
-    from . import data
+    from . import data, model_zoo
     from .config import CONVENTIONS, add_fcos_config, resolve_convention
     from .errors import InputError
     from .modeling import FCOS
 
-    __all__ = ["CONVENTIONS", "FCOS", "InputError", "add_fcos_config", "data", "resolve_convention"]
+    __all__ = [
+        "CONVENTIONS",
+        "FCOS",
+        "InputError",
+        "Predictor",
+        "add_fcos_config",
+        "data",
+        "model_zoo",
+        "resolve_convention",
+    ]
+
+    def __getattr__(name: str):
+        if name != "Predictor":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .predictor import Predictor  # which imports matplotlib
+
+        return Predictor

@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from . import model_zoo
 from .config import add_fcos_config, resolve_convention
 from .data import count_classes, register_datasets
 from .errors import InputError, one_line_cause
@@ -21,7 +22,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """A config with every key filled in and its own data sets registered; it can still be changed.
 
     Args:
-        config_file: YAML, or "" for the defaults.
+        config_file: YAML, the name of a config in the model zoo, or "" for the defaults.
         opts: KEY VALUE pairs that override it.
 
     Raises:
@@ -30,6 +31,8 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_fcos_config(cfg)
+    if config_file in model_zoo.names() and not PathManager.exists(config_file):
+        config_file = model_zoo.get_config_file(config_file)
     if config_file:
         _merge_file(cfg, config_file)
     with _config_errors(cfg, "on the command line"):

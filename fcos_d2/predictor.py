@@ -2,41 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.structures import Instances
-from PIL import Image
+from detectron2.structures import BoxMode, Instances
+from PIL import Image, ImageOps
 from torch import nn
 
+from . import model_zoo
 from .config_file import choose_device, read_cfg
 from .data import class_names
-from .data.images import read_image
+from .data.images import read_image, why_unreadable
 from .errors import InputError
 from .evaluation import THRESHOLD_FILE, Thresholds, read_thresholds
 from .inference import load_detector
+from .visualization.boxes import PANEL_SIDE, class_color, draw_boxes
 
 FINAL_WEIGHTS = "model_final.pth"
 
 
-class Prediction(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Prediction:
     """What was found in an image, best first.
 
     Attributes:
+        image: uint8 [H, W, 3], RGB.
         boxes: float32 [n, 4], xyxy in pixels of the image.
-        classes: n numbers in [0, K).
-        scores: n numbers in [0, 1].
+        scores: float32 [n] in [0, 1].
+        classes: int64 [n] in [0, K).
+        names: n class names; the numbers of the classes where they have no names.
+        category_ids: n ids of the classes in their data set; ``classes`` where it is not known.
     """
 
+    image: np.ndarray
     boxes: np.ndarray
-    classes: list[int]
-    scores: list[float]
+    scores: np.ndarray
+    classes: np.ndarray
+    names: list[str]
+    category_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def draw(self, scale: float | None = None) -> np.ndarray:
+        """The image with boxes, names and scores.
+
+        Args:
+            scale: enlargement; None enlarges small images, so that the labels have room.
+
+        Returns:
+            uint8 [H * scale, W * scale, 3], RGB.
+        """
+        scale = scale or max(1.0, PANEL_SIDE / max(self.image.shape[:2]))
+        colors = [class_color(c) for c in self.classes.tolist()]
+        return draw_boxes(self.image, self.boxes, self.names, self.scores, colors, scale)
+
+    def to_coco(self, image_id: int | str = 0) -> list[dict]:
+        """Entries of a COCO result file, with ``bbox`` as x, y, width, height."""
+        boxes = BoxMode.convert(self.boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+        rows = zip(self.category_ids, boxes, self.scores.tolist(), strict=True)
+        return [
+            {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+            for category, box, score in rows
+        ]
+
+    def to_supervision(self):
+        """As ``supervision.Detections``.
+
+        Raises:
+            InputError: supervision is not installed.
+        """
+        try:
+            from supervision import Detections
+        except ImportError as error:
+            raise InputError(
+                "to_supervision needs supervision; install it with: pip install supervision"
+            ) from error
+        return Detections(
+            xyxy=self.boxes,
+            confidence=self.scores,
+            class_id=self.classes,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
 
 
 class Predictor:
@@ -48,7 +103,11 @@ class Predictor:
             0 leaves images as they are.
         input_format: channel order of the network input, as in INPUT.FORMAT.
         thresholds: lowest score of each class, [K]; one number for all classes.
-        names: of the classes; None for numbers.
+        names: of the classes, [K]; None for numbers.
+        category_ids: of the classes in their data set, [K]; None for their numbers.
+
+    Attributes:
+        class_names: ``names``.
     """
 
     def __init__(
@@ -58,10 +117,12 @@ class Predictor:
         input_format: str,
         thresholds: Sequence[float] | float,
         names: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
     ):
         self._model, self._input_format = model, input_format
         self._resize = resize
         self._thresholds, self.class_names = np.asarray(thresholds, dtype=float), names
+        self._category_ids = category_ids
 
     @classmethod
     def from_config(
@@ -92,26 +153,48 @@ class Predictor:
         weights = weights or _final_weights(cfg.OUTPUT_DIR)
         model = load_detector(cfg, weights)
         measured = _measured(Path(weights).parent, num_classes)
-        datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-        names = measured.class_names if measured else _names_from_data(datasets, num_classes)
+        dataset, names = _classes_of_data((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), num_classes)
+        names = measured.class_names if measured else names
         if threshold is None:
             threshold = measured.scores if measured else 0.5
         size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        return cls(model, size, cfg.INPUT.FORMAT, threshold, names)
+        return cls(model, size, cfg.INPUT.FORMAT, threshold, names, _category_ids(dataset))
 
-    def __call__(self, image: str | PathLike | np.ndarray) -> Prediction:
-        """What is found in one image: a file, or uint8 [H, W, 3] RGB."""
+    @classmethod
+    def from_pretrained(
+        cls, name: str, threshold: float | None = None, device: str | None = None
+    ) -> Predictor:
+        """The predictor of a model with published weights, which are downloaded once.
+
+        Args:
+            name: a model of the zoo, such as "torchvision/fcos_R_50_FPN"; see
+                ``fcos_d2.model_zoo.WEIGHTS``.
+            threshold: lowest score of all classes; None: 0.5.
+            device: such as "cpu"; None: the GPU if there is one.
+
+        Raises:
+            InputError: there is no such model, or its weights cannot be had.
+        """
+        model_zoo.get_checkpoint_url(name)
+        opts = ["MODEL.DEVICE", device] if device else []
+        config, weights = model_zoo.get_config_file(name), f"{model_zoo.PREFIX}{name}"
+        return cls.from_config(config, opts, weights, threshold)
+
+    def __call__(self, image: str | PathLike | Image.Image | np.ndarray) -> Prediction:
+        """What is found in one image: a file, a Pillow image, or uint8 [H, W, 3] RGB."""
         return self.predict([image])[0]
 
     @torch.no_grad()
-    def predict(self, images: Sequence[str | PathLike | np.ndarray]) -> list[Prediction]:
+    def predict(
+        self, images: Sequence[str | PathLike | Image.Image | np.ndarray]
+    ) -> list[Prediction]:
         """The same for images that go through the network together; their sizes may differ."""
+        images = [_as_rgb(image) for image in images]
         outputs = self._model([self._prepare(image) for image in images])
-        return [self._select(output["instances"].to("cpu")) for output in outputs]
+        found = [output["instances"].to("cpu") for output in outputs]
+        return [self._select(*pair) for pair in zip(images, found, strict=True)]
 
-    def _prepare(self, image: str | PathLike | np.ndarray) -> dict:
-        if not isinstance(image, np.ndarray):
-            image = read_image(image, "RGB")
+    def _prepare(self, image: np.ndarray) -> dict:
         height, width = image.shape[:2]
         image = convert_PIL_to_numpy(Image.fromarray(image), self._input_format)
         if self._resize[0]:
@@ -121,14 +204,17 @@ class Predictor:
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {"image": pixels, "height": height, "width": width}
 
-    def _select(self, found: Instances) -> Prediction:
-        scores, classes = found.scores.numpy(), found.pred_classes.numpy()
+    def _select(self, image: np.ndarray, found: Instances) -> Prediction:
+        scores, classes = found.scores.float().numpy(), found.pred_classes.numpy()
         limits = self._thresholds[classes] if self._thresholds.ndim else self._thresholds
         # Written as text, a float32 threshold may come back a little above the score it was.
         keep = np.flatnonzero(scores >= limits - 1e-6)
         keep = keep[np.argsort(-scores[keep], kind="stable")]
-        boxes = found.pred_boxes.tensor.numpy()[keep]
-        return Prediction(boxes, classes[keep].tolist(), scores[keep].tolist())
+        boxes, scores, classes = found.pred_boxes.tensor.numpy()[keep], scores[keep], classes[keep]
+        numbers = classes.tolist()
+        names = [str(self.class_names[c]) if self.class_names else str(c) for c in numbers]
+        ids = [self._category_ids[c] for c in numbers] if self._category_ids else numbers
+        return Prediction(image, boxes, scores, classes, names, ids)
 
 
 def _final_weights(folder: str) -> str:
@@ -154,13 +240,36 @@ def _measured(folder: Path, num_classes: int) -> Thresholds | None:
     return measured
 
 
-def _names_from_data(datasets: Sequence[str], num_classes: int) -> list[str] | None:
-    """Class names of the first data set that is at hand and has as many classes."""
-    for name in datasets:
+def _classes_of_data(
+    datasets: Sequence[str], num_classes: int
+) -> tuple[str | None, list[str] | None]:
+    """The first data set that is at hand and has as many classes, and their names."""
+    for dataset in datasets:
+        with contextlib.suppress(InputError):
+            names = class_names(dataset)
+            if names and len(names) == num_classes:
+                return dataset, names
+    return None, None
+
+
+def _category_ids(dataset: str | None) -> list[int] | None:
+    """The ids of a data set's classes, by class, where they are known."""
+    if dataset is None:
+        return None
+    numbers = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", {})
+    return [number for number, _ in sorted(numbers.items(), key=lambda pair: pair[1])] or None
+
+
+def _as_rgb(image: str | PathLike | Image.Image | np.ndarray) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
         try:
-            names = class_names(name)
-        except InputError:
-            continue
-        if names and len(names) == num_classes:
-            return names
-    return None
+            return read_image(image, "RGB")
+        except Exception as error:  # Pillow raises whatever a broken file leads it to
+            raise InputError(f"{image} cannot be read: {why_unreadable(error)}") from error
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(
+            f"Predictor: image must be uint8 [H, W, 3] RGB, got {image.dtype} {list(image.shape)}"
+        )
+    return image

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+from fcos_d2.commands import cli
 from fcos_d2.config import add_fcos_config
 
 ROOT = Path(__file__).parents[1]
@@ -72,10 +73,13 @@ def test_command_can_be_typed(page, words):
     if source is None:  # a module of Python itself
         return
     text = source.read_text()
-    module = re.search(r"^from (fcos_d2[.\w]*) import main$", text, re.MULTILINE)
+    module = re.search(r"^from (fcos_d2[.\w]*) import main\b", text, re.MULTILINE)
     if module and not any(PLACEHOLDER.search(word) for word in words):
-        start = script_at(words) + (program != "fcos-d2")
-        importlib.import_module(module[1]).parse(words[start:])  # exits where it cannot
+        if program == "fcos-d2" and words[0] in cli.COMMANDS:
+            module = f"fcos_d2.commands.{words.pop(0).replace('eval', 'train')}"
+        else:
+            module, words = module[1], words[script_at(words) + (program != "fcos-d2") :]
+        importlib.import_module(module).parse(words)  # exits where it cannot
     elif not module:
         known = text + detectron2_flags(source)
         flags = [w.partition("=")[0] for w in words[script_at(words) :] if w.startswith("--")]

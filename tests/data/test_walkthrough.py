@@ -18,7 +18,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 import train_net
-from fcos_d2 import demo
+from fcos_d2.commands import predict
 from fcos_d2.data.digits import __main__ as make_digits
 from fcos_d2.engine import run_script
 
@@ -45,7 +45,7 @@ def train(words: list[str]) -> int:
 def execute(words: list[str]) -> int:
     """What a shell would run; its exit status."""
     if words[0] == "fcos-d2":
-        return demo.main(words[1:])
+        return predict.main(words[1:])
     if words[0] != "python":
         return subprocess.run(words, check=False).returncode
     if words[1:3] == ["-m", "fcos_d2.data.digits"]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fcos_d2 import demo
+from fcos_d2.commands import predict
 from fcos_d2.evaluation import THRESHOLD_FILE
 from fcos_d2.predictor import Predictor
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
@@ -81,7 +81,7 @@ def fcos_d2(trained, capsys):
     """Runs the command; its exit status, stdout and stderr."""
 
     def run(*arguments):
-        status = demo.main([*map(str, arguments), "--config-file", str(trained / "config.yaml")])
+        status = predict.main([*map(str, arguments), "--config-file", str(trained / "config.yaml")])
         return status, *capsys.readouterr()
 
     return run
@@ -151,7 +151,7 @@ def no_model(monkeypatch):
         raise AssertionError("it can be refused without a model")
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo.Predictor, "from_config", build)
+        patch.setattr(predict.Predictor, "from_config", build)
         yield patch
 
 
@@ -314,7 +314,6 @@ def test_untrained_folder_says_how_to_get_weights(fcos_d2, photos, tmp_path):
     "arguments",
     [
         [],
-        ["a.png"],
         ["a.png", "--output", "x", "--frames", "0"],
         ["a.png", "--output", "x", "--fps", "0"],
         ["a.png", "--output", "x", "--fps", "nan"],

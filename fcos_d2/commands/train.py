@@ -1,0 +1,44 @@
+"""Trains and evaluates FCOS, with the flags that every Detectron2 user knows.
+
+python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
+python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS output/digits/model_final.pth
+python train_net.py --config-file FILE --num-gpus 8 SOLVER.BASE_LR 0.02 OUTPUT_DIR output/mine
+torchrun --nproc-per-node 2 train_net.py --config-file FILE OUTPUT_DIR output/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ..engine import Trainer, is_lazy, run_lazy, run_script, setup_cfg
+from ..inference import evaluate
+
+
+def train(args: argparse.Namespace):
+    """Trains, or with --eval-only evaluates; returns the results of the last evaluation."""
+    if is_lazy(args):
+        return run_lazy(args)
+    cfg = setup_cfg(args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    results = evaluate(cfg, resume=args.resume)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, which is detectron2's."""
+    return default_argument_parser(epilog=__doc__).parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return run_script(train, parse(arguments))

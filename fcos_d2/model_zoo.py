@@ -1,0 +1,234 @@
+"""Configs and published weights by name, with the functions of ``detectron2.model_zoo``.
+
+A name is that of a config in ``configs/`` without its suffix, as in MODEL_ZOO.md:
+"torchvision/fcos_R_50_FPN". As MODEL.WEIGHTS, "zoo://torchvision/fcos_R_50_FPN" is the file of its
+published weights. Nothing is downloaded before weights are asked for; files stay in iopath's cache
+($FVCORE_CACHE, by default ~/.torch/iopath_cache).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+import torch
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
+
+from .errors import InputError, one_line_cause
+
+PREFIX = "zoo://"
+CONFIGS = Path(__file__).parent / "configs"
+SUFFIXES = (".yaml", ".py")
+TIMEOUT = 30.0  # seconds without an answer after which a download is given up
+
+
+class Weights(NamedTuple):
+    """Published weights: their address, whose file name ends in the beginning of its SHA-256."""
+
+    url: str
+    license: str
+
+
+_TORCHVISION = "https://download.pytorch.org/models/"
+_MMDETECTION = "https://openmmlab.oss-cn-hangzhou.aliyuncs.com/mmdetection/v2.0/fcos/"
+
+
+def _mmdetection(name: str, digest: str) -> Weights:
+    return Weights(f"{_MMDETECTION}{name}/{name}-{digest}.pth", "Apache-2.0")
+
+
+_TRICKS = "fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head"
+# Those that are public under a license that permits every use. AdelaiDet's and the original's are
+# for non-commercial use, and their servers are gone; files of them still load.
+WEIGHTS = {
+    "torchvision/fcos_R_50_FPN": Weights(
+        f"{_TORCHVISION}fcos_resnet50_fpn_coco-99b0c9b7.pth", "BSD-3-Clause"
+    ),
+    "mmdetection/fcos_R_50_FPN_1x": _mmdetection("fcos_r50_caffe_fpn_gn-head_1x_coco", "821213aa"),
+    "mmdetection/fcos_R_101_FPN_1x": _mmdetection(
+        "fcos_r101_caffe_fpn_gn-head_1x_coco", "0e37b982"
+    ),
+    "mmdetection/fcos_R_50_FPN_2x": _mmdetection(
+        "fcos_r50_caffe_fpn_gn-head_mstrain_640-800_2x_coco", "d92ceeea"
+    ),
+    "mmdetection/fcos_R_101_FPN_2x": _mmdetection(
+        "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco", "511424d6"
+    ),
+    "mmdetection/fcos_X_101_64x4d_FPN_2x": _mmdetection(
+        "fcos_x101_64x4d_fpn_gn-head_mstrain_640-800_2x_coco", "ede514a8"
+    ),
+    "mmdetection/fcos_tricks_R_50_FPN_1x": _mmdetection(f"{_TRICKS}_1x_coco", "0a0d75a8"),
+    "mmdetection/fcos_tricks_dcnv2_R_50_FPN_1x": _mmdetection(f"{_TRICKS}_dcn_1x_coco", "ae4d8b3d"),
+}
+
+
+def names() -> list[str]:
+    """All configs, in alphabetical order."""
+    files = (path for suffix in SUFFIXES for path in CONFIGS.rglob(f"*{suffix}"))
+    paths = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
+    return sorted(path for path in paths if re.search(r"(^|/)fcos_[^/]*$", path))
+
+
+def get_config_file(name: str) -> str:
+    """The config file called ``name``; a suffix may be written, as for detectron2.
+
+    Raises:
+        InputError: there is none.
+    """
+    stem = name.removesuffix(".yaml").removesuffix(".py")
+    for suffix in SUFFIXES:
+        if (CONFIGS / f"{stem}{suffix}").is_file():
+            return str(CONFIGS / f"{stem}{suffix}")
+    raise InputError(f"the model zoo has no config {name!r}; {_suggest(stem, names())}")
+
+
+def get_checkpoint_url(name: str) -> str:
+    """The address of the published weights of ``name``.
+
+    Raises:
+        InputError: there are none.
+    """
+    return _weights(name).url
+
+
+def get_config(name: str, trained: bool = False):
+    """The config called ``name``: a CfgNode with every key filled in, or a LazyConfig.
+
+    Args:
+        name: of a config.
+        trained: set MODEL.WEIGHTS (``train.init_checkpoint``) to the published weights instead of
+            those that training starts from.
+
+    Raises:
+        InputError: there is no such config, or it has no published weights.
+    """
+    from detectron2.config import LazyConfig
+
+    from .config_file import read_cfg
+
+    weights = f"{PREFIX}{_stem(name)}" if trained and _weights(name) else None
+    path = get_config_file(name)
+    if path.endswith(".py"):
+        cfg = LazyConfig.load(path)
+        cfg.train.init_checkpoint = weights or cfg.train.init_checkpoint
+        return cfg
+    return read_cfg(path, ["MODEL.WEIGHTS", weights] if weights else [])
+
+
+def get(name: str, trained: bool = False, device: str | None = None) -> torch.nn.Module:
+    """The model called ``name``, in training mode.
+
+    Args:
+        name: of a config.
+        trained: load the published weights; else it starts from random values, where detectron2
+            would download those that training starts from.
+        device: instead of the config's; the CPU where that asks for a GPU that is not there.
+
+    Raises:
+        InputError: there is no such config, or weights that cannot be had.
+    """
+    from detectron2.config import CfgNode, instantiate
+
+    from .checkpoint import Checkpointer
+    from .config_file import choose_device
+    from .inference import build_detector
+
+    cfg = get_config(name, trained)
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        choose_device(cfg)
+        model, weights = build_detector(cfg), cfg.MODEL.WEIGHTS
+    else:
+        default = cfg.train.device if torch.cuda.is_available() else "cpu"
+        model = instantiate(cfg.model).to(device or default)
+        weights = cfg.train.init_checkpoint
+    if trained:
+        Checkpointer(model).load(weights)
+    return model
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".yaml").removesuffix(".py")
+
+
+def _weights(name: str) -> Weights:
+    if _stem(name) not in WEIGHTS:
+        raise InputError(
+            f"the model zoo has no weights of {name!r}; {_suggest(_stem(name), list(WEIGHTS))}"
+        )
+    return WEIGHTS[_stem(name)]
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = [k for k in known if k.rpartition("/")[2] == name] or close
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+
+
+# ---- downloads ----
+
+
+class Zoo(PathHandler):
+    """Opens ``zoo://NAME``."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        """The file of the weights, downloaded unless it is there.
+
+        Raises:
+            InputError: there is no such model, or it cannot be downloaded.
+        """
+        url = get_checkpoint_url(path.removeprefix(PREFIX))
+        target = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(target)):  # several processes may come here at once
+            if force or not target.is_file():
+                download(url, target)
+        return str(target)
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
+        return open(self._get_local_path(path), mode, buffering)  # noqa: SIM115
+
+
+def download(url: str, target: Path) -> None:
+    """Downloads ``url``, whose file name tells its hash, with a progress bar; all or nothing.
+
+    Raises:
+        InputError: it cannot be had, or is not what its name says.
+    """
+    digest = re.search(r"-([0-9a-f]{8,})\.\w+$", url)[1]
+    try:
+        with _timeout():
+            torch.hub.download_url_to_file(url, str(target), hash_prefix=digest)
+    except (OSError, HTTPException, RuntimeError) as error:
+        cause = one_line_cause(error)
+        if isinstance(error, RuntimeError):  # torch names both hashes
+            cause = "what came has another SHA-256 than its name says, or was cut off"
+        raise InputError(
+            f"cannot download {url} ({cause}); try again, or download it elsewhere and save it as "
+            f"{target}"
+        ) from error
+
+
+@contextmanager
+def _timeout() -> Iterator[None]:
+    """Torch's download waits for ever otherwise."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+PathManager.register_handler(Zoo(), allow_override=True)
