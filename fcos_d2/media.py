@@ -173,7 +173,7 @@ def choose_targets(
     is_single = num_frames == 1 or [source.kind for source in sources] == ["image"]
     if is_image(output) and not is_single:
         raise InputError(
-            f"--output {output} holds one frame, but the inputs are more than one; name a folder "
+            f"--output {output} holds one image, but the inputs are more than one; name a folder "
             "or a video file"
         )
     if is_image(output) and not can_hold_rgb(output):

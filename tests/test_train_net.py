@@ -11,6 +11,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser
 
+import fcos_d2.commands.train
 import train_net
 
 from .engine.kill_and_resume import differences
@@ -300,7 +301,7 @@ def test_interrupting_is_clean(script, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_net, "setup_cfg", interrupt)
+    monkeypatch.setattr(fcos_d2.commands.train, "setup_cfg", interrupt)
     result = script()
     assert result.status == 130 and "--resume" in result.err
 

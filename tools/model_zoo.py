@@ -19,6 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from fcos_d2 import add_fcos_config, resolve_convention
+from fcos_d2.model_zoo import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,8 +170,14 @@ for their own code, *ours* what these configs reached here: empty until measured
 carries the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that weights of the
 authors are evaluated by the rules that they were trained with. Parameters include those of frozen
 layers, but not the constants of frozen batch norms.
+
+*weights* are those that their authors publish under a license that permits every use:
+`MODEL.WEIGHTS zoo://torchvision/fcos_R_50_FPN`, `fcos-d2 photo.jpg --model NAME` and
+`Predictor.from_pretrained(NAME)` download them once, where NAME is the path of the config without
+`configs/` and `.yaml`. Files of the other authors load too, but their licenses are non-commercial.
 """
 COLUMNS = ("config", "parameters", "images x iterations", "short side", "published", "ours")
+COLUMNS += ("weights", "license")
 
 
 def read_config(name: str) -> CfgNode:
@@ -202,7 +209,14 @@ def _row(name: str, published: str) -> list[str]:
         side,
         published,
         MEASURED.get(name, ""),
+        *_weights(name),
     ]
+
+
+def _weights(name: str) -> tuple[str, str]:
+    if name not in WEIGHTS:
+        return "", ""
+    return f"[download]({WEIGHTS[name].url})", WEIGHTS[name].license
 
 
 def _section(section: Section) -> str:

@@ -137,7 +137,7 @@ def test_image_file_holds_one_picture_and_no_more(fcos_d2, photos, tmp_path, no_
     video = write_video(tmp_path / "w.avi")
     for inputs in ([photos], [video], [photos / "a.png", video]):
         status, _, err = fcos_d2(*inputs, "--output", tmp_path / "one.png")
-        assert status == 2 and "one.png holds one picture, but the inputs are more" in err
+        assert status == 2 and "one.png holds one image, but the inputs are more" in err
     no_model.undo()
     assert fcos_d2(video, "--output", tmp_path / "one.png", "--frames", 1)[0] == 0
     assert Image.open(tmp_path / "one.png").size == (320, 240)

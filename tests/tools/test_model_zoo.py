@@ -99,15 +99,24 @@ def test_model_has_the_parameters_that_are_published(name, rows):
 
 
 def test_recipe_and_accuracies_have_columns_of_their_own(rows):
-    assert rows["fcos_R_50_FPN_2x"][1:] == ["16 x 180,000", "640 to 800", "41.0 (41.4)", ""]
-    assert rows["original/fcos_syncbn_bs32_MNV2_FPN_1x"][1:] == ["32 x 90,000", "800", "33.1", ""]
+    assert rows["fcos_R_50_FPN_2x"][1:] == ["16 x 180,000", "640 to 800", "41.0 (41.4)", "", "", ""]
+    assert rows["original/fcos_syncbn_bs32_MNV2_FPN_1x"][1:] == [
+        "32 x 90,000",
+        "800",
+        "33.1",
+        "",
+        "",
+        "",
+    ]
     assert rows["digits/fcos_R_18_FPN_digits"][3] == ""
+    *_, weights, license = rows["torchvision/fcos_R_50_FPN"]
+    assert weights.endswith("fcos_resnet50_fpn_coco-99b0c9b7.pth)") and license == "BSD-3-Clause"
 
 
 def test_accuracy_of_our_own_is_shown_where_it_was_measured(monkeypatch):
     monkeypatch.setattr(model_zoo, "MEASURED", {"fcos_R_50_FPN_1x": "38.8"})
     section = model_zoo.SECTIONS[0]._replace(models={"fcos_R_50_FPN_1x": "38.7"})
-    assert model_zoo._section(section).rstrip().endswith("| 38.7 | 38.8 |")
+    assert model_zoo._section(section).rstrip().endswith("| 38.7 | 38.8 |  |  |")
 
 
 def test_script_writes_the_file(tmp_path, monkeypatch, capsys):
