@@ -105,7 +105,8 @@ CONVENTIONS: dict[str, dict[str, object]] = {
 def add_fcos_config(cfg: CN) -> None:
     """Adds the keys of FCOS to a detectron2 config.
 
-    They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL_EMA``,
+    They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL.CHANNELS_LAST``,
+    ``MODEL.INFERENCE``, ``MODEL_EMA``,
     ``DATASETS.REGISTER``, and in ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and
     AMP.PRECISION.
 
@@ -143,6 +144,13 @@ def _add_training(cfg: CN) -> None:
     cfg.SOLVER.MAX_SKIPPED_ITERS = 0
     # torch.compile for backbone and head.
     cfg.MODEL.COMPILE = False
+    # Feature maps in channels_last memory format while training: faster on CPUs, and on GPUs in
+    # lower precision. Inference always uses it.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Precision of inference by --eval-only, fcos-d2 and Predictor: "float32", "bfloat16", "float16"
+    # (GPUs), or "auto" for what the device computes fastest.
+    cfg.MODEL.INFERENCE = CN()
+    cfg.MODEL.INFERENCE.DTYPE = "float32"
     # Exponential moving average of the weights: what is evaluated, and saved with every checkpoint
     # and as model_final_ema.pth.
     cfg.MODEL_EMA = CN()

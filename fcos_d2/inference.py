@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -25,6 +26,7 @@ from .data import FCOSDatasetMapper, check_num_classes, load_dataset
 from .errors import InputError, one_line_cause
 from .evaluation import ThresholdEvaluator, evaluator_for
 from .modeling import FCOS
+from .modeling.acceleration import DTYPES, accelerate, fastest_dtype, use_channels_last
 from .modeling.tta import FCOSWithTTA
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,33 @@ def build_detector(cfg) -> nn.Module:
         # that a compiler could not improve.
         model.backbone.compile()
         model.head.compile()
-    return model
+    return use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
+
+
+def accelerated(cfg, model: nn.Module) -> nn.Module:
+    """``model``, made fast for inference in the precision of MODEL.INFERENCE.DTYPE, in place.
+
+    Raises:
+        InputError: a precision that is unknown, or that device or model does not have.
+    """
+    name, device = cfg.MODEL.INFERENCE.DTYPE, torch.device(cfg.MODEL.DEVICE)
+    if name == "auto" and isinstance(model, FCOS):
+        dtype = fastest_dtype(device)
+        logger.info(f"MODEL.INFERENCE.DTYPE auto: {str(dtype).removeprefix('torch.')} on {device}")
+        return accelerate(model, dtype)
+    if name not in (*DTYPES, "auto"):
+        raise InputError(
+            f"MODEL.INFERENCE.DTYPE must be auto, {', '.join(DTYPES)}, got {name!r}; set one of "
+            "these"
+        )
+    if name == "float16" and device.type == "cpu":
+        raise InputError("MODEL.INFERENCE.DTYPE float16 needs a GPU; set it to bfloat16 or auto")
+    if name in ("bfloat16", "float16") and not isinstance(model, FCOS):
+        raise InputError(
+            f"MODEL.INFERENCE.DTYPE {name} needs MODEL.META_ARCHITECTURE FCOS, got "
+            f"{cfg.MODEL.META_ARCHITECTURE}; set it to float32"
+        )
+    return accelerate(model, DTYPES.get(name, torch.float32))
 
 
 def load_detector(cfg, weights: str | None = None, *, resume: bool = False) -> nn.Module:
@@ -79,7 +107,7 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
     Raises:
         InputError: weights or data that cannot be used; TEST.AUG of a model that is no FCOS.
     """
-    model = load_detector(cfg, resume=resume)
+    model = accelerated(cfg, load_detector(cfg, resume=resume))
     if cfg.TEST.AUG.ENABLED:
         with_tta(cfg, model)  # refuses what it cannot do before the plain evaluation, not after it
     folder = Path(cfg.MODEL.WEIGHTS).parent

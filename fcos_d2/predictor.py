@@ -23,7 +23,7 @@ from .data import class_names
 from .data.images import read_image, why_unreadable
 from .errors import InputError
 from .evaluation import THRESHOLD_FILE, Thresholds, read_thresholds
-from .inference import load_detector
+from .inference import accelerated, load_detector
 from .visualization.boxes import PANEL_SIDE, class_color, draw_boxes
 
 FINAL_WEIGHTS = "model_final.pth"
@@ -151,7 +151,7 @@ class Predictor:
         if not weights and "MODEL.WEIGHTS" in opts[::2]:
             weights = cfg.MODEL.WEIGHTS
         weights = weights or _final_weights(cfg.OUTPUT_DIR)
-        model = load_detector(cfg, weights)
+        model = accelerated(cfg, load_detector(cfg, weights))
         measured = _measured(Path(weights).parent, num_classes)
         dataset, names = _classes_of_data((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), num_classes)
         names = measured.class_names if measured else names

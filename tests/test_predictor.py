@@ -67,6 +67,7 @@ def test_no_weights_name_the_command_that_makes_them(output):
 def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     taken = []
     monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
+    monkeypatch.setattr(predictor, "accelerated", lambda cfg, model: model)
     Predictor.from_config(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
     assert taken == ["https://host/a//w.pth"]
 

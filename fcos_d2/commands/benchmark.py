@@ -1,6 +1,6 @@
 """Measures the parts of training and inference one by one, and all together.
 
-    python tools/benchmark.py --config-file FILE [--batch N] [--dtype bfloat16] [--seconds S]
+    python tools/benchmark.py --config-file FILE [--batch N] [--seconds S] [KEY VALUE ...]
     python tools/benchmark.py --config-file FILE --size 800 1344      random images: no data needed
 
 Prints a Markdown table that says what each time includes. Weights are those of MODEL.WEIGHTS, if
@@ -11,7 +11,6 @@ of runs after a warm-up, on the device's own clock where it has one.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +25,12 @@ from torch.utils.benchmark import Timer
 from ..config_file import choose_device, read_cfg
 from ..engine import Trainer
 from ..errors import InputError, exit_status
-from ..inference import load_detector
+from ..inference import accelerated, load_detector
 from ..modeling import FCOS
+from ..modeling.acceleration import DTYPES
 from ..ops import backend
 from .arguments import config_parser
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOXES_PER_IMAGE = 7  # of random images; COCO has as many
 
 
@@ -57,8 +56,7 @@ def training_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> It
             f"training: read, augment, batch; {cfg.DATALOADER.NUM_WORKERS} workers",
             lambda: next(training),
         )
-    batch, cast = next(training), _autocast(cfg.MODEL.DEVICE, DTYPES[options.dtype])
-    step = _training_step(cfg, model, batch, cast)
+    step = _training_step(cfg, model, next(training))
     yield Part("training step", "copy to the device, forward, losses, backward, optimizer", step)
 
 
@@ -68,15 +66,14 @@ def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> I
     Raises:
         InputError: a data set cannot be used.
     """
-    model.eval()
-    synthetic, cast = options.size is not None, _autocast(cfg.MODEL.DEVICE, DTYPES[options.dtype])
+    accelerated(cfg, model.eval())
+    synthetic = options.size is not None
     testing = _random_batches(options) if synthetic else _test_batches(cfg, options.batch)
     batch = next(testing)
 
     @torch.no_grad()
     def network():
-        with cast():
-            return model.dense_predictions(batch)
+        return model.dense_predictions(batch)
 
     yield Part("network", "copy to the device, normalisation, backbone, head", network)
     outputs = network()
@@ -84,8 +81,7 @@ def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> I
 
     @torch.no_grad()
     def infer(inputs):
-        with cast():
-            return model(inputs)
+        return model(inputs)
 
     yield Part("inference", "network, post-processing, instances on the host", lambda: infer(batch))
     if not synthetic:
@@ -131,26 +127,22 @@ def _random_batches(options: argparse.Namespace) -> Iterator[list[dict]]:
     return itertools.repeat(batch)
 
 
-def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict], cast: Callable) -> Callable:
+def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict]) -> Callable:
     model.train()
+    amp = cfg.SOLVER.AMP
+    cast = torch.autocast(model.device.type, DTYPES[amp.PRECISION], enabled=amp.ENABLED)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # every run does the work of the first
 
     def step():
-        with cast():
+        with cast:
             losses = model(batch)
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> Callable:
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(torch.device(device).type, dtype)
 
 
 def benchmark(options: argparse.Namespace) -> None:
@@ -203,9 +195,9 @@ def _circumstances(cfg: CfgNode, options: argparse.Namespace) -> Iterator[str]:
     kinds = sorted({kernels[device.type.upper()] for kernels in backend().values()})
     yield f"device      {name}"
     yield f"software    torch {torch.__version__}, ops {' and '.join(kinds)}"
-    yield f"batch       {options.batch} images, {options.dtype}" + (
-        " autocast" if DTYPES[options.dtype] else ""
-    )
+    training = f"{cfg.SOLVER.AMP.PRECISION} autocast" if cfg.SOLVER.AMP.ENABLED else "float32"
+    yield f"batch       {options.batch} images"
+    yield f"precision   {training} (training), {cfg.MODEL.INFERENCE.DTYPE} (inference)"
     if options.size is not None:
         yield f"resolution  {options.size[0]} x {options.size[1]}, random images"
     else:
@@ -229,7 +221,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = config_parser(__doc__)
     parser.add_argument("--batch", type=int, metavar="N", help="default: SOLVER.IMS_PER_BATCH")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--seconds", type=float, default=5.0, help="per part, at least")
     return parser.parse_intermixed_args(arguments)

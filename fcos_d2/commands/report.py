@@ -29,7 +29,7 @@ from ..data.images import read_image
 from ..errors import InputError, exit_status, one_line_cause
 from ..evaluation import Objects, ground_truth
 from ..evaluation.report import write_report
-from ..inference import load_detector
+from ..inference import accelerated, load_detector
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import Series, ap_series, plot_training, read_metrics
 from ..visualization.sheet import contact_sheet
@@ -144,7 +144,7 @@ def _evaluated_other_weights(output_dir: Path, cfg: CfgNode) -> bool:
 
 def _run_model(output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]) -> dict[object, Objects]:
     weights = _require(_weights(output_dir), "finish the training")
-    model = load_detector(cfg, str(weights))
+    model = accelerated(cfg, load_detector(cfg, str(weights)))
     mapper = FCOSDatasetMapper(cfg, is_train=False)
     found = {}
     with torch.no_grad():

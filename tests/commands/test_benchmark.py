@@ -38,19 +38,24 @@ def test_every_part_is_measured_on_the_data_of_the_config(run):
     ]  # fmt: skip
     for milliseconds, speed in rows.values():
         assert milliseconds > 0 and speed == pytest.approx(2e3 / milliseconds, rel=0.1, abs=0.1)
-    assert "batch       2 images, float32\n" in printed.out
+    assert "precision   float32 (training), float32 (inference)\n" in printed.out
     assert "resolution  short side 48, at most 64 (training); 48, at most 64" in printed.out
     assert "weights     random" in printed.out and "device " in printed.out
 
 
 def test_random_images_need_no_data(run):
     status, printed = run(
-        "--batch", 1, "--size", 40, 56, "--dtype", "bfloat16",
+        "--batch", 1, "--size", 40, 56,
+        "MODEL.INFERENCE.DTYPE", "bfloat16", "SOLVER.AMP.ENABLED", "True",
+        "SOLVER.AMP.PRECISION", "bfloat16",
         "DATASETS.TRAIN", "()", "DATASETS.TEST", "()",
     )  # fmt: skip
     assert status == 0, printed.err
     assert list(table(printed.out)) == ["training step", "network", "post-processing", "inference"]
-    assert "40 x 56, random images" in printed.out and "bfloat16 autocast" in printed.out
+    assert (
+        "40 x 56, random images" in printed.out
+        and "bfloat16 autocast (training), bfloat16" in printed.out
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Faster networks with the same detections: folded batch norms, memory format, low precision."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class InFloat32(nn.Module):
+    """A layer that computes in float32 inside a network of lower precision."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor of any dtype -> float32."""
+        return self.layer(x.float())
+
+
+def accelerate(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Makes a detector fast for inference, in place; it can no longer be trained or saved.
+
+    Batch norms that follow a convolution become part of it, which changes results by rounding
+    alone, and feature maps are channels_last. In a lower ``dtype`` the network computes in it, save
+    for the distances to the sides of boxes and the box quality: they are few, and bfloat16 has 8
+    bits for them. Candidates and detections are float32 in any case.
+
+    Args:
+        model: in evaluation mode; below float32 an FCOS.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``model``.
+    """
+    fold_batch_norms(model)
+    if dtype != torch.float32:
+        model.backbone.to(dtype)
+        head = model.head.to(dtype)
+        head.bbox_pred, head.ctrness = InFloat32(head.bbox_pred), InFloat32(head.ctrness)
+        if head.scales is not None:
+            head.scales.float()
+    return use_channels_last(model, dtype)
+
+
+def fold_batch_norms(model: nn.Module) -> None:
+    """Merges the norms of detectron2's convolutions into their weights, in place."""
+    for layer in model.modules():
+        norm = getattr(layer, "norm", None)
+        if isinstance(layer, Conv2d) and isinstance(norm, NORMS):
+            weight, bias = fuse_conv_bn_weights(
+                layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps,
+                norm.weight, norm.bias,
+            )  # fmt: skip
+            layer.weight, layer.bias, layer.norm = weight, bias, None
+
+
+def use_channels_last(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Makes convolutions read and write channels_last; the input is cast to ``dtype``."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+
+    def convert(backbone: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].to(dtype=dtype, memory_format=torch.channels_last)
+
+    model.backbone.register_forward_pre_hook(convert)
+    return model
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which ``device`` computes convolutions fastest, float16 only on GPUs."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if able.get("avx512_bf16") or able.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32

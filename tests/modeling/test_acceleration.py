@@ -1,0 +1,106 @@
+"""Accelerated detectors find what the plain ones find."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from fcos_d2 import InputError
+from fcos_d2.inference import accelerated
+from fcos_d2.modeling import acceleration
+from fcos_d2.modeling.acceleration import accelerate, fastest_dtype
+
+from .tiny import tiny_cfg, tiny_fcos
+
+RESNET = ("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18)
+RESNET += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+
+
+def batch():
+    return [{"image": torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)} for _ in range(2)]
+
+
+def dense(model, images):
+    with torch.no_grad():
+        logits, ltrb, quality, _ = model.dense_predictions(images)[2]
+    return [*logits, *ltrb, *quality]
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+def test_folded_norms_change_predictions_by_rounding_alone(norm):
+    norms = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", norm)
+    cfg = tiny_cfg(*RESNET, *norms, "MODEL.BACKBONE.FREEZE_AT", 0)
+    model = build_model(cfg).eval()
+    for layer in model.modules():
+        if hasattr(layer, "running_mean"):
+            nn.init.normal_(layer.running_mean, std=0.2)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 2) if norm != "FrozenBN" else None
+    images = batch()
+    expected = dense(model, images)
+    fast = accelerate(copy.deepcopy(model))
+    assert not any(isinstance(layer, acceleration.NORMS) for layer in fast.backbone.modules())
+    for ours, theirs in zip(dense(fast, images), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"NORM": "GN"}, {"NORM": "BN"}, {"USE_SCALE": False}])
+def test_lower_precision_finds_nearly_the_same_and_keeps_boxes_in_float32(settings):
+    model, images = tiny_fcos(INFERENCE_TH_TEST=0.005, **settings).eval(), batch()
+    expected = dense(model, images)
+    fast = accelerate(copy.deepcopy(model), torch.bfloat16)
+    got = dense(fast, images)
+    levels = len(got) // 3
+    assert {x.dtype for x in got[:levels]} == {torch.bfloat16}
+    assert {x.dtype for x in got[levels:]} == {torch.float32}
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=0.05, rtol=0.02)
+    found = fast(images)[0]["instances"]
+    assert len(found) and found.pred_boxes.tensor.dtype == found.scores.dtype == torch.float32
+
+
+def test_training_in_channels_last_has_the_same_losses():
+    plain = tiny_fcos()
+    last = build_model(tiny_cfg())
+    last.load_state_dict(plain.state_dict())
+    seen = []
+    acceleration.use_channels_last(last).backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    images = batch()
+    for ours, theirs in zip(dense(last, images), dense(plain, images), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("features", [{"avx512_bf16": True}, {"amx_bf16": True}, {}])
+def test_auto_takes_bfloat16_where_the_processor_has_it(features, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    dtype = torch.bfloat16 if features else torch.float32
+    assert fastest_dtype(torch.device("cpu")) == dtype
+    cfg = tiny_cfg("MODEL.INFERENCE.DTYPE", "auto")
+    model = accelerated(cfg, build_model(cfg).eval())
+    assert next(model.backbone.parameters()).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("MODEL.INFERENCE.DTYPE", "int8"), "must be auto, float32, bfloat16, float16, got 'int8'"),
+        (("MODEL.INFERENCE.DTYPE", "float16"), "float16 needs a GPU; set it to bfloat16 or auto"),
+    ],
+)
+def test_precision_that_cannot_be_had_is_one_line(options, message):
+    cfg = tiny_cfg(*options)
+    with pytest.raises(InputError, match=message):
+        accelerated(cfg, build_model(cfg))
+
+
+def test_other_detectors_stay_in_float32():
+    cfg = tiny_cfg(
+        "MODEL.INFERENCE.DTYPE", "bfloat16", "MODEL.META_ARCHITECTURE", "ProposalNetwork"
+    )
+    with pytest.raises(InputError, match="needs MODEL.META_ARCHITECTURE FCOS, got ProposalNetwork"):
+        accelerated(cfg, nn.Identity())
