@@ -1,6 +1,7 @@
 // The ops on CUDA. What only the data can tell is checked in the kernels, so that nothing waits for
 // the device. All work goes to the current stream of the device of the tensors.
 
+#define USE_CUDA // shim.h declares the functions for CUDA only then
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
