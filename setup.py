@@ -89,8 +89,7 @@ def find_libraries() -> list[Extension]:
         sys.stderr.write(f"fcos_d2: no C++ compiler ({COMPILER}): the reference ops will be used\n")
         return []
     libraries, choice = [describe_library("_C", "cpu")], os.environ.get("FCOS_D2_CUDA")
-    obstacle = cuda_obstacle()
-    if choice != "0" and obstacle is None:
+    if (obstacle := cuda_obstacle()) is None and choice != "0":
         if not (os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.is_available()):
             # torch's own choice needs a GPU. This is all that it and nvcc support.
             known = getoutput(f"'{NVCC}' --list-gpu-arch").split()

@@ -4,187 +4,110 @@ import importlib.util
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parents[1]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+from tests import native
 
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_under_test", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SETUP = load_setup()
-NVCC = SETUP.find_nvcc()
+KERNELS = sorted((native.ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = native.setup_py().NVCC
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
 # ---- what setup.py decides ----
 
 
-def script(path: Path, *lines: str) -> Path:
-    """An executable that stands in for a tool."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine without CUDA, and ways to give it some: the functions gpu(), nvcc() and torch()."""
-    for name in ("FCOS_D2_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    """A function that adds nvcc to a machine with a torch for CUDA 13.2; returns nvcc."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: "sm_75 sm_80 sm_100", raising=False)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
 
-    class Machine:
-        @staticmethod
-        def gpu(*capabilities: str) -> None:
-            lines = (f"echo {capability}" for capability in capabilities)
-            script(tmp_path / "bin" / "nvidia-smi", *lines)
+    def nvcc(home: str = "cuda", version: str = "13.0") -> Path:
+        script = tmp_path / home / "bin" / "nvcc"
+        script.parent.mkdir(parents=True)
+        script.write_text(f"""#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+--list-gpu-arch) echo compute_80; echo compute_90; echo compute_100 ;;
+--dryrun) echo '#$ TOP={tmp_path / home}/bin/..' >&2 ;;
+esac
+""")
+        script.chmod(0o755)
+        return script
 
-        @staticmethod
-        def nvcc(folder: str = "bin", version: str = "13.0") -> Path:
-            return script(
-                tmp_path / folder / "nvcc",
-                'case "$1" in',
-                f"--version) echo Cuda compilation tools, release {version}, V{version}.88 ;;",
-                "--list-gpu-arch) echo compute_80; echo compute_90; echo compute_100 ;;",
-                f"--dryrun) echo '#$ TOP={tmp_path / folder}/..' >&2 ;;",
-                "esac",
-            )
-
-        @staticmethod
-        def torch(cuda: str | None = "13.2") -> Path:
-            folder = tmp_path / "site-packages" / "torch"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "version.py").write_text(
-                f"__version__ = '2.15.0'\ncuda: Optional[str] = {cuda!r}\n"
-            )
-            return folder
-
-    return Machine
+    (tmp_path / "bin").mkdir()
+    # The compiler need only be there.
+    environment = {"PATH": str(tmp_path / "bin"), "CXX": sys.executable}
+    with mock.patch.dict(os.environ, environment, clear=True):
+        yield nvcc
 
 
-def cuda_libraries(machine, **torch_options) -> list[str]:
-    return [ext.name for ext in SETUP.find_cuda_libraries(machine.torch(**torch_options))]
+def find_libraries() -> list[str]:
+    return [extension.name for extension in native.load_setup().find_libraries()]
 
 
-def test_nothing_is_built_for_cuda_where_there_is_no_nvcc(machine, capsys):
-    assert cuda_libraries(machine) == []
+def test_cuda_library_is_built_where_there_is_nvcc(machine, monkeypatch, capsys):
+    assert find_libraries() == ["fcos_d2._C"]
+    monkeypatch.setenv("CUDA_HOME", str(machine().parents[1]))
+    assert find_libraries() == ["fcos_d2._C", "fcos_d2._C_cuda"]
+    monkeypatch.setenv("FCOS_D2_CUDA", "0")
+    assert find_libraries() == ["fcos_d2._C"]
     assert capsys.readouterr().err == ""
-    machine.gpu("9.0")  # then somebody may wonder
-    assert cuda_libraries(machine) == []
-    assert "cuda-toolkit[nvcc" in capsys.readouterr().err
-
-
-def test_cuda_is_built_for_the_gpus_of_the_machine(machine):
-    machine.nvcc()
-    machine.gpu("9.0", "8.0", "9.0")
-    (library,) = SETUP.find_cuda_libraries(machine.torch())
-    assert library.name == "fcos_d2._C_cuda"
-    assert [arg for arg in library.nvcc_args if "gencode" in arg] == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-    ]
-    assert "-lcudart_static" in library.extra_link_args
 
 
 @pytest.mark.parametrize(
-    "listed", ["8.0;9.0;10.0+PTX", "8.0 9.0 10.0+PTX", "8.0,9.0,10.0+PTX;12.0"]
+    ("version", "cuda", "said"),
+    [
+        (None, "13.2", r'nvcc is missing; type: pip install "cuda-toolkit\[nvcc,.*\]==13\.2\.\*"'),
+        ("12.8", "13.2", "nvcc is of CUDA 12.8, torch of 13.2; point CUDA_HOME to a CUDA 13.2"),
+        ("13.0", None, "torch .* has no CUDA"),
+    ],
 )
-def test_listed_architectures_are_built_without_a_gpu_save_unknown_ones(
-    machine, monkeypatch, listed
+def test_missing_requirement_is_named_and_an_error_only_where_cuda_is_forced(
+    machine, monkeypatch, tmp_path, capsys, version, cuda, said
 ):
-    machine.nvcc()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    (library,) = SETUP.find_cuda_libraries(machine.torch())
-    assert [arg.split("code=")[-1] for arg in library.nvcc_args if "gencode" in arg] == [
-        "sm_80", "sm_90", "sm_100", "compute_100",
-    ]  # fmt: skip
-
-
-def test_only_unknown_architectures_is_an_error_that_lists_the_known(machine, monkeypatch):
-    machine.nvcc()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
-    with pytest.raises(SystemExit, match="compute_80 compute_90 compute_100"):
-        cuda_libraries(machine)
-
-
-def test_without_a_gpu_it_is_built_for_what_torch_was_built_for(machine, monkeypatch):
-    machine.nvcc()
-    monkeypatch.setattr(SETUP, "torch_architectures", lambda torch: ["7.5", "8.0", "12.0+PTX"])
-    (library,) = SETUP.find_cuda_libraries(machine.torch())
-    gencodes = [arg for arg in library.nvcc_args if "gencode" in arg]
-    assert gencodes == ["-gencode=arch=compute_80,code=sm_80"]
-
-
-def test_architectures_of_torch_end_with_code_for_later_gpus():
-    if torch.version.cuda is None:
-        pytest.skip("needs a torch with CUDA")
-    *older, newest = SETUP.torch_architectures(Path(torch.__file__).parent)
-    assert newest.endswith("+PTX") and all(re.fullmatch(r"\d+\.\d", name) for name in older)
-    numbers = [float(name.removesuffix("+PTX")) for name in (*older, newest)]
-    assert numbers == sorted(numbers)
-
-
-def test_cuda_can_be_switched_off(machine, monkeypatch):
-    machine.nvcc()
-    machine.gpu("9.0")
-    monkeypatch.setenv("FCOS_D2_CUDA", "0")
-    assert cuda_libraries(machine) == []
-
-
-def test_other_cuda_than_that_of_torch_names_both_and_the_fix(machine, monkeypatch, capsys):
-    machine.nvcc(version="12.8")
-    machine.gpu("9.0")
-    assert cuda_libraries(machine) == []
-    message = capsys.readouterr().err
-    assert "nvcc is of CUDA 12.8 but torch was built with CUDA 13.2" in message
-    assert "point CUDA_HOME to it" in message and "built without CUDA" in message
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if version:
+        monkeypatch.setenv("CUDA_HOME", str(machine(version=version).parents[1]))
+    (tmp_path / "bin" / "nvidia-smi").symlink_to("/bin/sh")
+    assert find_libraries() == ["fcos_d2._C"]
+    assert re.search(said, capsys.readouterr().err)
     monkeypatch.setenv("FCOS_D2_CUDA", "1")
-    with pytest.raises(SystemExit, match="nvcc is of CUDA 12.8"):
-        cuda_libraries(machine)
+    with pytest.raises(SystemExit, match=said):
+        find_libraries()
 
 
-def test_missing_nvcc_names_the_command_to_type(machine, monkeypatch):
-    monkeypatch.setenv("FCOS_D2_CUDA", "1")
-    with pytest.raises(SystemExit, match=r'pip install "cuda-toolkit\[nvcc,.*\]==13\.2\.\*"'):
-        cuda_libraries(machine)
-
-
-def test_torch_without_cuda_is_left_alone_unless_cuda_is_forced(machine, monkeypatch):
-    machine.nvcc()
-    machine.gpu("9.0")
-    assert cuda_libraries(machine, cuda=None) == []
-    monkeypatch.setenv("FCOS_D2_CUDA", "1")
-    with pytest.raises(SystemExit, match="needs a torch with CUDA, this is torch 2.15.0"):
-        cuda_libraries(machine, cuda=None)
+def test_without_a_gpu_it_is_built_for_all_that_torch_and_nvcc_support(machine, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(machine().parents[1]))
+    find_libraries()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;10.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    find_libraries()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
 def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeypatch, tmp_path):
-    assert SETUP.find_nvcc() is None
-    packaged = machine.nvcc("site-packages/nvidia/cu13/bin")
-    assert SETUP.find_nvcc() == str(packaged)
-    real = machine.nvcc("toolkit/bin")
-    (tmp_path / "bin").mkdir(exist_ok=True)
-    (tmp_path / "bin" / "nvcc").symlink_to(real)
-    assert SETUP.find_nvcc() == str(real), "a link is followed: nvcc looks beside itself"
-    home = machine.nvcc("home/bin")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert SETUP.find_nvcc() == str(home)
+    def found() -> Path:
+        setup = native.load_setup()
+        return Path(setup.NVCC), Path(setup.HOME)
+
+    packaged = machine("packages/nvidia/cu13")
+    assert found() == (packaged, packaged.parents[1])
+    (tmp_path / "bin" / "nvcc").symlink_to(toolkit := machine("toolkit"))
+    assert found() == (tmp_path / "bin" / "nvcc", toolkit.parents[1]), "a link is followed"
+    monkeypatch.setenv("CUDA_HOME", str(machine("home").parents[1]))
+    assert found() == (tmp_path / "home/bin/nvcc", tmp_path / "home")
 
 
 # ---- what nvcc makes of it ----
@@ -208,13 +131,13 @@ KERNEL = re.compile(
 )
 
 
-def compile_kernels(folder: Path, architectures: list[str]) -> str:
+def compile_kernels(folder: Path, architecture: str) -> str:
     """Compiles csrc/cuda to objects in ``folder``; returns what ptxas says."""
 
     def compile_one(source: Path) -> str:
         command = [
-            NVCC, "-std=c++20", "-O3", f"-ccbin={SETUP.COMPILER[0]}", "-Xcompiler=-fPIC",
-            "-Xptxas=-v", "-Werror=all-warnings", *SETUP.gencode(NVCC, architectures),
+            NVCC, "-std=c++20", "-O3", f"-ccbin={native.COMPILER}", "-Xcompiler=-fPIC",
+            "-Xptxas=-v", "-Werror=all-warnings", f"-arch={architecture}",
             "-c", str(source), "-o", str(folder / f"{source.stem}.o"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -244,7 +167,7 @@ def assert_within_budget(report: str) -> None:
 def hopper(tmp_path_factory) -> tuple[Path, str]:
     """(folder with objects for sm_90, what ptxas says)."""
     folder = tmp_path_factory.mktemp("cuda")
-    return folder, compile_kernels(folder, ["9.0"])
+    return folder, compile_kernels(folder, "sm_90")
 
 
 @needs_nvcc
@@ -254,31 +177,29 @@ def test_kernels_compile_without_warning_within_their_registers(hopper):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["8.0", "10.0+PTX", "12.0"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "sm_120"])
 def test_kernels_of_other_gpus_are_within_their_registers(architecture, tmp_path):
-    assert_within_budget(compile_kernels(tmp_path, [architecture]))
+    assert_within_budget(compile_kernels(tmp_path, architecture))
 
 
 @needs_nvcc
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-def test_library_links_and_its_kernels_are_registered(hopper, tmp_path, monkeypatch):
-    folder, _ = hopper
-    monkeypatch.chdir(ROOT)
-    torch_folder = Path(torch.__file__).parent
-    library = SETUP.cuda_library(NVCC, torch_folder)
-    output, binding = tmp_path / "_C_cuda.so", tmp_path / "cuda.o"
-    SETUP.compile_source("csrc/bindings/cuda.cpp", binding, library.extra_compile_args)
-    objects = [str(binding), *(str(folder / f"{source.stem}.o") for source in KERNELS)]
-    link = [*SETUP.COMPILER, "-shared", *objects, *library.extra_link_args, "-o", str(output)]
-    subprocess.run([*link, "-Wl,--no-undefined", f"-L{torch_folder / 'lib'}", "-lc10"], check=True)
+def test_library_links_and_its_kernels_are_registered(hopper, tmp_path):
+    home = native.setup_py().HOME
+    source = str(native.ROOT / "csrc" / "bindings" / "cuda.cpp")
+    binding = [*native.compile_command(), f"-isystem{home}/include", "-c", source]
+    link = [native.COMPILER, "-shared", *map(str, hopper[0].glob("*.o")), "-Wl,--no-undefined"]
+    link += [*native.LINK_TORCH, "-ltorch_cuda", "-lc10", f"-L{home}/lib64", f"-L{home}/lib"]
+    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    library = native.build(tmp_path / "_C_cuda.so", {tmp_path / "cuda.o": binding}, link)
     code = f"""
 import torch
 from fcos_d2 import ops
-torch.ops.load_library({str(output)!r})
+torch.ops.load_library({str(library)!r})
 for name, kernels in ops.backend().items():
     assert kernels["CUDA"] == "compiled", name
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=native.ROOT)
 
 
 # ---- the inner loops, as the hardware will see them ----

@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 
+from tests import native
+from tests.native import COMPILER
 from tests.ops.backends import Overloads, reference_of, register_ops
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 NAMESPACE = "fcos_d2_emulated"
+missing = native.missing
 # Processes under AddressSanitizer (test_sanitizers.py) have this in their environment.
 SANITIZED = os.environ.get("FCOS_D2_EMULATION") == "sanitized"
 
@@ -44,20 +43,6 @@ SANITIZERS = [
     "-fno-sanitize-recover=undefined",
     "-fsanitize-sections=emulated_shared",  # not looked at unless named
 ]
-
-
-@functools.cache
-def setup_py() -> ModuleType:
-    """setup.py, which knows how to compile a file only when something has changed."""
-    spec = importlib.util.spec_from_file_location("fcos_d2_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def missing() -> str | None:
-    """Why there can be no emulation here; None where there can."""
-    return None if shutil.which(setup_py().COMPILER[0]) else "needs a C++ compiler"
 
 
 @functools.cache
@@ -107,22 +92,13 @@ def schedule(number: int, library: str = "ops"):
 def build(library: str, sanitized: bool = SANITIZED) -> Path:
     """Compiles what has changed of a library of SOURCES and links it."""
     folder = ROOT / "build" / "emulation" / ("sanitized" if sanitized else "plain")
-    sources = SOURCES[library]
-    targets = [folder / f"{source.name}.o" for source in sources]
-    arguments = ["-x", "c++", *compile_arguments(sanitized)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compile_source = setup_py().compile_source
-        jobs = [
-            pool.submit(compile_source, str(source), target, arguments)
-            for source, target in zip(sources, targets, strict=True)
-        ]
-        for job in jobs:
-            job.result()
-    output = folder / f"{library}.so"
-    made = output.stat().st_mtime if output.exists() else 0
-    if any(target.stat().st_mtime > made for target in targets):
-        link(library, targets, output, sanitized)
-    return output
+    command = [COMPILER, "-x", "c++", *compile_arguments(sanitized)]
+    commands = {
+        folder / f"{source.name}.o": [*command, "-c", str(source)] for source in SOURCES[library]
+    }
+    link = [COMPILER, "-shared", *(SANITIZERS[:1] if sanitized else [])]
+    link += native.LINK_TORCH if library == "ops" else []
+    return native.build(folder / f"{library}.so", commands, link)
 
 
 def has_fma() -> bool:
@@ -133,7 +109,7 @@ def has_fma() -> bool:
 
 def compile_arguments(sanitized: bool) -> list[str]:
     return [
-        "-std=c++20",
+        *native.setup_py().FLAGS,
         "-g1",
         "-fPIC",
         "-Wall",
@@ -146,19 +122,8 @@ def compile_arguments(sanitized: bool) -> list[str]:
         "-ffp-contract=fast",
         *(["-mfma"] if has_fma() else []),
         f"-I{HERE / 'include'}",
-        f"-isystem{Path(torch.__file__).parent / 'include'}",
-        setup_py().TORCH_TARGET,
-        "-DUSE_CUDA",
+        f"-isystem{native.TORCH / 'include'}",
         *(f"-Daoti_torch_{name}=emulated_{name}" for name in RENAMED),
         f"-DFCOS_D2_NAMESPACE={NAMESPACE}",
         "-DFCOS_D2_DISPATCH_KEY=CPU",
     ]
-
-
-def link(library: str, objects: list[Path], output: Path, sanitized: bool) -> None:
-    command = [*setup_py().COMPILER, "-shared", *map(str, objects), "-o", str(output)]
-    if sanitized:
-        command += SANITIZERS[:1]
-    if library == "ops":
-        command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    subprocess.run(command, check=True)

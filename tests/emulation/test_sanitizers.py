@@ -24,7 +24,7 @@ library.run_fault(sys.argv[2].encode(), ctypes.c_void_p(allocate(64 * 4)))
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     """Runs Python with the sanitizers loaded before anything else."""
-    find = [*emulated.setup_py().COMPILER, "-print-file-name=libasan.so"]
+    find = [emulated.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(asan):
         pytest.skip("needs libasan")

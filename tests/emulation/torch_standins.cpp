@@ -1,6 +1,7 @@
 // What csrc/bindings/cuda.cpp asks torch about the GPU, answered for tensors of the CPU. build.py
 // renames torch's functions to these.
 
+#define USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 AOTITorchError emulated_get_current_cuda_stream(int32_t, void** stream) {

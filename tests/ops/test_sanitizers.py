@@ -8,25 +8,25 @@ import functools
 import os
 import platform
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.emulation.emulated import SANITIZED, missing, setup_py
+from tests import native
+from tests.emulation.emulated import SANITIZED
 
 from . import subprocesses
 
 LEVELS = ["x86-64", "x86-64-v3", "x86-64-v4"]  # as the compiler names them
 FLAGS_OF_LEVEL = {"x86-64": set(), "x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl"}}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-HERE, CSRC = Path(__file__).parent, subprocesses.ROOT / "csrc"
+HERE, CSRC = Path(__file__).parent, native.ROOT / "csrc"
 
 pytestmark = [
     pytest.mark.slow,  # builds the library twice
     pytest.mark.parametrize("implementation", ["reference"], indirect=True),
-    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor"),
     pytest.mark.skipif(SANITIZED, reason="runs in an ordinary process"),
 ]
@@ -37,30 +37,18 @@ def build(level: str, sanitized: bool) -> Path:
     """The CPU library for a processor of that level, and with the sanitizers or without."""
     sources = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources.append(HERE / "processor.cpp")
-    extension = setup_py().describe_library("_C", sources, Path(torch.__file__).parent)
-    folder = subprocesses.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
+    folder = native.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
     options = ["-include", str(HERE / "processor.h")]
     options += ["-O1", "-g1", *SANITIZERS] if sanitized else []
-    jobs = {}
+    commands = {}
     for source in sources:
-        arguments, target = [*extension.extra_compile_args, *options], folder / source.name
+        command, target = [*native.compile_command(), *options, "-c", str(source)], source.name
         if "FCOS_CLONES" in source.read_text():  # the compiler chooses, and not at run time
-            arguments.append(f'-DPROCESSOR_OF_THE_TEST="arch={level}"')
-            target = target.with_name(f"{level}-{target.name}")
-        jobs[target.with_name(f"{target.name}.o")] = (str(source), arguments)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compile_source = setup_py().compile_source
-        done = [pool.submit(compile_source, s, target, a) for target, (s, a) in jobs.items()]
-        for job in done:
-            job.result()
-    library = folder / level / "_C.so"
-    library.parent.mkdir(exist_ok=True)
-    command = [*setup_py().COMPILER, "-shared", *map(str, jobs), *extension.extra_link_args]
-    command += SANITIZERS[:1] if sanitized else []
-    made = library.stat().st_mtime if library.exists() else 0
-    if any(target.stat().st_mtime > made for target in jobs):
-        subprocess.run([*command, "-o", str(library)], check=True)
-    return library
+            command.append(f'-DPROCESSOR_OF_THE_TEST="arch={level}"')
+            target = f"{level}-{target}"
+        commands[folder / f"{target}.o"] = command
+    link = [native.COMPILER, "-shared", *native.LINK_TORCH, *(SANITIZERS[:1] if sanitized else [])]
+    return native.build(folder / f"{level}.so", commands, link)
 
 
 def run(folder: Path, level: str, *arguments: str, sanitized: bool = False):
@@ -81,7 +69,7 @@ def has_instructions(level: str) -> bool:
 
 def sanitizer_environment() -> dict[str, str]:
     """What loads AddressSanitizer before anything else."""
-    find = [*setup_py().COMPILER, "-print-file-name=libasan.so"]
+    find = [native.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(asan):
         pytest.skip("needs libasan")
