@@ -28,7 +28,7 @@ for packages in (*site.getsitepackages(), site.getusersitepackages()):
     if find_spec("torch") is None:
         site.addsitedir(packages)
 if find_spec("torch") is None:
-    raise SystemExit("""fcos_d2 is built against the torch of this environment, but there is none. Type:
+    raise SystemExit("""fcos_d2 builds against the torch of this environment, which has none. Type:
 
     pip install torch torchvision
     pip install -e .

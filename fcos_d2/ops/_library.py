@@ -128,7 +128,7 @@ def backend() -> dict[str, dict[str, str]]:
 
 
 def build_info() -> dict | None:
-    """What the compiled library was built with (torch, compiler, C++ standard); None without one."""
+    """What the compiled library was built with (torch, compiler, ...); None without one."""
     if not _compiled_libraries():
         return None
     return json.loads(getattr(torch.ops, NAMESPACE).build_info())
