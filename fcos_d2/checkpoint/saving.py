@@ -42,7 +42,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 def _flush_folder(folder: Path) -> None:
     """A rename is on the disk when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -86,16 +87,10 @@ class TrainingPanels(HookBase):
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential moving average of ``model``, which starts with its first update.
+    """The exponential moving average of ``model``; None if ``decay`` is 0.
 
-    Batch norm statistics are averaged too: those of the last weights would not fit.
-
-    Args:
-        model: the detector.
-        decay: share of the average that an update keeps, in (0, 1); 0 for no average at all.
-
-    Raises:
-        InputError: another decay.
+    An update keeps the share ``decay``, in (0, 1). Batch norm statistics are averaged too: those of
+    the last weights would not fit.
     """
     if not 0 <= decay < 1:
         raise InputError(f"MODEL_EMA.DECAY must be in (0, 1), got {decay}; 0.999 is common")
@@ -116,23 +111,43 @@ class EMAHook(HookBase):
     def __init__(self, ema: AveragedModel, checkpointer: AtomicSaving):
         self._ema, self._checkpointer = ema, checkpointer
 
+    @torch.no_grad()
     def after_step(self):
-        """Updates, and saves if this was the last iteration."""
-        self._ema.update_parameters(unwrap_ddp(self.trainer.model))
+        """Updates, without waiting for the GPU as update_parameters would; saves at the end."""
+        models = self._ema.module, unwrap_ddp(self.trainer.model)
+        ours, theirs = ([*model.parameters(), *model.buffers()] for model in models)
+        if self._ema.n_averaged == 0:  # on the CPU
+            torch._foreach_copy_(ours, theirs)
+        else:
+            pairs = [pair for pair in zip(ours, theirs, strict=True) if pair[0].is_floating_point()]
+            self._ema.multi_avg_fn(*map(list, zip(*pairs, strict=True)), None)
+        self._ema.n_averaged += 1
         if self.trainer.iter + 1 == self.trainer.max_iter:
             unwrap_trainer(self.trainer).flush()  # raises if that iteration must not be saved
             self._checkpointer.save_weights("model_final_ema", self._ema.module)
 
 
 class LossWriter(hooks.PeriodicWriter):
-    """PeriodicWriter, for all processes, which waits for the losses that it writes."""
+    """PeriodicWriter for all processes, which waits for the losses that it writes.
+
+    Args:
+        writers: of this process.
+        periods: in iterations, 0 for never: that of losses, and that of evaluations, whose results
+            would be lost if the process was killed before the next losses are written.
+    """
+
+    def __init__(self, writers: Sequence[EventWriter], *periods: int):
+        super().__init__(writers)
+        self._periods = [period for period in periods if period]
 
     def after_step(self):
         """Writes, if due."""
         iteration = self.trainer.iter + 1
-        if iteration % self._period == 0 or iteration == self.trainer.max_iter:
+        is_last = iteration == self.trainer.max_iter
+        if is_last or any(iteration % period == 0 for period in self._periods):
             unwrap_trainer(self.trainer).flush()
-        super().after_step()
+            for writer in self._writers:
+                writer.write()
 
 
 class Preempted(SystemExit):
@@ -202,7 +217,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self._evaluating = False
 
     def after_step(self):
-        """Saves if due or if any process was told to stop; then stops."""
+        """Saves if due, or if any process was told to stop: then training ends."""
         trainer, iteration = unwrap_trainer(self.trainer), self.trainer.iter
         is_last = iteration + 1 >= self.max_iter
         is_due = is_last or (iteration + 1) % self.period == 0
@@ -257,3 +272,29 @@ class EvaluationHook(hooks.EvalHook):
                 return evaluate(model)
 
         super().__init__(period, evaluate_alone)
+
+
+def standard_hooks(
+    checkpoints: CheckpointHook,
+    ema: AveragedModel | None,
+    writer: LossWriter,
+    evaluations: Sequence[HookBase],
+    *,
+    scheduler: object = None,
+    more: Sequence[HookBase | None] = (),
+) -> list[HookBase | None]:
+    """The hooks of a training run in their order; ``scheduler`` None is that of the trainer."""
+    is_main = comm.is_main_process()
+    return [
+        hooks.IterationTimer(),  # first, so that it times the step alone
+        ProgressBar() if is_main else None,
+        AssignmentStatistics() if is_main else None,
+        hooks.LRScheduler(scheduler=scheduler),
+        *more,
+        # Before checkpoints, which are to have its result.
+        EMAHook(ema, checkpoints.checkpointer) if ema else None,
+        # Before the evaluation, so that there is something to look at if that fails.
+        checkpoints,
+        *evaluations,
+        writer,
+    ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import InputError, one_line_cause
 from .distributed import init_torchrun, is_torchrun
@@ -21,72 +22,43 @@ from .hooks import Preempted
 def run_script(main: Callable, args) -> int:
     """Runs ``main(args)``, on as many GPUs as ``args`` says; the exit status of the script.
 
-    Started by torchrun, this is one of its processes: they form a group, with gloo where there is
-    no GPU, and ``args`` has no say.
+    Started by torchrun, this is one of its processes: they form a group, with gloo if there is no
+    GPU, and ``args.num_gpus`` is not read.
 
     0: done. 1 (by SystemExit): TEST.EXPECTED_RESULTS not met. 2: InputError, printed in one line.
     75: stopped by SIGTERM, after saving all that --resume needs. 130: interrupted.
     """
     try:
         if is_torchrun():
-            _run_under_torchrun(main, args)
+            init_torchrun()
+            main(args)
+            dist.destroy_process_group()  # after an error, torchrun ends those who wait for it
         else:
             _launch(main, args)
     except InputError as error:
-        return _tell_input_error(one_line_cause(error))
-    except torch.multiprocessing.ProcessRaisedException as error:
+        return _exit(2, f"error: {one_line_cause(error)}")
+    except ProcessRaisedException as error:
         cause = one_line_cause(error)
         marker = f"{InputError.__module__}.{InputError.__name__}: "
         if not cause.startswith(marker):
             raise
-        return _tell_input_error(cause.removeprefix(marker))
-    except Preempted:
-        return _tell_preempted()
-    except torch.multiprocessing.ProcessExitedException as error:
-        if error.exit_code != Preempted.STATUS:
+        return _exit(2, f"error: {cause.removeprefix(marker)}")
+    except (Preempted, ProcessExitedException) as error:
+        if getattr(error, "exit_code", Preempted.STATUS) != Preempted.STATUS:
             raise
-        return _tell_preempted()
+        saved = "stopped by SIGTERM; everything is saved, --resume continues"
+        return _exit(Preempted.STATUS, saved)
     except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return _exit(130, "interrupted; --resume continues from the last checkpoint")
     return 0
 
 
-def _run_under_torchrun(main: Callable, args) -> None:
-    init_torchrun()
-    main(args)
-    dist.destroy_process_group()  # after an error, torchrun ends those who wait for this process
+def _exit(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return status
 
 
 def _launch(main: Callable, args) -> None:
-    _check_gpus(args)
-    with _signals_passed_on() if args.num_gpus > 1 else contextlib.nullcontext():
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-
-
-@contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """SIGTERM is for the processes that train; this one waits for them."""
-
-    def pass_on(number: int, frame: object) -> None:
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, number)
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _check_gpus(args) -> None:
     found = torch.cuda.device_count()
     # One process without a GPU is what the default of --num-gpus means on a machine without any.
     if args.num_gpus > max(found, 1):
@@ -95,13 +67,21 @@ def _check_gpus(args) -> None:
             f"there; pass --num-gpus {max(found, 1)}"
             + ("" if found else ", or start processes on the CPU with torchrun --nproc-per-node N")
         )
+    machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank}
+    with _sigterm_forwarded() if args.num_gpus > 1 else contextlib.nullcontext():
+        launch(main, args.num_gpus, **machines, dist_url=args.dist_url, args=(args,))
 
 
-def _tell_input_error(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+@contextlib.contextmanager
+def _sigterm_forwarded() -> Iterator[None]:
+    """SIGTERM is for the processes that train; this one waits for them."""
 
+    def forward(number: int, frame: object) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
 
-def _tell_preempted() -> int:
-    print("stopped by SIGTERM; everything is saved, --resume continues", file=sys.stderr)
-    return Preempted.STATUS
+    previous = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

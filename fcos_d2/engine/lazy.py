@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import HookBase, default_setup, default_writers, hooks
+from detectron2.engine import default_setup, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -18,18 +19,10 @@ from ..checkpoint import Checkpointer
 from ..config_file import check_config_file
 from ..errors import InputError
 from .distributed import wrap_ddp
-from .hooks import (
-    AssignmentStatistics,
-    CheckpointHook,
-    EMAHook,
-    EvaluationHook,
-    LossWriter,
-    ProgressBar,
-    build_ema,
-)
+from .hooks import CheckpointHook, EvaluationHook, LossWriter, build_ema, standard_hooks
 from .loader import split_batch
-from .setup import flatten, training_context, truncate_metrics
-from .step import StepTrainer, usable_precision
+from .setup import flatten, resume_or_load, training_context
+from .step import StepTrainer, amp_dtype
 
 SECTIONS = {"model", "optimizer", "lr_multiplier", "dataloader", "train"}
 
@@ -63,20 +56,7 @@ def run_lazy(args) -> dict | None:
         checkpointer.averaged = ema["enabled"]
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         return _test(cfg, model)
-    trainer = _build_trainer(cfg, model)
-    ema = build_ema(model, ema.get("decay", 0.999) if ema["enabled"] else 0)
-    states = {"ema": ema} if ema else {}
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer, **states)
-    checkpoints = CheckpointHook(checkpointer, **cfg.train.checkpointer)
-    trainer.register_hooks(_build_hooks(cfg, checkpoints, ema))
-    resuming = args.resume and checkpointer.has_checkpoint()
-    checkpointer.reset_class_layer = not resuming
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    first = trainer.iter + 1 if resuming else 0
-    if resuming and comm.is_main_process():
-        truncate_metrics(f"{cfg.train.output_dir}/metrics.json", first)
-    with training_context(checkpoints):
-        trainer.train(first, cfg.train.max_iter)
+    _train(cfg, model, build_ema(model, ema.get("decay", 0.999) if ema["enabled"] else 0), args)
     return None
 
 
@@ -103,36 +83,37 @@ def _build_trainer(cfg: DictConfig, model: nn.Module) -> StepTrainer:
     per_process = split_batch(loader.total_batch_size, accumulation)
     loader.total_batch_size = per_process * comm.get_world_size()
     tree = OmegaConf.to_container(cfg)
-    settings = [flatten(tree[key], key) for key in ("optimizer", "lr_multiplier")]
+    settings = flatten({key: tree[key] for key in ("optimizer", "lr_multiplier")})
     cfg.optimizer.params.model = model
-    precision = train.amp.get("precision", "float16") if train.amp.enabled else None
+    precision = train.amp.get("precision", "float16")
     return StepTrainer(
         wrap_ddp(model, **train.ddp),
         instantiate(loader),
         instantiate(cfg.optimizer),
         accumulation=accumulation,
-        amp_dtype=usable_precision(precision, train.device),
+        amp_dtype=amp_dtype(precision, train.device) if train.amp.enabled else None,
         max_skipped=train.get("max_skipped_iters", 0),
-        settings={**settings[0], **settings[1], "train.max_iter": str(train.max_iter)},
+        settings={**settings, "train.max_iter": str(train.max_iter)},
     )
 
 
-def _build_hooks(
-    cfg: DictConfig, checkpoints: CheckpointHook, ema: AveragedModel | None
-) -> list[HookBase | None]:
-    train, is_main = cfg.train, comm.is_main_process()
-    model = ema.module if ema else checkpoints.checkpointer.model
+def _train(cfg: DictConfig, model: nn.Module, ema: AveragedModel | None, args) -> None:
+    train, trainer = cfg.train, _build_trainer(cfg, model)
+    states = {"ema": ema} if ema else {}
+    checkpointer = Checkpointer(model, train.output_dir, trainer=trainer, **states)
+    checkpoints = CheckpointHook(checkpointer, **train.checkpointer)
+    evaluated = ema.module if ema else model
+    evaluation = EvaluationHook(train.eval_period, partial(_test, cfg), evaluated, checkpoints)
+    is_main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if is_main else []
-    return [
-        hooks.IterationTimer(),
-        ProgressBar() if is_main else None,
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        AssignmentStatistics() if is_main else None,
-        EMAHook(ema, checkpoints.checkpointer) if ema else None,
-        checkpoints,
-        EvaluationHook(train.eval_period, lambda model: _test(cfg, model), model, checkpoints),
-        LossWriter(writers, period=train.log_period),
-    ]
+    writer = LossWriter(writers, train.log_period, train.eval_period)
+    scheduler = instantiate(cfg.lr_multiplier)
+    trainer.register_hooks(
+        standard_hooks(checkpoints, ema, writer, [evaluation], scheduler=scheduler)
+    )
+    first = resume_or_load(trainer, checkpointer, train.init_checkpoint, args.resume)
+    with training_context(checkpoints):
+        trainer.train(first, train.max_iter)
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict:

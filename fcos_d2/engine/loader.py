@@ -71,7 +71,7 @@ class TrainLoader:
                 f"the training data is of type {type(dataset).__name__}, which has no length; "
                 "register a list of records or a torch Dataset with __len__ and __getitem__"
             )
-        self._batch_size = split_batch(total_batch_size)
+        self.batch_size = split_batch(total_batch_size)
         self._is_portrait = _is_portrait(dataset) if aspect_ratio_grouping else None
         self._make_sampler = make_sampler or partial(_shuffle, len(dataset))
         is_list = isinstance(dataset, list)  # which is serialized once, for all workers
@@ -105,7 +105,7 @@ class TrainLoader:
             "seed": self._seed,
             "images": self._images,
             "batches": self._batches,
-            "batch_size": self._batch_size,
+            "batch_size": self.batch_size,
             "num_processes": comm.get_world_size(),
         }
 
@@ -114,7 +114,7 @@ class TrainLoader:
         self._seed = state["seed"]
         self._images, self._batches = state["images"], state["batches"]
         split = state["batch_size"], state["num_processes"]
-        if split != (self._batch_size, comm.get_world_size()):
+        if split != (self.batch_size, comm.get_world_size()):
             # Other batches than those that were counted: continue with the next image.
             self._images += self._batches * state["batch_size"] * state["num_processes"]
             self._batches = 0
@@ -132,7 +132,7 @@ class TrainLoader:
         for draw, index in draws:
             group = groups[self._is_portrait[index] if self._is_portrait else 0]
             group.append((draw, index))
-            if len(group) == self._batch_size:
+            if len(group) == self.batch_size:
                 yield list(group)
                 group.clear()
 
@@ -155,23 +155,17 @@ class _Samples(Dataset):
 
 
 def sampler_from_config(cfg, records: Sequence[dict]) -> MakeSampler:
-    """DATALOADER.SAMPLER_TRAIN as a function of the seed.
-
-    Raises:
-        InputError: an unknown sampler.
-    """
-    name, loader = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER
+    """DATALOADER.SAMPLER_TRAIN as a function of the seed."""
+    name, loader, size = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER, len(records)
     if name == "TrainingSampler":
-        return partial(_shuffle, len(records))
+        return partial(_shuffle, size)
     if name == "RepeatFactorTrainingSampler":
         count = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
         factors = count(records, loader.REPEAT_THRESHOLD)
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
-        size, ratio = len(records), loader.RANDOM_SUBSET_RATIO
-        return lambda seed: RandomSubsetTrainingSampler(
-            size, ratio, seed_shuffle=seed, seed_subset=seed
-        )
+        subset = partial(RandomSubsetTrainingSampler, size, loader.RANDOM_SUBSET_RATIO)
+        return lambda seed: subset(seed_shuffle=seed, seed_subset=seed)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; set it to TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"

@@ -13,11 +13,12 @@ from itertools import takewhile
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.engine import default_setup
+from detectron2.engine import TrainerBase, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..checkpoint import Checkpointer
 from ..config_file import choose_device, read_cfg
 from ..data import prepare
 from ..errors import InputError
@@ -84,24 +85,37 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
+def resume_or_load(trainer: TrainerBase, checkpointer: Checkpointer, weights: str, resume: bool):
+    """Loads the last checkpoint, if ``resume`` and there is one, or else ``weights``.
+
+    Only weights that start a training run may have other classes. Returns the first iteration.
+    """
+    resume = resume and checkpointer.has_checkpoint()
+    checkpointer.reset_class_layer = not resume
+    checkpointer.resume_or_load(weights, resume=resume)
+    if resume and comm.is_main_process():
+        truncate_metrics(f"{checkpointer.save_dir}/metrics.json", trainer.iter + 1)
+    return trainer.iter + 1 if resume else 0
+
+
 def truncate_metrics(path: str, first: int) -> None:
     """Removes the lines that a run which resumes at iteration ``first`` will write again."""
+
+    def is_before(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["iteration"] < first
+        except ValueError:  # it was cut off
+            return False
+
     if os.path.isfile(path):
         with open(path, "r+b") as file:
-            file.truncate(sum(map(len, takewhile(lambda line: _is_before(line, first), file))))
+            file.truncate(sum(map(len, takewhile(is_before, file))))
 
 
-def _is_before(line: bytes, first: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["iteration"] < first
-    except ValueError:  # it was cut off
-        return False
-
-
-def flatten(tree: Mapping, prefix: str) -> dict[str, str]:
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, str]:
     """Values of nested mappings, as strings, by their dotted keys."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        flat |= flatten(value, name) if isinstance(value, Mapping) else {name: str(value)}
+        is_section = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: str(value)}
     return flat

@@ -33,29 +33,29 @@ class Report(NamedTuple):
     iteration: int
     batches: list[list[dict]]
     losses: dict[str, Tensor]  # of this process
-    rows: Tensor  # of each process: data time, whether to stop, loss scale, losses
+    rows: Tensor  # per process: data time, whether to stop, loss scale, losses
     parameters: list[str]
-    gradients: Tensor  # the largest absolute value of each parameter's
+    gradients: Tensor  # largest absolute value per parameter
     arrived: torch.cuda.Event | None  # None: they are on the host
 
 
 class StepTrainer(SimpleTrainer):
     """SimpleTrainer with mixed precision, gradient accumulation, NaN checks and a complete state.
 
-    A loss or gradient that is not finite never reaches the weights: GradScaler leaves out the step,
-    with a constant scale of 1 unless the precision is float16. If the optimizer is fused, the GPU
-    decides that by itself; otherwise the host waits for it in every iteration. From a GPU, the host
-    gets the numbers of an iteration when the next one is queued: it writes losses, skips
-    iterations and ends training then.
+    A loss or gradient that is not finite never reaches the weights: GradScaler (with a constant
+    scale of 1 unless the precision is float16) leaves out the step. The GPU decides that by itself
+    if the optimizer is fused; otherwise the host waits for it in every iteration. From a GPU, the
+    host reads the numbers of an iteration when the next one is queued, so losses are written,
+    iterations skipped and training ended one iteration late, but before anything is saved.
 
     Args:
         model: returns a dict of losses; DistributedDataParallel if several processes train.
         data_loader: iterable of batches; if it has a ``state_dict``, that is saved too.
         optimizer: over the parameters of ``model``.
-        accumulation: batches per step. The step is that of their losses' mean.
-        amp_dtype: of autocast: "float16" (with loss scaling), "bfloat16", or None for float32.
-        max_skipped: how many iterations with losses or gradients that are not finite are skipped;
-            the next one ends training.
+        accumulation: batches per step, which is that of their losses' mean.
+        amp_dtype: torch.float16 (with loss scaling), torch.bfloat16, or None for float32.
+        max_skipped: number of iterations with losses or gradients that are not finite that are
+            skipped; the next one ends training.
         settings: of the run, by config key; ``load_state_dict`` says which ones have changed.
 
     Attributes:
@@ -74,23 +74,22 @@ class StepTrainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         accumulation: int = 1,
-        amp_dtype: str | None = None,
+        amp_dtype: torch.dtype | None = None,
         max_skipped: int = 0,
         settings: Mapping[str, str] | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
-        self._accumulation, self._max_skipped = accumulation, max_skipped
+        self._accumulation, self._dtype = accumulation, amp_dtype
+        self._max_skipped, self._skipped = max_skipped, 0
         self._settings = dict(settings or {})
         self._device = next(model.parameters()).device
-        self._is_cuda = self._device.type == "cuda"
-        self._copies = torch.cuda.Stream() if self._is_cuda else None
-        self._dtype = AMP_DTYPES[amp_dtype] if amp_dtype else None
-        self._is_scaled = self._dtype is torch.float16
+        self._is_deferred = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream() if self._is_deferred else None
+        self._is_scaled = amp_dtype is torch.float16
         scale = {} if self._is_scaled else {"init_scale": 1.0}
         self.grad_scaler = torch.amp.GradScaler(self._device.type, **scale)
         self.batches: list[list[dict]] = []
         self.stop_requested = self.stopping = False
-        self._skipped = 0
         self._unread: Report | None = None
         self._resumed: dict = {}
         self._rng_states: list[dict] = []
@@ -117,7 +116,7 @@ class StepTrainer(SimpleTrainer):
         self.flush()  # the previous iteration
         self._unread = self._to_host(report)
         # A fused SGD whose first step is left out would keep momenta that nothing has written.
-        if (self._is_cuda and self.optimizer.state) or self.flush():
+        if (self._is_deferred and self.optimizer.state) or self.flush():
             self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update(None if self._is_scaled else 1.0)
 
@@ -141,10 +140,13 @@ class StepTrainer(SimpleTrainer):
         storage = get_event_storage()
         now, storage.iter = storage.iter, report.iteration
         # float16's overflow now and then, until the loss scale is at its end.
-        if has_losses and (has_gradients or self._is_scaled and scales[0] >= 1):
-            _write(dict(zip(report.losses, losses, strict=True)), times)
-        else:
+        if not has_losses or not (has_gradients or self._is_scaled and scales[0] >= 1):
             self._skip_or_end(report)
+        elif comm.is_main_process():  # under the names that SimpleTrainer uses
+            means = [sum(values) / len(values) for values in losses]
+            storage.put_scalars(data_time=max(times), total_loss=sum(means))
+            if len(means) > 1:
+                storage.put_scalars(**dict(zip(report.losses, means, strict=True)))
         storage.iter = now
         return has_losses and has_gradients
 
@@ -153,11 +155,7 @@ class StepTrainer(SimpleTrainer):
         getattr(self._data_loader_iter, "close", lambda: None)()
 
     def gather_rng_states(self) -> None:
-        """Makes the states of all processes part of ``state_dict``; all must call it.
-
-        Raises:
-            InputError: see ``flush``.
-        """
+        """Makes the states of all processes part of ``state_dict``; see ``flush``."""
         self.flush()
         self._rng_states = comm.gather(get_rng_state())
 
@@ -203,19 +201,15 @@ class StepTrainer(SimpleTrainer):
             self.data_loader.load_state_dict(state["data_loader"])
         else:
             logger.warning("the position in the training data is unknown: it is shuffled anew")
-        self._skipped = state.get("skipped", 0)
-        self._warn_of_changes(state.get("settings", self._settings))
-        self._resumed = state
-
-    def _warn_of_changes(self, saved: Mapping[str, str]) -> None:
-        ours = self._settings
-        changed = [
-            f"{key} {ours.get(key)} (was {saved.get(key)})"
-            for key in {**ours, **saved}
-            if ours.get(key) != saved.get(key)
+        self._skipped, self._resumed = state.get("skipped", 0), state
+        ours, theirs = self._settings, state.get("settings", self._settings)
+        changes = [
+            f"{key} {ours.get(key)} (was {theirs.get(key)})"
+            for key in {**ours, **theirs}
+            if ours.get(key) != theirs.get(key)
         ]
-        if changed:
-            logger.warning(f"--resume: training continues with {', '.join(changed)}")
+        if changes:
+            logger.warning(f"--resume: training continues with {', '.join(changes)}")
 
     def _restore(self) -> None:
         """What needs an EventStorage, and what building the trainer would have changed."""
@@ -234,16 +228,14 @@ class StepTrainer(SimpleTrainer):
         """The batches on the GPU, by way of a stream whose copies wait for nothing else."""
         if self._copies is None:
             return batches
+
+        def move(sample: dict) -> dict:
+            return {k: v.to(self._device) if hasattr(v, "to") else v for k, v in sample.items()}
+
         with torch.cuda.stream(self._copies):
-            moved = [
-                [
-                    {k: v.to(self._device) if hasattr(v, "to") else v for k, v in sample.items()}
-                    for sample in batch
-                ]
-                for batch in batches
-            ]
+            batches = [[move(sample) for sample in batch] for batch in batches]
         torch.cuda.current_stream().wait_stream(self._copies)
-        return moved
+        return batches  # which the report keeps from being freed too early
 
     def _backward(self, batches: list[list[dict]]) -> dict[str, Tensor]:
         """Gradients of the mean of all batches' losses; returns the losses of the mean."""
@@ -276,18 +268,14 @@ class StepTrainer(SimpleTrainer):
 
     def _to_host(self, report: Report) -> Report:
         """``report`` on its way to pinned memory."""
-        if not self._is_cuda:
+        if self._copies is None:
             return report
         rows, gradients = (x.to("cpu", non_blocking=True) for x in (report.rows, report.gradients))
         arrived = torch.cuda.current_stream().record_event()
         return report._replace(rows=rows, gradients=gradients, arrived=arrived)
 
     def _skip_or_end(self, report: Report) -> None:
-        """All processes come here together.
-
-        Raises:
-            InputError: one iteration more than may be skipped.
-        """
+        """All processes come here together."""
         found = zip(*comm.all_gather(_describe(report)), strict=True)
         losses, gradients = ("; ".join(filter(None, parts)) for parts in found)
         message = f"iteration {report.iteration}: {losses or gradients}"
@@ -300,27 +288,23 @@ class StepTrainer(SimpleTrainer):
                 "or allow for some with SOLVER.MAX_SKIPPED_ITERS"
             )
         logger.warning(f"{message}; skipped, {self._skipped} of {self._max_skipped}")
-        if comm.is_main_process():
-            get_event_storage().put_scalar(
-                "skipped_iterations", self._skipped, smoothing_hint=False
-            )
+        get_event_storage().put_scalar("skipped_iterations", self._skipped, smoothing_hint=False)
 
 
-def usable_precision(precision: str | None, device: str) -> str | None:
-    """``precision`` of autocast if training on ``device`` can use it, else None.
+def amp_dtype(precision: str, device: str) -> torch.dtype | None:
+    """The type for autocast in ``precision`` on ``device``; None, with a warning, if it has none.
 
     Raises:
-        InputError: it is neither None nor one of AMP_DTYPES.
+        InputError: an unknown precision.
     """
-    if precision is not None and precision not in AMP_DTYPES:
+    if precision not in AMP_DTYPES:
         raise InputError(
-            f"the precision of AMP must be one of {', '.join(AMP_DTYPES)}, got {precision!r}; set "
-            "SOLVER.AMP.PRECISION"
+            f"SOLVER.AMP.PRECISION must be one of {', '.join(AMP_DTYPES)}, got {precision!r}"
         )
     if precision == "float16" and device == "cpu":
         logger.warning("AMP is off: float16 is for GPUs; bfloat16 is for GPUs and CPUs")
         return None
-    return precision
+    return AMP_DTYPES[precision]
 
 
 def unwrap_trainer(trainer: TrainerBase) -> StepTrainer:
@@ -337,15 +321,14 @@ def batch_norm_errors() -> Iterator[None]:
         if not str(error).startswith("Expected more than 1 value per channel"):
             raise
         raise InputError(
-            "batch norm needs more than one value per channel, got a batch of one image with a "
-            "feature map of 1x1; set SOLVER.IMS_PER_BATCH to at least 2 images per process and "
-            "batch, raise INPUT.MIN_SIZE_TRAIN, or set MODEL.FCOS.NORM, MODEL.FPN.NORM and "
-            "MODEL.RESNETS.NORM to GN"
+            "batch norm needs more than one value per channel, got one image with a feature map of "
+            "1x1; raise SOLVER.IMS_PER_BATCH to 2 images per process and batch, or "
+            "INPUT.MIN_SIZE_TRAIN, or set MODEL.{FCOS,FPN,RESNETS}.NORM to GN"
         ) from error
 
 
 def _describe(report: Report) -> tuple[str, str]:
-    """What is not finite in this process: losses, if any, with their images; gradients."""
+    """What is not finite in this process: losses with their images, if any; gradients."""
     files = ", ".join(str(image.get("file_name", "?")) for b in report.batches for image in b)
     where = f" of process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
     values = {name: loss.item() for name, loss in report.losses.items()}
@@ -360,14 +343,3 @@ def _describe(report: Report) -> tuple[str, str]:
 def _join(names: list[str]) -> str:
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _write(losses: dict[str, tuple[float, ...]], data_times: tuple[float, ...]) -> None:
-    """Losses, averaged over processes, under the names that SimpleTrainer uses."""
-    if comm.is_main_process():
-        storage = get_event_storage()
-        means = {name: sum(values) / len(values) for name, values in losses.items()}
-        storage.put_scalar("data_time", max(data_times))
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)

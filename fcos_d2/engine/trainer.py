@@ -11,7 +11,6 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -23,28 +22,20 @@ from ..checkpoint import Checkpointer
 from ..config import fcos_settings
 from ..data import FCOSDatasetMapper, check_num_classes, load_dataset
 from ..errors import InputError
-from ..inference import (
-    build_detector,
-    build_evaluator,
-    build_test_loader,
-    test_with_tta,
-    with_tta,
-)
+from ..inference import build_detector, build_evaluator, build_test_loader, test_with_tta, with_tta
 from ..modeling import FCOS
 from .distributed import wrap_ddp
 from .hooks import (
-    AssignmentStatistics,
     CheckpointHook,
-    EMAHook,
     EvaluationHook,
     LossWriter,
-    ProgressBar,
     TrainingPanels,
     build_ema,
+    standard_hooks,
 )
 from .loader import TrainLoader, sampler_from_config, split_batch
-from .setup import flatten, training_context, truncate_metrics
-from .step import StepTrainer, batch_norm_errors, usable_precision
+from .setup import flatten, resume_or_load, training_context
+from .step import StepTrainer, amp_dtype, batch_norm_errors
 
 
 class Trainer(ResumableTrainer):
@@ -59,7 +50,7 @@ class Trainer(ResumableTrainer):
         # CPU model, to create_ddp_model.
         TrainerBase.__init__(self)
         cfg = scale_to_processes(cfg)
-        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None
+        amp = cfg.SOLVER.AMP
         model = self.build_model(cfg)
         optimizer, loader = self.build_optimizer(cfg, model), self.build_train_loader(cfg)
         check_batch_norm(cfg, model, loader)
@@ -68,9 +59,9 @@ class Trainer(ResumableTrainer):
             loader,
             optimizer,
             accumulation=cfg.SOLVER.GRADIENT_ACCUMULATION,
-            amp_dtype=usable_precision(precision, cfg.MODEL.DEVICE),
+            amp_dtype=amp_dtype(amp.PRECISION, cfg.MODEL.DEVICE) if amp.ENABLED else None,
             max_skipped=cfg.SOLVER.MAX_SKIPPED_ITERS,
-            settings=flatten(cfg.SOLVER, "SOLVER"),
+            settings=flatten({"SOLVER": cfg.SOLVER}),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.ema = build_ema(model, cfg.MODEL_EMA.DECAY if cfg.MODEL_EMA.ENABLED else 0)
@@ -127,46 +118,28 @@ class Trainer(ResumableTrainer):
             num_workers=loader.NUM_WORKERS,
         )
 
-    @classmethod
-    def build_model(cls, cfg) -> nn.Module:
-        """See ``fcos_d2.inference.build_detector``."""
-        return build_detector(cfg)
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name: str):
-        """See ``fcos_d2.inference.build_test_loader``."""
-        return build_test_loader(cfg, dataset_name)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
-        """See ``fcos_d2.inference.build_evaluator``."""
-        return build_evaluator(cfg, dataset_name)
+    build_model = staticmethod(build_detector)
+    build_test_loader = staticmethod(build_test_loader)
+    build_evaluator = staticmethod(build_evaluator)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """DefaultTrainer's, with ours before the writers."""
+        """DefaultTrainer's and ours."""
         cfg, is_main = self.cfg, comm.is_main_process()
         evaluated = self.ema.module if self.ema else self.checkpointer.model
         panels = is_main and cfg.VIS_PERIOD > 0 and isinstance(self.checkpointer.model, FCOS)
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
         self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        evaluations = [self._build_evaluation(cfg.TEST.EVAL_PERIOD, self.test, evaluated)]
         if cfg.TEST.AUG.ENABLED:
             with_tta(cfg, evaluated)  # refuses what it cannot do before training, not after it
-        return [
-            hooks.IterationTimer(),  # first, so that it times the step alone
-            ProgressBar() if is_main else None,
-            AssignmentStatistics() if is_main else None,
-            TrainingPanels(cfg.VIS_PERIOD, classes) if panels else None,
-            hooks.LRScheduler(),
-            self._build_precise_bn(evaluated) if cfg.TEST.PRECISE_BN.ENABLED else None,
-            # Before checkpoints, which are to have its result.
-            EMAHook(self.ema, self.checkpointer) if self.ema else None,
-            # Before the evaluation, so that there is something to look at if that fails.
-            self._checkpoints,
-            self._build_evaluation(cfg.TEST.EVAL_PERIOD, self.test, evaluated),
             # After the last iteration only, as in detectron2's train_net.py: it takes long.
-            self._build_evaluation(0, test_with_tta, evaluated) if cfg.TEST.AUG.ENABLED else None,
-            LossWriter(self.build_writers() if is_main else [], period=20),
+            evaluations.append(self._build_evaluation(0, test_with_tta, evaluated))
+        more = [
+            TrainingPanels(cfg.VIS_PERIOD, classes) if panels else None,
+            self._build_precise_bn(evaluated) if cfg.TEST.PRECISE_BN.ENABLED else None,
         ]
+        writer = LossWriter(self.build_writers() if is_main else [], 20, cfg.TEST.EVAL_PERIOD)
+        return standard_hooks(self._checkpoints, self.ema, writer, evaluations, more=more)
 
     def _build_precise_bn(self, model: nn.Module) -> hooks.PreciseBN | None:
         cfg = self.cfg.clone()
@@ -197,12 +170,9 @@ class Trainer(ResumableTrainer):
             group["lr"] = lr
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """DefaultTrainer's; only weights that start a training run may have other classes."""
-        resume = resume and self.checkpointer.has_checkpoint()
-        self.checkpointer.reset_class_layer = not resume
-        super().resume_or_load(resume=resume)
-        if resume and comm.is_main_process():
-            truncate_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json", self.start_iter)
+        """See DefaultTrainer."""
+        weights = self.cfg.MODEL.WEIGHTS
+        self.start_iter = resume_or_load(self, self.checkpointer, weights, resume)
 
     def train(self):
         """DefaultTrainer's; SIGTERM saves and stops, and input errors are reported in one line."""
@@ -211,16 +181,12 @@ class Trainer(ResumableTrainer):
 
 
 def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
-    """Refuses a config with which batch norm would get a single value per channel.
+    """Refuses batches of one image whose smallest one would give batch norm a 1x1 feature map.
 
-    This happens if a batch is one image, and a normalized feature map of the smallest one, resized
-    to the smallest size, is 1x1. The model is run on shapes only.
-
-    Raises:
-        InputError: see above.
+    The model is run on shapes only, those of the smallest image at the smallest training size.
     """
-    images = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION)
-    records = loader.dataset if isinstance(loader, TrainLoader) and images == 1 else ()
+    is_single = isinstance(loader, TrainLoader) and loader.batch_size == 1
+    records = loader.dataset if is_single else ()
     sides = {(r["height"], r["width"]) for r in records if {"height", "width"} <= r.keys()}
     if not sides or not get_bn_modules(model.train()):
         return
@@ -238,11 +204,7 @@ def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
 
 
 def scale_to_processes(cfg):
-    """``cfg`` for as many processes as there are, by SOLVER.REFERENCE_WORLD_SIZE; see docs.
-
-    Raises:
-        InputError: a batch that the reference cannot divide.
-    """
+    """``cfg`` for as many processes as there are, by SOLVER.REFERENCE_WORLD_SIZE; see docs."""
     reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference and images % reference:
         raise InputError(

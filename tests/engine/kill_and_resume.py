@@ -1,9 +1,9 @@
-"""Trains once undisturbed, then again with kill -9 at random moments, and compares what is left.
+"""Trains once undisturbed, then again with kill -9 at drawn points, and compares what is left.
 
     python tests/engine/kill_and_resume.py FOLDER CONFIG KILLS SEED [KEY VALUE ...]
 
-Every training is a fork of this process, which has imported everything but started nothing. Prints
-the number of kills, and the iteration of the last checkpoint after each of them.
+Every run is a fork of this process, which has imported everything but started nothing, and kills
+itself. Prints where, and the iteration of the last checkpoint after each kill.
 """
 
 import json
@@ -11,61 +11,67 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser
+from detectron2.engine import HookBase, default_argument_parser
 
 import train_net
-from fcos_d2.engine import run_script
+from fcos_d2.engine import Trainer, run_script
 from tests.tiny_training import metrics
 
+STEPS = ("before_step", "after_step", "after_hooks")
+# Of the next file after the iteration has begun: an image, a log, most of all a checkpoint.
+FILES = ("open", "os.rename", "fsync")
 
-def start(folder: Path, config: str, *words: str) -> int:
-    """Starts a training in a process of its own; its number."""
+
+def kill(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Kill(HookBase):
+    """Kills this process at a point of STEPS in an iteration, or at one of FILES from then on."""
+
+    def __init__(self, iteration: int, point: str):
+        self.iteration, self.point, self.process = iteration, point, os.getpid()
+
+    def before_step(self):
+        if self.trainer.iter != self.iteration:
+            return
+        if self.point == "before_step":
+            kill()
+        elif self.point == "fsync":
+            os.fsync = kill
+        elif self.point in FILES:
+            sys.addaudithook(self.on_event)
+
+    def on_event(self, event: str, _: tuple) -> None:
+        if event == self.point and os.getpid() == self.process:  # not a worker
+            kill()
+
+    def after_step(self):
+        if self.trainer.iter == self.iteration and self.point in STEPS:
+            kill()
+
+
+def run(folder: Path, config: str, *words: str, killed_at: tuple[int, str] | None = None) -> int:
+    """Trains in a process of its own, resuming if it can; how that ended, as of os.waitpid."""
     child = os.fork()
     if child:
-        return child
+        return os.waitpid(child, 0)[1]
     status = 99
     try:
         log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        if killed_at:
+            build, hook = Trainer.build_hooks, [Kill(*killed_at)]
+            first = killed_at[1] != "after_hooks"
+            Trainer.build_hooks = lambda self: hook + build(self) if first else build(self) + hook
         words = ["--resume", "--config-file", config, *words, "OUTPUT_DIR", str(folder)]
         status = run_script(train_net.main, default_argument_parser().parse_args(words))
     finally:
         os._exit(status)
-
-
-def starts(folder: Path) -> int:
-    """How many trainings got to their first iteration."""
-    log = folder / "output.txt"
-    return log.read_text().count("Starting training from") if log.exists() else 0
-
-
-def run_to_the_end(folder: Path, *words: str) -> float:
-    """Seconds from the first iteration of a training to its end."""
-    before, child = starts(folder), start(folder, *words)
-    while starts(folder) == before and not os.waitid(
-        os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
-    ):
-        time.sleep(0.01)
-    begin = time.monotonic()
-    _, status = os.waitpid(child, 0)
-    assert status == 0, (folder / "output.txt").read_text()[-3000:]
-    return time.monotonic() - begin
-
-
-def kill_somewhere(folder: Path, longest: float, *words: str) -> None:
-    """Starts a training and kills it up to ``longest`` seconds after its first iteration began."""
-    before, child = starts(folder), start(folder, *words)
-    while starts(folder) == before:
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, longest))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "it had ended: make it longer or the kills fewer"
 
 
 def last_checkpoint(folder: Path) -> dict | None:
@@ -97,20 +103,26 @@ def main(folder: Path, config: str, kills: int, seed: int, *words: str) -> None:
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     undisturbed.mkdir()
     killed.mkdir()
-    duration = run_to_the_end(undisturbed, config, *words)
-    iterations = []
+    assert run(undisturbed, config, *words) == 0, (undisturbed / "output.txt").read_text()[-3000:]
+    expected = last_checkpoint(undisturbed)
+    last, begin, points = expected["iteration"], 0, []
     for number in range(kills):
+        # On average, as far as all kills together come to the end; never in the last iteration.
+        iteration = min(begin + random.randint(0, 2 * last // kills), last - 1)
+        points.append((iteration, random.choice(STEPS + FILES)))
         # Workers or none: the order of the data must not depend on them.
         workers = ("DATALOADER.NUM_WORKERS", str(number % 2))
-        kill_somewhere(killed, 1.5 * duration / (kills + 1), config, *words, *workers)
+        status = run(killed, config, *words, *workers, killed_at=points[-1])
+        assert os.WIFSIGNALED(status), (status, (killed / "output.txt").read_text()[-3000:])
         checkpoint = last_checkpoint(killed)
-        iterations.append(checkpoint["iteration"] if checkpoint else None)
-    run_to_the_end(killed, config, *words)
-    found = differences(last_checkpoint(undisturbed), last_checkpoint(killed))
+        begin = checkpoint["iteration"] + 1 if checkpoint else 0
+        points[-1] += (begin - 1,)
+    assert run(killed, config, *words) == 0, (killed / "output.txt").read_text()[-3000:]
+    found = differences(expected, last_checkpoint(killed))
     assert found == [], found[:10]
     assert metrics(undisturbed) == metrics(killed)
     assert not list(killed.glob("*.partial"))
-    print(json.dumps({"kills": kills, "last_checkpoints": iterations}))
+    print(json.dumps(points))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The order and augmentation of training batches, and the processes that read them."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.samplers import TrainingSampler
+
+from fcos_d2.engine import TrainLoader
+from fcos_d2.engine.rng import fork_rng, get_rng_state, set_rng_state
+from fcos_d2.errors import InputError
+
+from ..tiny_training import python
+
+
+def draw() -> tuple:
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+
+def loader(batch_size=3, workers=0, seed=5, **options) -> TrainLoader:
+    def mapper(record):
+        return {**record, "noise": draw()}
+
+    records = [{"id": n, "width": n % 3, "height": 1} for n in range(10)]
+    options = {"mapper": mapper, "aspect_ratio_grouping": False, **options}
+    return TrainLoader(
+        records, total_batch_size=batch_size, num_workers=workers, seed=seed, **options
+    )
+
+
+def take(batches: Iterable[list[dict]], count: int) -> list[list[dict]]:
+    return list(islice(batches, count))
+
+
+def ids(batches: list[list[dict]]) -> list[list[int]]:
+    return [[sample["id"] for sample in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_batches_continue_at_a_saved_position_with_the_same_augmentation(grouping):
+    whole = take(loader(aspect_ratio_grouping=grouping), 12)
+    assert len({sample["noise"] for batch in whole for sample in batch}) == 36
+    first = loader(aspect_ratio_grouping=grouping)
+    assert take(first, 5) == whole[:5]
+    second = loader(seed=99, aspect_ratio_grouping=grouping)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert take(second, 7) == whole[5:]
+
+
+def test_workers_change_neither_order_nor_augmentation():
+    assert take(loader(workers=2), 6) == take(loader(), 6)
+
+
+def test_order_is_that_of_detectron2s_sampler():
+    order = sum(ids(take(loader(), 4)), [])
+    assert order == list(islice(TrainingSampler(10, seed=5), 12))
+    assert sorted(order[:10]) == list(range(10))
+
+
+def test_grouped_batches_have_one_orientation():
+    for batch in take(loader(aspect_ratio_grouping=True), 10):
+        assert len({sample["width"] > sample["height"] for sample in batch}) == 1
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Pretends to be one of several processes."""
+
+    def pretend(rank: int, size: int):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: size)
+
+    return pretend
+
+
+def test_processes_share_the_batches_of_a_single_one(as_process):
+    whole = take(loader(batch_size=4), 5)
+    parts = []
+    for rank in range(2):
+        as_process(rank, 2)
+        parts.append(take(loader(batch_size=4), 5))
+    for together, batch in zip(zip(*parts, strict=True), whole, strict=True):
+        key = lambda sample: (sample["id"], sample["noise"])  # noqa: E731
+        assert sorted(together[0] + together[1], key=key) == sorted(batch, key=key)
+
+
+def test_another_number_of_processes_goes_on_with_the_next_image(as_process):
+    first = loader(batch_size=4)
+    seen, rest = sum(ids(take(first, 3)), []), []
+    state = first.state_dict()
+    for rank in range(2):
+        as_process(rank, 2)
+        second = loader(batch_size=4, seed=0)
+        second.load_state_dict(state)
+        rest.append(sum(ids(take(second, 2)), []))
+    as_process(0, 1)
+    interleaved = [image for pair in zip(*rest, strict=True) for image in pair]
+    assert seen + interleaved == list(islice(TrainingSampler(10, seed=5), 20))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(as_process):
+    as_process(0, 2)
+    with pytest.raises(InputError, match="3 images .* cannot be divided among 2 processes"):
+        loader(batch_size=3)
+
+
+def test_data_that_cannot_be_ordered_is_refused():
+    with pytest.raises(InputError, match="'width'.*ASPECT_RATIO_GROUPING False"):
+        TrainLoader([{"id": 1}], mapper=dict, total_batch_size=1)
+    with pytest.raises(InputError, match="type map, which has no length; register a list"):
+        TrainLoader(map(dict, []), mapper=dict, total_batch_size=1)
+
+
+def test_a_sample_that_the_mapper_refuses_is_replaced():
+    found = take(loader(mapper=lambda record: record if record["id"] % 2 else None), 5)
+    assert all(sample["id"] % 2 for batch in found for sample in batch)
+
+
+# ---- random numbers ----
+
+
+def test_random_state_comes_back_from_a_file(tmp_path):
+    np.random.randn()  # leaves a second number behind, which is part of the state
+    torch.save(get_rng_state(), tmp_path / "state.pth")
+    first = draw()
+    draw()
+    set_rng_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert draw() == first
+
+
+@pytest.mark.parametrize("use", [lambda: take(loader(), 3), fork_rng()(draw)])
+def test_random_numbers_of_augmentation_and_evaluation_do_not_move_those_of_training(use):
+    state = get_rng_state()
+    use()
+    after = draw()
+    set_rng_state(state)
+    assert after == draw()
+
+
+# ---- SIGTERM ----
+
+
+def test_workers_outlive_the_sigterm_of_a_run_that_finishes_its_iteration():
+    batches = iter(loader(workers=2))
+    assert ids([next(batches)]) == ids(take(loader(), 1))
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    assert ids(take(batches, 20)) == ids(take(loader(), 21))[1:]
+
+
+FAILING = """
+from fcos_d2.engine import TrainLoader
+batches = iter(TrainLoader(
+    [{}] * 9, mapper=dict, total_batch_size=1, aspect_ratio_grouping=False, num_workers=2
+))
+next(batches)
+raise SystemExit("a bug of the training")
+"""
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers_for_ever(tmp_path):
+    done = python("-c", FAILING, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == "a bug of the training\n"

@@ -1,0 +1,169 @@
+"""Which evaluator a data set gets, and what it completes in files that lack something."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from fcos_d2.engine import Trainer
+from fcos_d2.errors import InputError
+from fcos_d2.evaluation import THRESHOLD_FILE, evaluator_for
+from fcos_d2.inference import evaluate
+
+from ..tiny_training import write_shapes
+
+pytest_plugins = ["tests.script"]
+
+
+@pytest.fixture
+def named_data():
+    """Registers an empty data set with the given evaluator_type."""
+    names = []
+
+    def register(kind):
+        name = f"engine_test_{kind}"
+        DatasetCatalog.register(name, lambda: [])
+        metadata = MetadataCatalog.get(name).set(thing_classes=["thing"], dirname="", year=2007)
+        metadata.set(split="train", json_file=None, image_root="")
+        names.append(name)
+        if kind:
+            metadata.set(evaluator_type=kind)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluator"),
+    [("pascal_voc", "PascalVOCDetectionEvaluator"), ("lvis", "LVISEvaluator")],
+)
+def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch, kind, evaluator):
+    made = []
+    monkeypatch.setattr(
+        f"fcos_d2.evaluation.evaluators.{evaluator}", lambda *a, **k: made.append(a)
+    )
+    name = named_data(kind)
+    evaluator_for(name, "output")
+    assert made == [(name,)]
+
+
+@pytest.mark.parametrize("kind", ["cityscapes_instance", None])
+def test_a_data_set_without_a_fitting_evaluator_is_refused(named_data, kind):
+    with pytest.raises(InputError, match=f"evaluator_type {kind!r}.*coco, pascal_voc and lvis"):
+        evaluator_for(named_data(kind), "output")
+
+
+# ---- evaluation ----
+
+
+def evaluate_shifted(evaluator, name: str) -> dict:
+    """Results of detections a little beside the objects of a data set."""
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float()
+        boxes[:, 2:] += boxes[:, :2]
+        found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes + 1))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        found.scores = torch.linspace(0.9, 0.8, len(boxes))
+        evaluator.process([record], [{"instances": found}])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def evaluation_of(tmp_path):
+    """Registers the tiny shapes after a change of every annotation and evaluates them."""
+    names = []
+
+    def evaluate_changed(change, make_evaluator=evaluator_for):
+        content = json.loads(write_shapes(tmp_path).read_text())
+        for annotation in content["annotations"]:
+            change(annotation)
+        (tmp_path / "changed.json").write_text(json.dumps(content))
+        names.append(f"changed_{len(names)}")
+        register_coco_instances(names[-1], {}, str(tmp_path / "changed.json"), str(tmp_path))
+        return evaluate_shifted(make_evaluator(names[-1], str(tmp_path)), names[-1])
+
+    yield evaluate_changed
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def as_published(annotation):
+    """What official files hold: areas of masks, crowds, ids from anywhere."""
+    number = annotation["id"]
+    annotation.update(id=900_000 - number, area=0.6 * annotation["area"], iscrowd=int(number == 3))
+
+
+def test_results_of_complete_files_are_those_of_detectron2(evaluation_of):
+    def detectron2s(name, folder):
+        return COCOEvaluator(name, ("bbox",), output_dir=folder, use_fast_impl=False)
+
+    expected = evaluation_of(as_published, detectron2s)
+    assert 0 < expected["bbox"]["AP"] < 100
+    np.testing.assert_equal(evaluation_of(as_published), expected)
+
+
+def changed(**fields):
+    """A change of an annotation; ``...`` removes a field."""
+
+    def change(annotation):
+        annotation.update(fields)
+        for key in [key for key, value in fields.items() if value is ...]:
+            del annotation[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed(area=...),
+        changed(area=None),
+        changed(area="12"),
+        changed(area=float("nan")),
+        changed(iscrowd=...),
+        changed(iscrowd=None),
+        changed(iscrowd=False),
+        lambda annotation: annotation.update(id=annotation["id"] - 1),  # from 0
+        lambda annotation: annotation.update(id=f"no. {annotation['id']}"),
+    ],
+)
+def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change):
+    np.testing.assert_equal(evaluation_of(change), evaluation_of(changed()))
+
+
+def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):
+    monkeypatch.setattr("fcos_d2.inference.build_detector", lambda cfg: nn.Linear(1, 1))
+    monkeypatch.setattr("fcos_d2.inference.test", None)
+    fcos_cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(InputError, match="TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS"):
+        evaluate(fcos_cfg)
+
+
+def test_thresholds_lie_beside_the_weights_that_were_evaluated(script, tmp_path):
+    assert script().status == 0
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "output" / "model_final.pth").rename(tmp_path / "shared" / "w.pth")
+    before = (tmp_path / "output" / THRESHOLD_FILE).read_text()
+    (tmp_path / "output" / THRESHOLD_FILE).write_text("of the training")
+    assert script("--eval-only", "MODEL.WEIGHTS", "shared/w.pth").status == 0
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() == "of the training"
+    assert (tmp_path / "shared" / THRESHOLD_FILE).read_text() == before
+    assert script("--eval-only").status == 0  # weights from nowhere
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() != "of the training"
+
+
+def test_thresholds_are_not_measured_on_lvis(named_data, fcos_cfg, monkeypatch):
+    monkeypatch.setattr("fcos_d2.evaluation.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
+    fcos_cfg.DATASETS.TEST = (named_data("lvis"),)
+    assert Trainer.build_evaluator(fcos_cfg, fcos_cfg.DATASETS.TEST[0]) == "LVIS"
