@@ -29,6 +29,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         InputError: file, key or value that cannot be used; a data set that is needed for
             MODEL.FCOS.NUM_CLASSES and cannot be read.
     """
+    check_opts(opts)
     cfg = get_cfg()
     add_fcos_config(cfg)
     if config_file in model_zoo.names() and not PathManager.exists(config_file):
@@ -42,6 +43,13 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if cfg.MODEL.FCOS.NUM_CLASSES is None and names:
         cfg.MODEL.FCOS.NUM_CLASSES = count_classes(names[0])
     return resolve_convention(cfg)
+
+
+def check_opts(opts: Sequence[object] | None) -> None:
+    """Raises an InputError if a flag is among the overrides, where argparse leaves it."""
+    for word in opts or ():
+        if str(word).startswith("--"):
+            raise InputError(f"{word} must come before the overrides, got it after {opts[0]}")
 
 
 def check_config_file(path: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoint import Checkpointer
-from ..config_file import check_config_file
+from ..config_file import check_config_file, check_opts
 from ..errors import InputError
 from .distributed import wrap_ddp
 from .hooks import CheckpointHook, EvaluationHook, LossWriter, build_ema, standard_hooks
@@ -63,6 +63,7 @@ def run_lazy(args) -> dict | None:
 def _load(args) -> DictConfig:
     path = args.config_file
     check_config_file(path)
+    check_opts(args.opts)
     try:
         cfg = LazyConfig.apply_overrides(LazyConfig.load(path), args.opts or [])
     except SyntaxError as error:

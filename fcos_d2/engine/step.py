@@ -79,6 +79,11 @@ class StepTrainer(SimpleTrainer):
         settings: Mapping[str, str] | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
+        if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
+            raise InputError(
+                "float16 weights lose the updates of their steps; train float32 weights with "
+                "SOLVER.AMP.ENABLED True"
+            )
         self._accumulation, self._dtype = accumulation, amp_dtype
         self._max_skipped, self._skipped = max_skipped, 0
         self._settings = dict(settings or {})

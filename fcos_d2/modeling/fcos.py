@@ -84,6 +84,11 @@ class FCOS(DenseDetector):
         images = self.preprocess_image(batched_inputs)
         return images, *self.network(images.tensor)
 
+    def preprocess_image(self, batched_inputs: Sequence[dict]) -> ImageList:
+        """The batch, padded and normalised, in the type of the weights."""
+        images = super().preprocess_image(batched_inputs)
+        return ImageList(images.tensor.to(self.pixel_mean.dtype), images.image_sizes)
+
     def network(self, images: Tensor) -> tuple[list[Tensor], Predictions]:
         """Normalised Tensor[B, C, H, W] -> feature maps and predictions, by ascending stride."""
         maps = self.backbone(images)

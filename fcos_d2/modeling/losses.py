@@ -123,14 +123,15 @@ class FCOSLoss(nn.Module):
         targets = self.assign(ground_truth, levels)
         self._last = ground_truth, targets
         cls_norm, loc_norm, quality_norm = self._normalizers(targets)
+        logits = predictions.logits[0].dtype
         cls = sigmoid_focal_loss(
             predictions.logits,
             targets.labels,
             self.alpha,
             self.gamma,
-            scale=self.cls_weight / cls_norm,
+            scale=(self.cls_weight / cls_norm).to(torch.promote_types(logits, torch.float32)),
             # float16 trains with a gradient scaler, so that a saved gradient would never be right.
-            save_gradient=predictions.logits[0].dtype != torch.float16,
+            save_gradient=logits != torch.float16,
         )
         loc, quality = box_loss(
             predictions.ltrb,
@@ -199,8 +200,8 @@ class FCOSLoss(nn.Module):
         if self.cls_normalizer == "all":
             cls = totals[2].clamp(min=1)
         elif self.cls_normalizer == "moving_fg":
-            self.moving_fg.lerp_(foreground, 1 - self.MOMENTUM)
-            cls = self.moving_fg.clone()
+            self.moving_fg.lerp_(foreground.to(self.moving_fg), 1 - self.MOMENTUM)
+            cls = self.moving_fg.to(foreground, copy=True)
         quality = cls if self.box_normalizer == "cls" else foreground
         loc = totals[1].clamp(min=1e-6) if self.weight_by_centerness else quality
         return cls, loc, quality

@@ -291,6 +291,16 @@ def test_float16_is_for_gpus(caplog):
         amp_dtype("fp8", "cuda")
 
 
+def test_weights_of_other_types_train_or_say_why_not():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = Smooth().to(dtype)
+        data = [[{"x": image["x"].to(dtype)} for image in fragile_batch(1.0)]] * 2
+        run(StepTrainer(model, data, torch.optim.SGD(model.parameters(), 0.1)), 2)
+        assert model.root.dtype is dtype and model.root != 1
+    with pytest.raises(InputError, match="float16 weights .*; train float32 .* SOLVER.AMP"):
+        StepTrainer(model.half(), data, torch.optim.SGD(model.parameters(), 0.1))
+
+
 # ---- torch.compile ----
 
 

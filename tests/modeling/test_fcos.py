@@ -196,6 +196,18 @@ def test_losses_under_autocast_are_finite_and_close(options):
         evaluate(model, batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"CONVENTION": "detectron2", "NORM": "BN"}], ids=str)
+def test_models_of_other_types_train(dtype, options):
+    model, batch = tiny_fcos(**options), [sample(64, 96, [BOX]), sample(64, 96)]
+    exact = copy.deepcopy(model)(batch)
+    losses = train_step(model.to(dtype), batch)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.05)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_model_can_be_copied_after_a_step():
     model, batch = tiny_fcos(), [sample(64, 96, [BOX])]
     train_step(model, batch)
