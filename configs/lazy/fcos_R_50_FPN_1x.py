@@ -28,6 +28,7 @@ dataloader.evaluator._target_ = evaluator_for
 # For 16 images per iteration. With dataloader.train.total_batch_size 2: lr 0.00125 and 8 times
 # train.max_iter; lr_multiplier is relative to it.
 optimizer.lr = 0.01
+optimizer.fused = True  # so that no iteration waits for the GPU
 
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 train.output_dir = "output/fcos_R_50_FPN_1x"
