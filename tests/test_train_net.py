@@ -4,7 +4,8 @@ Real runs of a few iterations, in this process, on six tiny images.
 """
 
 import json
-from pathlib import Path
+import re
+import sys
 
 import pytest
 import torch
@@ -15,63 +16,35 @@ import train_net
 from fcos_d2.data import load_dataset
 
 from .engine.kill_and_resume import differences
-from .tiny_training import CONFIG
+from .tiny_training import CONFIG, ROOT
 
 pytest_plugins = ["tests.script"]
 
 LAZY_CONFIG = """
-import torch
-from detectron2.config import LazyCall as L, LazyConfig
-from detectron2.data import build_detection_test_loader
-from detectron2.modeling.backbone import ResNet
-from detectron2.solver.build import get_default_optimizer_params
-from fvcore.common.param_scheduler import CosineParamScheduler
-from fcos_d2.data import FCOSDatasetMapper, load_dataset
-from fcos_d2.engine import TrainLoader
-from fcos_d2.evaluation import evaluator_for
+from detectron2.config import LazyConfig
 
-model = LazyConfig.load("COMMON/fcos.py").model
-model.backbone.bottom_up.stages.depth = 18
-model.backbone.bottom_up.stages.norm = model.backbone.bottom_up.stem.norm = "BN"
-del model.backbone.bottom_up.stages.stride_in_1x1
-model.backbone.bottom_up.freeze_at = 0
-model.backbone.bottom_up.out_features = ["res2", "res3"]
-model.backbone.out_channels = 32
-model.backbone.top_block = None
+cfg = LazyConfig.load("FILE")
+model, dataloader, optimizer, lr_multiplier, train = (
+    cfg[key] for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+)
+del cfg
+bottom_up = model.backbone.bottom_up
+bottom_up.stages.depth, bottom_up.freeze_at, bottom_up.out_features = 18, 0, ["res2", "res3"]
+bottom_up.stages.norm = bottom_up.stem.norm = "BN"
+del bottom_up.stages.stride_in_1x1, bottom_up
+model.backbone.out_channels, model.backbone.top_block = 32, None
 model.head_in_features = ["p2", "p3"]
-model.head.strides = [4, 8]
-model.head.num_classes = 2
+model.head.strides, model.head.num_classes = [4, 8], 2
 model.losses.sizes_of_interest = [16]
-
-mapper = L(FCOSDatasetMapper)(is_train=True, augmentations=[], image_format="BGR")
-dataloader = dict(
-    train=L(TrainLoader)(
-        dataset=L(load_dataset)(names="tiny_shapes"),
-        mapper=mapper,
-        total_batch_size=2,
-        num_workers=0,
-    ),
-    test=L(build_detection_test_loader)(
-        dataset=L(load_dataset)(names="tiny_shapes", filter_empty=False),
-        mapper={**mapper, "is_train": False},
-        num_workers=0,
-    ),
-    evaluator=L(evaluator_for)(dataset_name="tiny_shapes"),
-)
-optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001, momentum=0.9)
-lr_multiplier = L(CosineParamScheduler)(start_value=1.0, end_value=0.1)
-train = dict(
-    output_dir="output",
-    init_checkpoint="",
-    max_iter=2,
-    amp=dict(enabled=False),
-    ddp=dict(broadcast_buffers=False),
-    checkpointer=dict(period=5000, max_to_keep=2),
-    eval_period=0,
-    log_period=2,
-    device="cuda",
-)
-""".replace("COMMON", str(Path(__file__).parents[1] / "configs/lazy/common"))
+for part in (dataloader.train, dataloader.test):
+    part.dataset.names, part.num_workers, part.mapper.augmentations = "tiny_shapes", 0, []
+del part
+dataloader.train.total_batch_size = 2
+dataloader.evaluator.dataset_name = "tiny_shapes"
+optimizer.lr = 0.001
+train.output_dir, train.init_checkpoint, train.max_iter = "output", "", 2
+train.eval_period, train.log_period = 0, 2
+""".replace("FILE", str(ROOT / "configs/lazy/fcos_R_50_FPN_1x.py"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +80,16 @@ def test_training_leaves_weights_config_and_metrics(trained):
         key for line in metrics(trained) for key in line
     }
     assert last["iteration"] == 2
+
+
+def test_a_terminal_sees_progress_with_rate_and_remaining_time(script, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        result = script("DATASETS.TEST", "()")
+    assert re.search(r"100%.*2/2 \[\d\d:\d\d<00:00, .*(it/s|s/it)\]", result.err)
+    assert "Starting training from iteration 0" in result.out  # lines are still whole
+    result = script("DATASETS.TEST", "()")
+    assert result.status == 0 and "2/2" not in result.err
 
 
 def test_assignment_statistics_are_in_the_metrics(trained):
@@ -304,11 +287,9 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
 
 
 def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):
-    text = LAZY_CONFIG.replace("from fcos_d2.engine import TrainLoader\n", "")
-    text = text.replace("_test_loader\n", "_test_loader, build_detection_train_loader\n")
-    (script.folder / "tiny.py").write_text(
-        text.replace("TrainLoader", "build_detection_train_loader")
-    )
+    loader = "from detectron2.data import build_detection_train_loader\n"
+    loader += "dataloader.train._target_ = build_detection_train_loader\n"
+    (script.folder / "tiny.py").write_text(LAZY_CONFIG + loader)
     assert script(config="tiny.py").status == 0
     result = script("--resume", "train.max_iter=3", config="tiny.py")
     assert result.status == 0 and "position in the training data is unknown" in result.out

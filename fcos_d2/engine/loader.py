@@ -36,9 +36,8 @@ MakeSampler = Callable[[int], Sampler]
 class TrainLoader:
     """Endless batches of mapped records, for one of the processes that train together.
 
-    Iteration starts after the position that ``load_state_dict`` set. Batch n is the same whatever
-    ``num_workers`` is; with P processes, their batches n together hold the samples of batch n of a
-    single process (without aspect ratio grouping).
+    Batch n is the same whatever ``num_workers`` is; with P processes, their batches n together hold
+    the samples of batch n of a single process (without aspect ratio grouping).
 
     Args:
         dataset: records, or a map-style dataset of them.

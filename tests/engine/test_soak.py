@@ -1,6 +1,7 @@
 """Memory stays flat over thousands of calls: nothing that a call makes outlives it."""
 
 import gc
+import itertools
 import os
 
 import pytest
@@ -42,31 +43,21 @@ def batch(generator: torch.Generator) -> list[dict]:
     return samples
 
 
-@pytest.fixture
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    return [batch(generator) for _ in range(50)]
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_ten_thousand_inferences(batches):
-    model, number = tiny_fcos(INFERENCE_TH_TEST=0.001).eval(), iter(range(10_000))
+@pytest.mark.parametrize("training, times", [(False, 10_000), (True, 2_000)])
+def test_memory_stays_flat(training, times):
+    generator = torch.Generator().manual_seed(0)
+    batches = itertools.cycle([batch(generator) for _ in range(50)])
+    model = tiny_fcos(INFERENCE_TH_TEST=0.001).train(training)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def infer():
         with torch.no_grad():
-            model(batches[next(number) % len(batches)])
-
-    assert_flat(infer, 10_000)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_two_thousand_training_steps(batches):
-    model, number = tiny_fcos().train(), iter(range(2_000))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+            model(next(batches))
 
     def step():
         optimizer.zero_grad()
-        sum(model(batches[next(number) % len(batches)]).values()).backward()
+        sum(model(next(batches)).values()).backward()
         optimizer.step()
 
-    assert_flat(step, 2_000)
+    assert_flat(step if training else infer, times)
