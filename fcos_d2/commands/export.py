@@ -3,10 +3,11 @@
     python tools/export_model.py --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
     python tools/export_model.py ... --format torch_export --output FILE.pt2 --half --verify
 
-Formats are onnx (onnxruntime, TensorRT), torch_export (torch.export.load) and aoti (compiled by
-AOTInductor for this kind of machine; C++ loads it without Python). --verify runs the file beside
-the model on images of the first test set, at three sizes and in batches of one and of up to four;
-the exit status is 1 if they differ. docs/deployment.md says what goes in and what comes out.
+Formats are onnx (onnxruntime, TensorRT), openvino (.xml and .bin), torch_export (torch.export.load)
+and aoti (compiled by AOTInductor for this kind of machine; C++ loads it without Python). --verify
+runs the file beside the model on images of the first test set, at three sizes and in batches of one
+and of up to four; the exit status is 1 if they differ. docs/deployment.md says what goes in and
+what comes out.
 """
 
 from __future__ import annotations

@@ -23,16 +23,24 @@ TIE = 1e-6  # scores that differ by less are ordered by the rounding of the conv
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detections]:
     """The detector of a file that ``export_detector`` wrote, with runtimes of this process.
 
-    ONNX runs on the CPU. The images must be where the file's graph is.
+    ONNX and OpenVINO run on the CPU. The images must be where the file's graph is.
     """
     path = str(path)
     if format == "onnx":
-        require("onnxruntime")
+        require(format, "onnxruntime")
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda images: Detections(
             *map(torch.from_numpy, session.run(OUTPUTS, {INPUT: images.cpu().numpy()}))
+        )
+    if format == "openvino":
+        require(format, "openvino")
+        import openvino
+
+        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda images: Detections(
+            *(torch.from_numpy(found) for found in compiled(images.cpu().numpy()).values())
         )
     if format == "aoti":
         detect = torch._inductor.aoti_load_package(path)
@@ -46,16 +54,21 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detection
 def read_metadata(path: str | Path, format: str) -> dict[str, object]:
     """The ``metadata`` that ``export_detector`` stored."""
     if format == "onnx":
-        require("onnx")
+        require(format, "onnx")
         import onnx
 
         proto = onnx.load(str(path), load_external_data=False)
         return json.loads({entry.key: entry.value for entry in proto.metadata_props}[METADATA])
+    if format == "openvino":
+        require(format, "openvino")
+        import openvino
+
+        return json.loads(openvino.Core().read_model(path).get_rt_info(METADATA).astype(str))
     with zipfile.ZipFile(path) as archive:
         if format == "torch_export":
             name = next(n for n in archive.namelist() if n.endswith(f"/extra/{METADATA}"))
             return json.loads(archive.read(name))
-        name = next(n for n in archive.namelist() if n.endswith("_metadata.json"))
+        name = next(n for n in archive.namelist() if n.endswith("wrapper_metadata.json"))
         return json.loads(json.loads(archive.read(name))[METADATA])
 
 

@@ -45,8 +45,8 @@ def export_detector(
 
     Args:
         model: the detector, in any mode.
-        path: of the file; "torch_export" and "aoti" want it to end in ``.pt2``.
-        format: "onnx" (opset 18), "torch_export", or "aoti" (compiled by AOTInductor).
+        path: of the file; "openvino" writes ``.xml`` and ``.bin``, the formats of torch ``.pt2``.
+        format: "onnx" (opset 18), "openvino", "torch_export", or "aoti" (compiled by AOTInductor).
         half: weights and feature maps in float16; boxes and scores stay float32.
         metadata: stored in the file as JSON; see ``read_metadata``.
 
@@ -63,35 +63,56 @@ def export_detector(
 
 
 def _write_onnx(model: FCOS, path: Path, half: bool, metadata: str) -> None:
-    require("onnx", "onnxscript")
+    require("onnx", "onnx", "onnxscript")
     import onnx
 
+    proto = _onnx_of(model, half)
+    proto.metadata_props.add(key=METADATA, value=metadata)
+    with atomic_write(path) as file:
+        onnx.save(proto, file)
+
+
+def _write_openvino(model: FCOS, path: Path, half: bool, metadata: str) -> None:
+    require("openvino", "onnx", "onnxscript", "openvino")
+    import onnx
+    import openvino
+
+    if path.suffix != ".xml":
+        raise InputError(f"--format openvino writes .xml and .bin; name an .xml, got {path}")
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(_onnx_of(model, half=False), f"{folder}/model.onnx")
+        converted = openvino.convert_model(f"{folder}/model.onnx")
+        converted.set_rt_info(metadata, METADATA)
+        openvino.save_model(converted, f"{folder}/model.xml", compress_to_fp16=half)
+        for suffix in (".bin", ".xml"):  # the one that is named last, so that it is complete
+            with atomic_write(path.with_suffix(suffix)) as file:
+                file.write(Path(f"{folder}/model{suffix}").read_bytes())
+
+
+def _onnx_of(model: FCOS, half: bool):
+    """The ModelProto of the graph."""
     hard = model.postprocess.suppression["method"] == "hard"
     graph = DetectionGraph(model, top_of_onnx, batched_nms_padded if hard else _while_loop, half)
     program = _capture(graph, model)
     translated = torch.ops.fcos_d2.batched_nms_padded.default
     _refuse(_foreign_operators(program) - {str(translated)}, "onnx")
-    num_classes = model.head.cls_logits.out_channels
     try:
-        result = torch.onnx.export(
+        proto = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
             opset_version=ONNX_OPSET,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
-            custom_translation_table={translated: nms_of_onnx(num_classes)},
-        )
+            custom_translation_table={translated: nms_of_onnx(model.head.cls_logits.out_channels)},
+        ).model_proto
     except torch.onnx.OnnxExporterError as error:
         cause = one_line_cause(error.__cause__ or error)
         raise InputError(
             f"the model has no form in standard ONNX operators ({cause}); use --format torch_export"
         ) from error
-    proto = result.model_proto
     _name_axes(proto)
-    proto.metadata_props.add(key=METADATA, value=metadata)
-    with atomic_write(path) as file:
-        onnx.save(proto, file)
+    return proto
 
 
 def _name_axes(proto) -> None:
@@ -137,7 +158,12 @@ def _program_of_torch(model: FCOS, half: bool, format: str) -> torch.export.Expo
     return program
 
 
-FORMATS = {"onnx": _write_onnx, "torch_export": _write_torch_export, "aoti": _write_aoti}
+FORMATS = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "torch_export": _write_torch_export,
+    "aoti": _write_aoti,
+}
 
 # ---- capturing ----
 
@@ -176,12 +202,12 @@ def _refuse(foreign: set[str], format: str) -> None:
         )
 
 
-def require(*packages: str) -> None:
+def require(format: str, *packages: str) -> None:
     """Raises an InputError unless all ``packages`` are installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise InputError(
-            f"the ONNX format needs {', '.join(missing)}; pip install 'fcos-d2[export]'"
+            f"--format {format} needs {', '.join(missing)}; pip install 'fcos-d2[export]'"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,10 @@ from tests.modeling.tiny import tiny_fcos
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
-SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
-FILES = ["onnx", "torch_export", pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "aoti": ".pt2"}
+no_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
+FILES = ["onnx", "torch_export", pytest.param("openvino", marks=no_openvino)]
+FILES += [pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +217,12 @@ def test_operator_that_is_not_standard_is_refused(format, tmp_path):
 
 
 def test_unknown_format_missing_package_and_missing_compiler_are_told(model, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="onnx, torch_export, aoti, got 'caffe2'"):
+    with pytest.raises(InputError, match="onnx, openvino, torch_export, aoti, got 'caffe2'"):
         export_detector(model, tmp_path / "x", "caffe2")
     monkeypatch.setattr(writers, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"onnx, onnxscript; pip install 'fcos-d2\[export\]'"):
+    with pytest.raises(
+        InputError, match=r"onnx needs onnx, onnxscript; pip install 'fcos-d2\[export\]'"
+    ):
         export_detector(model, tmp_path / "x", "onnx")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match="aoti compiles C.*no-such-compiler; set CXX"):
