@@ -7,7 +7,8 @@
 Draws images as training sees them, with their boxes and the points that learn them on every level.
 --check reads everything instead: what is broken, what the classes are, which boxes no point learns
 under the configured levels, and which levels would fit better. Its exit status is 1 if training
-would stop. --clean also writes annotation files without what is broken.
+would stop. --clean also writes annotation files in which every defect that can mean only one thing
+is repaired and nothing is broken; with --accept-loss even if they lose more than a tenth.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,13 +32,16 @@ from fcos_d2 import InputError
 from fcos_d2.config import fcos_settings
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import FCOSDatasetMapper, class_names, load_dataset
+from fcos_d2.data.defects import describe_repairs
 from fcos_d2.data.images import distinct_names
 from fcos_d2.data.inspection import (
+    Contents,
     Inspection,
     boxes_of,
+    clean,
     describe_contents,
     inspect_dataset,
-    without_problems,
+    why_nothing_is_learned,
 )
 from fcos_d2.data.level_fit import (
     MISSED,
@@ -54,6 +59,7 @@ from fcos_d2.visualization.assignment import draw_assignment, to_rgb
 from fcos_d2.visualization.boxes import PANEL_SIDE, draw_objects
 from fcos_d2.visualization.sheet import contact_sheet
 
+KEPT = 0.9  # share of the annotations that a clean file has without being asked twice
 MOST_SHOWN = 20  # broken things that are listed, the others are counted
 MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
 
@@ -119,7 +125,9 @@ def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, Poin
 # ---- check ----
 
 
-def check(cfg: CfgNode, names: Sequence[str], read_images: bool, clean: bool) -> bool:
+def check(
+    cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool, accept_loss: bool
+) -> bool:
     """Prints everything about the data sets; whether training can use them as they are.
 
     Raises:
@@ -127,34 +135,38 @@ def check(cfg: CfgNode, names: Sequence[str], read_images: bool, clean: bool) ->
     """
     masks = cfg.MODEL.MASK_ON
     inspections = [inspect_dataset(name, read_images, partial(_bar, name), masks) for name in names]
+    reasons = []
     for inspection in inspections:
-        _print_contents(inspection)
+        contents = describe_contents(inspection)
+        _print_contents(inspection, contents)
         if inspection.records:
             _print_levels(cfg, inspection)
+        if reason := why_nothing_is_learned(inspection, contents):
+            reasons.append(f"{inspection.name}: {reason}")
     print()
-    problems = sum(inspection.num_problems for inspection in inspections)
-    mismatches = _class_mismatches(cfg, inspections)
-    for line in mismatches:
+    reasons += _mismatches(cfg, inspections)
+    for line in reasons:
         print(line)
-    if clean:
-        _write_clean(inspections, masks)
-    elif problems:
-        print("--clean writes annotation files without what is broken")
-    problems += len(mismatches)
+    problems = len(reasons) + sum(inspection.num_problems for inspection in inspections)
+    if write_clean:
+        is_written = _write_clean(inspections, masks, accept_loss)
+    elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
+        print("--clean writes annotation files with everything repaired and nothing broken")
     print(f"{problems} problems: training would stop" if problems else "ready to train")
-    return not problems
+    return not problems and (not write_clean or is_written)
 
 
 def _bar(name: str, images: Iterable, total: int) -> Iterable:
     return tqdm(images, desc=name, total=total, leave=False, disable=None)
 
 
-def _print_contents(inspection: Inspection) -> None:
-    contents = describe_contents(inspection)
+def _print_contents(inspection: Inspection, contents: Contents) -> None:
     print(f"\n{inspection.name}")
     print(f"  {len(inspection.records)} images, {contents.num_boxes} boxes that can be used")
+    for line in describe_repairs(inspection.repaired):
+        print(f"  repaired: {line}")
     broken = [f"image {name}: {why}" for name, why in inspection.image_problems.items()]
-    broken += inspection.annotation_problems
+    broken += [problem.text for problem in inspection.problems]
     if broken:
         print(f"\n  broken: {len(broken)}")
         _print_some(broken)
@@ -162,12 +174,15 @@ def _print_contents(inspection: Inspection) -> None:
         (contents.num_empty, "images without objects"),
         (contents.num_crowds, "crowd regions (MODEL.FCOS.IGNORE_CROWD leaves them unlearned)"),
         (contents.num_flat, "boxes of zero width or height, which nothing learns"),
-        (contents.num_outside, "boxes that reach over the border of their image"),
+        (contents.num_over, "boxes that reach over the border of their image"),
         (contents.num_repeated, "boxes that are there twice"),
     ]
     for count, what in notes:
         if count:
             print(f"  note: {count} {what}")
+    lower = Counter(name.lower() for name in inspection.class_names)
+    if alike := [name for name in inspection.class_names if lower[name.lower()] > 1]:
+        print(f"  note: classes whose names differ by case alone: {', '.join(alike)}")
     print("\n  class                     boxes    images")
     counts = zip(contents.boxes_per_class, contents.images_per_class, strict=True)
     most = max(contents.boxes_per_class, default=1)
@@ -183,34 +198,62 @@ def _print_some(lines: Sequence[str]) -> None:
         print(f"    and {len(lines) - MOST_SHOWN} more")
 
 
-def _class_mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
-    """Data sets that number their classes differently, and a model of another number."""
+def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
+    """Data sets that do not fit each other, or the model."""
     first, lines = inspections[0], []
     for other in inspections[1:]:
-        if other.class_names != first.class_names:
+        if not set(other.class_names) & set(first.class_names):
+            lines.append(f"{other.name} and {first.name} have no class in common")
+        elif other.class_names != first.class_names:
             lines.append(
                 f"{other.name} has the classes {', '.join(other.class_names)}, but {first.name} "
-                f"has {', '.join(first.class_names)}; a model knows classes by their order"
+                f"has {', '.join(first.class_names)}; a model knows classes by their order: give "
+                "both the same 'classes' in DATASETS.REGISTER"
             )
     count, num_classes = len(first.class_names), cfg.MODEL.FCOS.NUM_CLASSES
     if count and count != num_classes:
         lines.append(f"MODEL.FCOS.NUM_CLASSES is {num_classes}; set it to {count} or leave it out")
+    trained = {
+        r["file_name"] for i in inspections if i.name in cfg.DATASETS.TRAIN for r in i.records
+    }
+    for inspection in inspections:
+        if inspection.name in cfg.DATASETS.TEST:
+            shared = sum(record["file_name"] in trained for record in inspection.records)
+            if shared:
+                lines.append(
+                    f"{shared} of the {len(inspection.records)} images of {inspection.name} are "
+                    "trained on; an evaluation would measure what was learned by heart: set 'part'"
+                )
     return lines
 
 
-def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
-    """One annotation file beside each that has problems, or whose images have."""
-    broken = [inspection for inspection in inspections if inspection.num_problems]
+def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bool) -> bool:
+    """One annotation file beside each that is not as it should be; whether all were written."""
+    broken = [i for i in inspections if i.num_problems or i.repaired]
     for inspection in broken:
-        if inspection.source_file is None:
-            print(f"--clean: {inspection.name} has no COCO file; correct its annotations by hand")
-    for source in dict.fromkeys(i.source_file for i in broken if i.source_file):
-        parts = [i for i in inspections if i.source_file == source]
-        unusable = set().union(*(i.image_problems for i in parts))
-        path = Path(source).with_name(f"{Path(source).stem}_clean.json")
-        content = without_problems(source, {i.image_root for i in parts}, unusable, masks)
+        if not inspection.files:
+            print(f"--clean: {inspection.name} has no annotation file; correct it in Python")
+    is_written = True
+    for file, content, num_before, repaired, removed in clean(inspections, broken, masks):
+        for line in describe_repairs(repaired):
+            print(f"repaired: {line}")
+        for line in removed:
+            print(f"removed: {line}")
+        count = len(content["annotations"])
+        path = Path(file.removesuffix(".gz"))
+        path = path.with_name(f"{path.stem}_clean.json")
+        if count == 0 or (count < KEPT * num_before and not accept_loss):
+            is_written = False
+            print(
+                f"not written: {path} would keep {count} of {num_before} annotations; correct what "
+                "is broken first" + ("" if count == 0 else ", or pass --accept-loss")
+            )
+            continue
         path.write_text(json.dumps(content))
-        print(f"without what is broken: {path}; name it in the config instead of {source}")
+        print(
+            f"{count} of {num_before} annotations: {path}; name it in the config instead of {file}"
+        )
+    return is_written
 
 
 def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
@@ -293,6 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="report instead of pictures")
     parser.add_argument("--clean", action="store_true", help="write repaired annotation files")
+    parser.add_argument(
+        "--accept-loss", action="store_true", help="even if they lose more than a tenth"
+    )
     parser.add_argument("--skip-images", action="store_true", help="check without reading images")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")
     parser.add_argument("--images", type=int, default=12, metavar="N", help="default: %(default)s")
@@ -306,7 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not names:
             raise InputError("no data set is named; set DATASETS.TRAIN or pass --dataset NAME")
         if options.check or options.clean:
-            return int(not check(cfg, names, not options.skip_images, options.clean))
+            read_images, is_clean = not options.skip_images, options.clean
+            return int(not check(cfg, names, read_images, is_clean, options.accept_loss))
         draw(cfg, names, options.output or Path(cfg.OUTPUT_DIR) / "data", options.images)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,16 +3,20 @@
 from .catalog import (
     check_num_classes,
     class_names,
+    coco_content,
     count_classes,
     load_dataset,
+    prepare,
+    register_datasets,
+    register_digits,
 )
-from .custom import prepare, register_datasets, register_digits
 from .mapper import FCOSDatasetMapper
 
 __all__ = [
     "FCOSDatasetMapper",
     "check_num_classes",
     "class_names",
+    "coco_content",
     "count_classes",
     "load_dataset",
     "prepare",

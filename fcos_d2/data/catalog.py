@@ -1,12 +1,16 @@
 """Data sets by name, and every problem with one of them as a single line that says what to do.
 
-COCO files are checked and turned into records here; whatever else is registered, its own function
-loads.
+COCO files, and everything that DATASETS.REGISTER describes, are reviewed and turned into records
+here; whatever else is registered, its own function loads.
 """
 
+from __future__ import annotations
+
+import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,15 +18,218 @@ from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import ConcatDataset
 
 from ..errors import InputError, format_value
-from .annotation_checks import count_flat_boxes, problem_in_records, read_coco
-from .custom import is_coco, load_coco, prepare, where_data_lives
+from . import digits
+from .custom import check_entry, class_names_of, forget_sources, read_sources, review_entry
+from .defects import describe_repairs
+from .formats import Source, read_json
+from .image_files import locate_images, suggest_folder
+from .records import coco_records, review_records, set_classes
+from .review import Review
 
-MOST_FOLDERS = 1000  # that are listed to find missing images; more of them would take too long
+CHECK = "python tools/visualize_data.py --config-file FILE --check"
 
-logger = logging.getLogger(__name__)
+
+# ---- names ----
+
+
+def register_digits(root: str | os.PathLike | None = None) -> None:
+    """Names ``digits_train`` and ``digits_val``; writes nothing. A second call moves them.
+
+    Args:
+        root: the folder that holds ``digits/``. Default: $DETECTRON2_DATASETS or ./datasets.
+    """
+    root = digits.default_root() if root is None else os.fspath(root)
+    for split in digits.SPLITS:
+        name = f"digits_{split}"
+        _forget(name)
+        DatasetCatalog.register(name, partial(load_coco, name))
+        MetadataCatalog.get(name).set(
+            thing_classes=list(digits.CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(digits.CLASSES))},
+            json_file=str(digits.annotation_file(root, split)),
+            image_root=str(digits.image_folder(root, split)),
+            evaluator_type="coco",
+            digits_root=str(root),
+        )
+
+
+def register_datasets(entries: Mapping[str, Mapping]) -> None:
+    """Gives every entry of DATASETS.REGISTER its name in detectron2's catalogs; opens no file.
+
+    Args:
+        entries: by name; docs/custom_data.md lists their keys. Paths are relative to the working
+            directory; ``~`` and ``$VARIABLES`` are replaced.
+
+    Raises:
+        InputError: an entry without what it needs, or of a name that is taken or could not name a
+            file.
+    """
+    for name, entry in entries.items():
+        check_entry(name, entry)
+        if name in DatasetCatalog and not MetadataCatalog.get(name).get("described"):
+            raise InputError(
+                f"DATASETS.REGISTER.{name}: a data set of this name exists already; choose another "
+                "name"
+            )
+        _forget(name)
+        forget_sources(name)
+        DatasetCatalog.register(name, partial(load_coco, name))
+        MetadataCatalog.get(name).set(evaluator_type="coco", described=dict(entry))
+
+
+def _forget(name: str) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def is_coco(name: str) -> bool:
+    """Whether it is registered here, or with detectron2's ``register_coco_instances``."""
+    function = DatasetCatalog[name]
+    ours = isinstance(function, partial) and function.func is load_coco
+    return ours or getattr(function, "__module__", "") == "detectron2.data.datasets.coco"
+
+
+def prepare(name: str) -> None:
+    """Guarantees that the annotation file of data set ``name`` is there; makes the built-in data.
+
+    Raises:
+        InputError: no such data set, or its annotation file is absent.
+    """
+    if name not in DatasetCatalog:
+        raise InputError(_unknown_name(name))
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("digits_root"):
+        digits.ensure_digits(metadata.digits_root)
+    json_file = metadata.get("json_file")
+    if json_file and "://" not in json_file and not PathManager.exists(json_file):
+        raise InputError(
+            f"data set {name!r}: annotation file {json_file} does not exist; "
+            f"{_where_data_lives(name)}"
+        )
+
+
+def _unknown_name(name: str) -> str:
+    known = DatasetCatalog.list()
+    close = difflib.get_close_matches(name, known, n=3)
+    advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
+    return (
+        f"unknown data set {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+        "{json: annotations.json, images: image_folder}}}"
+    )
+
+
+def _where_data_lives(name: str) -> str:
+    if MetadataCatalog.get(name).get("described"):
+        return f"correct the paths in DATASETS.REGISTER.{name}"
+    root = os.getenv("DETECTRON2_DATASETS")
+    state = f"it is {root}" if root else "it is not set, which means ./datasets"
+    return (
+        "check the path it was registered with, or set DETECTRON2_DATASETS to the folder that "
+        f"holds all data sets ({state})"
+    )
+
+
+# ---- COCO files, and what is read into their form ----
+
+
+def sources_of(name: str) -> list[Source]:
+    """The annotation files of a data set for which ``is_coco``, as they were written.
+
+    Raises:
+        InputError: one is missing or cannot be read.
+    """
+    prepare(name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("described"):
+        try:
+            return read_sources(name, metadata.described)
+        except InputError as error:
+            raise InputError(f"data set {name!r}: {error}") from error
+    content = read_json(metadata.json_file)
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"{metadata.json_file}: a COCO file is an object, this is a {kind}")
+    return [Source(metadata.json_file, metadata.get("image_root", ""), content)]
+
+
+def review_dataset(name: str, masks: bool = False) -> tuple[list[Source], Review]:
+    """Everything there is to say about the annotations of a data set for which ``is_coco``.
+
+    Raises:
+        InputError: its files are no annotations at all.
+    """
+    sources = sources_of(name)
+    return sources, review_entry(sources, MetadataCatalog.get(name).get("described", {}), masks)
+
+
+def coco_content(name: str, masks: bool = False) -> dict:
+    """The annotations of a data set in the form of a COCO file, repaired and without any defect.
+
+    Raises:
+        InputError: they have defects that cannot be repaired, or images are missing.
+    """
+    is_own = is_coco(name)
+    if not is_own and not MetadataCatalog.get(name).get("json_file"):
+        return _converted(name)
+    sources, review = review_dataset(name, masks)
+    file = sources[0].file
+    if review.problems:
+        others = len(review.problems) - 1
+        count = f" ({others + 1} problems; {CHECK} lists them)" if others else ""
+        raise InputError(f"{file}: {review.problems[0].text}{count}")
+    if review.missing and is_own:
+        raise InputError(f"data set {name!r}: {missing_images(name, sources, review)}")
+    if review.repaired:
+        text = f"{file}: repaired {', '.join(describe_repairs(review.repaired))}"
+        text += "; --check --clean writes it so"
+        log_first_n(logging.WARNING, text, name=__name__, key="message")
+    if is_own:
+        set_classes(name, review.content["categories"])
+    return review.content
+
+
+def _converted(name: str) -> dict:
+    try:
+        return convert_to_coco_dict(name)
+    except (AttributeError, KeyError) as error:
+        raise InputError(
+            f"data set {name!r} has no {error.args[0]!r}; an evaluation needs thing_classes in its "
+            "metadata, and file_name, width and height in every record"
+        ) from error
+
+
+def missing_images(name: str, sources: Sequence[Source], review: Review) -> str:
+    """What to say where images cannot be found: one of them, how many, and where it lies."""
+    (path, reason), total = next(iter(review.missing.items())), len(review.content["images"])
+    text = f"image {format_value(path)}: {reason} (missing: {len(review.missing)} of {total}); "
+    if len(review.missing) == total:
+        folders = [os.path.dirname(source.file) or "." for source in sources]
+        found = suggest_folder(sources[0].image_root, [path], folders)
+        if found is not None:
+            return f"{text}{format_value(os.path.basename(path))} lies in {format_value(found)}"
+    return text + _where_data_lives(name)
+
+
+def load_coco(name: str, masks: bool = False) -> list[dict]:
+    """Records of a data set for which ``is_coco``.
+
+    Raises:
+        InputError: as ``coco_content``.
+    """
+    content = coco_content(name, masks)
+    indices = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    return coco_records(content, indices, masks)
+
+
+# ---- loading ----
 
 
 def load_dataset(
@@ -38,12 +245,11 @@ def load_dataset(
 
     Returns:
         one dict per image. Where any has ``annotations`` all have: an image that came without is
-        one without objects.
+        one without objects. Defects that can mean only one thing are repaired, which is logged.
 
     Raises:
-        InputError: unknown name; annotation file absent, broken or not COCO; annotation without
-            box, with a box of negative or non-finite size, of an unknown class or image, or with
-            an ``iscrowd`` other than 0 and 1; no image with objects; image file missing. Boxes of
+        InputError: unknown name; annotation file absent, broken or of an unknown kind; a defect
+            that could mean several things; no image with objects; image file missing. Boxes of
             zero size are legal (no point serves them): only a warning.
     """
     names = [names] if isinstance(names, str) else list(names)
@@ -59,22 +265,83 @@ def load_dataset(
         for index, record in enumerate(records):
             if "annotations" not in record:
                 records[index] = {**record, "annotations": []}
-        _check_annotations(records, names)
-        if filter_empty:  # only now, so that what is no number does not pass for a crowd
+        _describe(records, names)
+        if filter_empty:
             records = _with_objects(records, names)
-    _check_image_files(records, names)
-    if not masks:
-        _leave_out_masks(records)
     return records
 
 
 def _load_one(name: str, masks: bool) -> Sequence[dict]:
     prepare(name)
     try:
-        return load_coco(name, masks) if is_coco(name) else DatasetCatalog.get(name)
+        if is_coco(name):
+            return load_coco(name, masks)
+        records = DatasetCatalog.get(name)
     except OSError as error:
         cause = " ".join(str(error).split())
-        raise InputError(f"{_label([name])}: {cause}; {where_data_lives(name)}") from error
+        raise InputError(f"{_label([name])}: {cause}; {_where_data_lives(name)}") from error
+    if not isinstance(records, list):
+        return records
+    classes = MetadataCatalog.get(name).get("thing_classes") or ()
+    records, repaired, problems = review_records(records, len(classes) or None)
+    if problems:
+        raise InputError(f"{_label([name])}: {problems[0].text}")
+    if repaired:
+        logger = logging.getLogger(__name__)
+        logger.warning(f"{_label([name])}: repaired {', '.join(describe_repairs(repaired))}")
+    _check_image_files(records, name)
+    return records if masks else list(map(_without_masks, records))
+
+
+def _without_masks(record: dict) -> dict:
+    """A copy without masks; what is in the record may be the user's own and stays as it is."""
+    if "annotations" not in record:
+        return record
+    annotations = [
+        {key: value for key, value in annotation.items() if key != "segmentation"}
+        for annotation in record["annotations"]
+    ]
+    return {**record, "annotations": annotations}
+
+
+def _check_image_files(records: list[dict], name: str) -> None:
+    paths = [record.get("file_name", "") for record in records]
+    paths = [path for path in paths if path and "://" not in path]
+    missing = locate_images("", paths).missing
+    if missing:
+        raise InputError(
+            f"{_label([name])}: image {format_value(paths[next(iter(missing))])} does not exist "
+            f"(missing: {len(missing)} of {len(records)}); {_where_data_lives(name)}"
+        )
+
+
+def _describe(records: list[dict], names: Sequence[str]) -> None:
+    """Logs how many objects of each class there are.
+
+    Raises:
+        InputError: the data sets have different classes.
+    """
+    classes = {tuple(MetadataCatalog.get(name).get("thing_classes") or ()) for name in names}
+    if len(classes) > 1:
+        raise InputError(
+            f"{_label(names)} have different classes; use data sets of the same classes together"
+        )
+    flat = sum(is_flat(a) for record in records for a in record["annotations"])
+    if flat:
+        logging.getLogger(__name__).warning(
+            f"{_label(names)}: {flat} boxes have zero width or height; no point serves them, so "
+            "they are neither learned nor evaluated"
+        )
+    if any(classes):
+        print_instances_class_histogram(records, *classes)
+
+
+def is_flat(annotation: Mapping) -> bool:
+    """Whether a box of a record has no area."""
+    x, y, right, bottom = annotation["bbox"]
+    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
+        return not (right and bottom)
+    return right == x or bottom == y
 
 
 def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
@@ -87,18 +354,11 @@ def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
     return kept
 
 
-def _leave_out_masks(records: list[dict]) -> None:
-    """Replaces the records one after the other, so that they never take more than they did.
+def _label(names: Sequence[str]) -> str:
+    return f"data set{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
 
-    What is in them may be the user's own and stays as it is.
-    """
-    for index, record in enumerate(records):
-        if "annotations" in record:
-            annotations = [
-                {key: value for key, value in annotation.items() if key != "segmentation"}
-                for annotation in record["annotations"]
-            ]
-            records[index] = {**record, "annotations": annotations}
+
+# ---- classes ----
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
@@ -134,52 +394,7 @@ def class_names(name: str) -> list[str] | None:
     if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
         return known  # of a data set that need not be there yet
     prepare(name)
-    json_file = MetadataCatalog.get(name).get("json_file")
-    if not json_file:
-        return None
-    categories = read_coco(json_file)["categories"]
-    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
-
-
-def _label(names: Sequence[str]) -> str:
-    return f"data set{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
-
-
-def _check_annotations(records: list[dict], names: Sequence[str]) -> None:
-    classes = {tuple(MetadataCatalog.get(name).get("thing_classes") or ()) for name in names}
-    if len(classes) > 1:
-        raise InputError(
-            f"{_label(names)} have different classes; use data sets of the same classes together"
-        )
-    (classes,) = classes
-    annotations = list(chain.from_iterable(r.get("annotations", ()) for r in records))
-    num_flat = count_flat_boxes(annotations, len(classes) or None)
-    if num_flat is None:
-        raise InputError(f"{_label(names)}: {problem_in_records(records, len(classes) or None)}")
-    if num_flat:
-        logger.warning(
-            f"{_label(names)}: {num_flat} boxes have zero width or height; "
-            "no point serves them, so they are not learned"
-        )
-    if classes:
-        print_instances_class_histogram(records, classes)
-
-
-def _check_image_files(records: list[dict], names: Sequence[str]) -> None:
-    """Lists folders instead of asking for every file: a fraction of a second for 118,000 images."""
-    folders: dict[str, list[str]] = {}
-    for record in records:
-        folder, file_name = os.path.split(record.get("file_name", ""))
-        if file_name and "://" not in folder:
-            folders.setdefault(folder, []).append(file_name)
-    if len(folders) > MOST_FOLDERS:
-        return
-    missing = []
-    for folder, file_names in folders.items():
-        present = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else ()
-        missing += [os.path.join(folder, name) for name in file_names if name not in present]
-    if missing:
-        raise InputError(
-            f"{_label(names)}: image {format_value(missing[0])} does not exist (missing: "
-            f"{len(missing)} of {len(records)}); {where_data_lives(names[0])}"
-        )
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("described") or metadata.get("json_file"):
+        return class_names_of(sources_of(name), metadata.get("described", {}))
+    return None

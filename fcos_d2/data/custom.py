@@ -1,77 +1,58 @@
 """The user's own data sets, described in the config instead of registered in Python.
 
-COCO: an annotation file and the folder its file names start from; ``part`` takes a share of the
-images, so that one file serves for training and validation. Pascal VOC: the folder that holds
-``Annotations``, ``ImageSets/Main`` and ``JPEGImages``. Class names always come from the data.
+``formats`` reads their files and ``review`` repairs their defects; here classes are chosen, renamed
+and merged, several files are joined, and a part of the images is taken.
 """
 
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
+from ..errors import InputError, format_value
+from .defects import Problem
+from .formats import Source, read_annotations, read_cvat, read_text, read_voc, read_yolo
+from .review import Review, review_coco, usable_categories
 
-from ..errors import InputError, format_value, one_line_cause
-from . import digits
-from .annotation_checks import problems_in_coco_annotations, read_coco
-from .images import is_image
-from .records import coco_records, set_classes
-
-KEYS = {"json": {"json", "images", "part"}, "voc": {"voc", "split", "classes"}}
+KINDS = {
+    "json": {"images"},
+    "cvat": {"images"},
+    "voc": {"split"},
+    "yolo": {"split"},
+}  # key that says where the annotations are -> further keys
+NEEDED = {"json": {"images"}, "cvat": {"images"}, "voc": set(), "yolo": set()}
+COMMON = {"part", "classes", "rename", "upright"}
 NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
 LONGEST_NAME = 200  # bytes
 EXAMPLES = (
-    "write {json: annotations.json, images: image_folder} (optionally part: [0, 0.8], the share of "
-    "the images) or {voc: folder, split: train} (optionally classes: [names])"
+    "write {json: annotations.json, images: image_folder}, {yolo: data.yaml, split: train}, "
+    "{voc: folder, split: train} or {cvat: annotations.xml, images: image_folder}; "
+    "docs/custom_data.md lists further keys"
+)
+# Ends of names that tell augmented copies of one photo from each other.
+COPY = re.compile(
+    r"(_(jpe?g|png|bmp|webp))?\.rf\.[0-9a-f]+$|[_-](aug|copy|flip|rot)[_-]?\d*$", re.I
 )
 
 
-def register_datasets(entries: Mapping[str, Mapping]) -> None:
-    """Gives every entry of DATASETS.REGISTER its name in detectron2's catalogs; opens no file.
+# ---- descriptions ----
 
-    Args:
-        entries: by name, ``{json, images[, part]}`` or ``{voc, split[, classes]}``. Paths are
-            relative to the working directory; ``~`` and ``$VARIABLES`` are replaced.
+
+def check_entry(name: object, entry: object) -> str:
+    """The kind of an entry of DATASETS.REGISTER, a key of ``KINDS``.
 
     Raises:
-        InputError: an entry without what it needs, or of a name that is taken or could not name a
-            file.
+        InputError: it makes no sense.
     """
-    for name, entry in entries.items():
-        kind = _check_entry(name, entry)
-        if name in DatasetCatalog:
-            if not MetadataCatalog.get(name).get("described"):
-                raise InputError(
-                    f"DATASETS.REGISTER.{name}: a data set of this name exists already; "
-                    "choose another name"
-                )
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(load_coco, name))
-        metadata = MetadataCatalog.get(name)
-        metadata.set(evaluator_type="coco", described=dict(entry))
-        if kind == "voc":
-            metadata.set(image_root=str(_path(entry["voc"]) / "JPEGImages"))
-        else:
-            metadata.set(image_root=str(_path(entry["images"])))
-            metadata.set(source_file=str(_path(entry["json"])))
-        if kind == "json" and "part" not in entry:
-            metadata.set(json_file=metadata.source_file)
-
-
-def _check_entry(name: str, entry) -> str:
-    """The kind of an entry, "json" or "voc"."""
     is_name = isinstance(name, str) and NAME.fullmatch(name)
     if not is_name or len(name.encode()) > LONGEST_NAME:
         raise InputError(
@@ -80,55 +61,100 @@ def _check_entry(name: str, entry) -> str:
             "bytes"
         )
     place = f"DATASETS.REGISTER.{name}"
-    if not isinstance(entry, Mapping) or len(kinds := KEYS.keys() & entry.keys()) != 1:
+    if not isinstance(entry, Mapping) or len(kinds := KINDS.keys() & entry.keys()) != 1:
         got = format_value(entry, quote=True)
         raise InputError(f"{place} must say where the data lies, got {got}; {EXAMPLES}")
     (kind,) = kinds
-    for key in sorted({"json": {"images"}, "voc": {"split"}}[kind] - entry.keys()):
+    for key in sorted(NEEDED[kind] - entry.keys()):
         raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
-    for key in sorted(entry.keys() - KEYS[kind], key=str):
+    for key in sorted(entry.keys() - KINDS[kind] - COMMON - {kind}, key=str):
         raise InputError(f"{place} has an unknown key {format_value(key, quote=True)}; {EXAMPLES}")
-    part = entry.get("part", (0, 1))
-    numbers = isinstance(part, Sequence) and all(isinstance(p, (int, float)) for p in part)
-    if not numbers or len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
-        raise InputError(
-            f"{place}.part must be two shares like [0, 0.8], got {format_value(part, quote=True)}"
-        )
-    classes = entry.get("classes", ())
-    is_list = isinstance(classes, Sequence) and not isinstance(classes, str)
-    if not is_list or not all(isinstance(class_, str) for class_ in classes):
-        raise InputError(
-            f"{place}.classes must be a list of names, got {format_value(classes, quote=True)}"
-        )
+    for key, (is_valid, expected) in VALUES.items():
+        if key in entry and not is_valid(entry[key]):
+            got = format_value(entry[key], quote=True)
+            raise InputError(f"{place}.{key} must be {expected}, got {got}")
+    places = _listed(entry[kind])
+    if len(_listed(entry.get("images", ""))) not in (1, len(places)) or not places:
+        raise InputError(f"{place}.images must be one folder, or one for each of {kind}")
+    if kind != "voc" and not all(isinstance(value, str) for value in places):
+        raise InputError(f"{place}.{kind} must be a path or a list of paths; {EXAMPLES}")
+    for value in places if kind == "voc" else ():
+        if not isinstance(value, str) and not _is_map(value, {"xml", "images"}):
+            raise InputError(f"{place}.voc must be a folder or {{xml: folder, images: folder}}")
     return kind
 
 
-def _path(text: str) -> Path:
-    return Path(os.path.expandvars(os.path.expanduser(str(text))))
+def _listed(value: object) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def ensure_annotations(name: str) -> None:
-    """Writes the COCO file of a described data set that has none of its own; once per process.
+def _is_part(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    numbers = isinstance(value, Sequence) and all(isinstance(v, (int, float)) for v in value)
+    return numbers and len(value) == 2 and 0 <= value[0] < value[1] <= 1
+
+
+def _is_names(value: object) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(v, str) for v in value) and len(set(value)) == len(value) > 0
+
+
+def _is_map(value: object, keys: set | None = None) -> bool:
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+        return False
+    return all(isinstance(k, str) for k in value) and (keys is None or set(value) == keys)
+
+
+def _is_paths(value: object) -> bool:
+    return all(isinstance(path, str) for path in _listed(value))
+
+
+VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "part": (_is_part, "two shares like [0, 0.8], or a file of image names"),
+    "classes": (_is_names, "a list of names, each once"),
+    "rename": (_is_map, "names by the old ones, like {old: new}"),
+    "upright": (lambda value: isinstance(value, bool), "true or false"),
+    "split": (lambda value: isinstance(value, str), "a name"),
+    "images": (_is_paths, "a folder or a list of folders"),
+}
+
+
+def expand(text: str) -> str:
+    """A path with ``~`` and ``$VARIABLES`` replaced."""
+    return os.path.expandvars(os.path.expanduser(text))
+
+
+# ---- from a description to annotations ----
+
+
+def read_sources(name: str, entry: Mapping) -> list[Source]:
+    """The annotation files of an entry, as they were written.
+
+    What takes long to read is read once in a process.
 
     Raises:
-        InputError: its source is missing or cannot be used.
+        InputError: one is missing, or nothing that can be read.
     """
-    metadata = MetadataCatalog.get(name)
-    entry = metadata.get("described")
-    if not entry or metadata.get("json_file"):
-        return
-    if "voc" in entry:
-        content = read_voc(_path(entry["voc"]), entry["split"], entry.get("classes"))
-    else:
-        content = take_part(read_coco(metadata.source_file), *entry["part"])
-        if not content["images"]:
-            raise InputError(
-                f"DATASETS.REGISTER.{name}.part {list(entry['part'])} holds none of the images of "
-                f"{metadata.source_file}; widen it"
-            )
+    kind = check_entry(name, entry)
+    is_cached = kind != "json" or any(os.path.isdir(expand(path)) for path in _listed(entry[kind]))
+    if not is_cached:
+        return _read_sources(kind, entry)
     path = Path(_scratch().name, f"{name}.json")
-    path.write_text(json.dumps(content))
-    metadata.set(json_file=str(path))
+    key = json.dumps({**entry, "cwd": os.getcwd()}, sort_keys=True, default=str)
+    if path.is_file():
+        with path.open() as file:
+            known, sources = json.load(file)
+        if known == key:
+            return [Source(*source) for source in sources]
+    sources = _read_sources(kind, entry)
+    path.write_text(json.dumps([key, sources]))
+    return sources
+
+
+def forget_sources(name: str) -> None:
+    """Reads the files of an entry anew next time."""
+    Path(_scratch().name, f"{name}.json").unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)
@@ -137,243 +163,192 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="fcos_d2_datasets_")
 
 
-def take_part(content: dict, low: float, high: float) -> dict:
-    """The images of a COCO file whose share lies in [low, high), with their annotations.
+def _read_sources(kind: str, entry: Mapping) -> list[Source]:
+    places, folders = _listed(entry[kind]), [expand(p) for p in _listed(entry.get("images", ""))]
+    if len(folders) < len(places):
+        folders *= len(places)
+    split, sources = entry.get("split"), []
+    for place, folder in zip(places, folders, strict=True):
+        if kind == "voc":
+            where = {k: expand(v) for k, v in place.items()} if _is_map(place) else expand(place)
+            sources.append(read_voc(where, split, all_classes="classes" not in entry))
+        elif kind == "yolo":
+            sources.append(read_yolo(expand(place), split, entry.get("upright", True)))
+        elif kind == "cvat":
+            sources.append(read_cvat(expand(place), folder))
+        else:
+            sources += [read_annotations(path, folder) for path in _matching(expand(place))]
+    return sources
 
-    The share of an image depends on its file name alone: parts that do not overlap never have an
-    image in common, and new images move no old one from training to validation.
+
+def _matching(pattern: str) -> list[str]:
+    if os.path.exists(pattern) or "\0" in pattern:
+        return [pattern]
+    return sorted(glob.glob(pattern)) or [pattern]
+
+
+def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False) -> Review:
+    """Everything about the annotations of an entry, with its classes and its part of the images.
+
+    Raises:
+        InputError: a file is no annotation file at all, or the entry does not fit it.
     """
-    images = [i for i in content["images"] if low <= _share(str(i["file_name"])) < high]
-    kept = {image["id"] for image in images}
-    annotations = [a for a in content.get("annotations", ()) if _is_of(a, kept)]
-    return {**content, "images": images, "annotations": annotations}
+    reviews, upright = [], entry.get("upright", True)
+    part = chooser(entry["part"]) if "part" in entry else None
+    for source in sources:
+        try:
+            review = review_coco(source.content, source.image_root, masks, upright, part)
+        except InputError as error:
+            raise InputError(f"{source.file}: {error}") from error
+        if len(sources) > 1:
+            problems = [Problem(k, f"{source.file}: {text}") for k, text in review.problems]
+            review = review._replace(problems=problems)
+        reviews.append(review)
+    review = reviews[0] if len(reviews) == 1 else _joined(reviews)
+    content = choose_classes(review.content, entry, sources[0].file)
+    for image in () if upright else content["images"]:
+        image["upright"] = False
+    if "part" in entry and not content["images"]:
+        part = format_value(entry["part"])
+        raise InputError(f"part {part} holds none of the images of {sources[0].file}; widen it")
+    return review._replace(content=content)
 
 
-def _is_of(annotation: object, images: set) -> bool:
-    """Whether it belongs to one of ``images``. What belongs nowhere stays, to be complained of."""
-    image = annotation.get("image_id") if isinstance(annotation, Mapping) else None
-    return image is None or not isinstance(image, Hashable) or image in images
+def _joined(reviews: Sequence[Review]) -> Review:
+    """Several files as one; classes of one name are one, and images are numbered anew."""
+    images, annotations, names = [], [], {}
+    repaired, problems, missing = Counter(), [], {}
+    for review in reviews:
+        numbers = {}
+        for image in review.content["images"]:
+            numbers[image["id"]] = image["id"] = len(images) + 1
+            images.append(image)
+        categories = _by_id(review.content["categories"])
+        classes = {c["id"]: names.setdefault(c["name"], len(names) + 1) for c in categories}
+        for annotation in review.content.get("annotations", ()):
+            annotation["id"] = len(annotations) + 1
+            annotation["image_id"] = numbers[annotation["image_id"]]
+            annotation["category_id"] = classes[annotation["category_id"]]
+            annotations.append(annotation)
+        repaired.update(review.repaired)
+        problems += review.problems
+        missing |= review.missing
+    categories = [{"id": number, "name": name} for name, number in names.items()]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    count = sum(review.num_annotations for review in reviews)
+    return Review(content, repaired, problems, missing, count)
 
 
-def _share(file_name: str) -> float:
-    """A number in [0, 1), evenly spread over names."""
-    return (
-        int.from_bytes(hashlib.sha256(file_name.encode(errors="surrogatepass")).digest()[:6], "big")
-        / 2**48
-    )
+def class_names_of(sources: Sequence[Source], entry: Mapping) -> list[str]:
+    """Class names of an entry in the order of the model's classes.
+
+    Raises:
+        InputError: as ``review_entry``.
+    """
+    names: dict[str, int] = {}
+    for source in sources:
+        categories = source.content.get("categories")
+        if not isinstance(categories, list) or not categories:
+            raise InputError(f"{source.file}: it has no 'categories'; a COCO file lists them")
+        try:
+            categories = usable_categories(categories, Counter())
+        except InputError as error:
+            raise InputError(f"{source.file}: {error}") from error
+        if len(sources) == 1:
+            break
+        for category in _by_id(categories):
+            names.setdefault(category["name"], len(names) + 1)
+    if len(sources) > 1:
+        categories = [{"id": number, "name": name} for name, number in names.items()]
+    content = choose_classes({"images": [], "categories": categories}, entry, sources[0].file)
+    return [category["name"] for category in _by_id(content["categories"])]
 
 
-def register_digits(root: str | os.PathLike | None = None) -> None:
-    """Names ``digits_train`` and ``digits_val``; writes nothing. A second call moves them.
+def _by_id(categories: Sequence[dict]) -> list[dict]:
+    if len({isinstance(category["id"], str) for category in categories}) > 1:
+        return list(categories)  # which are numbered in this order
+    return sorted(categories, key=lambda category: category["id"])
+
+
+def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
+    """``content`` with the classes that ``rename`` and ``classes`` of an entry make of its own.
+
+    Raises:
+        InputError: they name classes that there are not, or several classes have one name.
+    """
+    rename, wanted = entry.get("rename", {}), entry.get("classes")
+    categories = _by_id(content["categories"])
+    known = [category["name"] for category in categories]
+    for name in rename:
+        if name not in known:
+            raise InputError(f"{file}: rename has {format_value(name)}, {_unknown(name, known)}")
+    groups: dict[str, list] = {}
+    for category in categories:
+        groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
+    for name, group in groups.items():
+        if len(group) > 1 and not any(category["name"] in rename for category in group):
+            ids = " and ".join(format_value(category["id"]) for category in group[:2])
+            name = format_value(name)
+            raise InputError(
+                f"{file}: categories {ids} have the same name {name}; if they are one class, set "
+                f"rename: {{{name}: {name}}} in DATASETS.REGISTER"
+            )
+    if not rename and wanted is None:
+        return content
+    names = list(groups) if wanted is None else list(wanted)
+    if not groups.keys() & set(names):
+        wanted = format_value(names)
+        raise InputError(f"{file}: it has none of the classes {wanted}, but {_some(known)}")
+    ids = {c["id"]: names.index(n) + 1 for n, g in groups.items() if n in names for c in g}
+    result = {**content, "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
+    if "annotations" in content:
+        chosen = [a for a in content["annotations"] if a["category_id"] in ids]
+        for annotation in chosen:
+            annotation["category_id"] = ids[annotation["category_id"]]
+        result["annotations"] = chosen
+    return result
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {format_value(close[0])}?" if close else f"it has {_some(known)}"
+    return f"which is no class; {advice}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return format_value(", ".join(names))
+
+
+# ---- a share of the images ----
+
+
+def chooser(part: Sequence[float] | str) -> Callable[[str], bool]:
+    """Whether an image belongs to a part, by its file name.
+
+    The share of an image depends on that alone: parts that do not overlap never have an image in
+    common, new images move no old one from training to validation, and augmented copies of one
+    photo stay together.
 
     Args:
-        root: the folder that holds ``digits/``. Default: $DETECTRON2_DATASETS or ./datasets.
+        part: images whose share lies in [low, high); or a file of image names, one in a line, or
+            "not " and a file for all other images.
     """
-    root = digits.default_root() if root is None else os.fspath(root)
-    for split in digits.SPLITS:
-        name = f"digits_{split}"
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(load_coco, name))
-        MetadataCatalog.get(name).set(
-            thing_classes=list(digits.CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(digits.CLASSES))},
-            json_file=str(digits.annotation_file(root, split)),
-            image_root=str(digits.image_folder(root, split)),
-            evaluator_type="coco",
-            digits_root=str(root),
-        )
+    if not isinstance(part, str):
+        low, high = part
+        return lambda name: low <= share(name) < high
+    lines = read_text(expand(part.removeprefix("not "))).splitlines()
+    listed, is_other = {line.strip() for line in lines}, part.startswith("not ")
+    return lambda name: (name in listed) != is_other
 
 
-def is_coco(name: str) -> bool:
-    """Whether it is registered here, or with detectron2's ``register_coco_instances``."""
-    function = DatasetCatalog[name]
-    ours = isinstance(function, partial) and function.func is load_coco
-    return ours or getattr(function, "__module__", "") == "detectron2.data.datasets.coco"
+def photo(file_name: str) -> str:
+    """The name of a photo that an image may be an augmented copy of."""
+    path = Path(file_name.replace("\\", "/"))
+    stem = COPY.sub("", path.stem)
+    return file_name if stem == path.stem else str(path.with_name(stem))
 
 
-def prepare(name: str) -> None:
-    """Guarantees that the annotation file of data set ``name`` is there; makes what can be made.
-
-    That is the built-in data, and COCO files of data sets in the config that have none.
-
-    Whoever opens ``MetadataCatalog.get(name).json_file`` calls this first: COCOEvaluator does so
-    when it is constructed, before any data is loaded.
-
-    Raises:
-        InputError: no such data set, or its annotation file is absent.
-    """
-    if name not in DatasetCatalog:
-        raise InputError(_unknown_name(name))
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("digits_root"):
-        digits.ensure_digits(metadata.digits_root)
-    ensure_annotations(name)
-    json_file = metadata.get("json_file")
-    if json_file and "://" not in json_file and not PathManager.exists(json_file):
-        raise InputError(
-            f"data set {name!r}: annotation file {json_file} does not exist; "
-            f"{where_data_lives(name)}"
-        )
-
-
-def _unknown_name(name: str) -> str:
-    known = DatasetCatalog.list()
-    close = difflib.get_close_matches(name, known, n=3)
-    advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
-    return (
-        f"unknown data set {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
-        "{json: annotations.json, images: image_folder}}}"
-    )
-
-
-def where_data_lives(name: str) -> str:
-    """What to correct where files of a data set are missing."""
-    if MetadataCatalog.get(name).get("described"):
-        return f"correct the paths in DATASETS.REGISTER.{name}"
-    root = os.getenv("DETECTRON2_DATASETS")
-    state = f"it is {root}" if root else "it is not set, which means ./datasets"
-    return (
-        "check the path it was registered with, or set DETECTRON2_DATASETS to the folder that "
-        f"holds all data sets ({state})"
-    )
-
-
-def load_coco(name: str, masks: bool = False) -> list[dict]:
-    """Records of a data set that a COCO file describes.
-
-    Raises:
-        InputError: the file is absent or has defects.
-    """
-    prepare(name)
-    metadata = MetadataCatalog.get(name)
-    content = read_coco(metadata.json_file)
-    problems = problems_in_coco_annotations(content, masks)
-    if problems:
-        count = f" ({len(problems)} annotations have problems)" if len(problems) > 1 else ""
-        source = metadata.get("source_file") or metadata.json_file
-        raise InputError(f"{source}: {next(iter(problems.values()))}{count}")
-    indices = set_classes(name, content["categories"])
-    return coco_records(content, metadata.image_root, indices, masks)
-
-
-# ---- Pascal VOC ----
-
-
-def read_voc(folder: Path, split: str, classes: Sequence[str] | None = None) -> dict:
-    """A split of a Pascal VOC folder as the content of a COCO file.
-
-    Objects marked difficult become crowds, which evaluation leaves out of account. Pixels of VOC
-    are counted from 1, those of COCO from 0.
-
-    Args:
-        folder: holds Annotations/*.xml, ImageSets/Main/SPLIT.txt and JPEGImages.
-        split: a file of ImageSets/Main, without its suffix.
-        classes: names in the order of the model's classes; those of all annotations in the folder,
-            sorted, where None.
-
-    Raises:
-        InputError: a file is missing, no XML, or lacks a field.
-    """
-    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-    try:
-        stems = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or one_line_cause(error)
-        raise InputError(
-            f"cannot read {listed}: {cause}; a VOC folder lists the images of a split there"
-        ) from error
-    if classes is None:
-        files = sorted((folder / "Annotations").glob("*.xml"))
-        classes = sorted({_class_name(o, f) for f in files for o in _xml(f).iter("object")})
-    for wanted, what in ((stems, f"{listed} names no image"), (classes, f"{folder} has no class")):
-        if not wanted:
-            raise InputError(f"{what}; there is nothing to learn from")
-    files = filter(is_image, sorted((folder / "JPEGImages").glob("*")))
-    images = {file.stem: file.name for file in files}
-    content = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
-    }
-    for stem in stems:
-        if stem != Path(stem).name or not stem.isprintable():
-            raise InputError(
-                f"{listed} names {format_value(stem)}, which is no file of Annotations"
-            )
-        _add_voc_image(content, folder, stem, images.get(stem))
-    return content
-
-
-def _add_voc_image(content: dict, folder: Path, stem: str, file_name: str | None) -> None:
-    path = folder / "Annotations" / f"{stem}.xml"
-    root = _xml(path)
-    number = len(content["images"]) + 1
-    image = {"id": number, "file_name": file_name or root.findtext("filename", f"{stem}.jpg")}
-    image |= {side: _pixels(root, f"size/{side}", path) for side in ("width", "height")}
-    content["images"].append(image)
-    ids = {category["name"]: category["id"] for category in content["categories"]}
-    for item in root.iter("object"):
-        name = _class_name(item, path)
-        if name not in ids:
-            some = format_value(", ".join(ids))
-            raise InputError(
-                f"{path}: class {format_value(name, quote=True)} is none of {some}; add it to them"
-            )
-        corners = [
-            _number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax")
-        ]
-        x, y = corners[0] - 1, corners[1] - 1
-        width, height = corners[2] - x, corners[3] - y
-        if width < 0 or height < 0:
-            raise InputError(
-                f"{path}: bndbox of {format_value(name, quote=True)} is {format_value(corners)}, "
-                "which must be xmin, ymin, xmax, ymax; correct it"
-            )
-        content["annotations"].append(
-            {
-                "id": len(content["annotations"]) + 1,
-                "image_id": number,
-                "category_id": ids[name],
-                "bbox": [x, y, width, height],
-                "area": width * height,
-                "iscrowd": int(item.findtext("difficult", "0").strip() == "1"),
-            }
-        )
-
-
-def _xml(path: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(path).getroot()
-    except (LookupError, OSError, ValueError, ElementTree.ParseError) as error:
-        raise InputError(
-            f"cannot read annotation file {path}: {format_value(str(error))}; export it again"
-        ) from error
-
-
-def _class_name(item: ElementTree.Element, path: Path) -> str:
-    name = item.findtext("name", "")
-    if not name.strip():
-        raise InputError(f"{path}: an object has no name; write the name of its class")
-    return name
-
-
-def _pixels(root: ElementTree.Element, field: str, path: Path) -> int:
-    pixels = int(_number(root, field, path))
-    if pixels < 1:
-        raise InputError(f"{path}: {field} must be at least 1, got {pixels}; correct it")
-    return pixels
-
-
-def _number(element: ElementTree.Element, field: str, path: Path) -> float:
-    text = element.findtext(field)
-    try:
-        number = float(text)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not abs(number) < 2**31:
-        raise InputError(
-            f"{path}: {field} must be a number, got {format_value(text, quote=True)}; correct it"
-        )
-    return number
+def share(file_name: str) -> float:
+    """A number in [0, 1), evenly spread over photos."""
+    text = photo(file_name).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48

@@ -1,7 +1,7 @@
 """Image files: which there are, how one is read, and what several of them are called elsewhere.
 
-detectron2 reads them. It would cut numbers off at 255, so that an image of 16 bits becomes white
-and one of floats black without a word; here such files are refused.
+detectron2's reader turns TIFFs twice, and cuts numbers off at 255, so that an image of 16 bits
+becomes white and one of floats black without a word; here such files are refused.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import InputError
 
 NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
+# From the orientation that a file asks for to an upright image.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What the pixels are, by the beginning of Pillow's mode.
 DEEP = {"I;16": "16-bit integers", "I": "integers of more than 8 bits", "F": "floats"}
 
@@ -47,38 +57,76 @@ def _can_hold_rgb(suffix: str) -> bool:
     return True
 
 
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """detectron2's ``read_image``, for images of 8 bits a channel.
+def read_image(file_name: str, image_format: str, upright: bool = True) -> np.ndarray:
+    """Reads an image of 8 bits per channel.
 
     Args:
         file_name: its path.
         image_format: "RGB", "BGR", or another that detectron2 knows.
+        upright: turn the image as its EXIF or TIFF orientation says. False for boxes that were
+            drawn on the pixels as they are stored.
 
     Returns:
-        uint8 [H, W, C], upright by the file's EXIF data.
+        uint8 [H, W, C].
 
     Raises:
         InputError: the pixels have more than 8 bits.
         Exception: whatever Pillow raises for a file that is missing or broken; see
             ``why_unreadable``.
     """
-    check_depth(file_name)
-    return utils.read_image(file_name, image_format)
+    with PathManager.open(file_name, "rb") as file:
+        image = Image.open(file)
+        _check_depth(image)
+        image = _oriented(image, upright)
+        return utils.convert_PIL_to_numpy(image, image_format)
 
 
-def check_depth(file_name: str) -> None:
-    """Looks at the head of an image file.
+def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of an image, upright and as stored; reads no more than its head.
 
     Raises:
         InputError: the pixels have more than 8 bits.
         Exception: as ``read_image``.
     """
     with PathManager.open(file_name, "rb") as file:
-        mode = Image.open(file).mode
+        image = Image.open(file)
+        _check_depth(image)
+        size = image.size
+        # Pillow decodes a PNG to look for a tag behind its pixels, where it hardly ever is.
+        orientation = 1 if image.format == "PNG" and "exif" not in image.info else _tag(image)
+    if orientation < 5:
+        return size, size
+    # Pillow has turned the size of a TIFF already.
+    return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
+
+
+def _oriented(image: Image.Image, upright: bool) -> Image.Image:
+    """``image`` upright or as stored, whichever of the two its decoder made of it."""
+    stored = _tag(image)
+    image.load()
+    left = _tag(image)
+    if upright:
+        return image.transpose(TURNS[left]) if left in TURNS else image
+    if stored in TURNS and left != stored:  # Pillow turns TIFFs while it reads them
+        return image.transpose(TURNS[{6: 8, 8: 6}.get(stored, stored)])
+    return image
+
+
+def _tag(image: Image.Image) -> int:
+    """The orientation that the file asks for, 1 to 8; 1 is upright."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a broken tag must not cost the image
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def _check_depth(image: Image.Image) -> None:
     for beginning, pixels in DEEP.items():
-        if mode.startswith(beginning):
+        if image.mode.startswith(beginning):
             raise InputError(
-                f"its pixels are {pixels} (Pillow's mode {mode}); convert it to 8 bits a channel"
+                f"its pixels are {pixels} (Pillow's mode {image.mode}); convert it to 8 bits a "
+                "channel"
             )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,9 +17,20 @@ from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
-from .annotation_checks import problems_in_coco_annotations, problems_in_records, read_coco
-from .catalog import class_names, prepare
-from .images import read_image, why_unreadable
+from .catalog import (
+    class_names,
+    is_coco,
+    is_flat,
+    missing_images,
+    prepare,
+    review_dataset,
+    sources_of,
+)
+from .defects import DEFECTS, Problem, Unusable, true_size
+from .formats import Source
+from .images import image_sizes, read_image, why_unreadable
+from .records import coco_records, review_records, set_classes
+from .review import Review, review_coco
 
 READERS = 8  # threads that read images; decoding lets go of Python's lock
 
@@ -30,15 +41,16 @@ class Inspection(NamedTuple):
     name: str
     class_names: list[str]
     records: list[dict]  # one per image, with its usable annotations, as detectron2 has them
-    annotation_problems: list[str]
+    problems: list[Problem]  # what training would stop at
+    repaired: Counter  # by key of DEFECTS: what training would repair
     image_problems: dict[str, str]  # file name -> what is wrong with the file
-    image_root: str | None
-    source_file: str | None  # the user's COCO file, if there is one
+    unusable: frozenset[str]  # file names of all images that are left out
+    files: list[str]  # its annotation files; of data registered in Python there is none
 
     @property
     def num_problems(self) -> int:
-        """What training would stop at."""
-        return len(self.annotation_problems) + len(self.image_problems)
+        """How many things training would stop at."""
+        return len(self.problems) + len(self.image_problems)
 
 
 class Contents(NamedTuple):
@@ -50,7 +62,8 @@ class Contents(NamedTuple):
     num_empty: int  # images without any box that is not a crowd
     num_crowds: int
     num_flat: int  # boxes of zero width or height
-    num_outside: int  # boxes that reach more than a pixel over the border of their image
+    num_over: int  # boxes that reach more than a pixel over the border of their image
+    num_outside: int  # boxes that do not touch their image at all
     num_repeated: int  # boxes that are there twice, with the same class
 
 
@@ -67,41 +80,41 @@ def inspect_dataset(
         read_images: decode the images too; else their files only have to be there, where the data
             set knows their sizes.
         progress: wraps the iteration over the images; gets it and their number.
-        masks: look at ``segmentation`` of a COCO file too, for a model that needs it.
+        masks: look at ``segmentation`` too, for a model that needs it.
 
     Raises:
         InputError: the name is unknown, the annotation file cannot be read at all, or the data is
             a stream, which may have no end.
     """
     prepare(name)
-    metadata = MetadataCatalog.get(name)
-    json_file = metadata.get("json_file")
-    names = class_names(name)
-    if json_file:
-        content = read_coco(json_file)
-        bad = problems_in_coco_annotations(content, masks)
-        records, problems = _records(content, metadata.image_root, bad), list(bad.values())
+    files, missing, unusable = [], {}, {}
+    if is_coco(name):
+        sources, review = review_dataset(name, masks)
+        files, missing = [source.file for source in sources], review.missing
+        repaired, problems = review.repaired, review.problems
+        indices = set_classes(name, review.content["categories"])
+        records = coco_records(review.content, indices)
+        if missing and len(missing) == len(records):
+            problems = [*problems, Problem("image", missing_images(name, sources, review))]
+            unusable, missing, records = missing, {}, []
     else:
-        records = _registered(name)
-        names = names or metadata.get("thing_classes") or []
-        bad = list(problems_in_records(records, len(names) or None))
-        problems = [problem for _, _, problem in bad]
-        _leave_out(records, {(place, index) for place, index, _ in bad})
+        records, repaired, problems = _registered(name)
+    records, found = [r for r in records if r["file_name"] not in missing], dict(missing)
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(_problem_in_image if read_images else _problem_in_path, records)
-        found = progress(found, len(records)) if progress else found
-        images = {
-            record["file_name"]: problem
-            for record, problem in zip(records, found, strict=True)
-            if problem
-        }
-    records = [record for record in records if record["file_name"] not in images]
-    source = metadata.get("source_file", None if metadata.get("described") else json_file)
-    root = metadata.get("image_root")
-    return Inspection(name, list(names or ()), records, problems, images, root, source)
+        reasons = pool.map(_problem_in_image if read_images else _problem_in_path, records)
+        reasons = progress(reasons, len(records)) if progress else reasons
+        for record, reason in zip(records, reasons, strict=True):
+            if isinstance(reason, str):
+                found[record["file_name"]] = reason
+            else:
+                repaired["size"] += bool(reason)
+    records = [record for record in records if record["file_name"] not in found]
+    names = list(class_names(name) or ())
+    unusable = frozenset((*unusable, *found))
+    return Inspection(name, names, records, problems, +repaired, found, unusable, files)
 
 
-def _registered(name: str) -> list[dict]:
+def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
     """Copies of the records of a data set that somebody registered in Python."""
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
@@ -109,65 +122,45 @@ def _registered(name: str) -> list[dict]:
             f"data set {name!r} is a stream ({type(records).__name__}) that may have no end; "
             "register a list of dicts to have it checked"
         )
-    return [dict(record) for record in records]
+    records = [{"annotations": [], **record} for record in records]
+    classes = MetadataCatalog.get(name).get("thing_classes") or ()
+    return review_records(records, len(classes) or None)
 
 
-def _records(content: dict, image_root: str, bad: dict[int, str]) -> list[dict]:
-    """The usable part of a COCO file in detectron2's form."""
-    ids = sorted(category["id"] for category in content["categories"])
-    number = {category: index for index, category in enumerate(ids)}
-    annotations: dict[object, list[dict]] = {image["id"]: [] for image in content["images"]}
-    for index, annotation in enumerate(content.get("annotations", ())):
-        if index not in bad:
-            annotations[annotation["image_id"]].append(
-                {
-                    "bbox": annotation["bbox"],
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": number[annotation["category_id"]],
-                    "iscrowd": annotation.get("iscrowd") or 0,
-                }
-            )
-    return [
-        {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-            "annotations": annotations[image["id"]],
-        }
-        for image in content["images"]
-    ]
-
-
-def _leave_out(records: list[dict], bad: set[tuple[int, int]]) -> None:
-    for place, record in enumerate(records):
-        annotations = record.get("annotations", ())
-        kept = [a for index, a in enumerate(annotations) if (place, index) not in bad]
-        record["annotations"] = kept
-
-
-def _problem_in_path(record: dict) -> str | None:
+def _problem_in_path(record: dict) -> str | bool:
     if not {"width", "height"} <= record.keys():  # then the image alone says how large it is
         return _problem_in_image(record)
-    return None if os.path.isfile(record["file_name"]) else "it does not exist"
+    return False if os.path.isfile(record["file_name"]) else "it does not exist"
 
 
-def _problem_in_image(record: dict) -> str | None:
+def _problem_in_image(record: dict) -> str | bool:
     """Why the image of ``record`` cannot be used, found by reading it as training does.
 
-    A record without the size of its image gets it.
+    A record without the size of its image, or with a wrong one, gets it; true if it was wrong.
     """
+    upright = record.get("upright", True)
     try:
-        image = read_image(record["file_name"], "RGB")
-    except Exception as error:
+        image = read_image(record["file_name"], "RGB", upright)
+        height, width = image.shape[:2]
+        annotated = record.setdefault("width", width), record.setdefault("height", height)
+        if annotated == (width, height):
+            return False
+        stored = image_sizes(record["file_name"])[1]
+        corners = boxes_of(record["annotations"])[:, 2:]
+        record["width"], record["height"] = true_size(annotated, (width, height), stored, corners)
+    except Unusable as error:
+        return str(error)
+    except Exception as error:  # Pillow raises whatever a broken file leads it to
         return why_unreadable(error)
-    height, width = image.shape[:2]
-    expected = record.setdefault("width", width), record.setdefault("height", height)
-    if expected != (width, height):
-        return (
-            f"it is {width} x {height} pixels, but {expected[0]} x {expected[1]} by the annotations"
-        )
-    return None
+    return True
+
+
+def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
+    """Boxes [n, 4], xyxy in pixels of the image file."""
+    boxes = [
+        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+    ]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
 
 
 def describe_contents(inspection: Inspection) -> Contents:
@@ -182,54 +175,96 @@ def describe_contents(inspection: Inspection) -> Contents:
         boxes = boxes_of(objects)
         size = np.array([record["width"], record["height"]] * 2)
         keys = {(c, *box) for c, box in zip(classes, boxes.tolist(), strict=True)}
+        outside = ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= size[:2])).any(axis=1)
         counts["boxes"] += len(objects)
         counts["empty"] += not objects
         counts["crowds"] += len(record["annotations"]) - len(objects)
-        counts["flat"] += int((boxes[:, 2:] <= boxes[:, :2]).any(axis=1).sum())
-        counts["outside"] += int(((boxes < -1) | (boxes > size + 1)).any(axis=1).sum())
+        counts["flat"] += sum(map(is_flat, objects))
+        counts["over"] += int(((boxes < -1) | (boxes > size + 1)).any(axis=1).sum())
+        counts["outside"] += int(outside.sum())
         counts["repeated"] += len(objects) - len(keys)
     classes = range(len(inspection.class_names))
     return Contents(
         [boxes_per_class[c] for c in classes],
         [images_per_class[c] for c in classes],
-        *(counts[k] for k in ("boxes", "empty", "crowds", "flat", "outside", "repeated")),
+        *(counts[k] for k in ("boxes", "empty", "crowds", "flat", "over", "outside", "repeated")),
     )
 
 
-def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
-    """Boxes [n, 4], xyxy in pixels of the image file."""
-    boxes = [
-        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-    ]
-    return np.array(boxes, dtype=float).reshape(-1, 4)
+def why_nothing_is_learned(inspection: Inspection, contents: Contents) -> str | None:
+    """Why a data set without defects teaches and measures nothing; None if it does."""
+    if contents.num_boxes > contents.num_flat + contents.num_outside:
+        return None
+    if not inspection.records:
+        return "no image can be used"
+    if contents.num_boxes:
+        return (
+            f"all {contents.num_boxes} boxes lie outside their images or have no area; are they in "
+            "pixels of the images, and [x, y, width, height]?"
+        )
+    if contents.num_crowds:
+        return (
+            f"all {contents.num_crowds} annotations are crowd regions (iscrowd 1, or 'difficult' "
+            "in Pascal VOC), which are not learned; CVAT's brush marks masks so: set iscrowd to 0"
+        )
+    return "there are no annotations; is this the right file, and were they exported with it?"
 
 
-def without_problems(
-    source_file: str,
-    image_roots: Collection[str],
-    unusable: Collection[str],
-    masks: bool = False,
-) -> dict:
-    """The content of a COCO file without the images and annotations that cannot be used.
+class Cleaned(NamedTuple):
+    """An annotation file without what cannot be used, and with everything else repaired."""
+
+    file: str
+    content: dict
+    num_before: int  # annotations, repetitions aside
+    repaired: Counter
+    removed: list[str]  # what is not in it any more, with numbers
+
+
+def clean(
+    inspections: Sequence[Inspection], broken: Sequence[Inspection], masks: bool = False
+) -> Iterator[Cleaned]:
+    """Repairs annotation files, each once.
 
     Args:
-        source_file: the COCO file.
-        image_roots: the folders that its file names start from: one, or more where several data
-            sets use the file, each with images of its own.
-        unusable: images to leave out, as paths.
+        inspections: of all data sets; several may use parts of the same file.
+        broken: those whose files are wanted.
         masks: leave out what has a broken ``segmentation`` too.
     """
-    content, unusable = read_coco(source_file), set(unusable)
-    bad = problems_in_coco_annotations(content, masks)
-    images = [
-        image
-        for image in content["images"]
-        if unusable.isdisjoint(os.path.join(root, image["file_name"]) for root in image_roots)
-    ]
+    unusable = frozenset().union(*(inspection.unusable for inspection in inspections))
+    sizes = {r["file_name"]: r for inspection in inspections for r in inspection.records}
+    files: dict[str, list[tuple[Source, bool]]] = {}
+    for inspection in broken:
+        entry = MetadataCatalog.get(inspection.name).get("described", {})
+        for source in sources_of(inspection.name) if inspection.files else ():
+            files.setdefault(source.file, []).append((source, entry.get("upright", True)))
+    for file, uses in files.items():
+        source, upright = uses[0]
+        review = review_coco(source.content, source.image_root, masks, upright)
+        roots = {source.image_root for source, _ in uses}
+        yield _cleaned(file, review, roots, unusable, sizes)
+
+
+def _cleaned(
+    file: str, review: Review, roots: set[str], unusable: frozenset[str], sizes: dict[str, dict]
+) -> Cleaned:
+    repaired, images = Counter(review.repaired), []
+    for image in review.content["images"]:
+        paths = [os.path.join(root, image["file_name"]) for root in roots]
+        if not unusable.isdisjoint(paths):
+            continue
+        record = next((sizes[path] for path in paths if path in sizes), image)
+        repaired["size"] += (record["width"], record["height"]) != (image["width"], image["height"])
+        size = {key: record[key] for key in ("width", "height")}
+        images.append({key: value for key, value in image.items() if key != "path"} | size)
     kept = {image["id"] for image in images}
-    annotations = [
-        annotation
-        for index, annotation in enumerate(content.get("annotations", ()))
-        if index not in bad and annotation["image_id"] in kept
-    ]
-    return {**content, "images": images, "annotations": annotations}
+    annotations = review.content.get("annotations", ())
+    annotations = [a for a in annotations if a["image_id"] in kept]
+    for annotation in annotations:
+        annotation.pop("place", None)
+    lost = Counter(problem.kind for problem in review.problems if problem.kind != "corners")
+    lost["image"] += len(review.content["images"]) - len(images)
+    removed = [f"{count} {DEFECTS[kind].what}" for kind, count in (+lost).items()]
+    content = {**review.content, "images": images, "annotations": annotations}
+    if any(problem.kind == "corners" for problem in review.problems):
+        repaired["corners"] += len(annotations)
+    return Cleaned(file, content, review.num_annotations, +repaired, removed)

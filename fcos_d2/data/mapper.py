@@ -1,14 +1,24 @@
-"""From a dataset dict to the model's input: detectron2's mapper, with two things it lacks.
+"""From a record to the model's input: detectron2's mapper, with the reading of images replaced.
 
-Images that cannot be read are named, and crowd regions can be kept as ground truth to ignore.
+An image that cannot be read is named, and crowd regions can be kept as ground truth to ignore.
 """
 
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+
+import numpy as np
+import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
-from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
-from .images import check_depth, read_image, why_unreadable
+from .defects import Unusable, true_size
+from .images import image_sizes, read_image, why_unreadable
+from .inspection import boxes_of
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
 
@@ -23,8 +33,8 @@ class FCOSDatasetMapper(DatasetMapper):
 
     Raises:
         InputError: ``keep_crowd`` together with masks; on a call, when the image is missing, cut
-            off, no image, of more than 8 bits a channel, or not of the size that the data set
-            says. It stays an InputError when it comes from a loader's worker.
+            off, no image, of more than 8 bits a channel, or of a size that its boxes do not fit.
+            It stays an InputError when it comes from a loader's worker.
     """
 
     @configurable
@@ -45,31 +55,43 @@ class FCOSDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Reads and transforms one image and its annotations; see ``DatasetMapper``."""
-        if self.keep_crowd and self.is_train and "annotations" in dataset_dict:
-            annotations = [_crowd_as_ignored(a) for a in dataset_dict["annotations"]]
-            dataset_dict = {**dataset_dict, "annotations": annotations}
-        try:
-            check_depth(dataset_dict["file_name"])
-            return super().__call__(dataset_dict)
-        except Exception as error:
-            problem = self._problem_with_image(dataset_dict, error)
-            if problem is None:
-                raise
-            raise InputError(problem) from error
+        sample = deepcopy(dataset_dict)
+        image = self._read(sample)
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        sample["image"] = torch.as_tensor(pixels)
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif "annotations" in sample:
+            if self.keep_crowd:
+                sample["annotations"] = [_crowd_as_ignored(a) for a in sample["annotations"]]
+            self._transform_annotations(sample, transforms, augmented.image.shape[:2])
+        return sample
 
-    def _problem_with_image(self, dataset_dict: dict, error: Exception) -> str | None:
-        """Reads the image once more, alone: a failure of anything else is not blamed on it."""
-        if isinstance(error, utils.SizeMismatchError):
-            return " ".join(str(error).split())
-        file_name = dataset_dict["file_name"]
+    def _read(self, sample: dict) -> np.ndarray:
+        """The image of ``sample``, which gets its true size."""
+        file_name, upright = sample["file_name"], sample.get("upright", True)
         try:
-            read_image(file_name, self.image_format)
-        except Exception as cause:
-            return (
-                f"cannot read image {file_name}: {why_unreadable(cause)}; "
-                "replace the file or remove it from the annotations"
-            )
-        return None
+            image = read_image(file_name, self.image_format, upright)
+        except Exception as error:  # Pillow raises whatever a broken file leads it to
+            raise InputError(
+                f"cannot read image {file_name}: {why_unreadable(error)}; replace the file or "
+                "remove it from the annotations"
+            ) from error
+        height, width = image.shape[:2]
+        annotated = sample.setdefault("width", width), sample.setdefault("height", height)
+        if annotated != (width, height):
+            corners = boxes_of(sample.get("annotations", ()))[:, 2:]
+            try:
+                true_size(annotated, (width, height), image_sizes(file_name)[1], corners)
+            except Unusable as error:
+                raise InputError(f"image {file_name}: {error}") from error
+            text = "images of another size than the annotations say keep their own, as their boxes"
+            text += f" fit: {file_name} is {width} x {height}, not {annotated[0]} x {annotated[1]}"
+            log_first_n(logging.WARNING, text, name=__name__)
+            sample["width"], sample["height"] = width, height
+        return image
 
 
 def _crowd_as_ignored(annotation: dict) -> dict:

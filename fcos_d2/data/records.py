@@ -1,15 +1,16 @@
-"""From the content of a COCO file to records in detectron2's standard format."""
+"""Records in detectron2's standard format: made of a COCO file, or made by others and reviewed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import InputError, format_value
+from .defects import HUGE, Problem, Unusable, usable_box, usable_flag
 
 
 def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
@@ -38,14 +39,11 @@ def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
     return indices
 
 
-def coco_records(
-    content: dict, image_root: str, indices: dict[object, int], masks: bool = False
-) -> list[dict]:
+def coco_records(content: dict, indices: dict[object, int], masks: bool = False) -> list[dict]:
     """One record per image, ordered by image id, as ``load_coco_json`` makes them.
 
     Args:
-        content: of a COCO file without defects; its lists may end up in the records.
-        image_root: the folder that its file names start from.
+        content: of a ``Review``; its lists end up in the records.
         indices: class index by category id.
         masks: keep ``segmentation`` in detectron2's form, and leave out objects without one polygon
             of three points. Without it, no object is lost for its mask.
@@ -67,11 +65,12 @@ def coco_records(
         annotations[annotation["image_id"]].append(record)
     return [
         {
-            "file_name": os.path.join(image_root, image["file_name"]),
+            "file_name": image["path"],
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
             "annotations": annotations[image["id"]],
+            **({} if image.get("upright", True) else {"upright": False}),
         }
         for image in sorted(content["images"], key=lambda image: image["id"])
     ]
@@ -89,3 +88,73 @@ def _mask(segmentation: dict | list) -> dict | list:
 def _pixel_centers(keypoints: list) -> list:
     """COCO counts keypoints in whole pixels, detectron2 from the corner of the image."""
     return [value + 0.5 if i % 3 != 2 else value for i, value in enumerate(keypoints)]
+
+
+# ---- records of somebody's own function ----
+
+
+def review_records(
+    records: Sequence[dict], num_classes: int | None
+) -> tuple[list[dict], Counter, list[Problem]]:
+    """Records in detectron2's form that somebody's own function made.
+
+    Returns:
+        the same records, or copies with what could be used of their annotations; what was repaired;
+        what could not be.
+    """
+    repaired, problems, kept = Counter(), [], []
+    for record in records:
+        annotations = record.get("annotations", ())
+        if all(_is_plain(annotation, num_classes) for annotation in annotations):
+            kept.append(record)
+            continue
+        usable = list(_usable_annotations(record, num_classes, repaired, problems))
+        kept.append({**record, "annotations": usable})
+    return kept, +repaired, problems
+
+
+def _is_plain(annotation: dict, num_classes: int | None) -> bool:
+    try:
+        x, y, right, bottom = annotation["bbox"]
+        if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
+            right, bottom = x + right, y + bottom
+        elif annotation["bbox_mode"] != BoxMode.XYXY_ABS:
+            return False
+        return bool(
+            -HUGE < x <= right < HUGE
+            and -HUGE < y <= bottom < HUGE
+            and annotation.get("iscrowd", 0) in (0, 1)
+            and 0 <= annotation["category_id"] < (num_classes or HUGE)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _usable_annotations(
+    record: dict, num_classes: int | None, repaired: Counter, problems: list[Problem]
+) -> Iterator[dict]:
+    size = (record["width"], record["height"]) if {"width", "height"} <= record.keys() else None
+    for index, annotation in enumerate(record["annotations"]):
+        if _is_plain(annotation, num_classes):
+            yield annotation
+            continue
+        done = Counter()
+        try:
+            mode, class_ = annotation.get("bbox_mode"), annotation.get("category_id")
+            is_xyxy, mask = mode == BoxMode.XYXY_ABS, annotation.get("segmentation")
+            box = usable_box(annotation.get("bbox"), mask, is_xyxy, size, done)
+            crowd = usable_flag(annotation.get("iscrowd"), done)
+            fixed = {**annotation, "bbox": box, "iscrowd": crowd}
+            if not _is_plain(fixed, num_classes):
+                raise Unusable(
+                    "entry",
+                    f"bbox_mode {mode!r} and category_id {class_!r} must be BoxMode.XYXY_ABS or "
+                    f"XYWH_ABS and 0 to {num_classes or 'K'}-1",
+                )
+        except Unusable as error:
+            name = record.get("file_name")
+            text = f"annotation {index} of image {name}: {error}"
+            problems.append(Problem(error.kind, text))
+        else:
+            repaired.update(done)
+            yield fixed

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import logging
 import math
+import tempfile
 from numbers import Real
+from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -14,10 +18,11 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
-from pycocotools.coco import COCO
 
-from ..data import prepare
+from ..data import coco_content, prepare
 from ..errors import InputError
+
+KEYS = {"images", "annotations", "categories"}
 
 
 def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
@@ -33,10 +38,7 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     prepare(dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "coco":
-        # The fast implementation is compiled code that many builds of detectron2 lack.
-        evaluator = COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
-        _complete_annotations(evaluator._coco_api)
-        return evaluator
+        return _coco_evaluator(dataset_name, output_dir)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if kind == "lvis":
@@ -48,17 +50,50 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     )
 
 
-def _complete_annotations(coco_api: COCO) -> None:
+def _coco_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
+    """detectron2's, over the annotations that were checked and repaired, not over the file.
+
+    It would convert data that is registered in Python once for all times, and read a COCO file with
+    all its defects. So it is made over an empty file and gets the annotations afterwards.
+    """
+    content = coco_content(dataset_name)
+    known = MetadataCatalog.get(dataset_name)
+    alias = f"{dataset_name} as it is evaluated"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "empty.json")
+        path.write_text(json.dumps({key: [] for key in content.keys() & KEYS}))
+        MetadataCatalog.get(alias).set(json_file=str(path))
+        try:
+            # The fast implementation is compiled code that many builds of detectron2 lack.
+            evaluator = COCOEvaluator(alias, output_dir=output_dir, use_fast_impl=False)
+        finally:
+            MetadataCatalog.remove(alias)
+    evaluator._metadata = known
+    evaluator._coco_api.dataset = _complete(content, dataset_name)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator._coco_api.createIndex()
+    return evaluator
+
+
+def _complete(content: dict, dataset_name: str) -> dict:
     """Gives annotations what COCOeval reads of them and a COCO file may lack.
 
     It takes an id of 0 for "no match" and cannot take a text, so ids count from 1. ``iscrowd`` is 0
-    where there is none, ``area`` that of the box where it is missing or no number.
+    where there is none, ``area`` that of the box where it is missing or no number. A box without
+    area, which nothing can match, becomes a crowd, which is left out of account.
     """
-    for number, annotation in enumerate(coco_api.dataset.get("annotations", ()), 1):
+    num_flat = 0
+    for number, annotation in enumerate(content.get("annotations", ()), 1):
         area, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
         if not isinstance(area, Real) or not 0 <= area < math.inf:
             area = width * height
-        iscrowd = int(annotation.get("iscrowd") or 0)
+        is_flat = not (width and height)
+        num_flat += is_flat
+        iscrowd = int(is_flat or annotation.get("iscrowd") or 0)
         annotation.update(id=number, iscrowd=iscrowd, area=area)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_api.createIndex()
+    if num_flat:
+        logging.getLogger(__name__).warning(
+            f"data set {dataset_name!r}: {num_flat} boxes without area are left out of the "
+            "evaluation"
+        )
+    return content

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from fcos_d2.data import digits, register_digits
+from fcos_d2.data import digits, register_datasets, register_digits
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +71,18 @@ def coco(tmp_path):
     for name in data.names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def described():
+    """register_datasets, undone afterwards."""
+    names = []
+
+    def register(**entries):
+        names.extend(entries)
+        register_datasets(entries)
+
+    yield register
+    for name in names:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)

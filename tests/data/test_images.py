@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcos_d2.data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
+from fcos_d2.data.images import (
+    TURNS,
+    can_hold_rgb,
+    distinct_names,
+    image_sizes,
+    is_image,
+    read_image,
+    why_unreadable,
+)
 from fcos_d2.errors import InputError
 
-ORIENTATION, QUARTER = 274, 6  # an EXIF tag, and its value where the camera was turned
+ORIENTATION = 274  # an EXIF tag
 
 
 def deep_image(path, kind):
@@ -47,11 +55,26 @@ def test_8_bits_of_every_kind_are_read(tmp_path, mode):
     assert pixels.shape == (4, 6, 3) and pixels.dtype == np.uint8 and (pixels == 255).all()
 
 
-def test_photos_are_turned_upright(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_exactly_once_or_not_at_all(tmp_path, suffix, orientation):
+    """The stored pixels are an upright picture of a bright quarter, turned the other way."""
+    upright = np.full((32, 48, 3), 10, np.uint8)
+    upright[:16, :24] = 240
+    turn = TURNS.get(orientation)
+    back = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270}
+    back |= {value: key for key, value in back.items()}
+    stored = Image.fromarray(upright)
+    stored = stored if turn is None else stored.transpose(back.get(turn, turn))
     exif = Image.Exif()
-    exif[ORIENTATION] = QUARTER
-    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(str(tmp_path / "a.jpg"), "RGB").shape == (6, 4, 3)
+    exif[ORIENTATION] = orientation
+    path = str(tmp_path / f"a.{suffix}")
+    stored.save(path, exif=exif)
+    for is_upright, expected in ((True, upright), (False, np.asarray(stored))):
+        found = read_image(path, "RGB", is_upright)
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).mean() < 5
+    assert image_sizes(path) == ((48, 32), stored.size)
 
 
 def test_suffix_tells_what_is_an_image_and_what_can_be_written():

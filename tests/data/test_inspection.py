@@ -7,29 +7,37 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
+from fcos_d2.data.inspection import clean, describe_contents, inspect_dataset
 from fcos_d2.errors import InputError
 
 OBJECT = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
 
 
 def test_every_broken_annotation_and_image_is_named_and_the_rest_is_kept(coco):
-    coco.content["annotations"][0]["bbox"][2] = -3
+    coco.content["annotations"][0]["bbox"] = None
     coco.content["annotations"].append(coco.annotation(104, 1, 9))
     coco.content["annotations"].append(coco.annotation(105, 1, 1))
-    coco.content["images"][2]["width"] = 61
+    coco.content["images"][2].update(width=120, height=80)
     (coco.folder / "2.png").write_bytes((coco.folder / "2.png").read_bytes()[:60])
     found = inspect_dataset(coco.register())
-    assert [p.partition(":")[0] for p in found.annotation_problems] == [
+    assert [problem.text.partition(":")[0] for problem in found.problems] == [
         "annotation 101",
         "annotation 104",
     ]
     assert found.num_problems == 4
-    paths = [str(coco.folder / name) for name in ("2.png", "3.png")]
-    assert list(found.image_problems) == paths
-    assert found.image_problems[paths[1]] == "it is 60 x 40 pixels, but 61 x 40 by the annotations"
+    assert list(found.image_problems) == [str(coco.folder / name) for name in ("2.png", "3.png")]
     (record,) = found.records
     assert record["image_id"] == 1 and len(record["annotations"]) == 1
+    (cleaned,) = clean([found], [found])
+    assert [image["id"] for image in cleaned.content["images"]] == [1]
+    assert [annotation["id"] for annotation in cleaned.content["annotations"]] == [105]
+    assert cleaned.content["categories"] == coco.content["categories"]
+    assert cleaned.num_before == 5
+    assert cleaned.removed == [
+        "1 annotations with an unusable box",
+        "1 annotations of unknown classes",
+        "2 images that cannot be used",
+    ]
 
 
 def test_images_may_be_left_unread_but_not_missing(coco):
@@ -65,27 +73,8 @@ def test_contents_are_counted(coco):
     contents = describe_contents(inspect_dataset(coco.register()))
     assert contents.boxes_per_class == [5, 1, 0] and contents.images_per_class == [2, 1, 0]
     assert contents.num_boxes == 6 and contents.num_empty == 1 and contents.num_crowds == 1
-    assert contents.num_flat == contents.num_outside == contents.num_repeated == 1
-
-
-def test_clean_content_lacks_what_is_broken_alone(coco):
-    coco.content["annotations"][0]["bbox"][2] = -3
-    name = coco.register()
-    clean = without_problems(str(coco.json_file), [str(coco.folder)], {str(coco.folder / "2.png")})
-    assert [image["id"] for image in clean["images"]] == [1, 3]
-    assert [annotation["id"] for annotation in clean["annotations"]] == [103]
-    assert clean["categories"] == coco.content["categories"]
-    assert inspect_dataset(name).num_problems == 1
-
-
-def test_data_registered_in_python_is_looked_through_too(coco):
-    image = {"file_name": str(coco.folder / "1.png"), "width": 60, "height": 40}
-    records = [{**image, "annotations": [OBJECT, {**OBJECT, "bbox": [5, 2, 3, 4]}]}]
-    found = inspect_dataset(register_in_python(coco, lambda: records))
-    assert (
-        len(found.annotation_problems) == 1 and "has negative size" in found.annotation_problems[0]
-    )
-    assert found.records[0]["annotations"] == [OBJECT] and found.source_file is None
+    assert contents.num_flat == contents.num_over == contents.num_repeated == 1
+    assert contents.num_outside == 0
 
 
 def register_in_python(coco, load) -> str:
@@ -106,7 +95,7 @@ def test_size_that_the_data_does_not_say_is_that_of_the_image(coco, read_images)
     found = inspect_dataset(register_in_python(coco, lambda: records), read_images)
     (record,) = found.records
     assert (record["width"], record["height"]) == (60, 40)
-    assert describe_contents(found).num_outside == 1
+    assert describe_contents(found).num_over == 1
     assert found.image_problems == {str(coco.folder / "none.png"): "No such file or directory"}
     assert "width" not in records[0]
 
@@ -118,13 +107,6 @@ def test_stream_without_an_end_is_not_looked_through(coco):
 
     with pytest.raises(InputError, match=r"is a stream \(Endless\) .* register a list of dicts"):
         inspect_dataset(register_in_python(coco, Endless))
-
-
-def test_clean_content_lacks_what_is_broken_in_any_of_several_folders(coco):
-    coco.register()
-    unusable = {"one/1.png", "other/3.png"}
-    clean = without_problems(str(coco.json_file), ["one", "other"], unusable)
-    assert [image["id"] for image in clean["images"]] == [2]
 
 
 def test_image_of_16_bits_is_named(coco):

@@ -1,7 +1,8 @@
-"""Fuzz target: annotation files, read as DATASETS.REGISTER and fcos-d2 check read them.
+"""Fuzz target: annotation files, read as DATASETS.REGISTER and the check read them.
 
-COCO files and Pascal VOC folders, given as they are or a valid one with changes. Whatever it is, it
-loads into records that training can use, or is refused in one line that names it.
+COCO files, those of other tools, Pascal VOC folders and YOLO, given as they are or a valid one with
+changes. Whatever it is, it loads into records that training can use, or is refused in one line that
+names it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from xml.sax.saxutils import escape
 
 from detectron2.data import MetadataCatalog
+from PIL import Image
 
 from fcos_d2.data import class_names, load_dataset, register_datasets
-from fcos_d2.data.inspection import describe_contents, inspect_dataset, without_problems
+from fcos_d2.data.inspection import (
+    clean,
+    describe_contents,
+    inspect_dataset,
+    why_nothing_is_learned,
+)
 
 from .choices import Choices, spoil
 from .oracle import result_or_refusal, scratch
@@ -36,12 +45,42 @@ COCO["annotations"][1]["segmentation"] = {"size": [40, 60], "counts": [0, 2400]}
 COCO["annotations"][0]["segmentation"] = [[5, 6, 25, 6, 25, 16]]
 
 
-# ---- COCO ----
+VIA = {
+    "1": {
+        "filename": "1.png",
+        "regions": [
+            {
+                "shape_attributes": {"name": "rect", "x": 1, "y": 2, "width": 3, "height": 4},
+                "region_attributes": {"class": "disc"},
+            }
+        ],
+    }
+}
+LABELME = {"imagePath": "1.png", "imageWidth": 60, "imageHeight": 40}
+LABELME["shapes"] = [{"label": "disc", "points": [[1, 2], [3, 4]], "shape_type": "circle"}]
+SHAPE = {"original_width": 60, "original_height": 40}
+SHAPE["value"] = {"x": 1, "y": 2, "width": 30, "height": 40, "rotation": 5, "labels": ["disc"]}
+TASKS = [{"id": 1, "data": {"image": "1.png"}, "annotations": [{"result": [SHAPE]}]}]
+COORDINATES = {"x": 5, "y": 6, "width": 3, "height": 4}
+CREATEML = [{"image": "1.png", "annotations": [{"label": "disc", "coordinates": COORDINATES}]}]
+OTHERS = (VIA, LABELME, TASKS, CREATEML)
+
+# ---- JSON ----
 
 
 def coco_text(choices: Choices) -> bytes:
     """A valid file with changes of its values, and perhaps of its text."""
-    text = json.dumps(spoil(choices, COCO)).encode()
+    return changed_text(choices, COCO)
+
+
+def other_text(choices: Choices) -> bytes:
+    """The same of another tool."""
+    return changed_text(choices, choices.of(OTHERS))
+
+
+def changed_text(choices: Choices, content: object) -> bytes:
+    """``content`` with changes."""
+    text = json.dumps(spoil(choices, content)).encode()
     change = choices.of(("none", "cut", "insert", "double"))
     place = choices.number(len(text) + 1)
     if change == "cut":
@@ -52,10 +91,10 @@ def coco_text(choices: Choices) -> bytes:
     return text + text if change == "double" else text
 
 
-def coco_entry(choices: Choices) -> dict:
-    """A COCO file, as DATASETS.REGISTER describes it."""
+def json_entry(choices: Choices, text: Callable[[Choices], bytes] = coco_text) -> dict:
+    """A JSON file, as DATASETS.REGISTER describes it."""
     path = scratch("annotations.json")
-    path.write_bytes(choices.of((coco_text, Choices.rest))(choices))
+    path.write_bytes(choices.of((text, Choices.rest))(choices))
     entry: dict = {"json": str(path), "images": str(scratch("images"))}
     if choices.number(2):
         entry["part"] = choices.of(([0, 1], [0, 0.5], [0.999, 1]))
@@ -112,8 +151,21 @@ def voc_entry(choices: Choices) -> dict:
     path.write_bytes(content)
     entry: dict = {"voc": str(root), "split": "train"}
     if choices.number(2):
-        entry["classes"] = choices.of((["disc"], ["other"], [], ["disc", "disc"]))
+        entry["classes"] = choices.of((["disc"], ["other"]))
     return entry
+
+
+# ---- YOLO ----
+
+
+def yolo_entry(choices: Choices) -> dict:
+    """A folder with one image, whose labels are whatever there is."""
+    words = spoil(choices, ["0", "0.5", "0.5", "0.1", "0.2", "0.3", "0.4"][: choices.of((5, 7))])
+    line = " ".join(map(str, words)) if isinstance(words, list) else str(words)
+    content = choices.of((lambda choices: line.encode("utf-8", "ignore"), Choices.rest))(choices)
+    scratch("images/1.txt").write_bytes(content)
+    scratch("images/classes.txt").write_text("disc\nbox\n")
+    return {"yolo": str(scratch("images"))}
 
 
 # ---- The check ----
@@ -125,7 +177,7 @@ def prepare_folders() -> None:
     for folder in ("images", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages"):
         scratch(folder).mkdir(parents=True, exist_ok=True)
     for name in ("images/1.png", "images/2.png", "voc/JPEGImages/1.png"):
-        scratch(name).touch()
+        Image.new("RGB", (60, 40)).save(scratch(name))
 
 
 def check(data: bytes) -> None:
@@ -138,27 +190,26 @@ def check(data: bytes) -> None:
         return
     if not scratch("images").is_dir():
         prepare_folders()
-    make = choices.of((coco_entry, voc_entry))
-    entry = make(choices)
+    makers = (json_entry, voc_entry, yolo_entry, partial(json_entry, text=other_text))
+    entry = choices.of(makers)(choices)
     register_datasets({NAME: entry})
     for use in (inspect, load, load_all, load_masks, class_names):
         # A new process would know nothing of what the one before read.
         register_datasets({NAME: entry})
-        with result_or_refusal(str(entry.get("json", entry.get("voc"))), repr(NAME)):
+        with result_or_refusal(repr(NAME), *map(str, entry.values())):
             use(NAME)
-    for file in scratch("voc/Annotations").glob("*"):
+    for file in (*scratch("voc/Annotations").glob("*"), *scratch("images").glob("*.txt")):
         file.unlink()
 
 
 def inspect(name: str) -> None:
-    """What fcos-d2 check does."""
+    """What the check does."""
     found = inspect_dataset(name, read_images=False)
-    describe_contents(found)
-    for problem in (*found.annotation_problems, *found.image_problems.values()):
+    why_nothing_is_learned(found, describe_contents(found))
+    for problem in (*(text for _, text in found.problems), *found.image_problems.values()):
         assert problem.isprintable() and len(problem) < 1000, problem[:1000]
-    if found.source_file:
-        clean = without_problems(found.source_file, [found.image_root], list(found.image_problems))
-        json.dumps(clean)
+    for cleaned in clean([found], [found]):
+        json.dumps(cleaned.content)
 
 
 def load(name: str) -> None:

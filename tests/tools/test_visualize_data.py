@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from fcos_d2.data.custom import take_part
+from fcos_d2.data.custom import chooser
 
 TOOL = Path(__file__).parents[2] / "tools" / "visualize_data.py"
 CONFIG = """
@@ -96,22 +96,83 @@ def test_small_objects_that_no_point_learns_are_counted_and_levels_suggested(lab
 
 
 def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
-    labels["annotations"][3]["bbox"] = [20, 20, -5, 5]
+    labels["annotations"][3]["bbox"] = None
+    labels["annotations"][4].update(bbox=[20, 20, -3, 3], iscrowd="0")
     write(labels)
     Path("photos/4.png").write_bytes(Path("photos/4.png").read_bytes()[:50])
-    Path("photos/5.png").unlink()
     status, out, _ = run(capsys, "--check")
-    assert status == 1 and "3 problems: training would stop" in out
-    for broken in ("image photos/4.png: ", "image photos/5.png: ", "annotation 4: bbox"):
-        assert broken in out
+    assert status == 1 and "2 problems: training would stop" in out
+    for line in (
+        "image photos/4.png: ",
+        "annotation 4: it has no bbox",
+        "repaired: 1 boxes of neg",
+    ):
+        assert line in out
     status, out, _ = run(capsys, "--check", "--clean")
-    assert status == 1 and "labels_clean.json; name it in the config instead of labels.json" in out
-    assert not [line for line in out.splitlines() if line.startswith("--clean")]
+    assert status == 1 and "37 of 40 annotations: labels_clean.json; name it in the config" in out
+    for line in (
+        "repaired: 1 boxes of negative width or height: corners put in order",
+        "repaired: 1 iscrowd written as text: read",
+        "removed: 1 annotations with an unusable box",
+        "removed: 1 images that cannot be used",
+    ):
+        assert line in out.splitlines()
     config = Path("config.yaml")
     config.write_text(config.read_text().replace("labels.json", "labels_clean.json"))
     status, out, _ = run(capsys, "--check")
-    assert status == 0 and "ready to train" in out
-    assert len(json.loads(Path("labels_clean.json").read_text())["images"]) == 18
+    assert status == 0 and "ready to train" in out and "repaired" not in out
+    assert len(json.loads(Path("labels_clean.json").read_text())["images"]) == 19
+
+
+@pytest.mark.parametrize("num_broken, is_written", [(4, True), (5, False), (40, False)])
+def test_clean_file_is_not_written_if_too_much_would_be_lost(
+    labels, capsys, num_broken, is_written
+):
+    for annotation in labels["annotations"][:num_broken]:
+        annotation["bbox"] = None
+    write(labels)
+    status, out, _ = run(capsys, "--check", "--clean", "--skip-images")
+    assert status == 1 and Path("labels_clean.json").exists() == is_written
+    kept = 40 - num_broken
+    refusal = f"not written: labels_clean.json would keep {kept} of 40 annotations"
+    assert (refusal in out) != is_written
+    run(capsys, "--check", "--clean", "--skip-images", "--accept-loss")
+    assert Path("labels_clean.json").exists() == (kept > 0)
+
+
+def test_data_set_is_no_validation_of_itself(labels, capsys):
+    config = Path("config.yaml")
+    config.write_text(
+        config.read_text().replace(", part: [0, 0.5]", "").replace("[0.5, 1]", "[0, 1]")
+    )
+    status, out, _ = run(capsys, "--check", "--skip-images")
+    assert status == 1 and "20 of the 20 images of seen_val are trained on" in out
+
+
+def test_training_and_validation_without_a_common_class_are_a_problem(labels, capsys):
+    for category in labels["categories"]:
+        category["name"] = f"other {category['name']}"
+    Path("other.json").write_text(json.dumps(labels))
+    config = Path("config.yaml")
+    text = config.read_text().replace('seen_val: {json: "labels', 'seen_val: {json: "other')
+    config.write_text(text)
+    status, out, _ = run(capsys, "--check", "--skip-images")
+    assert status == 1 and "seen_val and seen_train have no class in common" in out
+
+
+def test_classes_that_differ_by_case_alone_are_noted(labels, capsys):
+    labels["categories"][1]["name"] = "Dot"
+    write(labels)
+    status, out, _ = run(capsys, "--check", "--skip-images")
+    assert status == 0 and "note: classes whose names differ by case alone: dot, Dot" in out
+
+
+def test_data_that_teaches_nothing_is_not_ready(labels, capsys):
+    for annotation in labels["annotations"]:
+        annotation["iscrowd"] = 1
+    write(labels)
+    status, out, _ = run(capsys, "--check", "--skip-images")
+    assert status == 1 and "annotations are crowd regions" in out and "ready" not in out
 
 
 def test_images_are_not_read_where_asked_not_to(labels, capsys):
@@ -183,8 +244,8 @@ def test_clean_file_lacks_what_is_broken_in_the_folder_of_every_entry(labels, ca
         Path(f"more/{n}.png").write_bytes(Path(f"photos/{n}.png").read_bytes())
     config = CONFIG.replace('"photos", part: [0.5', '"more", part: [0.5')
     Path("config.yaml").write_text(config)
-    parts = [take_part(labels, *part)["images"] for part in ((0, 0.5), (0.5, 1))]
-    broken = [part[0]["file_name"] for part in parts]
+    names = [image["file_name"] for image in labels["images"]]
+    broken = [next(filter(chooser(part), names)) for part in ((0, 0.5), (0.5, 1))]
     for folder, name in zip(("photos", "more"), broken, strict=True):
         Path(folder, name).write_bytes(b"")
     assert run(capsys, "--check", "--clean")[0] == 1

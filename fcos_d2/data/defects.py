@@ -1,0 +1,301 @@
+"""The table of defects: everything that can be wrong with annotations, and what becomes of it.
+
+A defect that can mean only one thing is repaired, in memory, wherever data is loaded. Of any other,
+training stops at the first and the check lists all. ``review.py`` looks for them in COCO files and
+in records; nothing else in this package decides what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from numbers import Real
+from typing import NamedTuple
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+from ..errors import format_value
+
+HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
+MARGIN = 1.0  # pixels by which a box may reach over the border of its image
+SCALED = 0.01  # difference of a scale from 1 that rounding explains
+
+
+class Defect(NamedTuple):
+    """A row of the table."""
+
+    what: str  # comes after a number
+    repair: str | None = None  # what it becomes; None where it could mean several things
+
+
+DEFECTS = {
+    # Of the file.
+    "same category": Defect("categories listed again", "merged"),
+    "same image": Defect("images listed again", "merged"),
+    "same annotation": Defect("annotations listed again", "merged"),
+    "class name": Defect("class names that are no text, or with blanks around them", "trimmed"),
+    "id": Defect("annotations without an id of their own", "numbered anew"),
+    "mixed ids": Defect("ids that are partly text and partly numbers", "numbered anew"),
+    "reference": Defect("references written as text for a number, or the reverse", "matched"),
+    "entry": Defect("entries that lack what makes them one"),
+    "corners": Defect("boxes written as [x1, y1, x2, y2]", "made [x, y, width, height]"),
+    # Of images.
+    "path": Defect("images that lie elsewhere than their file_name says", "found by its end"),
+    "no size": Defect("images without a usable width and height", "taken from the files"),
+    "size": Defect("images of another size than the annotations say", "taken from the files"),
+    "image": Defect("images that cannot be used"),
+    # Of annotations.
+    "number": Defect("boxes and sizes written as text", "read"),
+    "no box": Defect("annotations without a usable bbox", "computed from their masks"),
+    "negative": Defect("boxes of negative width or height", "corners put in order"),
+    "flag": Defect("iscrowd written as text", "read"),
+    "ignore": Defect("annotations marked 'ignore'", "taken as crowd regions"),
+    "keypoints": Defect("annotations whose keypoints are no numbers", "left out of them"),
+    "image_id": Defect("annotations of unknown images"),
+    "category_id": Defect("annotations of unknown classes"),
+    "box": Defect("annotations with an unusable box"),
+    "iscrowd": Defect("annotations with an unusable iscrowd"),
+    "mask": Defect("annotations with an unusable mask"),
+}
+
+
+class Unusable(Exception):
+    """Something has a defect that could mean several things.
+
+    Args:
+        kind: a key of ``DEFECTS`` without a repair.
+        cause: what is wrong and what to do.
+    """
+
+    def __init__(self, kind: str, cause: str):
+        super().__init__(cause)
+        self.kind = kind
+
+
+class Problem(NamedTuple):
+    """One defect that was not repaired."""
+
+    kind: str  # key of DEFECTS
+    text: str  # what has it, what is wrong and what to do
+
+
+def describe_repairs(repaired: Counter) -> list[str]:
+    """One line for each kind of repair, with its number."""
+    return [
+        f"{count} {DEFECTS[kind].what}: {DEFECTS[kind].repair}" for kind, count in repaired.items()
+    ]
+
+
+# ---- boxes ----
+
+
+def usable_box(
+    box: object, mask: object, is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
+) -> list[float]:
+    """The box of an annotation as four numbers, repaired if it has to be.
+
+    Args:
+        box: what the annotation has for a bbox.
+        mask: its segmentation, for want of a usable box.
+        is_xyxy: it is [x1, y1, x2, y2], not [x, y, width, height].
+        size: width and height of the image, where they are known.
+        repaired: counts what was done.
+
+    Raises:
+        Unusable: the box could mean several things, or nothing.
+    """
+    try:
+        return _ordered(_numbers(box, is_xyxy, repaired), is_xyxy, size, repaired)
+    except Unusable:
+        enclosing = box_of_mask(mask)
+        if enclosing is None:
+            raise
+        repaired["no box"] += 1
+        x, y, width, height = enclosing
+        return [x, y, x + width, y + height] if is_xyxy else enclosing
+
+
+def _numbers(box: object, is_xyxy: bool, repaired: Counter) -> list[float]:
+    names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
+    if box is None:
+        raise Unusable("box", f"it has no bbox; give it {names} or remove it")
+    values = list(box) if isinstance(box, (list, tuple, np.ndarray)) else []
+    numbers = [_number(value) for value in values]
+    if len(numbers) != 4 or None in numbers:
+        raise Unusable("box", f"bbox {format_value(box)} is not {names} in numbers")
+    if not all(abs(number) < HUGE for number in numbers):
+        raise Unusable("box", f"bbox {format_value(box)} is not finite; remove the annotation")
+    repaired["number"] += any(isinstance(value, str) for value in values)
+    return numbers
+
+
+def _number(value: object) -> float | None:
+    """``value``, also if it is written as text; None if it is no number."""
+    try:
+        return (
+            float(value) if isinstance(value, str) else value if isinstance(value, Real) else None
+        )
+    except ValueError:
+        return None
+
+
+def _ordered(
+    numbers: list[float], is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
+) -> list[float]:
+    """The same box with its smaller corner first."""
+    start = numbers[:2]
+    end = numbers[2:] if is_xyxy else [start[0] + numbers[2], start[1] + numbers[3]]
+    if start[0] <= end[0] and start[1] <= end[1]:
+        return numbers
+    low, high = ([choose(*pair) for pair in zip(start, end, strict=True)] for choose in (min, max))
+    if size and (min(low) < -MARGIN or high[0] > size[0] + MARGIN or high[1] > size[1] + MARGIN):
+        names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
+        raise Unusable(
+            "box",
+            f"bbox {format_value(numbers)} has negative size and lies outside the image the other "
+            f"way round; it must be {names}",
+        )
+    repaired["negative"] += 1
+    return [*low, *high] if is_xyxy else [*low, high[0] - low[0], high[1] - low[1]]
+
+
+def is_written_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether boxes fit their images as [x1, y1, x2, y2] alone.
+
+    Args:
+        boxes: [n, 4], taken for [x, y, width, height].
+        sizes: width and height of the image of each, [n, 2].
+    """
+    if not len(boxes):
+        return False
+    fits = (boxes[:, 2:] >= boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + MARGIN).all(1)
+    reaches_over = (boxes[:, :2] + boxes[:, 2:] > sizes + 2 * MARGIN).any(1)
+    # Three boxes in four do, wherever the objects lie; of real widths hardly any.
+    return bool(fits.mean() > 0.99 and reaches_over.mean() > 0.25)
+
+
+# ---- masks ----
+
+
+def is_run_lengths(mask: object) -> bool:
+    """Whether it is a mask in COCO's run-length encoding, compressed or not."""
+    if not isinstance(mask, dict):
+        return False
+    counts, size = mask.get("counts"), mask.get("size")
+    if isinstance(counts, str):  # compressed, which detectron2 takes as it is
+        return True
+    return _are_counts(counts) and _are_counts(size) and len(size) == 2
+
+
+def is_polygons(mask: object) -> bool:
+    """Whether it is a list of polygons, each a list."""
+    return isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, (int, float)) and 0 <= value < 2**31 for value in values
+    )
+
+
+def box_of_mask(mask: object) -> list[float] | None:
+    """[x, y, width, height] around polygons or run lengths; None if there is nothing usable."""
+    if is_run_lengths(mask):
+        return _box_of_run_lengths(mask)
+    if isinstance(mask, list) and all(isinstance(value, Real) for value in mask):
+        mask = [mask]  # a polygon without the list around it
+    if not is_polygons(mask):
+        return None
+    polygons = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    values = [value for polygon in polygons for value in polygon]
+    if not values or not all(isinstance(v, Real) and abs(v) < HUGE for v in values):
+        return None
+    points = np.array(values, float).reshape(-1, 2)
+    low, high = points.min(0), points.max(0)
+    return [*low.tolist(), *(high - low).tolist()]
+
+
+def _box_of_run_lengths(mask: dict) -> list[float] | None:
+    size = mask.get("size")
+    if not _are_counts(size) or len(size) != 2 or min(size) < 1:
+        return None
+    size = [int(side) for side in size]
+    try:
+        if isinstance(mask["counts"], list):
+            mask = mask_util.frPyObjects({**mask, "size": size}, *size)
+        box = mask_util.toBbox({**mask, "size": size}).tolist()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return box if min(box[2:]) > 0 else None
+
+
+def usable_flag(value: object, repaired: Counter) -> int:
+    """``iscrowd`` as 0 or 1; nothing at all is 0.
+
+    Raises:
+        Unusable: it is neither.
+    """
+    if value is None:
+        return 0
+    if isinstance(value, str) and value.strip().lower() in FLAGS:
+        repaired["flag"] += 1
+        return FLAGS[value.strip().lower()]
+    if isinstance(value, (int, float, np.bool_, np.number)) and value in (0, 1):
+        return int(value)
+    raise Unusable("iscrowd", f"iscrowd {format_value(value, quote=True)} must be 0 or 1")
+
+
+FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
+
+
+# ---- sizes of images ----
+
+
+def usable_side(value: object) -> int | None:
+    """A width or height, also if it is written as text or as a float; None if it is neither."""
+    number = _number(value)
+    if number is None or isinstance(value, bool) or not 1 <= number < 2**31:
+        return None
+    return int(number) if number == int(number) else None
+
+
+def true_size(
+    annotated: tuple[int, int],
+    actual: tuple[int, int],
+    stored: tuple[int, int],
+    corners: Iterable[tuple[float, float]],
+) -> tuple[int, int]:
+    """The size of an image whose annotations may say another.
+
+    Args:
+        annotated: width and height by the annotations.
+        actual: those of the image as it is read.
+        stored: those of the pixels as they lie in the file, before they are turned upright.
+        corners: x2, y2 of every box.
+
+    Returns:
+        ``actual``, where that is what the annotations mean.
+
+    Raises:
+        Unusable: the boxes belong to another size.
+    """
+    if actual == annotated:
+        return actual
+    text = f"it is {actual[0]} x {actual[1]} pixels, but {annotated[0]} x {annotated[1]} by the "
+    text += "annotations"
+    if annotated == stored:
+        raise Unusable(
+            "image",
+            f"{text}, as it is stored: its EXIF orientation turns it. Set upright: false in "
+            "DATASETS.REGISTER if the boxes were drawn on the pixels as they are stored",
+        )
+    scale = actual[0] / annotated[0], actual[1] / annotated[1]
+    is_scaled = math.isclose(*scale, rel_tol=SCALED) and abs(scale[0] - 1) > SCALED
+    if is_scaled:
+        raise Unusable("image", f"{text}: it was resized by {scale[0]:.3g} after it was annotated")
+    if any(x > actual[0] + MARGIN or y > actual[1] + MARGIN for x, y in corners):
+        swapped = ", with width and height swapped" if annotated == actual[::-1] else ""
+        raise Unusable("image", f"{text}{swapped}, and its boxes do not fit; replace the image")
+    return actual

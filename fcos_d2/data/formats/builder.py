@@ -1,0 +1,123 @@
+"""The content of a COCO file, put together by the readers of other formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ..defects import usable_side
+
+NO_SIZES = "no sizes"  # key of a content whose format has no sizes of images
+
+
+class Source(NamedTuple):
+    """Annotations as they were written, in the form of a COCO file that nobody has checked."""
+
+    file: str  # what messages call it
+    image_root: str  # the folder that names of images start from
+    content: dict
+
+
+class Builder:
+    """Collects images and objects; what is broken goes in as it is, for the check to list.
+
+    Args:
+        classes: names in their order; those that are met, sorted, where None.
+    """
+
+    def __init__(self, classes: Iterable[str] | None = None):
+        self._classes = None if classes is None else list(classes)
+        self._images, self._objects, self._met, self._has_sizes = [], [], set(), False
+
+    def add_image(self, file_name: str, width: object = None, height: object = None) -> int:
+        """Adds an image, whose size may be read from its file later; its id."""
+        number = len(self._images) + 1
+        sides = {"width": usable_side(width), "height": usable_side(height)}
+        entry = {"id": number, "file_name": file_name, **sides}
+        self._has_sizes |= width is not None
+        self._images.append(entry)
+        return number
+
+    def add_classes(self, names: Iterable[str]) -> None:
+        """Adds classes of which there may be no object."""
+        self._met.update(names)
+
+    def add_broken_image(self, problem: str) -> None:
+        """Adds an image of which nothing can be used."""
+        self._images.append({"broken": problem})
+
+    def add_object(
+        self,
+        image: int,
+        label: object,
+        box: Sequence | None,
+        place: str,
+        *,
+        crowd: object = 0,
+        polygon: Sequence[float] | None = None,
+    ) -> None:
+        """Adds an object.
+
+        Args:
+            image: id of its image.
+            label: class name.
+            box: [x, y, width, height]; None takes that of the polygon.
+            place: what messages call it.
+            crowd: a region to ignore.
+            polygon: x and y of its points, alternating.
+        """
+        entry = {"image_id": image, "label": label, "bbox": box, "iscrowd": crowd, "place": place}
+        if polygon is not None:
+            entry["segmentation"] = [list(polygon)]
+        self._objects.append(entry)
+
+    def add_broken_object(self, image: int, problem: str, place: str) -> None:
+        """Adds an object of which nothing can be used."""
+        self._objects.append({"image_id": image, "broken": problem, "place": place})
+
+    def content(self) -> dict:
+        """A COCO file of all that was added."""
+        labels = {o["label"] for o in self._objects if isinstance(o.get("label"), str)}
+        labels = {label.strip() for label in labels | self._met} - {""}
+        names = sorted(labels) if self._classes is None else self._classes
+        ids = {name: number for number, name in enumerate(names, 1)}
+        for number, entry in enumerate(self._objects, 1):
+            label = entry.pop("label", None)
+            entry["id"] = number
+            if isinstance(label, str) and label.strip():
+                entry["category_id"] = ids.get(label.strip(), label)
+            elif "broken" not in entry:
+                entry["broken"] = "it has no class name; write one"
+        categories = [{"id": number, "name": name} for name, number in ids.items()]
+        content = {"images": self._images, "categories": categories, "annotations": self._objects}
+        return content if self._has_sizes else {**content, NO_SIZES: True}
+
+
+def enclosing_box(points: Iterable[Sequence[float]]) -> list[float]:
+    """[x, y, width, height] around points."""
+    xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def rotated_box(
+    box: Sequence[float], degrees: float, pivot: tuple[float, float] = (0.5, 0.5)
+) -> list[float]:
+    """[x, y, width, height] around a box that is turned clockwise.
+
+    Args:
+        box: [x, y, width, height] before it is turned.
+        degrees: how far.
+        pivot: the point it is turned around, as shares of width and height.
+    """
+    x, y, width, height = box
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    center = x + pivot[0] * width, y + pivot[1] * height
+    corners = [(u - pivot[0], v - pivot[1]) for u in (0, 1) for v in (0, 1)]
+    return enclosing_box(
+        (
+            center[0] + cos * u * width - sin * v * height,
+            center[1] + sin * u * width + cos * v * height,
+        )
+        for u, v in corners
+    )

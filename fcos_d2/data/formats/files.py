@@ -1,0 +1,97 @@
+"""Text files of annotations, in whatever encoding they are written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import yaml
+from detectron2.utils.file_io import PathManager
+
+from ...errors import InputError, format_value, one_line_cause
+
+GZIP = b"\x1f\x8b"
+DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^>]*\?>""")
+
+
+def read_json(path: str | os.PathLike):
+    """The content of a JSON file: UTF-8, UTF-16 or UTF-32, with or without a BOM, also gzipped.
+
+    Raises:
+        InputError: it cannot be read, or is no JSON.
+    """
+    path = os.fspath(path)
+    try:
+        with PathManager.open(path, "rb") as file:
+            beginning = file.read(4)
+        opened = gzip.open if beginning.startswith(GZIP) else open
+        local = PathManager.get_local_path(path)
+        with opened(local, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        with opened(local, "rt", encoding=encoding) as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} is not valid JSON: {error.msg} in line {error.lineno} column {error.colno}; "
+            "copy or export it again"
+        ) from error
+    except (EOFError, OSError, RecursionError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a text file in UTF-8 or UTF-16, with or without a BOM.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        content = Path(path).read_bytes()
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_xml(path: str | os.PathLike) -> ElementTree.Element:
+    """The root of an XML file, in any encoding that Python knows.
+
+    Raises:
+        InputError: it cannot be read, or is no XML.
+    """
+    try:
+        content = Path(path).read_bytes()
+        declared = DECLARATION.match(content)
+        if declared:  # expat knows only a few encodings, and none of several bytes but Unicode's
+            text = content[declared.end() :].decode(declared[1].decode())
+            return ElementTree.fromstring(text)
+        return ElementTree.fromstring(content)
+    except (LookupError, OSError, RecursionError, ValueError, ElementTree.ParseError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no mapping of keys; write it like YOLO's data.yaml")
+    return content
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> InputError:
+    cause = format_value(getattr(error, "strerror", None) or one_line_cause(error))
+    return InputError(
+        f"cannot read annotation file {path}: {cause}; check its path and rights, or export it "
+        "again"
+    )

@@ -1,0 +1,289 @@
+"""JSON of annotation tools, told apart by content: COCO, LabelMe, VIA, Label Studio, CreateML."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, ValuesView
+from pathlib import Path
+
+from ...errors import InputError, format_value
+from .builder import Builder, Source, enclosing_box, rotated_box
+from .files import read_json
+
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio puts eight digits before a file's name
+CLASS_KEYS = ("class", "label", "name", "category", "type", "object", "species")
+
+
+def read_annotations(path: str | Path, image_root: str) -> Source:
+    """A JSON file of any kind above, or a folder of LabelMe's, which has one for each image.
+
+    Raises:
+        InputError: it cannot be read, or is of another kind; it says which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_labelme(path, image_root)
+    content = read_json(path)
+    kind = kind_of(content)
+    if kind == "COCO":
+        return Source(str(path), image_root, content)
+    if kind not in READERS:
+        raise InputError(f"{path} is {kind}; export the annotations as COCO, YOLO or Pascal VOC")
+    builder = Builder()
+    READERS[kind](builder, content, image_root)
+    return Source(str(path), image_root, builder.content())
+
+
+def kind_of(content: object) -> str:
+    """The name of a format, or words for what the content of a JSON file looks like."""
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(content, dict):
+        values = next((v for v in content.values() if isinstance(v, dict)), {})
+        if "_via_img_metadata" in content or {"filename", "regions"} <= values.keys():
+            return "VIA"
+        for keys, kind in DICTS:
+            if keys <= content.keys():
+                return kind
+        keys = ", ".join(map(str, list(content)[:5]))
+        return f"an object with the keys {format_value(keys) or 'none'}, which no format has"
+    if isinstance(first, dict):
+        for keys, kind in LISTS:
+            if keys <= first.keys():
+                return kind
+        keys = ", ".join(map(str, list(first)[:5]))
+        return f"a list of objects with the keys {format_value(keys)}, which no format has"
+    return f"a {type(content).__name__}, which no format is"
+
+
+# The first row whose keys are all there.
+DICTS = (
+    ({"shapes", "imagePath"}, "LabelMe"),
+    ({"annotations", "categories", "segments_info"}, "COCO's panoptic format"),
+    ({"images"}, "COCO"),
+    ({"categories", "annotations"}, "COCO"),
+    ({"items", "categories"}, "Datumaro's format"),
+    ({"type", "features"}, "GeoJSON"),
+    ({"objects", "size", "tags"}, "Supervisely's format"),
+    ({"_via_settings"}, "VIA"),
+    ({"cells", "nbformat"}, "a Jupyter notebook"),
+)
+LISTS = (
+    ({"image_id", "category_id", "score"}, "COCO's format of detections, not of annotations"),
+    ({"data", "annotations"}, "Label Studio"),
+    ({"data", "completions"}, "Label Studio"),
+    ({"image", "annotations"}, "CreateML"),
+    ({"imagefilename", "annotations"}, "CreateML"),
+    ({"image", "annotation_id"}, "Label Studio"),
+    ({"image", "label"}, "Label Studio"),
+    ({"name", "labels"}, "BDD100K's format"),
+    ({"data_row"}, "Labelbox's format"),
+)
+
+
+# ---- LabelMe ----
+
+
+def _read_labelme(folder: Path, image_root: str) -> Source:
+    builder, files = Builder(), [p for p in sorted(folder.rglob("*.json")) if p.name[0] != "."]
+    found = False
+    for path in files:
+        try:
+            content = read_json(path)
+        except InputError as error:
+            builder.add_broken_image(str(error))
+            continue
+        if kind_of(content) == "LabelMe":
+            found = True
+            _add_labelme(builder, content, image_root, path.name)
+    if not found:
+        raise InputError(
+            f"{folder} holds {len(files)} JSON files, none of them LabelMe's; name the file itself"
+        )
+    return Source(str(folder), image_root, builder.content())
+
+
+def _add_labelme(builder: Builder, content: dict, image_root: str, file: str = "") -> None:
+    size = content.get("imageWidth"), content.get("imageHeight")
+    image = builder.add_image(content["imagePath"], *size)
+    for number, shape in enumerate(_dicts(content["shapes"])):
+        place = f"{number} of {file or content['imagePath']}"
+        try:
+            points = [(float(x), float(y)) for x, y in shape["points"]]
+            if shape.get("shape_type") == "circle":
+                (x, y), edge = points[0], math.dist(*points)
+                points = [(x - edge, y - edge), (x + edge, y + edge)]
+            box = enclosing_box(points)
+        except (KeyError, TypeError, ValueError):
+            problem = f"points {format_value(shape.get('points'))} are no shape"
+            builder.add_broken_object(image, problem, place)
+            continue
+        is_polygon = shape.get("shape_type") == "polygon"
+        polygon = [value for point in points for value in point] if is_polygon else None
+        builder.add_object(image, shape.get("label"), box, place, polygon=polygon)
+
+
+# ---- VGG Image Annotator ----
+
+
+def _add_via(builder: Builder, content: dict, image_root: str) -> None:
+    images = _dicts(content.get("_via_img_metadata", content).values())
+    images = [image for image in images if isinstance(image.get("filename"), str)]
+    regions = [_regions(image) for image in images]
+    key = _class_key(region for found in regions for region in found)
+    for image, found in zip(images, regions, strict=True):
+        number = builder.add_image(image["filename"])
+        for index, region in enumerate(found):
+            place, shape = f"{index} of {image['filename']}", region.get("shape_attributes")
+            label = _via_label(region, key)
+            try:
+                box, polygon = _via_box(shape)
+                builder.add_object(number, label, box, place, polygon=polygon)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                builder.add_broken_object(number, f"{format_value(shape)} is no shape", place)
+
+
+def _regions(image: dict) -> list[dict]:
+    regions = image.get("regions") or []
+    return list(_dicts(regions.values() if isinstance(regions, dict) else regions))
+
+
+def _class_key(regions: Iterable[dict]) -> str | None:
+    """The attribute that is the class; None where regions have none."""
+    keys = dict.fromkeys(key for r in regions for key in (r.get("region_attributes") or ()))
+    named = [key for name in CLASS_KEYS for key in keys if key.lower() == name]
+    return next(iter(named or keys), None)
+
+
+def _via_label(region: dict, key: str | None) -> object:
+    if key is None:
+        return "object"
+    value = (region.get("region_attributes") or {}).get(key)
+    if isinstance(value, dict):  # of checkboxes
+        return next((name for name, is_set in value.items() if is_set), None)
+    return value
+
+
+def _via_box(shape: dict) -> tuple[list[float], list[float] | None]:
+    name = shape.get("name")
+    if name == "rect":
+        return [shape[key] for key in ("x", "y", "width", "height")], None
+    if name in ("circle", "ellipse"):
+        x, y = float(shape["cx"]), float(shape["cy"])
+        rx, ry = (float(shape.get(key, shape.get("r"))) for key in ("rx", "ry"))
+        angle = math.degrees(float(shape.get("theta", 0)))
+        return rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], angle), None
+    if name == "point":
+        return [shape["cx"], shape["cy"], 0, 0], None
+    points = list(zip(shape["all_points_x"], shape["all_points_y"], strict=True))
+    polygon = [value for point in points for value in point] if name == "polygon" else None
+    return enclosing_box(points), polygon
+
+
+# ---- Label Studio ----
+
+
+def _add_label_studio(builder: Builder, content: list, image_root: str) -> None:
+    for task in _dicts(content):
+        name = _task_image(task)
+        if name is None:
+            builder.add_broken_image(f"task {format_value(task.get('id'))} has no image")
+            continue
+        shapes = list(_task_shapes(task))
+        sizes = [(s["original_width"], s["original_height"]) for s in shapes if _has_size(s)]
+        image = builder.add_image(_uploaded(name, image_root), *(sizes or [(None, None)])[0])
+        for number, shape in enumerate(shapes):
+            _add_task_shape(builder, image, shape, f"{number} of {name}")
+
+
+def _task_image(task: dict) -> str | None:
+    data = task.get("data", task)
+    values = [data.get("image"), *data.values()] if isinstance(data, dict) else []
+    return next((v for v in values if isinstance(v, str) and "." in v), None)
+
+
+def _task_shapes(task: dict) -> Iterator[dict]:
+    """What was drawn in the last annotation that was not cancelled, or in a minimal export."""
+    done = [a for a in _dicts(task.get("annotations") or task.get("completions") or ())]
+    done = [a for a in done if not a.get("was_cancelled") and not a.get("skipped")]
+    if done:
+        yield from _dicts(done[-1].get("result") or ())
+        return
+    for value in task.values() if "data" not in task else ():
+        yield from (s for s in _dicts(value if isinstance(value, list) else ()) if _has_size(s))
+
+
+def _has_size(shape: dict) -> bool:
+    return {"original_width", "original_height"} <= shape.keys()
+
+
+def _uploaded(name: str, image_root: str) -> str:
+    """The name of an image, without what uploading it added if only such a file is there."""
+    folder, _, file = name.replace("\\", "/").rpartition("/")
+    original = UPLOADED.fullmatch(file)
+    if original and not os.path.exists(os.path.join(image_root, file)):
+        return original[1] if os.path.exists(os.path.join(image_root, original[1])) else name
+    return name
+
+
+def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
+    value = shape.get("value", shape)
+    labels = [v for k, v in value.items() if k.endswith("labels")] if _is_dict(value) else []
+    if not labels:  # a choice, or a text about the image
+        return
+    label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
+    try:
+        scale = float(shape["original_width"]) / 100, float(shape["original_height"]) / 100
+        polygon = None
+        if "points" in value:
+            pairs = [(float(x) * scale[0], float(y) * scale[1]) for x, y in value["points"]]
+            box, polygon = enclosing_box(pairs), [v for pair in pairs for v in pair]
+        elif "radiusX" in value:
+            x, y = (float(value[k]) * s for k, s in zip("xy", scale, strict=True))
+            radii = zip(("radiusX", "radiusY"), scale, strict=True)
+            rx, ry = (float(value[k]) * s for k, s in radii)
+            box = rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], float(value.get("rotation") or 0))
+        else:
+            x, y, w, h = (float(value[key]) for key in ("x", "y", "width", "height"))
+            box = [x * scale[0], y * scale[1], w * scale[0], h * scale[1]]
+            box = rotated_box(box, float(value.get("rotation") or 0), pivot=(0, 0))
+    except (KeyError, TypeError, ValueError):
+        kind = format_value(shape.get("type", "shape"))
+        builder.add_broken_object(image, f"a {kind} without a box; export it as COCO", place)
+    else:
+        builder.add_object(image, label, box, place, polygon=polygon)
+
+
+# ---- CreateML ----
+
+
+def _add_createml(builder: Builder, content: list, image_root: str) -> None:
+    for entry in _dicts(content):
+        name = entry.get("image", entry.get("imagefilename"))
+        image = builder.add_image(name)
+        for number, item in enumerate(_dicts(entry.get("annotations") or ())):
+            place, found = f"{number} of {name}", item.get("coordinates")
+            try:
+                x, y, w, h = (float(found[key]) for key in ("x", "y", "width", "height"))
+            except (KeyError, TypeError, ValueError):
+                problem = f"coordinates {format_value(found)} are no x, y, width and height"
+                builder.add_broken_object(image, problem, place)
+            else:
+                builder.add_object(image, item.get("label"), [x - w / 2, y - h / 2, w, h], place)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _dicts(values: object) -> Iterator[dict]:
+    return filter(_is_dict, values if isinstance(values, (list, ValuesView)) else ())
+
+
+READERS = {
+    "LabelMe": _add_labelme,
+    "VIA": _add_via,
+    "Label Studio": _add_label_studio,
+    "CreateML": _add_createml,
+}

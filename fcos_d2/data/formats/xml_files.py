@@ -1,0 +1,207 @@
+"""Pascal VOC, in the layouts that people have, and CVAT's "for images"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from ...errors import InputError, format_value
+from ..images import is_image
+from .builder import Builder, Source, enclosing_box, rotated_box
+from .files import read_text, read_xml
+
+XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
+IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of a list of one class
+
+
+# ---- Pascal VOC ----
+
+
+def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = True) -> Source:
+    """A Pascal VOC data set, or a split of it.
+
+    Objects marked difficult become crowds, which evaluation leaves out of account. Pixels of VOC
+    are counted from 1, those of COCO from 0.
+
+    Args:
+        entry: the folder of both XML files and images, which may lie beside each other or in
+            folders of the usual names; or {xml: folder, images: folder}.
+        split: a file of ImageSets/Main without its suffix, or the path of a list; all XML files
+            where None.
+        all_classes: those of all splits, for the same numbers in each.
+
+    Raises:
+        InputError: a folder or the list is missing or empty.
+    """
+    root, xml, images = _voc_folders(entry)
+    annotated = {path.stem: path for path in sorted(xml.glob("*.[xX][mM][lL]")) if _is_seen(path)}
+    files = {path.stem: path.name for path in sorted(images.glob("*")) if is_image(path)}
+    if split is None:
+        stems, listed = list(annotated), str(xml)
+    else:
+        path = _list_file(root, split)
+        stems, listed = list(_stems(path, annotated.keys() | files.keys())), str(path)
+    if not stems:
+        raise InputError(f"{listed} names no image; there is nothing to learn from")
+    others = annotated.keys() - set(stems) if all_classes else ()
+    builder = Builder()
+    for stem in dict.fromkeys(stems):
+        _add_voc_image(builder, stem, annotated.get(stem), files.get(stem), xml)
+    for stem in others:
+        builder.add_classes(_classes(annotated[stem]))
+    content = builder.content()
+    if not content["categories"]:
+        raise InputError(
+            f"{xml} has no class: no XML file there has an object with a name; is it the folder of "
+            "the annotations?"
+        )
+    return Source(str(root / Path(split or "voc").stem), str(images), content)
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether it is no file that a system hides, like macOS's ``._1.xml``."""
+    return not path.name.startswith(".")
+
+
+def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
+    """The folders of the data set, of its XML files and of its images."""
+    if isinstance(entry, dict):
+        xml, images = Path(entry["xml"]), Path(entry["images"])
+        root = xml
+    else:
+        root = Path(entry)
+        xml, images = (_subfolder(root, names) for names in (XML_FOLDERS, IMAGE_FOLDERS))
+        if xml == root and images != root and not any(root.glob("*.xml")):
+            xml = images  # beside the images
+    for folder in (xml, images):
+        if not folder.is_dir():
+            raise InputError(f"folder {folder} does not exist; correct its path in the config")
+    return root, xml, images
+
+
+def _subfolder(root: Path, names: Sequence[str]) -> Path:
+    """The folder in ``root`` of one of ``names`` in any case; ``root`` itself if there is none."""
+    found = {path.name.lower(): path for path in root.glob("*") if path.is_dir()}
+    return next((found[name] for name in names if name in found), root)
+
+
+def _list_file(root: Path, split: str) -> Path:
+    main = _subfolder(_subfolder(root, ("imagesets",)), ("main",))
+    for path in (main / f"{split}.txt", main / split, Path(split)):
+        if "\0" not in str(path) and path.is_file():
+            return path
+    raise InputError(
+        f"cannot read {main / f'{split}.txt'}: there is no such file; a VOC folder lists the "
+        "images of a split there. Without 'split', all XML files are used"
+    )
+
+
+def _stems(path: Path, known: set[str]) -> Iterator[str]:
+    """Names of images in a list, without folder and suffix."""
+    for line in read_text(path).splitlines():
+        name = line.strip().strip("\"'").strip().replace("\\", "/").rpartition("/")[2]
+        if name:
+            yield _stem(name, known)
+
+
+def _stem(name: str, known: set[str]) -> str:
+    flagged = FLAGGED.fullmatch(name)
+    for text in (name, flagged[1] if flagged else name):
+        stem = Path(text).stem if is_image(text) or text.lower().endswith(".xml") else text
+        for candidate in (text, stem):
+            if candidate in known:
+                return candidate
+    return stem
+
+
+def _classes(path: Path) -> list[str]:
+    """Names in a file of another split, which need not be readable."""
+    try:
+        return [item.findtext("name") or "" for item in read_xml(path).iter("object")]
+    except InputError:
+        return []
+
+
+def _add_voc_image(
+    builder: Builder, stem: str, path: Path | None, file_name: str | None, folder: Path
+) -> None:
+    if path is None and file_name is None:
+        name = format_value(stem)
+        builder.add_broken_image(f"image {name}: it has no XML file in {folder}, and no image")
+        return
+    if path is None:  # a background
+        builder.add_image(file_name)
+        return
+    try:
+        root = read_xml(path)
+    except InputError as error:
+        builder.add_broken_image(str(error))
+        return
+    sides = (root.findtext(f"size/{side}") for side in ("width", "height"))
+    image = builder.add_image(file_name or root.findtext("filename") or f"{stem}.jpg", *sides)
+    for number, item in enumerate(root.iter("object")):
+        place = f"{number} of {path.name}"
+        corners = [_number(item.findtext(f"bndbox/{side}")) for side in CORNERS]
+        crowd = int((item.findtext("difficult") or "").strip() == "1")
+        box = corners
+        if not any(isinstance(corner, str) for corner in corners):
+            x, y = corners[0] - 1, corners[1] - 1
+            box = [x, y, corners[2] - x, corners[3] - y]
+        builder.add_object(image, item.findtext("name"), box, place, crowd=crowd)
+
+
+def _number(text: str | None) -> float | str:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text or "nothing"
+
+
+# ---- CVAT ----
+
+
+def read_cvat(path: str | Path, image_root: str) -> Source:
+    """The annotations.xml of "CVAT for images".
+
+    Raises:
+        InputError: it cannot be read, or is of another kind.
+    """
+    root = read_xml(path)
+    if root.find("track") is not None:
+        raise InputError(f"{path} holds tracks of a video; export the task as 'CVAT for images'")
+    names = [(label.findtext("name") or "").strip() for label in root.iter("label")]
+    builder = Builder(dict.fromkeys(filter(None, names)) or None)
+    for item in root.iter("image"):
+        image = builder.add_image(item.get("name"), item.get("width"), item.get("height"))
+        for number, shape in enumerate(item):
+            _add_cvat_shape(builder, image, shape, f"{number} of {item.get('name')}")
+    return Source(str(path), image_root, builder.content())
+
+
+def _add_cvat_shape(builder: Builder, image: int, shape: Element, place: str) -> None:
+    label, rotation = shape.get("label"), shape.get("rotation")
+    try:
+        if shape.tag == "box":
+            x, y, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
+            box = [x, y, right - x, bottom - y]
+            box = rotated_box(box, float(rotation)) if rotation else box
+            builder.add_object(image, label, box, place)
+        elif shape.tag == "mask":
+            x, y, width, height = (float(shape.get(k)) for k in ("left", "top", "width", "height"))
+            builder.add_object(image, label, [x, y, width, height], place)
+        elif shape.tag == "ellipse":
+            x, y, rx, ry = (float(shape.get(key)) for key in ("cx", "cy", "rx", "ry"))
+            box = rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], float(rotation or 0))
+            builder.add_object(image, label, box, place)
+        elif shape.tag in ("polygon", "polyline", "points"):
+            points = [pair.split(",") for pair in shape.get("points").split(";")]
+            builder.add_object(image, label, enclosing_box(points), place)
+        elif shape.tag != "tag":  # which is about the whole image
+            builder.add_broken_object(image, f"a {shape.tag} has no box; remove it", place)
+    except (AttributeError, TypeError, ValueError):
+        values = format_value(shape.attrib)
+        builder.add_broken_object(image, f"{shape.tag} {values} is no shape", place)

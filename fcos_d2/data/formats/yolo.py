@@ -1,0 +1,173 @@
+"""YOLO: a ``data.yaml``, and for every image under ``images/`` a text file under ``labels/``.
+
+A line is a class number and x, y of the centre, width and height, or the points of a polygon, all
+as shares of the image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...errors import InputError, format_value
+from ..images import image_sizes, is_image, why_unreadable
+from .builder import Builder, Source, enclosing_box
+from .files import read_text, read_yaml
+
+PIXELS = 2.0  # a share beyond this is none
+
+
+def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) -> Source:
+    """A YOLO data set, or a split of it.
+
+    Args:
+        path: data.yaml, its folder, or a folder of images and labels with a classes.txt.
+        split: "train", "val" or "test"; everything under the folder where None.
+        upright: images are turned as their orientation says before their sizes are measured.
+
+    Raises:
+        InputError: a file or folder is missing, or there are no classes.
+    """
+    path = Path(path)
+    config = path / "data.yaml" if (path / "data.yaml").is_file() else path
+    root = config if config.is_dir() else config.parent
+    settings = {} if config.is_dir() else read_yaml(config)
+    names = _names(settings, root, config)
+    places = [root] if split is None else _split_places(settings, root, split, config)
+    images = list(dict.fromkeys(image for place in places for image in _images(place, config)))
+    if not images:
+        raise InputError(f"{config}: there are no images in {', '.join(map(str, places))}")
+    builder, has_points = Builder(names), "kpt_shape" in settings
+    labelled = []
+    for image in images:
+        name = os.path.relpath(image, root).replace(os.sep, "/")
+        labelled.append(_add_image(builder, image, name, names, upright, has_points))
+    if not any(labelled):
+        raise InputError(
+            f"{config}: no image has a label file, like {_label_file(images[0])} for {images[0]}"
+        )
+    return Source(str(root / (split or "yolo")), str(root), builder.content())
+
+
+def _names(settings: dict, root: Path, config: Path) -> list[str]:
+    names = settings.get("names")
+    for file in ("classes.txt", "obj.names"):
+        for folder in (root, root / "labels"):
+            if names is None and (folder / file).is_file():
+                names = [line for line in read_text(folder / file).splitlines() if line.strip()]
+    if isinstance(names, dict):
+        keys = sorted(names, key=lambda key: int(key) if str(key).isdecimal() else -1)
+        if [str(key) for key in keys] != [str(number) for number in range(len(keys))]:
+            raise InputError(f"{config}: 'names' must be numbered from 0 without gaps")
+        names = [names[key] for key in keys]
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{config}: there are no class names; write names: [first, second]")
+    names = [str(name).strip() for name in names]
+    if len(set(names)) < len(names):
+        raise InputError(f"{config}: two classes have the same name ({format_value(names)})")
+    return names
+
+
+def _split_places(settings: dict, root: Path, split: str, config: Path) -> list[Path]:
+    """Folders of images, or lists of them."""
+    value = settings.get(split, settings.get("valid") if split == "val" else None)
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(value, str) for value in values):
+        known = [key for key in ("train", "val", "test") if settings.get(key)]
+        raise InputError(
+            f"{config}: there is no split {split!r}; it has {', '.join(known) or 'none'}"
+        )
+    base = str(settings.get("path") or "")
+    beginnings = [root / base, Path(base), root]
+    return [_place(value, beginnings, config) for value in values]
+
+
+def _place(value: str, beginnings: list[Path], config: Path) -> Path:
+    text = value.replace("\\", "/")
+    # Roboflow writes ../train/images and means train/images.
+    tails = (text, text.removeprefix("../"))
+    for tail in tails:
+        for beginning in beginnings:
+            if (beginning / tail).exists():
+                return beginning / tail
+    raise InputError(
+        f"{config}: {format_value(value)} does not exist; correct its path in that file"
+    )
+
+
+def _images(place: Path, config: Path) -> Iterator[Path]:
+    if place.is_dir():
+        yield from (p for p in sorted(place.rglob("*")) if is_image(p) and p.name[0] != ".")
+        return
+    for line in read_text(place).splitlines():
+        if line.strip():
+            yield _place(line.strip(), [place.parent, config.parent, Path()], place)
+
+
+def _label_file(image: Path) -> Path:
+    """Where the labels of an image are: the last folder ``images`` of its path is ``labels``."""
+    parts = list(image.parts)
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index].lower() == "images":
+            parts[index] = "labels"
+            labels = Path(*parts).with_suffix(".txt")
+            if labels.is_file() or not image.with_suffix(".txt").is_file():
+                return labels
+            break
+    return image.with_suffix(".txt")
+
+
+def _add_image(
+    builder: Builder, image: Path, name: str, names: list[str], upright: bool, has_points: bool
+) -> bool:
+    """Adds an image with its objects; whether it has a label file."""
+    labels = _label_file(image)
+    try:
+        width, height = image_sizes(str(image))[0 if upright else 1]
+    except Exception as error:  # Pillow raises whatever a broken file leads it to
+        builder.add_broken_image(f"image {format_value(str(image))}: {why_unreadable(error)}")
+        return labels.is_file()
+    number = builder.add_image(name, width, height)
+    if not labels.is_file():  # a background
+        return False
+    for index, line in enumerate(read_text(labels).splitlines(), 1):
+        if words := line.split():
+            place = f"in line {index} of {labels.name}"
+            _add_object(builder, number, words, names, (width, height), place, has_points)
+    return True
+
+
+def _add_object(
+    builder: Builder,
+    image: int,
+    words: list[str],
+    names: list[str],
+    size: tuple[int, int],
+    place: str,
+    has_points: bool,
+) -> None:
+    try:
+        class_, *values = (float(word) for word in words)
+        if class_ != int(class_) or max(map(abs, values)) != max(map(abs, values)):
+            raise ValueError
+    except (ValueError, OverflowError):
+        text = format_value(" ".join(words))
+        builder.add_broken_object(image, f"{text} is no class and numbers", place)
+        return
+    label = names[int(class_)] if 0 <= class_ < len(names) else None
+    if label is None:
+        problem = f"class {words[0]} is none of the {len(names)} names, which count from 0"
+        builder.add_broken_object(image, problem, place)
+    elif len(values) < 4 or max(map(abs, values)) > PIXELS:
+        text = format_value(" ".join(words))
+        problem = f"{text} is no class, x, y, width and height as shares of the image, 0 to 1"
+        builder.add_broken_object(image, problem, place)
+    elif len(values) < 6 or has_points:  # a box, perhaps with a score
+        x, y, w, h = values[:4]
+        box = [(x - w / 2) * size[0], (y - h / 2) * size[1], w * size[0], h * size[1]]
+        builder.add_object(image, label, box, place)
+    else:
+        polygon = [value * size[i % 2] for i, value in enumerate(values[: len(values) // 2 * 2])]
+        pairs = zip(polygon[::2], polygon[1::2], strict=True)
+        builder.add_object(image, label, enclosing_box(pairs), place, polygon=polygon)
