@@ -66,6 +66,12 @@ _DETECTRON2 = {
     "MOVING_FG_START": 300.0,
     "CLIP_BEFORE_NMS": False,
 }
+_CVPODS = {
+    **_ADELAIDET,
+    "LOCATION_OFFSET": 0.0,
+    "IOU_SMOOTH": 0.0,
+    "RANK_WITH_CTR": False,
+}
 _MMDET_TRICKS = {
     **_ADELAIDET,
     "IOU_SMOOTH": 0.0,
@@ -97,6 +103,7 @@ CONVENTIONS: dict[str, dict[str, object]] = {
     "rosinality": _ROSINALITY,  # rosinality/fcos-pytorch; with TOP_LEVELS_FROM "res5"
     "detectron2": _DETECTRON2,  # detectron2.modeling.meta_arch.fcos
     "torchvision": _TORCHVISION,  # torchvision.models.detection.fcos
+    "cvpods": _CVPODS,  # Megvii-BaseDetection/cvpods; its top-k is min(1000, H * W) of a level
     "mmdet_base": _MMDET_BASE,  # mmdetection 3.x, fcos_*_gn-head configs
     "mmdet_tricks": _MMDET_TRICKS,  # mmdetection 3.x, center-normbbox-centeronreg-giou configs
 }
@@ -115,8 +122,9 @@ def add_fcos_config(cfg: CN) -> None:
     """
     if "FCOS" in cfg.MODEL:
         raise InputError(
-            "add_fcos_config: expected a config without MODEL.FCOS, got one that has it; "
-            "call add_fcos_config(get_cfg()) once"
+            "add_fcos_config: expected a config without MODEL.FCOS, got one that has it; call "
+            "add_fcos_config(get_cfg()) once, and in a process that has not imported AdelaiDet "
+            "(adet), which puts its own MODEL.FCOS into detectron2's defaults"
         )
     cfg.MODEL.FCOS = fcos = CN()
     _add_head(fcos)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = """
 MODEL:
   META_ARCHITECTURE: "FCOS"
-  BACKBONE: {NAME: "build_fcos_resnet_fpn_backbone", FREEZE_AT: 0}
+  BACKBONE: {NAME: "build_fcos_d2_resnet_fpn_backbone", FREEZE_AT: 0}
   RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: "BN", OUT_FEATURES: ["res2", "res3"]}
   FPN: {IN_FEATURES: ["res2", "res3"], OUT_CHANNELS: 32}
   FCOS:

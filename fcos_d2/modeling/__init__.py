@@ -6,7 +6,7 @@ detections per image. Boxes are xyxy in pixels of the network input; ltrb are di
 to the four sides of a box, in strides. Background label = K, ignored label = -1.
 """
 
-from .backbone import build_fcos_resnet_fpn_backbone, build_fpn, use_torchvision_deform_conv
+from .backbone import build_fcos_d2_resnet_fpn_backbone, build_fpn, use_torchvision_deform_conv
 from .fcos import FCOS
 from .head import FCOSHead
 from .losses import FCOSLoss
@@ -16,7 +16,7 @@ from .structures import GroundTruth, PointGrid, Predictions, pack_ground_truth, 
 from .timm_backbone import (
     TimmBackbone,
     build_fcos_timm_fpn_backbone,
-    build_fcos_vovnet_fpn_backbone,
+    build_fcos_d2_vovnet_fpn_backbone,
 )
 from .timm_weights import TimmWeights
 
@@ -31,9 +31,9 @@ __all__ = [
     "Predictions",
     "TimmBackbone",
     "TimmWeights",
-    "build_fcos_resnet_fpn_backbone",
+    "build_fcos_d2_resnet_fpn_backbone",
     "build_fcos_timm_fpn_backbone",
-    "build_fcos_vovnet_fpn_backbone",
+    "build_fcos_d2_vovnet_fpn_backbone",
     "build_fpn",
     "pack_ground_truth",
     "to_instances",

@@ -9,7 +9,7 @@ import math
 
 import fvcore.nn.weight_init as weight_init
 from detectron2.layers import DeformConv, ModulatedDeformConv, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_backbone
 from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor, nn
@@ -112,6 +112,23 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
 
 
 @BACKBONE_REGISTRY.register()
-def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+def build_fcos_d2_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """detectron2's ResNet or ResNeXt (``MODEL.RESNETS``, DCN included) under ``build_fpn``."""
     return build_fpn(cfg, use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape)))
+
+
+# What AdelaiDet calls its backbones: here they mean ours, unless it is imported and has them.
+ADELAIDET_NAMES = {
+    "build_fcos_resnet_fpn_backbone": "build_fcos_d2_resnet_fpn_backbone",
+    "build_fcos_vovnet_fpn_backbone": "build_fcos_d2_vovnet_fpn_backbone",
+}
+
+
+def build_named_backbone(cfg) -> Backbone:
+    """The backbone MODEL.BACKBONE.NAME, which may be a name of AdelaiDet's YAML files."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if name in ADELAIDET_NAMES and name not in BACKBONE_REGISTRY:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.BACKBONE.NAME = ADELAIDET_NAMES[name]
+    return build_backbone(cfg)

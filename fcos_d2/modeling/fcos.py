@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from ..config import fcos_settings
 from ..ops import Candidates, Detections, Levels
+from .backbone import build_named_backbone
 from .head import FCOSHead
 from .losses import FCOSLoss
 from .postprocess import PostProcessor
@@ -65,7 +66,7 @@ class FCOS(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         """Arguments from ``cfg``."""
-        backbone = build_backbone(cfg)
+        backbone = build_named_backbone(cfg)
         _warn_of_unread(backbone, fcos_settings(cfg).IN_FEATURES)
         return {
             "backbone": backbone,

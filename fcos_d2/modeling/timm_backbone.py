@@ -244,7 +244,7 @@ def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 
 
 @BACKBONE_REGISTRY.register()
-def build_fcos_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+def build_fcos_d2_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same for "ese_vovnet39b", "ese_vovnet57b" and "ese_vovnet99b", with eSE in all blocks.
 
     Raises:

@@ -67,7 +67,7 @@ def test_norm_and_fusion_of_the_pyramid_follow_the_config():
 
 
 def test_resnet_backbone_is_registered():
-    cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone")
+    cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone")
     cfg.merge_from_list(["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     assert list(backbone.output_shape()) == ["p3", "p4", "p5"]
@@ -130,7 +130,7 @@ def resnet_cfg(*options):
     """A ResNet-50 of few channels with three levels on top, deformable from res4 on."""
     resnets = {"DEPTH": 50, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 4}
     resnets |= {"DEFORM_ON_PER_STAGE": [False, False, True, True], "DEFORM_MODULATED": True}
-    cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone", *options)
+    cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", *options)
     for key, value in resnets.items():
         if f"MODEL.RESNETS.{key}" not in options:
             cfg.MODEL.RESNETS[key] = value

@@ -154,7 +154,7 @@ def test_vovnet_builder_gives_attention_to_all_blocks():
         return [block.attn is not None for block in body.modules() if hasattr(block, "attn")]
 
     assert attention(BUILDER) == [True, True, False, True, False, True]
-    assert attention("build_fcos_vovnet_fpn_backbone") == [True] * 6
+    assert attention("build_fcos_d2_vovnet_fpn_backbone") == [True] * 6
 
 
 def test_options_are_arguments_of_timm():
