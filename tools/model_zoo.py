@@ -142,9 +142,8 @@ SECTIONS = (
     Section(
         "rosinality/fcos-pytorch",
         "[README](https://github.com/rosinality/fcos-pytorch)",
-        "Convention `rosinality`, P6 computed from C5. No accuracy is published; schedule and "
-        "pixels are those of the improved FCOS and of torchvision.",
-        {"rosinality/fcos_V_39_FPN": "", "rosinality/fcos_R_50_FPN": ""},
+        "Convention `rosinality`, P6 computed from C5. No accuracy is published.",
+        {"rosinality/fcos_V_57_FPN": "", "rosinality/fcos_V_39_FPN": ""},
     ),
     Section(
         "Other backbones and other data",
