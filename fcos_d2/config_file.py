@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from . import model_zoo
+from .checkpoint.reading import check_url
 from .config import add_fcos_config, resolve_convention
 from .data import count_classes, register_datasets
 from .errors import InputError, one_line_cause
@@ -58,12 +59,21 @@ def check_config_file(path: str) -> None:
         raise InputError(f"config file {path} does not exist; pass --config-file FILE")
 
 
+class _CheckedYaml(CfgNode):
+    """Opens files as CfgNode does, except a ``_BASE_`` that would be stored outside the cache."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str):
+        check_url(filename)
+        return super()._open_cfg(filename)
+
+
 def _merge_file(cfg: CfgNode, path: str) -> None:
     check_config_file(path)
     try:
         with _config_errors(cfg, f"in {path}"):
-            # detectron2's default lets a YAML file call Python functions.
-            cfg.merge_from_file(path, allow_unsafe=False)
+            # Not cfg.merge_from_file, which lets a YAML file call Python functions.
+            cfg.merge_from_other_cfg(CfgNode(_CheckedYaml.load_yaml_with_base(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name} line {mark.line + 1} column {mark.column + 1}" if mark else path

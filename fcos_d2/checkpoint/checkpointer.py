@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -15,8 +14,10 @@ from torch import nn
 from ..config import CONVENTIONS
 from ..errors import InputError, format_value, one_line_cause
 from ..modeling import FCOS
-from .conversion import CLASS_LAYER, Needs, Recognised, fit, read, unwrap
-from .reading import load_safely
+from .adjustments import CLASS_LAYER, Weights
+from .conversion import Recognized, adapt_weights, extract_weights, import_weights
+from .reading import check_url, load_safely
+from .requirements import Requirements
 from .saving import AtomicSaving
 
 MOST_SHOWN = 5  # tensors named in an error, the others are counted
@@ -26,39 +27,35 @@ NEGLIGIBLE = ("losses.moving_fg", "num_batches_tracked", "pixel_mean", "pixel_st
 logger = logging.getLogger(__name__)
 
 
-class Misfit(NamedTuple):
-    """A tensor whose shape in the file is not that in the model."""
-
-    name: str
-    file: tuple[int, ...]
-    model: tuple[int, ...]
+Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the file, in the model
 
 
 class Checkpointer(AtomicSaving, DetectionCheckpointer):
     """DetectionCheckpointer for weights of every FCOS that refuses what does not fit.
 
-    Files are read without running what is in them. Weights of other implementations are recognised,
-    renamed and converted, and one line tells what they expect of the config.
+    Files are read without running what is in them. Weights of other implementations are recognized,
+    renamed and converted, and one line tells what they require of the config.
 
-    With ``reset_class_layer`` the weights start a training: they may be those of a backbone alone,
-    and of another number of classes; the class layer keeps its initial values then. Without, they
-    must be those of the model, all of them.
+    With ``reset_class_layer`` the weights start a training run: they may be those of a backbone
+    alone, and of another number of classes; the class layer keeps its initial values then. Without,
+    they must be those of the model, all of them.
 
     With ``averaged`` the average of the weights is taken (MODEL_EMA) where a checkpoint has one.
     """
 
     reset_class_layer = False
     averaged = False
-    _recognised: Recognised | None = None
+    _recognized: Recognized | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """See DetectionCheckpointer.
+        """Loads a file or URL; see DetectionCheckpointer.
 
         Raises:
             InputError: no such file, a file that is no checkpoint, or weights that do not fit. The
                 model is as it was then.
         """
         self._source = path
+        check_url(path)
         try:
             return super().load(path, *args, **kwargs)
         except (AssertionError, OSError) as error:
@@ -72,19 +69,20 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         checkpoint = load_safely(filename)
         layer = self.model.state_dict().get(f"{CLASS_LAYER}weight")
         with self._naming_the_file():
-            self._recognised = read(checkpoint, None if layer is None else len(layer))
-        if self._recognised:
-            return {"model": self._recognised.weights}
-        if self.averaged and "ema" in checkpoint:
-            return {"model": checkpoint["ema"]}
-        if filename.endswith(".pkl") and not {"model", "__author__"} <= set(checkpoint):
-            with self._naming_the_file():
-                blobs, _ = unwrap(checkpoint.get("blobs", checkpoint))
-            blobs = {key: blob for key, blob in blobs.items() if not key.endswith("_momentum")}
-            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-        if filename.endswith(".pyth"):  # pycls
-            return {"model": unwrap(checkpoint)[0], "matching_heuristics": True}
-        return checkpoint if "model" in checkpoint else {"model": unwrap(checkpoint)[0]}
+            self._recognized = import_weights(checkpoint, None if layer is None else len(layer))
+            if self._recognized:
+                return {"model": self._recognized.weights}
+            if self.averaged and "ema" in checkpoint:
+                return {"model": checkpoint["ema"]}
+            if filename.endswith(".pkl") and not {"model", "__author__"} <= set(checkpoint):
+                blobs, _ = extract_weights(checkpoint)
+                blobs = {key: blob for key, blob in blobs.items() if not key.endswith("_momentum")}
+                return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+            if filename.endswith(".pyth"):  # pycls
+                return {"model": extract_weights(checkpoint)[0], "matching_heuristics": True}
+            return (
+                checkpoint if "model" in checkpoint else {"model": extract_weights(checkpoint)[0]}
+            )
 
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
@@ -96,23 +94,25 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
     def _load_model(self, checkpoint: dict):
         state = self.model.state_dict()
         with self._naming_the_file():
-            weights = unwrap(checkpoint["model"])[0]
+            weights = extract_weights(checkpoint["model"])[0]
         wrong: list[Misfit] = []
         if checkpoint.pop("matching_heuristics", False) is True:
             caffe2 = checkpoint.get("__author__") == "Caffe2"
             weights = align_and_update_state_dicts(state, weights, c2_conversion=caffe2)
             wrong = _unplaced_by_shape(weights, state)
-        weights = fit(weights, state)
+        weights = adapt_weights(weights, state)
         reset = self._check(weights, state, wrong)
         checkpoint["model"] = {k: v for k, v in weights.items() if k not in reset}
         incompatible = super()._load_model(checkpoint)
         missing = incompatible.missing_keys
         missing[:] = [k for k in missing if k not in reset and not _negligible(k)]
-        if self._recognised:
-            self._tell_recognised(sum(k in state for k in self._recognised.weights) - len(reset))
+        if self._recognized:
+            count = sum(k in state for k in self._recognized.weights) - len(reset)
+            line, agrees = self._describe_recognized(f"{count} tensors loaded")
+            logger.log(logging.INFO if agrees else logging.WARNING, f"{self._source}: {line}")
         return incompatible
 
-    def _check(self, weights: dict, state: dict, wrong: list[Misfit]) -> list[str]:
+    def _check(self, weights: Weights, state: Weights, wrong: list[Misfit]) -> list[str]:
         """Refuses weights that do not fit; names of the class layer if it is to be left alone."""
         names = [name for name, _ in self.model.named_parameters()]
         if names and not set(names) & set(weights) and not wrong:
@@ -121,9 +121,13 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
                 f"{self._source} holds nothing for this model: it has no {names[0]}, but "
                 f"{found or 'nothing'}; set MODEL.WEIGHTS to weights of this architecture"
             )
-        wrong = wrong + _wrong_shapes(weights, state)
+        wrong = wrong + [
+            (name, tuple(value.shape), tuple(state[name].shape))
+            for name, value in weights.items()
+            if name in state and value.shape != state[name].shape
+        ]
         reset = self._accept_other_classes(wrong) if self.reset_class_layer else []
-        wrong = [misfit for misfit in wrong if misfit.name not in reset]
+        wrong = [misfit for misfit in wrong if misfit[0] not in reset]
         if wrong:
             self._refuse(
                 _shorten([f"{n} expected {model}, got {file}" for n, file, model in wrong])
@@ -132,7 +136,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
             self._check_complete(weights, state)
         return reset
 
-    def _check_complete(self, weights: dict, state: dict) -> None:
+    def _check_complete(self, weights: Weights, state: Weights) -> None:
         missing = [name for name in state if name not in weights and not _negligible(name)]
         unexpected = [name for name in weights if name not in state and not _negligible(name)]
         faults = [
@@ -148,65 +152,60 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
             "use the config they were trained with, or change MODEL.FCOS.NUM_CLASSES, "
             "MODEL.RESNETS or MODEL.FPN to match"
         )
-        if self._recognised:
-            advice = self._describe_recognised("and refused")[0]
+        if self._recognized:
+            advice = self._describe_recognized("and refused")[0]
         raise InputError(f"weights of {self._source} do not fit the model: {fault}; {advice}")
 
     def _accept_other_classes(self, wrong: list[Misfit]) -> list[str]:
         other = [
-            misfit
-            for misfit in wrong
-            if CLASS_LAYER in misfit.name
-            and len(misfit.file) == len(misfit.model)
-            and misfit.file[1:] == misfit.model[1:]
+            (name, file[0], model[0])
+            for name, file, model in wrong
+            if CLASS_LAYER in name and len(file) == len(model) and file[1:] == model[1:]
         ]
         if other:
             logger.warning(
-                f"{self._source} has {other[0].file[0]} classes and the model {other[0].model[0]}: "
+                f"{self._source} has {other[0][1]} classes and the model {other[0][2]}: "
                 f"{CLASS_LAYER}* starts from its initial values, everything else is loaded"
             )
-        return [misfit.name for misfit in other]
+        return [name for name, _, _ in other]
 
-    def _tell_recognised(self, count: int) -> None:
-        line, agrees = self._describe_recognised(f"{count} tensors loaded")
-        logger.log(logging.INFO if agrees else logging.WARNING, f"{self._source}: {line}")
-
-    def _describe_recognised(self, what: str) -> tuple[str, bool]:
-        """One line about the weights, and whether the model is what they need."""
-        needs = self._recognised.needs
-        text = f"recognised as {self._recognised.layout}, convention "
-        text += f"{' or '.join(needs.conventions)}, {what}; "
-        convention, different = differences(self.model, needs)
+    def _describe_recognized(self, what: str) -> tuple[str, bool]:
+        """One line about the weights, and whether the model is what they require."""
+        name, _, required = self._recognized
+        text = f"recognized as {name}, convention {' or '.join(required.conventions)}, {what}; "
+        convention, different = differences(self.model, required)
         if self.reset_class_layer:  # told already
             different.pop("MODEL.FCOS.NUM_CLASSES", None)
         if not different:
             return f"{text}the config agrees with it", True
         changes = {key: f"{a} instead of {b}" for key, (a, b) in different.items()}
-        ours = [key for key in changes if key not in needs.settings]
+        ours = [key for key in changes if key not in required.settings]
         if ours:  # one key sets them all
             whole = ", ".join(f"{key.rpartition('.')[2]} {changes.pop(key)}" for key in ours)
             changes = {"MODEL.FCOS.CONVENTION": f"{convention} ({whole})", **changes}
         return f"{text}set {', '.join(f'{k} {v}' for k, v in changes.items())}", False
 
 
-def differences(model: nn.Module, needs: Needs) -> tuple[str, dict[str, tuple[object, object]]]:
-    """Where ``model`` is not what weights need: (convention, config key -> (needed, in use)).
+def differences(
+    model: nn.Module, required: Requirements
+) -> tuple[str, dict[str, tuple[object, object]]]:
+    """Where ``model`` is not what weights require: (convention, key -> (required, in use)).
 
     Of several conventions that the weights may follow it is the one closest to the model's.
     """
     if not isinstance(model, FCOS):
-        return needs.conventions[0], {}
+        return required.conventions[0], {}
     used = _settings_in_use(model)
     found = []
-    for name in needs.conventions:
+    for name in required.conventions:
         convention = {f"MODEL.FCOS.{key}": value for key, value in CONVENTIONS[name].items()}
-        wanted = {**convention, **needs.settings}
+        wanted = {**convention, **required.settings}
         different = {
             key: (wanted[key], used[key])
-            for key in wanted.keys() & used.keys()
+            for key in sorted(wanted.keys() & used.keys())
             if not _equal(wanted[key], used[key])
         }
-        found.append((name, dict(sorted(different.items()))))
+        found.append((name, different))
     return min(found, key=lambda pair: len(pair[1]))
 
 
@@ -235,27 +234,22 @@ def _settings_in_use(model: FCOS) -> dict[str, object]:
     for module in model.backbone.modules():
         if isinstance(module, CNNBlockBase) and module.stride == 2 and hasattr(module, "conv3"):
             settings["MODEL.RESNETS.STRIDE_IN_1X1"] = max(module.conv1.stride) == 2
+        if type(module).__name__ == "OsaBlock":  # of timm's VoVNets; the last one tells
+            options = ["residual=True"] if module.residual else []
+            settings["MODEL.TIMM.OPTIONS"] = options
     return settings | {f"MODEL.FCOS.{key}": value for key, value in fcos.items()}
 
 
 def _equal(wanted: object, used: object) -> bool:
-    if isinstance(wanted, list):
+    if isinstance(wanted, list) and all(isinstance(value, float) for value in wanted):
         return all(abs(a - b) < 1e-3 for a, b in zip(wanted, used, strict=True))
     return wanted == used
 
 
-def _wrong_shapes(weights: dict, state: dict) -> list[Misfit]:
-    return [
-        Misfit(name, tuple(value.shape), tuple(state[name].shape))
-        for name, value in weights.items()
-        if name in state and value.shape != state[name].shape
-    ]
-
-
-def _unplaced_by_shape(weights: dict, state: dict) -> list[Misfit]:
+def _unplaced_by_shape(weights: Weights, state: Weights) -> list[Misfit]:
     """What detectron2's matching of names left where it was, because of its shape alone."""
     return [
-        Misfit(name, tuple(value.shape), tuple(state[name].shape))
+        (name, tuple(value.shape), tuple(state[name].shape))
         for ending, value in weights.items()
         if ending not in state
         for name in state

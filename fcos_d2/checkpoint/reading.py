@@ -1,164 +1,178 @@
-"""Reads files of weights without running what may be in them (pickles.py).
+"""Reads files of weights without running what may be in them.
 
-They are plain pickles, or what torch.save wrote: a zip file, or before torch 1.6 pickles in a row.
+``torch.load(weights_only=True)`` reads what ``torch.save`` wrote, the safetensors library reads its
+own format, and anything else is a plain pickle of NumPy arrays. A pickle is a program: whichever
+way it comes, it may name ``ALLOWED`` and what torch allows, and nothing else.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import pickle
-import struct
-import sys
-import zipfile
-from typing import IO
+import re
+from collections import OrderedDict
 
+import numpy as np
+import safetensors.torch
 import torch
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, format_value, one_line_cause
-from .pickles import Array, Budget, Refusal, Storage, View, run
 
-# How the files of torch.save begin: as a zip file, or with a pickled magic number.
+# How the files of torch.save begin: as a zip file, or with a pickled magic number (before 1.6).
 ZIP = b"PK\x03\x04"
-MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+
+
+class Ignored:
+    """Stands for an object beside the weights that nothing here needs, whatever it holds."""
+
+    def __init__(self, *args: object):
+        pass
+
+
+class DType:
+    """Stands for numpy.dtype, whose own unpickling lets a file pass bytes off as objects."""
+
+    def __init__(self, code: str, *flags: object):
+        if not re.fullmatch(r"[biufc]\d\d?", code):
+            raise ValueError(f"it holds an array of dtype {format_value(code)}, not of numbers")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state: tuple):
+        self.value = self.value.newbyteorder(state[1])
+
+
+class Array(np.ndarray):
+    """An array whose unpickling takes a DType of numbers and no other."""
+
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, is_fortran, data = state
+        super().__setstate__((1, shape, dtype.value, is_fortran, data))
+
+
+def _empty_array(*args: object) -> Array:
+    return np.ndarray.__new__(Array, (0,), np.uint8)
+
+
+def _array(data: bytes, dtype: DType, shape: tuple, order: str, axes: object = None) -> np.ndarray:
+    array = np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
+    return array if order != "K" else array.transpose(axes)
+
+
+def _number(dtype: DType, data: bytes | str) -> float:
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, dtype.value, count=1)[0].item()
+
+
+# What a pickle may name, and what it gets; torch.load allows its own names besides.
+ALLOWED: dict[str, object] = {
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    "builtins.bytes": bytes,
+    "_codecs.encode": lambda text, codec: text.encode("latin1"),  # bytes in protocols 0 to 2
+    "numpy.dtype": DType,
+    "numpy.ndarray": Array,
+    **{
+        f"numpy.{core}.{name}": stub
+        for core in ("core", "_core")  # before NumPy 2, and since
+        for name, stub in (
+            ("multiarray._reconstruct", _empty_array),
+            ("multiarray.scalar", _number),
+            ("numeric._frombuffer", _array),
+        )
+    },
+    # What the training scripts of torchvision and mmdetection save with the weights.
+    "argparse.Namespace": Ignored,
+    "mmengine.logging.history_buffer.HistoryBuffer": Ignored,
+    "builtins.getattr": Ignored,  # how a HistoryBuffer refers to its own methods
+    "mmengine.config.config.ConfigDict": dict,
+    "mmcv.utils.config.ConfigDict": dict,
+}
+
+
+def check_url(path: str) -> None:
+    """Refuses a URL that iopath would store outside its cache, wherever ``..`` lead.
+
+    Raises:
+        InputError: it has ``..`` in its path.
+    """
+    if "://" in path and ".." in re.split(r"[/?#]", path):
+        raise InputError(f"URL {format_value(path)} leads out of its folder; write it without ..")
 
 
 def load_safely(path: str) -> object:
-    """What ``path`` holds, which is what torch.save or pickle.dump was given.
+    """Loads what ``path`` holds, without running anything in it.
 
-    Texts, numbers, lists, dicts and devices come back as what they are. Something else comes of:
+    Args:
+        path: a file of torch.save, of safetensors, or a pickle of NumPy arrays; may be a URL.
 
-    - arrays: tensors; numbers of numpy: those of Python;
-    - OrderedDict, Counter: dicts; torch.Size: a tuple;
-    - a set of other than texts and small numbers: a list, where the protocol is below 4;
-    - bytes, where the protocol is below 3: text;
-    - what an object has besides, such as the attributes of a tensor: nothing;
-    - other objects, of the few classes that are known: ``Record``.
+    Returns:
+        What was saved. Dicts of any kind are plain dicts, and objects of other classes than those
+        of tensors and plain data are ``Ignored``.
 
     Raises:
         InputError: the file is cut off, is something else, or would run code.
         OSError: it cannot be opened.
     """
-    with PathManager.open(path, "rb") as file:
-        return _load(file, path)
-
-
-def _load(file: IO[bytes], path: str) -> object:
+    local = PathManager.get_local_path(path)
+    with open(local, "rb") as file:
+        start = file.read(40)
     try:
-        return _read(file)
-    except Refusal as error:
-        raise InputError(
-            f"{path} would call {format_value(str(error))} to be read, so it was not read; if you "
-            "trust its author, keep its tensors alone: "
-            f"python tools/convert_weights.py --trust-pickle {path} OUT.pth"
-        ) from error
-    except Exception as error:  # what a broken file makes of pickle and torch has many names
-        cause = one_line_cause(error).partition(". ")[0]
-        raise InputError(
-            f"{path} is no checkpoint that can be read ({format_value(cause)}); copy it again, or "
-            "save its tensors alone with torch.save(model.state_dict(), FILE)"
-        ) from error
-
-
-def _read(file: IO[bytes]) -> object:
-    start = file.read(len(ZIP))
-    budget = Budget(file.seek(0, os.SEEK_END))
-    file.seek(0)
-    content = _read_zip(file, budget) if start == ZIP else run(file)
-    if content == MAGIC and start != ZIP:
-        content = _read_legacy(file, budget)
-    return _tensors(content, budget, {})
-
-
-def _read_zip(file: IO[bytes], budget: Budget) -> object:
-    archive = _Archive(file)
-    if "constants.pkl" in archive:
-        raise ValueError("it is a TorchScript program")
-    storages: dict[str, Storage] = {}
-    content = run(io.BytesIO(archive.read("data.pkl")), storages)
-    order = archive.read("byteorder") if "byteorder" in archive else b"little"
-    for key, storage in storages.items():
-        if archive.find(f"data/{key}") != storage.size:
-            raise ValueError(f"storage {format_value(key)} is not of {storage.size} bytes")
-        budget.take(storage.size)
-        storage.fill(file)
-        if order != sys.byteorder.encode():
-            storage.bytes.untyped_storage().byteswap(storage.dtype)
-    return content
-
-
-class _Archive:
-    """The records of a zip file that torch.save wrote; they lie in it as they are."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        with zipfile.ZipFile(file) as archive:
-            self._entries = {entry.filename: entry for entry in archive.infolist()}
-        self._folder = next(iter(self._entries), "").partition("/")[0]
-
-    def __contains__(self, name: str) -> bool:
-        return f"{self._folder}/{name}" in self._entries
-
-    def find(self, name: str) -> int:
-        """Goes to the bytes of a record; how many they are."""
-        if name not in self:
-            raise ValueError(f"it has no {format_value(name)}")
-        entry = self._entries[f"{self._folder}/{name}"]
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("it is compressed, as torch.save never does")
-        # Not by zipfile, because torch.save can be told to leave out the sums that it checks.
-        self._file.seek(entry.header_offset + 26)
-        self._file.seek(sum(struct.unpack("<HH", self._file.read(4))), os.SEEK_CUR)
-        return entry.file_size
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a record."""
-        return self._file.read(self.find(name))
-
-
-def _read_legacy(file: IO[bytes], budget: Budget) -> object:
-    """What follows the magic number."""
-    run(file)  # the version of the format
-    run(file)  # the system
-    storages: dict[str, Storage] = {}
-    content = run(file, storages)
-    for key in run(file):
-        storage = storages.pop(key, None) if isinstance(key, str) else None
-        if storage is None or file.read(8) != struct.pack("<q", storage.count):
-            raise ValueError(
-                f"storage {format_value(key, quote=True)} is not of the numbers that tensors have"
-            )
-        budget.take(storage.size)
-        storage.fill(file)
-    if storages:
-        raise ValueError(f"it has no storage {format_value(next(iter(storages)))}")
-    return content
-
-
-def _tensors(value: object, budget: Budget, done: dict[int, object]) -> object:
-    """``value`` with every Array and View in it as a tensor; dicts and lists stay what they are."""
-    # Ids will do: all that is looked at is there from the start, so no two objects share one.
-    if not isinstance(value, (Array, View, tuple, list, dict)):
-        return value
-    if id(value) not in done:  # what lies in several places is looked at once
-        done[id(value)] = value
-        if isinstance(value, (Array, View)):
-            done[id(value)] = value.tensor(budget)
-        elif isinstance(value, tuple):
-            done[id(value)] = tuple(_tensors(item, budget, done) for item in value)
-        else:
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                value[key] = _tensors(item, budget, done)
-    return done[id(value)]
+        return _plain(_load(local, start))
+    except Exception as error:  # what a broken file makes of these libraries has many names
+        raise _refusal(path, error) from error
 
 
 def load_trusted(path: str) -> object:
-    """What ``path`` holds, by running whatever is in it: for files whose author is trusted."""
+    """Loads what ``path`` holds by running whatever is in it, for files whose author is trusted."""
     with open(path, "rb") as file:
-        start = file.read(40)
-        is_torch = start.startswith(ZIP) or MAGIC.to_bytes(10, "little") in start
+        is_torch = (start := file.read(40)).startswith(ZIP) or LEGACY in start
         file.seek(0)
         if is_torch:
             return torch.load(file, map_location="cpu", weights_only=False)
         return pickle.load(file, encoding="latin1")
+
+
+def _load(path: str, start: bytes) -> object:
+    if start[8:9] == b"{":  # behind the size of the header
+        return safetensors.torch.load_file(path)
+    if start.startswith(ZIP) or LEGACY in start:
+        stubs = [(stub, name) for name, stub in ALLOWED.items()]
+        with torch.serialization.safe_globals(stubs):
+            is_zip = start.startswith(ZIP)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with open(path, "rb") as file:
+        return _Unpickler(file, encoding="latin1").load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """See "Restricting Globals" in the documentation of pickle."""
+
+    def find_class(self, module: str, name: str) -> object:
+        path = f"{module.replace('__builtin__', 'builtins')}.{name}"  # Python 2's name
+        if path not in ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {path}")
+        return ALLOWED[path]
+
+
+def _plain(value: object) -> object:
+    """Dicts without attributes, which a file could have put in the places of their methods."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in dict.items(value)}
+    return value
+
+
+def _refusal(path: str, error: Exception) -> InputError:
+    cause = one_line_cause(error)
+    name = re.search(r"GLOBAL (\S+)", cause)  # in torch's messages and ours
+    if name:
+        return InputError(
+            f"{path} was not loaded because it would call {format_value(name[1])}; if you trust "
+            "its author, extract its tensors with python tools/convert_weights.py --trust-pickle "
+            f"{path} OUT.safetensors"
+        )
+    cause = cause.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
+    return InputError(
+        f"{path} is not a checkpoint that can be read ({format_value(cause)}); copy it again, or "
+        "save its tensors alone with torch.save(model.state_dict(), FILE)"
+    )

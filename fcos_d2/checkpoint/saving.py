@@ -55,43 +55,25 @@ def _flush_folder(folder: Path) -> None:
 class AtomicSaving:
     """Saving for a subclass of fvcore's Checkpointer, to be named before it among the bases.
 
-    A ``save_dir`` that only a handler of PathManager can reach ("s3://...") is written by fvcore.
+    A ``save_dir`` that only a handler of PathManager can reach ("s3://...") is as atomic as that
+    handler. All methods raise an InputError where a file cannot be written; the previous checkpoint
+    is untouched then.
     """
 
     def save(self, name: str, **extra) -> None:
-        """Saves model and checkpointables as ``<save_dir>/<name>.pth``; see fvcore's Checkpointer.
-
-        Raises:
-            InputError: the file cannot be written. The previous checkpoint is untouched.
-        """
-        if not self.save_dir or not self.save_to_disk:
-            return
-        if "://" in self.save_dir:
-            super().save(name, **extra)
-            return
-        states = {key: thing.state_dict() for key, thing in self.checkpointables.items()}
-        self._write(name, {"model": self.model.state_dict(), **states, **extra})
-        self.tag_last_checkpoint(f"{name}.pth")
+        """Saves model and checkpointables as ``<save_dir>/<name>.pth``."""
+        if self.save_dir and self.save_to_disk:
+            states = {key: thing.state_dict() for key, thing in self.checkpointables.items()}
+            self._write(name, {"model": self.model.state_dict(), **states, **extra})
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, model: nn.Module) -> None:
-        """Saves the weights of ``model`` alone, not as a checkpoint to resume from.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
-        if not self.save_dir or not self.save_to_disk:
-            return
-        if "://" in self.save_dir:
-            with self.path_manager.open(f"{self.save_dir}/{name}.pth", "wb") as file:
-                torch.save({"model": model.state_dict()}, file)
-            return
-        self._write(name, {"model": model.state_dict()})
+        """Saves the weights of ``model`` alone, not as a checkpoint to resume from."""
+        if self.save_dir and self.save_to_disk:
+            self._write(name, {"model": model.state_dict()})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Makes ``last_checkpoint`` name the checkpoint from which --resume continues."""
-        if "://" in self.save_dir:
-            super().tag_last_checkpoint(last_filename_basename)
-            return
         with self._saving("last_checkpoint") as file:
             file.write(last_filename_basename.encode())
 
@@ -104,9 +86,10 @@ class AtomicSaving:
 
     @contextlib.contextmanager
     def _saving(self, file_name: str) -> Iterator[IO[bytes]]:
-        path = Path(self.save_dir, file_name)
+        path = os.path.join(self.save_dir, file_name)
+        is_remote = "://" in self.save_dir
         try:
-            with atomic_write(path) as file:
+            with self.path_manager.open(path, "wb") if is_remote else atomic_write(path) as file:
                 yield file
         except (OSError, RuntimeError) as error:
             kept = self.get_checkpoint_file()

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import HTTPURLHandler
 from torch import nn
 
 from fcos_d2.checkpoint import Checkpointer
@@ -75,26 +77,31 @@ def test_the_guard_of_this_test_sees_a_url(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host.invalid/a/../../../x.pth", "http://host.invalid/.."], ids=["path", "end"]
+    "url", ["https://host.invalid/a/../../../x.pth", "detectron2://a/../../x.pkl", "http://h/..?a"]
 )
 def test_a_url_that_leads_out_of_the_cache_is_refused(url, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(f"_BASE_: {url}\n")
     with pytest.raises(InputError, match="leads out of its folder; write it without"):
-        setup_cfg(default_argument_parser().parse_args(["--config-file", str(config)]))
-    with pytest.raises(InputError, match="leads out of its folder"):
         Checkpointer(nn.Linear(1, 1)).load(url)
+    if url.startswith("http"):
+        (tmp_path / "config.yaml").write_text(f"_BASE_: {url}\n")
+        options = ["--config-file", str(tmp_path / "config.yaml")]
+        with pytest.raises(InputError, match="leads out of its folder"):
+            setup_cfg(default_argument_parser().parse_args(options))
 
 
-def test_other_urls_are_downloaded_into_the_cache(tmp_path, monkeypatch):
+def test_other_urls_are_downloaded_into_the_cache_by_iopaths_own_handler(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
 
     def download(url, folder, filename):
         path = Path(folder) / filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(url)
+        torch.save(model.state_dict(), path)
         return str(path)
 
     monkeypatch.setattr("iopath.common.file_io.download", download)
-    found = Path(PathManager.get_local_path("https://host.invalid/some/folder/x..pth"))
-    assert found == tmp_path / "cache/some/folder/x..pth" and found.exists()
+    url = "https://host.invalid/some/folder/x..pth"
+    Checkpointer(other).load(url)
+    assert torch.equal(other.weight, model.weight)
+    assert (tmp_path / "cache/some/folder/x..pth").exists()
+    assert type(PathManager._PathManager__get_path_handler(url)) is HTTPURLHandler

@@ -10,7 +10,7 @@ from torchvision.models.detection import fcos_resnet50_fpn
 
 from fcos_d2 import add_fcos_config
 from fcos_d2.checkpoint import Checkpointer
-from fcos_d2.checkpoint.conversion import read
+from fcos_d2.checkpoint.conversion import import_weights
 from fcos_d2.engine import Trainer
 
 # Short sides differ; most sizes are padded, and P6 and P7 of most have another spacing of points
@@ -43,7 +43,7 @@ def our_model(weights, *options) -> nn.Module:
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file("configs/fcos_R_50_FPN_1x.yaml")
-    conventions, settings = read(torch.load(weights)).needs
+    conventions, settings = import_weights(torch.load(weights)).requirements
     needed = {"MODEL.FCOS.CONVENTION": conventions[0], **settings}
     options = (*(item for pair in needed.items() for item in pair), *options)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(weights), *options])

@@ -4,13 +4,9 @@
 long as it is let.
 """
 
-import pickle
-
 import pytest
 from hypothesis import strategies as st
 
-from fcos_d2 import InputError
-from fcos_d2.checkpoint.reading import load_safely
 from tests.ops.strategies import MANY, for_all
 
 from . import CORPUS, TARGETS, checker
@@ -33,14 +29,3 @@ def test_random_input(target, cases):
 
 def test_every_target_has_a_corpus():
     assert {case.parent.name for case in CASES} == set(TARGETS)
-
-
-# ---- What takes more bytes than a corpus should hold ----
-
-
-def test_tuples_in_tuples_whose_hash_would_crash_python_are_refused(tmp_path):
-    """The hash of a tuple is a recursion in C; as the key of a dict it ends the process."""
-    path = tmp_path / "tuples.pkl"
-    path.write_bytes(b"\x80\x02}N" + pickle.TUPLE1 * 1_000_000 + b"Ns.")
-    with pytest.raises(InputError, match="a key of a dict is a tuple"):
-        load_safely(str(path))

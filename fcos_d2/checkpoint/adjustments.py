@@ -1,0 +1,197 @@
+"""Adjustments of weights, named as ours, where other implementations keep other tensors or values.
+
+Each takes weights by name and returns others that detect the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Weights = dict[str, Tensor]
+
+CLASS_LAYER = "head.cls_logits."
+# COCO's category ids that no category has, and 0; torchvision's class layer has rows for them.
+COCO_GAPS = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+NEVER = -1e4  # logit of a class that is never found
+
+
+def count_classes(weights: Weights) -> int:
+    """K of weights that are named as ours."""
+    return len(weights[f"{CLASS_LAYER}weight"])
+
+
+def is_scale(key: str) -> bool:
+    """Whether ``key`` is the factor of a level."""
+    return re.fullmatch(r"head\.scales\.\d+\.scale", key) is not None
+
+
+# ---- Importing ----
+
+
+def subtract_epsilon(weights: Weights) -> Weights:
+    """tianzhi0549/FCOS divides by the root of the variance alone, all others add 1e-5 to it.
+
+    Only in its FrozenBatchNorm2d, which unlike BatchNorm2d counts no batches.
+    """
+    adjusted = dict(weights)
+    for key, value in weights.items():
+        counter = key.replace("running_var", "num_batches_tracked")
+        if key.endswith(".running_var") and counter not in weights:
+            adjusted[key] = (value.double() - 1e-5).to(value.dtype)
+    return adjusted
+
+
+def drop_unused_projections(weights: Weights) -> Weights:
+    """AdelaiDet's DLA has projections that nothing uses, in trees of more than one level."""
+
+    def is_used(key: str) -> bool:
+        tree, projection, _ = key.partition(".project.")
+        return not projection or f"{tree}.tree1.tree1.conv1.weight" not in weights
+
+    return {key: value for key, value in weights.items() if is_used(key)}
+
+
+def nest_deformable_convs(weights: Weights) -> Weights:
+    """In mmdetection, a deformable convolution is beside its offsets, in our head inside."""
+    deformable = {key.rpartition(".offset.")[0] for key in weights if ".offset." in key}
+
+    def name(key: str) -> str:
+        module, _, leaf = key.rpartition(".")
+        return f"{module}.conv.{leaf}" if module in deformable else key
+
+    return {name(key): value for key, value in weights.items()}
+
+
+def add_zero_biases(weights: Weights) -> Weights:
+    """The convolutions of our towers have biases; where theirs have none these are zero."""
+    added = {}
+    for key, value in weights.items():
+        bias = key.removesuffix("weight") + "bias"
+        if re.fullmatch(r"head\.\w+_tower\..*weight", key) and value.dim() == 4:
+            added[bias] = weights.get(bias, value.new_zeros(len(value)))
+    return {**weights, **added}
+
+
+def make_scales_vectors(weights: Weights) -> Weights:
+    """Factors of levels have no dimension in mmdetection, and one here."""
+    return {key: v.reshape(-1) if is_scale(key) else v for key, v in weights.items()}
+
+
+def rename_paddle_leaves(weights: Weights) -> Weights:
+    """PaddleDetection has its own names for tensors inside a module."""
+    leaves = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
+
+    def name(key: str) -> str:
+        module, _, leaf = key.rpartition(".")
+        return f"{module}.{leaves.get(leaf, leaf)}"
+
+    return {name(key): value for key, value in weights.items()}
+
+
+def copy_norms_to_levels(weights: Weights) -> Weights:
+    """Gives every level its copy of batch norms that levels share, in part or as a whole."""
+    levels = range(_count_levels(weights))
+    copied: Weights = {}
+    for key, value in weights.items():
+        match = re.fullmatch(r"(head\.\w+_tower\.\d+)\.(\w+)", key)
+        statistics = (f"{match[1]}.running_var", f"{match[1]}.0.running_var") if match else ()
+        if any(name in weights for name in statistics):
+            copied |= {f"{match[1]}.{level}.{match[2]}": value for level in levels}
+        else:
+            copied[key] = value
+    return copied
+
+
+def used_class_rows(rows: int, wanted: int | None) -> list[int]:
+    """Rows of torchvision's class layer that are classes, of ``wanted`` if that is known."""
+    if rows == wanted:
+        return list(range(rows))
+    if rows == 91:
+        return [row for row in range(rows) if row not in COCO_GAPS]
+    return list(range(1 if wanted == rows - 1 else 0, rows))  # 0 is background
+
+
+IMPORTING = (  # for all formats; each leaves alone what is as here
+    drop_unused_projections,
+    nest_deformable_convs,
+    rename_paddle_leaves,
+    add_zero_biases,
+    make_scales_vectors,
+    copy_norms_to_levels,
+)
+
+# ---- Exporting ----
+
+
+def add_scales(weights: Weights) -> Weights:
+    """Factors of levels that are 1, where the weights have none."""
+    if any(map(is_scale, weights)):
+        return weights
+    levels = range(_count_levels(weights))
+    return {**weights, **{f"head.scales.{level}.scale": torch.ones(1) for level in levels}}
+
+
+def fold_scales(weights: Weights) -> Weights:
+    """Multiplies a factor that all levels share into the box prediction."""
+    scales = [float(value) for key, value in weights.items() if is_scale(key)]
+    if len(set(scales)) > 1:
+        raise InputError(
+            "detectron2 and torchvision have one box prediction for all levels, but head.scales "
+            f"are {', '.join(f'{scale:.4g}' for scale in scales)}, which they cannot express; "
+            "write the weights as adelaidet, or train with MODEL.FCOS.USE_SCALE False"
+        )
+    folded = {key: value for key, value in weights.items() if not is_scale(key)}
+    for key in ("head.bbox_pred.weight", "head.bbox_pred.bias"):
+        if key in folded and scales:
+            folded[key] = folded[key] * scales[0]
+    return folded
+
+
+def merge_norms_of_levels(weights: Weights) -> Weights:
+    """The reverse of ``copy_norms_to_levels`` for weight and bias, which detectron2 shares."""
+    own = re.compile(r"(head\.\w+_tower\.\d+)\.\d+\.(weight|bias)")
+    merged: Weights = {}
+    for key, value in weights.items():
+        match = own.fullmatch(key)
+        name = f"{match[1]}.{match[2]}" if match else key
+        if not torch.equal(merged.setdefault(name, value), value):
+            raise InputError(
+                f"detectron2's levels share the {match[2]} of a batch norm, but those of "
+                f"{match[1]} differ, which it cannot express; write the weights as adelaidet"
+            )
+    return merged
+
+
+def check_group_norms(weights: Weights) -> Weights:
+    """Refuses batch norms in the head: torchvision's has group norms."""
+    if any(re.fullmatch(r"head\.\w+_tower\..*running_var", key) for key in weights):
+        raise InputError(
+            "torchvision's FCOS has group norms in its head and these weights have batch norms; "
+            "write them as adelaidet or detectron2"
+        )
+    return weights
+
+
+def add_unused_classes(weights: Weights) -> Weights:
+    """80 classes -> 91 by COCO's ids; any other K -> K + 1, of which 0 is background."""
+    classes = count_classes(weights)
+    gaps = COCO_GAPS if classes == 80 else (0,)
+    rows = [row for row in range(classes + len(gaps)) if row not in gaps]
+    padded = dict(weights)
+    for key in (key for key in weights if key.startswith(CLASS_LAYER)):
+        old = weights[key]
+        filler = NEVER if key.endswith("bias") else 0.0
+        padded[key] = old.new_full((classes + len(gaps), *old.shape[1:]), filler)
+        padded[key][rows] = old
+    return padded
+
+
+def _count_levels(weights: Weights) -> int:
+    scales = sum(map(is_scale, weights))
+    outputs = r"backbone\.(fpn_output|top_block\.p)\d+\.weight"
+    return scales or sum(bool(re.fullmatch(outputs, key)) for key in weights)
