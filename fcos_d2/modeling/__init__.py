@@ -15,8 +15,8 @@ from .proposals import FCOSProposals
 from .structures import GroundTruth, PointGrid, Predictions, pack_ground_truth, to_instances
 from .timm_backbone import (
     TimmBackbone,
-    build_fcos_timm_fpn_backbone,
     build_fcos_d2_vovnet_fpn_backbone,
+    build_fcos_timm_fpn_backbone,
 )
 from .timm_weights import TimmWeights
 
