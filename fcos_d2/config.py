@@ -300,12 +300,19 @@ def resolve_convention(cfg: CN) -> CN:
 
 
 def fcos_settings(cfg: CN) -> CN:
-    """``cfg.MODEL.FCOS`` with every key filled in; ``cfg`` itself stays as it is."""
+    """``cfg.MODEL.FCOS`` with every key filled in; ``cfg`` itself stays as it is.
+
+    Raises:
+        InputError: as ``resolve_convention``; NUM_CLASSES is None, and the first data set is not
+            registered with the names of its classes.
+    """
     fcos = cfg.MODEL.FCOS
     if all(fcos[key] is not None for key in _convention(fcos)):
         return fcos
     cfg = cfg.clone()
     cfg.defrost()
+    if fcos.NUM_CLASSES is None:
+        cfg.MODEL.FCOS.NUM_CLASSES = _count_registered_classes(cfg)
     return resolve_convention(cfg).MODEL.FCOS
 
 
@@ -325,3 +332,19 @@ def _convention(fcos: CN) -> dict[str, object]:
                 f"write it like {default!r}"
             )
     return convention
+
+
+def _count_registered_classes(cfg: CN) -> int | None:
+    """Classes of the first data set of ``cfg``, of which no file is read; None if it names none."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    name = next(iter((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)), None)
+    if name is None:
+        return None
+    classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
+    if not classes:
+        raise InputError(
+            f"MODEL.FCOS.NUM_CLASSES is null, and {name!r} is not registered with thing_classes; "
+            "set MODEL.FCOS.NUM_CLASSES, or read the config with fcos_d2.config_file.read_cfg"
+        )
+    return len(classes)

@@ -29,6 +29,8 @@ from .modeling import FCOS
 from .modeling.acceleration import DTYPES, accelerate, fastest_dtype, use_channels_last
 from .modeling.tta import FCOSWithTTA
 
+COCO_DETECTIONS = 100  # per image, detectron2's default
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +40,12 @@ def build_detector(cfg) -> nn.Module:
     Raises:
         InputError: values of the config that do not fit together.
     """
+    most, ours = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.FCOS.POST_NMS_TOPK_TEST
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS" and most not in (COCO_DETECTIONS, ours):
+        raise InputError(
+            f"TEST.DETECTIONS_PER_IMAGE is {most}, but FCOS keeps MODEL.FCOS.POST_NMS_TOPK_TEST "
+            f"{ours}; set MODEL.FCOS.POST_NMS_TOPK_TEST {most} instead"
+        )
     try:
         model = build_model(cfg)
     except ValueError as error:
@@ -163,7 +171,7 @@ def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -
     ``weights_folder`` (OUTPUT_DIR where None). Not on LVIS, whose images name no more than some
     of the objects in them, so that a right detection may count as wrong.
     """
-    evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference")
+    evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference/{dataset_name}")
     is_lvis = MetadataCatalog.get(dataset_name).evaluator_type == "lvis"
     if dataset_name != cfg.DATASETS.TEST[0] or is_lvis:
         return evaluator
@@ -174,7 +182,7 @@ def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -
 def test_with_tta(cfg, model: nn.Module) -> OrderedDict:
     """Results with test-time augmentation (TEST.AUG), as ``*_TTA``.
 
-    The folder ``inference_TTA`` keeps its detections.
+    The folders ``inference_TTA/<data set>`` keep its detections.
 
     Raises:
         InputError: a model that is no FCOS.
@@ -184,6 +192,6 @@ def test_with_tta(cfg, model: nn.Module) -> OrderedDict:
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = 0  # every view is made from the original image
     folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
-    evaluators = [evaluator_for(name, folder) for name in cfg.DATASETS.TEST]
+    evaluators = [evaluator_for(name, f"{folder}/{name}") for name in cfg.DATASETS.TEST]
     results = test(cfg, augmented, evaluators)
     return OrderedDict((f"{key}_TTA", value) for key, value in results.items())

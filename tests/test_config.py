@@ -412,3 +412,14 @@ def effect(augmentation) -> tuple:
         images = [np.empty(shape, np.uint8) for shape in ((480, 640, 3), (300, 900, 3))]
         settings = [vars(augmentation.get_transform(image)) for image in images]
     return type(augmentation), settings
+
+
+def test_classes_are_counted_from_the_registered_data_set_where_a_model_is_built():
+    """What detectron2's DefaultPredictor does with the YAML of a training run."""
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.DATASETS.TRAIN = ("voc_2007_train",)
+    assert fcos_settings(cfg).NUM_CLASSES == 20 and cfg.MODEL.FCOS.NUM_CLASSES is None
+    cfg.DATASETS.TRAIN = ("nowhere",)
+    with pytest.raises(InputError, match="NUM_CLASSES is null, and 'nowhere' is not registered"):
+        fcos_settings(cfg)

@@ -64,6 +64,12 @@ def test_no_weights_name_the_command_that_makes_them(output):
         bias_of(output)
 
 
+def test_number_of_detections_that_nothing_reads_says_what_to_set(output):
+    output("model_final.pth", 1.0)
+    with pytest.raises(InputError, match="set MODEL.FCOS.POST_NMS_TOPK_TEST 300 instead"):
+        bias_of(output, "TEST.DETECTIONS_PER_IMAGE", 300)
+
+
 def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     taken = []
     monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))

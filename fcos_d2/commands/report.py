@@ -112,7 +112,8 @@ def _saved_detections(
     output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]
 ) -> dict[object, Objects] | None:
     """What the last evaluation found, by image id; None unless it is sure to be of this model."""
-    path, weights = output_dir / "inference/coco_instances_results.json", _weights(output_dir)
+    folder, weights = output_dir / "inference" / cfg.DATASETS.TEST[0], _weights(output_dir)
+    path = folder / "coco_instances_results.json"
     if not path.is_file() or _evaluated_other_weights(output_dir, cfg):
         return None
     if weights.is_file() and weights.stat().st_mtime > path.stat().st_mtime:

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
-MAX_DETECTIONS = 100  # per image and class
+COCO_DETECTIONS = 100  # per image and class, which AP counts
 
 
 class Objects(NamedTuple):
@@ -39,7 +39,7 @@ class ImageMatches(NamedTuple):
     """Which detection of an image found which object, at an IoU of 0.5."""
 
     found: np.ndarray  # int [n] per detection: object, -1 for a false positive
-    ignored: np.ndarray  # bool [n] per detection: in a crowd, or beyond MAX_DETECTIONS
+    ignored: np.ndarray  # bool [n] per detection: in a crowd
     missed: np.ndarray  # bool [m] per object; never a crowd
 
 
@@ -62,8 +62,14 @@ class Evaluation(NamedTuple):
     """Average precision by class and size, and what it was computed from."""
 
     precision: np.ndarray  # [10 IoUs, 101 recalls, K, 4 sizes] in 0 to 1; -1 without any object
+    precision_of_all: np.ndarray  # the same with more than the best 100 detections, if there are
+    most: int  # detections of an image
     images: list[ImageMatches]
     curves: list[Curve]  # of K classes
+
+    def average_of_all(self) -> float:
+        """``average`` that counts all detections of an image, not just the best 100."""
+        return self._replace(precision=self.precision_of_all).average()
 
     def average(self, iou: int | None = None, class_: int | None = None, size: int = 0) -> float:
         """Average precision in percent; not a number where there is no object.
@@ -109,8 +115,9 @@ def evaluate_boxes(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., -1]
-    return Evaluation(precision, *_matches(evaluation, truth, found))
+    precision, most = evaluation.eval["precision"], evaluation.params.maxDets[-1]
+    matches = _matches(evaluation, truth, found)
+    return Evaluation(precision[..., 0], precision[..., -1], most, *matches)
 
 
 def match_boxes(truth: Sequence[Objects], found: Sequence[Objects], num_classes: int) -> Matches:
@@ -131,7 +138,8 @@ def _evaluation(truth: Sequence[Objects], found: Sequence[Objects], num_classes:
         )
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(truth, num_classes), _coco(found, num_classes), "bbox")
-    evaluation.params.maxDets = [MAX_DETECTIONS]
+    most = max((len(image.boxes) for image in found), default=0)
+    evaluation.params.maxDets = sorted({COCO_DETECTIONS, max(COCO_DETECTIONS, most)})
     evaluation.params.imgIds = list(range(len(truth)))
     evaluation.params.catIds = list(range(1, num_classes + 1))
     return evaluation

@@ -21,6 +21,7 @@ from ..data.images import read_image
 from ..visualization.boxes import class_color, draw_boxes
 from ..visualization.curves import Series, plot_precision_recall, plot_training
 from .matching import (
+    COCO_DETECTIONS,
     SIZES,
     Evaluation,
     ImageMatches,
@@ -111,6 +112,8 @@ def _summary(
     f1 = 100 * f1_score(curves, [t.score for t in best])
     fixed = 100 * f1_score(curves, [DEFAULT] * len(best))
     values = {"AP": average(), "AP50": average(iou=0), "AP75": average(iou=5)}
+    if evaluation.most > COCO_DETECTIONS:
+        values[f"AP of {evaluation.most} detections"] = evaluation.average_of_all()
     values |= {"F1": f1, f"F1 at {DEFAULT}": fixed}
     shown = {name: "–" if math.isnan(v) else f"{v:.1f}" for name, v in values.items()}
     objects = sum(curve.num_objects for curve in curves)

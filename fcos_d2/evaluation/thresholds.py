@@ -18,7 +18,14 @@ from detectron2.utils import comm
 
 from ..data import class_names, load_dataset
 from ..errors import InputError
-from .matching import Curve, Objects, ground_truth, match_boxes
+from .matching import (
+    COCO_DETECTIONS,
+    Curve,
+    Objects,
+    evaluate_boxes,
+    ground_truth,
+    match_boxes,
+)
 
 THRESHOLD_FILE = "score_thresholds.json"
 DEFAULT = 0.5  # for a class without any object, or a model that was never evaluated
@@ -118,7 +125,8 @@ class ThresholdEvaluator(DatasetEvaluator):
     """Measures the best thresholds of a data set and writes them into ``output_dir``.
 
     Its results are ``{"best_f1": {"F1", "F1_at_0.5"}}`` in percent: with the best threshold of each
-    class, and with 0.5 for all.
+    class, and with 0.5 for all. Where images have more than the 100 detections that COCO's AP
+    counts, N at most, ``{"bbox_of_N": {"AP"}}`` counts all of them.
     """
 
     def __init__(self, dataset_name: str, output_dir: str):
@@ -146,14 +154,18 @@ class ThresholdEvaluator(DatasetEvaluator):
         if not names or not found or not any(record.get("annotations") for record in records):
             return {}
         records = [record for record in records if record["image_id"] in found]
-        _, curves = match_boxes(
-            [ground_truth(record) for record in records],
-            [found[record["image_id"]] for record in records],
-            len(names),
-        )
+        truth = [ground_truth(record) for record in records]
+        detections = [found[record["image_id"]] for record in records]
+        results, most = {}, max(len(image.boxes) for image in detections)
+        if most > COCO_DETECTIONS:
+            evaluation = evaluate_boxes(truth, detections, len(names))
+            results[f"bbox_of_{most}"] = {"AP": evaluation.average_of_all()}
+            curves = evaluation.curves
+        else:
+            curves = match_boxes(truth, detections, len(names)).curves
         best = best_thresholds(curves)
         write_thresholds(Path(self._output_dir, THRESHOLD_FILE), names, best, self._dataset_name)
         f1 = [
             f1_score(curves, scores) for scores in ([t.score for t in best], [DEFAULT] * len(best))
         ]
-        return {"best_f1": {"F1": 100 * f1[0], "F1_at_0.5": 100 * f1[1]}}
+        return {"best_f1": {"F1": 100 * f1[0], "F1_at_0.5": 100 * f1[1]}, **results}

@@ -69,7 +69,8 @@ def use_channels_last(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
     def convert(backbone: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0].to(dtype=dtype, memory_format=torch.channels_last)
 
-    model.backbone.register_forward_pre_hook(convert)
+    if hasattr(model, "backbone"):
+        model.backbone.register_forward_pre_hook(convert)
     return model
 
 

@@ -60,7 +60,7 @@ def trained(dataset, tmp_path_factory):
     model = tiny_fcos()
     nn.init.constant_(model.head.cls_logits.bias, -9.0)  # finds nothing
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / "inference").mkdir()
+    (folder / "inference" / dataset).mkdir(parents=True)
     write_detections(folder, [detection(100 + i) for i in range(5)] + [detection(100, 0.2, 20)])
     return folder
 
@@ -77,13 +77,18 @@ def detection(image_id, score=0.9, category=11) -> dict:
 
 
 def write_detections(folder, rows) -> None:
-    path = folder / "inference" / "coco_instances_results.json"
+    path = results_in(folder)
     path.write_text(json.dumps(rows))
     make_newest(path)
 
 
+def results_in(folder) -> Path:
+    (path,) = (folder / "inference").glob("*")
+    return path / "coco_instances_results.json"
+
+
 def make_newest(path) -> None:
-    times = [p.stat().st_mtime for p in path.parent.parent.rglob("*") if p.is_file()]
+    times = [p.stat().st_mtime for p in path.parents[2].rglob("*") if p.is_file()]
     os.utime(path, (max(times) + 10,) * 2)
 
 
@@ -145,7 +150,7 @@ def spoil_with_few_images(output):
 
 
 def spoil_by_cutting_off(output):
-    path = output / "inference" / "coco_instances_results.json"
+    path = results_in(output)
     path.write_text(path.read_text()[:-9])
     make_newest(path)
 

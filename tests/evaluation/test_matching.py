@@ -126,3 +126,16 @@ def test_averages_are_those_of_detectron2(random_data, tmp_path):
     averages |= {"APs": {"size": 1}, "APm": {"size": 2}, "APl": {"size": 3}, "AP-1": {"class_": 1}}
     for name, options in averages.items():
         assert ours.average(**options) == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_more_than_100_objects_of_an_image_count_beside_the_ap_of_coco():
+    """300 discs, all found: COCO's AP takes the best 100 detections of a class alone."""
+    corners = np.stack(np.meshgrid(np.arange(20), np.arange(15)), axis=-1).reshape(-1, 2) * 10.0
+    boxes = np.concatenate((corners, corners + 8), axis=1)
+    truth = [Objects(boxes, [0] * 300)]
+    found = [Objects(boxes, [0] * 300, np.linspace(0.9, 0.1, 300).tolist())]
+    evaluation = evaluate_boxes(truth, found, 1)
+    assert evaluation.average() == pytest.approx(100 / 3, abs=1)
+    assert evaluation.average_of_all() == pytest.approx(100) and evaluation.most == 300
+    assert evaluation.curves[0].correct.sum() == 300 and not evaluation.images[0].missed.any()
+    assert match_boxes(truth, found, 1).curves[0].correct.sum() == 300

@@ -126,3 +126,13 @@ def test_data_without_annotations_has_no_thresholds(coco, tmp_path):
     evaluator.reset()
     assert evaluator.evaluate() == {}
     assert not (tmp_path / THRESHOLD_FILE).exists()
+
+
+def test_evaluator_measures_more_than_100_detections_of_an_image(coco, tmp_path):
+    evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
+    evaluator.reset()
+    boxes = torch.tensor([[5.0, 6, 25, 16]]).repeat(120, 1)
+    found = Instances((40, 60), pred_boxes=Boxes(boxes), scores=torch.linspace(0.9, 0.1, 120))
+    found.pred_classes = torch.ones(120, dtype=torch.int64)
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    assert evaluator.evaluate()["bbox_of_120"]["AP"] == pytest.approx(100)

@@ -138,7 +138,7 @@ def test_evaluation_adds_the_results_of_augmentation(script):
     assert done.status == 0, done.err
     assert {"bbox", "bbox_TTA"} <= set(done.results[0])
     assert set(done.results[0]["bbox_TTA"]) == set(done.results[0]["bbox"])
-    assert (script.folder / "out/inference_TTA/coco_instances_results.json").is_file()
+    assert (script.folder / "out/inference_TTA/tiny_shapes/coco_instances_results.json").is_file()
 
 
 SMALL_VIEWS = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64), "TEST.EVAL_PERIOD", 1)
@@ -147,7 +147,7 @@ SMALL_VIEWS = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64), "TEST.E
 def test_training_augments_its_last_evaluation_alone(script):
     done = script(*SMALL_VIEWS, "TEST.EXPECTED_RESULTS", [["bbox_TTA", "AP", 50, 50]])
     assert done.status == 0, done.err
-    saved = "Saving results to ./output/{}/coco_instances_results.json".format
+    saved = "Saving results to ./output/{}/tiny_shapes/coco_instances_results.json".format
     assert done.out.count(saved("inference")) == 2 and done.out.count(saved("inference_TTA")) == 1
     assert {"bbox/AP", "bbox_TTA/AP"} <= metrics(script.folder / "output")[-1].keys()
     assert {"bbox", "bbox_TTA"} <= set(done.results[0])
