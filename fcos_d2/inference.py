@@ -22,7 +22,7 @@ from torch import nn
 
 from .checkpoint import Checkpointer
 from .config import fcos_settings
-from .data import FCOSDatasetMapper, check_num_classes, load_dataset
+from .data import FCOSDatasetMapper, check_class_order, check_num_classes, load_dataset
 from .errors import InputError, one_line_cause
 from .evaluation import ThresholdEvaluator, evaluator_for
 from .modeling import FCOS
@@ -157,6 +157,7 @@ def build_test_loader(cfg, dataset_name: str):
     """detectron2's, with FCOSDatasetMapper and checked data."""
     records = load_dataset(dataset_name, filter_empty=False)
     check_num_classes(dataset_name, fcos_settings(cfg).NUM_CLASSES)
+    check_class_order(cfg.DATASETS.TRAIN, dataset_name)
     return build_detection_test_loader(
         records,
         mapper=FCOSDatasetMapper(cfg, is_train=False),

@@ -1,10 +1,13 @@
 """Data sets by name, the built-in ones among them, and the way from a data set to the model."""
 
 from .catalog import (
+    check_class_order,
     check_num_classes,
+    check_objects,
     class_names,
     coco_content,
     count_classes,
+    is_flat,
     load_dataset,
     prepare,
     register_datasets,
@@ -14,10 +17,13 @@ from .mapper import FCOSDatasetMapper
 
 __all__ = [
     "FCOSDatasetMapper",
+    "check_class_order",
     "check_num_classes",
+    "check_objects",
     "class_names",
     "coco_content",
     "count_classes",
+    "is_flat",
     "load_dataset",
     "prepare",
     "register_datasets",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -326,6 +327,12 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
         raise InputError(
             f"{_label(names)} have different classes; use data sets of the same classes together"
         )
+    for class_, count in Counter(*classes).items():
+        if count > 1 or not class_.strip():
+            raise InputError(
+                f"{_label(names)}: {count} classes are named {format_value(class_, quote=True)}; "
+                "results of classes are told apart by their names"
+            )
     flat = sum(is_flat(a) for record in records for a in record["annotations"])
     if flat:
         logging.getLogger(__name__).warning(
@@ -377,6 +384,46 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
             )
 
 
+def check_class_order(trained: Sequence[str], name: str) -> None:
+    """Makes sure that a data set numbers the classes as those that were trained on do.
+
+    Args:
+        trained: data sets of the training, which need not be at hand.
+        name: that is to be evaluated.
+
+    Raises:
+        InputError: a class of both has different numbers.
+    """
+    try:
+        ours = next(filter(None, map(class_names, trained)), None)
+    except InputError:  # it is not at hand
+        return
+    theirs = class_names(name)
+    both = set(ours or ()) & set(theirs or ())
+    for class_ in sorted(both):
+        number, expected = theirs.index(class_), ours.index(class_)
+        if number != expected:
+            raise InputError(
+                f"data set {name!r}: class {format_value(class_)} is number {number}, but number "
+                f"{expected} in the training data; set classes: {format_value(list(ours))} in "
+                f"DATASETS.REGISTER.{name}"
+            )
+
+
+def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
+    """Makes sure that there is something to learn.
+
+    Raises:
+        InputError: all annotations are crowds or have no area, or there are none.
+    """
+    objects = (a for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0))
+    if isinstance(records, list) and all(map(is_flat, objects)):
+        raise InputError(
+            f"{_label(names)}: there is nothing to learn, as no annotation has a box with area "
+            f"that is no crowd region; {CHECK} tells more"
+        )
+
+
 def count_classes(name: str) -> int | None:
     """How many classes a data set has; None if it declares none."""
     names = class_names(name)
@@ -396,5 +443,7 @@ def class_names(name: str) -> list[str] | None:
     prepare(name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("described") or metadata.get("json_file"):
-        return class_names_of(sources_of(name), metadata.get("described", {}))
+        found = class_names_of(sources_of(name), metadata.get("described", {}))
+        metadata.set(thing_classes=found)
+        return found
     return None

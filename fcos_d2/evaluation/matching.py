@@ -15,6 +15,8 @@ from detectron2.structures import BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data import is_flat
+
 SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
 COCO_DETECTIONS = 100  # per image and class, which AP counts
 
@@ -86,7 +88,7 @@ class Evaluation(NamedTuple):
 
 
 def ground_truth(record: Mapping) -> Objects:
-    """The annotations of a dict in detectron2's form."""
+    """The annotations of a record in detectron2's form; those without area are crowds."""
     annotations = record.get("annotations", ())
     boxes = [
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
@@ -94,7 +96,7 @@ def ground_truth(record: Mapping) -> Objects:
     return Objects(
         np.array(boxes, dtype=float).reshape(-1, 4),
         [a["category_id"] for a in annotations],
-        crowd=[bool(a.get("iscrowd", 0)) for a in annotations],
+        crowd=[bool(a.get("iscrowd", 0)) or is_flat(a) for a in annotations],
     )
 
 

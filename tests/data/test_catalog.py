@@ -11,7 +11,13 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
-from fcos_d2.data import check_num_classes, load_dataset, prepare
+from fcos_d2.data import (
+    check_class_order,
+    check_num_classes,
+    check_objects,
+    load_dataset,
+    prepare,
+)
 from fcos_d2.data.inspection import clean, inspect_dataset
 from fcos_d2.errors import InputError
 
@@ -271,3 +277,33 @@ def test_class_count_that_does_not_match_names_key_and_value(coco, registered_di
     name = coco.register()  # not loaded yet: its classes are only in its file
     assert "has 2 classes (disc, box)" in message(check_num_classes, ["digits_val", name], 10)
     check_num_classes(name, 2)
+
+
+@pytest.mark.parametrize("classes", [["disc", "disc"], ["disc", " "]])
+def test_classes_that_nothing_tells_apart_are_refused(custom, classes):
+    records = [{"file_name": "", "annotations": []}]
+    text = message(load_dataset, custom(lambda: records, thing_classes=classes), False)
+    assert f"classes are named {classes[1]!r}" in text
+
+
+def test_classes_of_another_order_than_the_trainings_are_refused(coco):
+    train = coco.register("order_train")
+    coco.json_file = coco.folder / "val.json"
+    coco.content["categories"] = [{"id": 1, "name": "box"}, {"id": 2, "name": "disc"}]
+    val = coco.register("order_val")
+    check_class_order([train], train)
+    text = message(check_class_order, [train], val)
+    assert "class box is number 0, but number 1 in the training data" in text
+    assert "set classes: ['disc', 'box'] in DATASETS.REGISTER.order_val" in text
+    (coco.folder / "shapes.json").unlink()
+    MetadataCatalog.remove(train)
+    check_class_order([train], val)  # the training data is not at hand
+
+
+@pytest.mark.parametrize("change", [{"iscrowd": 1}, {"bbox": [5, 6, 0, 10]}])
+def test_training_data_without_any_object_is_refused(coco, change):
+    for annotation in coco.content["annotations"]:
+        annotation.update(change)
+    name = coco.register()
+    text = message(check_objects, load_dataset(name, filter_empty=False), [name])
+    assert "data set 'shapes_train': there is nothing to learn" in text

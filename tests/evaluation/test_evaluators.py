@@ -1,6 +1,7 @@
 """Which evaluator a data set gets, and what it completes in files that lack something."""
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from fcos_d2.data import class_names, is_flat, load_dataset
 from fcos_d2.engine import Trainer
 from fcos_d2.errors import InputError
-from fcos_d2.evaluation import THRESHOLD_FILE, evaluator_for
+from fcos_d2.evaluation import THRESHOLD_FILE, ThresholdEvaluator, evaluator_for
 from fcos_d2.inference import evaluate
 
 from ..tiny_training import write_shapes
@@ -140,6 +142,70 @@ def changed(**fields):
 )
 def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change):
     np.testing.assert_equal(evaluation_of(change), evaluation_of(changed()))
+
+
+def perfect(name: str) -> list[list[dict]]:
+    """Detections of every object with a score of 1."""
+    found = []
+    for record in load_dataset(name, filter_empty=False):
+        annotations = [a for a in record["annotations"] if not is_flat(a)]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).float().reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
+        instances.scores = torch.ones(len(boxes))
+        found.append(([record], [{"instances": instances}]))
+    return found
+
+
+def average_precision(name: str, folder, found) -> float:
+    evaluator = evaluator_for(name, str(folder))
+    evaluator.reset()
+    for inputs, outputs in found:
+        evaluator.process(inputs, outputs)
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+def test_boxes_of_no_area_are_not_evaluated(tmp_path, caplog):
+    content = json.loads(write_shapes(tmp_path).read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    (tmp_path / "flat.json").write_text(json.dumps(content))
+    register_coco_instances("flat", {}, str(tmp_path / "flat.json"), str(tmp_path))
+    try:
+        found = perfect("flat")
+        assert average_precision("flat", tmp_path, found) == pytest.approx(100)
+        assert "1 boxes without area are left out of the evaluation" in caplog.text
+        thresholds = ThresholdEvaluator("flat", str(tmp_path))
+        for inputs, outputs in found:
+            thresholds.process(inputs, outputs)
+        assert thresholds.evaluate()["best_f1"]["F1"] == pytest.approx(100)
+    finally:
+        DatasetCatalog.remove("flat")
+        MetadataCatalog.remove("flat")
+
+
+def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path):
+    path = write_shapes(tmp_path)
+    register_coco_instances("as_file", {}, str(path), str(tmp_path))
+    records = load_dataset("as_file")
+    wrong = deepcopy(records)
+    for record in wrong:
+        for annotation in record["annotations"]:
+            annotation["bbox"] = [0, 0, 2, 2]
+    versions = [wrong, records]
+    DatasetCatalog.register("in_python", lambda: versions[0])
+    MetadataCatalog.get("in_python").set(thing_classes=class_names("as_file"))
+    MetadataCatalog.get("in_python").set(evaluator_type="coco")
+    try:
+        found = perfect("as_file")
+        assert average_precision("in_python", tmp_path, found) < 1
+        versions.pop(0)
+        assert average_precision("in_python", tmp_path, found) == pytest.approx(100)
+        assert not MetadataCatalog.get("in_python").get("json_file")
+    finally:
+        for name in ("as_file", "in_python"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):

@@ -1,0 +1,7 @@
+"""``python -m fcos_d2``: the command ``fcos-d2``."""
+
+import sys
+
+from .commands.cli import main
+
+sys.exit(main())
