@@ -33,9 +33,11 @@ _ADELAIDET = {
     "THRESH_WITH_CTR": False,
     "RANK_WITH_CTR": True,
     "CLIP_BEFORE_NMS": False,
+    "DROP_EMPTY": False,
+    "PIXEL_EXTENT": 0,
     "NMS_TH": 0.6,
 }
-_ORIGINAL_IMPRV = {**_ADELAIDET, "CLIP_BEFORE_NMS": True}
+_ORIGINAL_IMPRV = {**_ADELAIDET, "CLIP_BEFORE_NMS": True, "PIXEL_EXTENT": 1}
 _ORIGINAL = {
     **_ORIGINAL_IMPRV,
     "CENTER_SAMPLE": False,
@@ -78,6 +80,7 @@ _MMDET_TRICKS = {
     "SCORE_RULE": "product",
     "RANK_WITH_CTR": False,
     "CLIP_BEFORE_NMS": True,
+    "DROP_EMPTY": True,
 }
 _MMDET_BASE = {
     **_MMDET_TRICKS,
@@ -219,6 +222,10 @@ def _add_targets(fcos: CN) -> None:
     # Points inside crowd regions (COCO iscrowd=1) are ignored instead of learned as background. Not
     # for two-stage detectors: their heads would take the regions' class -1 for a class.
     fcos.IGNORE_CROWD = False
+    # 1 where x2 and y2 of a box are its last pixels, 0 where they are its ends: added to width and
+    # height where boxes of several sizes compete for a point and where NMS overlaps boxes,
+    # subtracted from the image's where boxes are clipped.
+    fcos.PIXEL_EXTENT = None
 
 
 def _add_losses(fcos: CN) -> None:
@@ -229,6 +236,7 @@ def _add_losses(fcos: CN) -> None:
     # "iou", "linear_iou", "giou", "diou" or "ciou".
     fcos.LOC_LOSS_TYPE = None
     # Added to intersection and union of the box loss, in squared units of the regression targets.
+    # Without it (0), "iou" is flat below an IoU of 1e-6.
     fcos.IOU_SMOOTH = None
     # Weight the box loss by the centerness target and divide by the sum of the weights. Applies to
     # BOX_QUALITY "ctrness"; with "iou" all positive points weigh the same.
@@ -254,7 +262,9 @@ def _add_inference(fcos: CN) -> None:
     fcos.RANK_WITH_CTR = None
     # Final score: "sqrt" of the product, "product", or "cls" (quality unused).
     fcos.SCORE_RULE = None
+    # Clip boxes to their image before NMS, and leave out those that have no area then.
     fcos.CLIP_BEFORE_NMS = None
+    fcos.DROP_EMPTY = None
     # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS,
     # 1704.04503, with its sigma); whether boxes of different classes suppress each other.
     fcos.NMS_TH = None

@@ -221,6 +221,7 @@ def test_every_key_is_read():
 OTHER_VALUES = {
     "BOX_QUALITY": "iou", "CENTERNESS_ON_REG": False, "CENTER_SAMPLE": False,
     "CLIP_BEFORE_NMS": True, "CONVENTION": "torchvision", "CTR_WEIGHTED_LOC": False,
+    "DROP_EMPTY": True, "PIXEL_EXTENT": 1,
     "FPN_STRIDES": [8, 16, 32, 64, 100], "IGNORE_CROWD": True, "INFERENCE_TH_TEST": 0.2,
     "INFERENCE_TH_TRAIN": 0.2, "IN_FEATURES": ["p3", "p4", "p5", "p6"], "IOU_SMOOTH": 0.5,
     "LOCATION_OFFSET": 0.25, "LOCATION_PITCH": "floor", "LOC_LOSS_TYPE": "diou",

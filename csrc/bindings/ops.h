@@ -92,7 +92,7 @@ class Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
       const Tensor& gt_boxes, const Tensor& gt_classes, const Tensor& gt_offsets, Integers shapes,
       Integers strides, Integers pitches, double offset, Numbers size_ranges, int64_t num_classes,
-      double center_radius, bool inclusive) {
+      double center_radius, bool inclusive, int64_t pixel_extent) {
     const char* op = "assign_targets";
     AssignTargets args{};
     Tensor boxes = input(op, "gt_boxes", gt_boxes, gt_boxes, args.boxes);
@@ -104,7 +104,7 @@ class Ops {
     for (int l = 0; l < args.levels.count; ++l) {
       args.ranges[l] = {float(size_ranges[2 * l]), float(size_ranges[2 * l + 1]), inclusive};
     }
-    args.center_radius = float(center_radius);
+    args.center_radius = float(center_radius), args.pixel_extent = float(pixel_extent);
     args.num_classes = int(num_classes);
     int64_t b = args.num_images, p = args.levels.num_points;
     Tensor labels = output(boxes, {b, p}, args.labels);
@@ -166,7 +166,8 @@ class Ops {
   static std::tuple<Tensor, Tensor, Tensor> select_candidates(
       Tensors logits, Tensors ltrb, Tensors quality, const Tensor& image_sizes, Integers strides,
       Integers pitches, double offset, double score_threshold, int64_t topk,
-      bool threshold_with_quality, bool rank_with_quality, std::string score_rule, bool clip) {
+      bool threshold_with_quality, bool rank_with_quality, std::string score_rule, bool clip,
+      int64_t pixel_extent, bool drop_empty) {
     const char* op = "select_candidates";
     TensorMaps<Device> logits_maps(op, "logits", logits, logits);
     TensorMaps<Device> ltrb_maps(op, "ltrb", ltrb, logits);
@@ -188,7 +189,7 @@ class Ops {
     args.threshold_with_quality = threshold_with_quality;
     args.rank_with_quality = rank_with_quality;
     args.score_rule = choose<ScoreRule>(op, "score_rule", score_rule, {"sqrt", "product", "cls"});
-    args.clip = clip;
+    args.clip = clip, args.drop_empty = drop_empty, args.pixel_extent = float(pixel_extent);
     for (int l = 0; l < args.levels.count; ++l) {
       int64_t pairs = args.levels.level[l].num_points() * args.num_classes;
       STD_TORCH_CHECK(
@@ -206,7 +207,7 @@ class Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> batched_nms_padded(
       const Tensor& given_boxes, const Tensor& given_scores, const Tensor& given_classes,
       double iou_threshold, int64_t max_detections, bool class_agnostic, std::string method,
-      double sigma, double min_score) {
+      double sigma, double min_score, int64_t pixel_extent) {
     const char* op = "batched_nms_padded";
     PaddedNms args{};
     Tensor boxes = contiguous_boxes(given_boxes);
@@ -219,6 +220,7 @@ class Ops {
     args.class_agnostic = class_agnostic;
     args.method = choose<NmsMethod>(op, "method", method, {"hard", "linear", "gaussian"});
     args.sigma = float(sigma), args.min_score = float(min_score);
+    args.pixel_extent = float(pixel_extent);
     int64_t b = args.num_images, d = args.max_detections;
     Tensor kept_boxes = output(boxes, {b, d, 4}, args.kept_boxes);
     Tensor kept_scores = output(boxes, {b, d}, args.kept_scores);

@@ -35,6 +35,8 @@ struct Maps {
   Map level[kMaxLevels];
 };
 
+// `pixel_extent` is 1 where x2 and y2 of boxes are their last pixels, 0 where they are their ends.
+
 struct AssignTargets {
   const float* boxes;     // [M, 4]
   const int64_t* classes; // [M], -1 for a region to ignore
@@ -44,6 +46,7 @@ struct AssignTargets {
   Levels levels;
   SizeRange ranges[kMaxLevels];
   float center_radius; // in strides, 0 for none
+  float pixel_extent;
   int num_classes;
   int32_t* labels;   // [B, P]
   int32_t* matched;  // [B, P]
@@ -97,7 +100,8 @@ struct SelectCandidates {
   int64_t topk;
   bool threshold_with_quality, rank_with_quality;
   ScoreRule score_rule;
-  bool clip;
+  bool clip, drop_empty;
+  float pixel_extent;
   int64_t slots[kMaxLevels + 1]; // level l owns the slots [slots[l], slots[l + 1]) of N
   float* boxes;                  // [B, N, 4]
   float* scores;                 // [B, N]
@@ -114,7 +118,7 @@ struct PaddedNms {
   float iou_threshold;
   bool class_agnostic;
   NmsMethod method;
-  float sigma, min_score;
+  float sigma, min_score, pixel_extent;
   float* kept_boxes;     // [B, D, 4]
   float* kept_scores;    // [B, D]
   int64_t* kept_classes; // [B, D]

@@ -37,7 +37,9 @@ FCOS_HD float longest(const Ltrb<float>& d) {
   return max_of(max_of(d.left, d.top), max_of(d.right, d.bottom));
 }
 
-FCOS_HD float area(const float* box) { return mul_rn(box[2] - box[0], box[3] - box[1]); }
+FCOS_HD float area(const float* box, float pixel_extent = 0) {
+  return mul_rn(box[2] + pixel_extent - box[0], box[3] + pixel_extent - box[1]);
+}
 
 // Areas of intersection and union of two boxes. A NaN coordinate makes the union NaN, which no
 // comparison exceeds.
@@ -71,10 +73,15 @@ FCOS_HD void decode_box(const Level& level, int64_t point, const float* ltrb, fl
   box[3] = y + mul_rn(ltrb[3], level.stride);
 }
 
-FCOS_HD void clip_box(float height, float width, float* box) {
+FCOS_HD void clip_box(float bottom, float right, float* box) {
   for (int c = 0; c < 4; ++c) {
-    box[c] = min_of(max_of(box[c], 0.0f), c % 2 ? height : width);
+    box[c] = min_of(max_of(box[c], 0.0f), c % 2 ? bottom : right);
   }
+}
+
+FCOS_HD bool is_finite(const float* box) { // what is not finite, less itself, is NaN
+  float zero = (box[0] - box[0]) + (box[1] - box[1]) + (box[2] - box[2]) + (box[3] - box[3]);
+  return zero == 0;
 }
 
 // The sizes a level is responsible for.
@@ -104,7 +111,7 @@ struct BoxLoss {
 };
 
 constexpr double kEps = 1e-7;    // keeps denominators away from zero
-constexpr double kMinIou = 1e-6; // below it -log(IoU) is flat
+constexpr double kMinIou = 1e-6; // below it the unsmoothed -log(IoU) is flat
 constexpr double kLogMinIou = -13.815510557964274;
 constexpr double kPi = 3.14159265358979323846;
 
@@ -147,7 +154,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       (d_inter.right - iou * d_union.right) / denominator,
       (d_inter.bottom - iou * d_union.bottom) / denominator};
   if (type == LossType::kIou) {
-    bool flat = !(iou > T(kMinIou));
+    bool flat = smoothing == 0 && iou <= T(kMinIou);
     return {
         flat ? T(-kLogMinIou) : std::log1p((different + eps) / (inter + smoothing)),
         iou,

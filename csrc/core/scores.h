@@ -70,6 +70,21 @@ FCOS_HD float score_of(const SelectCandidates& args, float cls, float product) {
                                                   : cls;
 }
 
+// Decodes a candidate's box. False where it is to be dropped.
+FCOS_HD bool make_box(
+    const SelectCandidates& args, int level, int64_t image, int64_t point, const float* ltrb,
+    float* box) {
+  decode_box(args.levels.level[level], point, ltrb, box);
+  if (!is_finite(box)) {
+    return false;
+  }
+  if (args.clip) {
+    const int64_t* size = args.image_sizes + 2 * image;
+    clip_box(float(size[0]) - args.pixel_extent, float(size[1]) - args.pixel_extent, box);
+  }
+  return !args.drop_empty || (box[0] < box[2] && box[1] < box[3]);
+}
+
 // Every class logit of a class probability above `probability` exceeds this, whatever is rounded.
 FCOS_HD float logit_below(float probability) {
   constexpr float kSlack = 1e-3f;

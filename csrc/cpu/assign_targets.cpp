@@ -82,7 +82,7 @@ bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
       (box[0] + box[2]) / 2,
       (box[1] + box[3]) / 2,
       args.center_radius > 0 && !ignored ? near : kInfinity,
-      area(box),
+      area(box, args.pixel_extent),
       ignored};
   // The largest distance of an inner point to a side lies between half the longer side and all of
   // it; the margins cover rounding.

@@ -66,8 +66,8 @@ std::vector<int32_t> dense_ids(const int64_t* ids, int64_t count) {
 // The boxes kept so far, in memory that is taken once.
 class Kept {
  public:
-  Kept(std::vector<int32_t> classes, float threshold)
-      : classes_(std::move(classes)), threshold_(threshold) {
+  Kept(std::vector<int32_t> classes, float threshold, float pixel_extent)
+      : classes_(std::move(classes)), threshold_(threshold), pixel_extent_(pixel_extent) {
     int32_t highest = classes_.empty() ? -1 : *std::max_element(classes_.begin(), classes_.end());
     first_block_.assign(size_t(highest) + 2, 0);
     count_.assign(size_t(highest) + 1, 0);
@@ -83,7 +83,8 @@ class Kept {
   }
 
   // True, and the box is remembered, where nothing of its class that was kept before suppresses it.
-  bool keep(int64_t index, const float* box) {
+  bool keep(int64_t index, const float* given) {
+    float box[4] = {given[0], given[1], given[2] + pixel_extent_, given[3] + pixel_extent_};
     int32_t id = classes_[index];
     Block* blocks = blocks_.data() + first_block_[id];
     int64_t& count = count_[id];
@@ -99,7 +100,7 @@ class Kept {
 
  private:
   std::vector<int32_t> classes_;
-  float threshold_;
+  float threshold_, pixel_extent_;
   std::vector<int64_t> first_block_, count_; // by class
   std::vector<Block> blocks_;
 };
@@ -148,7 +149,7 @@ void hard(const PaddedNms& args, int64_t image) {
   Kept kept(
       args.class_agnostic ? std::vector<int32_t>(args.num_boxes, 0)
                           : dense_ids(classes, args.num_boxes),
-      args.iou_threshold);
+      args.iou_threshold, args.pixel_extent);
   Writer out{args, image};
   while (!heap.empty() && out.count < args.max_detections) {
     std::pop_heap(heap.begin(), heap.end());
@@ -164,6 +165,14 @@ void hard(const PaddedNms& args, int64_t image) {
 void soft(const PaddedNms& args, int64_t image) {
   int64_t base = image * args.num_boxes;
   const float* boxes = args.boxes + 4 * base;
+  std::vector<float> larger;
+  if (args.pixel_extent != 0) {
+    larger.assign(boxes, boxes + 4 * args.num_boxes);
+    for (size_t i = 0; i < larger.size(); i += 4) {
+      larger[i + 2] += args.pixel_extent, larger[i + 3] += args.pixel_extent;
+    }
+    boxes = larger.data();
+  }
   const int64_t* classes = args.classes + base;
   std::vector<float> alive(args.scores + base, args.scores + base + args.num_boxes);
   for (int64_t i = 0; i < args.num_boxes; ++i) {
@@ -245,7 +254,7 @@ void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
 std::vector<int64_t> batched_nms(
     const float* boxes, const double* scores, const int64_t* groups, int64_t num_boxes,
     float iou_threshold) {
-  Kept kept(dense_ids(groups, num_boxes), iou_threshold);
+  Kept kept(dense_ids(groups, num_boxes), iou_threshold, 0);
   std::vector<int64_t> indices;
   for (int64_t i : order_of(scores, num_boxes)) {
     if (kept.keep(i, boxes + 4 * i)) {

@@ -280,6 +280,12 @@ float read(const Map& map, DType dtype, int64_t image, int64_t channel, int64_t 
   });
 }
 
+void write_empty(const SelectCandidates& args, int64_t first, int64_t last) {
+  std::fill(args.boxes + 4 * first, args.boxes + 4 * last, 0.0f);
+  std::fill(args.scores + first, args.scores + last, 0.0f);
+  std::fill(args.classes + first, args.classes + last, -1);
+}
+
 void write_candidate(
     const SelectCandidates& args, const LevelOfImage& on, uint32_t index, int64_t to) {
   int l = on.level;
@@ -290,10 +296,8 @@ void write_candidate(
   for (int side = 0; side < 4; ++side) {
     distances[side] = read(args.ltrb.level[l], args.ltrb_dtype, on.image, side, point);
   }
-  decode_box(args.levels.level[l], point, distances, box);
-  if (args.clip) {
-    const int64_t* size = args.image_sizes + 2 * on.image;
-    clip_box(float(size[0]), float(size[1]), box);
+  if (!make_box(args, l, on.image, point, distances, box)) {
+    return write_empty(args, to, to + 1);
   }
   args.scores[to] = score_of(args, cls, cls * quality);
   args.classes[to] = channel;
@@ -305,9 +309,7 @@ void write(const SelectCandidates& args, LevelOfImage& on) {
   for (uint64_t key : on.best.sorted()) {
     write_candidate(args, on, ranking_index(key), to++);
   }
-  std::fill(args.boxes + 4 * to, args.boxes + 4 * end, 0.0f);
-  std::fill(args.scores + to, args.scores + end, 0.0f);
-  std::fill(args.classes + to, args.classes + end, -1);
+  write_empty(args, to, end);
 }
 
 } // namespace

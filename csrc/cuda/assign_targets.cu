@@ -89,7 +89,7 @@ __device__ void load_box(
       "assign_targets: gt_classes must lie in [-1, num_classes); -1 is an ignored region, other "
       "values need a larger num_classes");
   const float* box = args.boxes + 4 * int64_t(index);
-  Survivor s = {{box[0], box[1], box[2], box[3]}, area(box), index, label == -1};
+  Survivor s = {{box[0], box[1], box[2], box[3]}, area(box, args.pixel_extent), index, label == -1};
   if (may_serve(args, tile, s)) {
     survivors[atomicAdd(count, 1)] = s;
   }

@@ -42,6 +42,10 @@ __device__ uint64_t ballot(bool first, bool second) {
   return uint64_t(__ballot_sync(kAllLanes, second)) << 32 | low;
 }
 
+__device__ float4 add_extent(float4 box, float pixel_extent) {
+  return make_float4(box.x, box.y, box.z + pixel_extent, box.w + pixel_extent);
+}
+
 // The boxes of a step.
 struct Step {
   float4 box[kStep];
@@ -203,7 +207,7 @@ __device__ void find_suppressed(
   unsigned suppressed = 0;
   for (int64_t j = threadIdx.x / 2; j < kept; j += kPaddedThreads / 2) {
     int64_t group = args.class_agnostic ? 0 : image.kept_classes[j];
-    float4 box = image.kept_boxes[j];
+    float4 box = add_extent(image.kept_boxes[j], args.pixel_extent);
     for (unsigned rest = boxes_of(group, scratch.bins)[half]; rest != 0; rest &= rest - 1) {
       int bit = __ffs(int(rest)) - 1, i = 32 * half + bit;
       bool hit = step.group[i] == group && step.overlaps(i, box, area(&box.x), args.iou_threshold);
@@ -225,7 +229,7 @@ __device__ int64_t take_step(
   if (t < count) {
     index = ranking_index(keys[t]);
     int64_t group = args.class_agnostic ? 0 : image.classes[index];
-    scratch.step.set(t, image.boxes[index], group);
+    scratch.step.set(t, add_extent(image.boxes[index], args.pixel_extent), group);
     atomicOr(boxes_of(group, scratch.bins) + t / 32, 1u << (t % 32));
   }
   if (t < 2) {
@@ -300,7 +304,7 @@ __global__ void __launch_bounds__(kPaddedThreads)
       break;
     }
     int64_t index = ranking_index(best);
-    float4 box = image.boxes[index];
+    float4 box = add_extent(image.boxes[index], args.pixel_extent);
     int64_t label = image.classes[index];
     best = 0;
     for (int64_t i = threadIdx.x; i < args.num_boxes; i += kPaddedThreads) {
@@ -309,7 +313,7 @@ __global__ void __launch_bounds__(kPaddedThreads)
         image.keep(kept, i, score);
         score = -INFINITY;
       } else if (score > -INFINITY && (args.class_agnostic || image.classes[i] == label)) {
-        float4 other = image.boxes[i];
+        float4 other = add_extent(image.boxes[i], args.pixel_extent);
         score = lower(args, score, overlap(&box.x, &other.x));
       }
       scores[i] = score = score > args.min_score ? score : -INFINITY; // -inf for NaN

@@ -564,6 +564,14 @@ __device__ unsigned replace_list(
   return above + bin.inside;
 }
 
+__device__ void write_empty(const Plan& plan, int level, int64_t image, int64_t slot) {
+  const SelectCandidates& args = plan.args;
+  int64_t to = image * args.slots[args.levels.count] + args.slots[level] + slot;
+  reinterpret_cast<float4*>(args.boxes)[to] = make_float4(0, 0, 0, 0);
+  args.scores[to] = 0;
+  args.classes[to] = -1;
+}
+
 template <class T>
 __device__ void write_candidate(
     const Plan& plan, int level, int64_t image, int64_t slot, uint64_t key) {
@@ -576,21 +584,12 @@ __device__ void write_candidate(
   read_as<T, 1>(args.logits.level[level], image, channel, point, &logit);
   read<4>(args.ltrb.level[level], args.ltrb_dtype, image, point, ltrb);
   Scores scores = make_scores(logit, read_quality(plan, level, image, point));
-  decode_box(args.levels.level[level], point, ltrb, box);
-  if (args.clip) {
-    clip_box(float(args.image_sizes[2 * image]), float(args.image_sizes[2 * image + 1]), box);
+  if (!make_box(args, level, image, point, ltrb, box)) {
+    return write_empty(plan, level, image, slot);
   }
   reinterpret_cast<float4*>(args.boxes)[to] = make_float4(box[0], box[1], box[2], box[3]);
   args.scores[to] = score_of(args, scores.cls, scores.product);
   args.classes[to] = channel;
-}
-
-__device__ void write_empty(const Plan& plan, int level, int64_t image, int64_t slot) {
-  const SelectCandidates& args = plan.args;
-  int64_t to = image * args.slots[args.levels.count] + args.slots[level] + slot;
-  reinterpret_cast<float4*>(args.boxes)[to] = make_float4(0, 0, 0, 0);
-  args.scores[to] = 0;
-  args.classes[to] = -1;
 }
 
 // There are fewer blocks than multiprocessors: none has to share its registers with another.

@@ -45,11 +45,9 @@ class DetectionGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Uint8 Tensor[B, C, H, W], in the channel order of the config -> fields of Detections."""
         padded = self._preprocess(images)
-        candidates = self._select(*self.model.network(padded), padded)
-        rule = self.model.postprocess
-        if rule.selection["clip"]:
-            candidates = candidates._replace(boxes=_clip(candidates.boxes, images))
-        return self._finish(*self.suppress(*candidates, **rule.suppression), images)
+        candidates = self._select(*self.model.network(padded), padded, images)
+        rule = self.model.postprocess.suppression
+        return self._finish(*self.suppress(*candidates, **rule), images)
 
     def _preprocess(self, images: Tensor) -> Tensor:
         x = (images.float() - self.model.pixel_mean) / self.model.pixel_std
@@ -58,14 +56,17 @@ class DetectionGraph(nn.Module):
         return F.pad(x, (0, right, 0, bottom)).to(self.dtype)
 
     def _select(
-        self, features: list[Tensor], predictions: Predictions, padded: Tensor
+        self, features: list[Tensor], predictions: Predictions, padded: Tensor, images: Tensor
     ) -> Candidates:
         levels = self.model.grid.levels(features, padded)
         pitches = list(chain.from_iterable(levels.pitches))
-        rule = {**self.model.postprocess.selection, "clip": False}
+        rule = self.model.postprocess.selection
+        sizes = [
+            images.new_full((images.shape[0], 1), n, dtype=torch.int64) for n in images.shape[2:]
+        ]
         return Candidates(*reference.select_candidates(
-            *predictions[:3], None, list(levels.strides), pitches, levels.offset, **rule,
-            top=self.top,
+            *predictions[:3], torch.cat(sizes, dim=1), list(levels.strides), pitches, levels.offset,
+            **rule, top=self.top,
         ))  # fmt: skip
 
     def _finish(

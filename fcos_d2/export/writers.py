@@ -223,16 +223,18 @@ def nms_of_onnx(num_classes: int) -> Callable:
     from onnxscript import opset18 as op
 
     def batched_nms_padded(
-        boxes, scores, classes, iou_threshold, max_detections, class_agnostic, *_
-    ):
+        boxes, scores, classes, iou_threshold, max_detections, class_agnostic,
+        method, sigma, min_score, pixel_extent=0,
+    ):  # fmt: skip
         empty, limit = op.Constant(value_float=-1.0), op.Constant(value_ints=[max_detections])
         zero, none = op.Constant(value_float=0.0), op.Constant(value_int=-1)
         ids = op.Constant(value_ints=list(range(1 if class_agnostic else num_classes)))
         own = op.Min(classes, op.Constant(value_int=0)) if class_agnostic else classes
         is_own = op.Equal(op.Unsqueeze(own, [1]), op.Unsqueeze(ids, [0, 2]))
         rows = op.Where(is_own, op.Unsqueeze(scores, [1]), empty)
+        extent = op.Constant(value_floats=[0.0, 0.0, *[float(pixel_extent)] * 2])
         selected = op.NonMaxSuppression(
-            boxes,
+            op.Add(boxes, extent) if pixel_extent else boxes,
             rows,
             limit,
             op.Constant(value_floats=[iou_threshold]),

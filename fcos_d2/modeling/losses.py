@@ -31,6 +31,7 @@ class FCOSLoss(nn.Module):
             levels.
         range_inclusive: whether a largest distance equal to a bound belongs to the range.
         center_radius: of center sampling, in strides; 0 for none.
+        pixel_extent: 1 where x2 and y2 of a box are its last pixels, else 0.
         alpha: of the focal loss.
         gamma: of the focal loss.
         cls_weight: weight of the classification loss.
@@ -59,6 +60,7 @@ class FCOSLoss(nn.Module):
         sizes_of_interest: Sequence[float] = (64, 128, 256, 512),
         range_inclusive: bool = True,
         center_radius: float = 1.5,
+        pixel_extent: int = 0,
         alpha: float = 0.25,
         gamma: float = 2.0,
         cls_weight: float = 1.0,
@@ -77,10 +79,12 @@ class FCOSLoss(nn.Module):
         check_choice("BOX_QUALITY", box_quality, QUALITIES)
         check_choice("LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "moving_fg", "all"))
         check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
+        check_choice("PIXEL_EXTENT", pixel_extent, (0, 1))
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.size_ranges = _size_ranges(sizes_of_interest, self.strides)
         self.range_inclusive, self.center_radius = range_inclusive, center_radius
+        self.pixel_extent = pixel_extent
         self.alpha, self.gamma, self.cls_weight = alpha, gamma, cls_weight
         self.loc_loss_type, self.box_quality = loc_loss_type, box_quality
         unit = [1 if norm_reg_targets else stride for stride in self.strides]
@@ -102,6 +106,7 @@ class FCOSLoss(nn.Module):
             "sizes_of_interest": fcos.SIZES_OF_INTEREST,
             "range_inclusive": fcos.RANGE_INCLUSIVE,
             "center_radius": fcos.POS_RADIUS if fcos.CENTER_SAMPLE else 0.0,
+            "pixel_extent": fcos.PIXEL_EXTENT,
             "alpha": fcos.LOSS_ALPHA,
             "gamma": fcos.LOSS_GAMMA,
             "cls_weight": fcos.LOSS_WEIGHT_CLS,
@@ -158,6 +163,7 @@ class FCOSLoss(nn.Module):
             num_classes=self.num_classes,
             center_radius=self.center_radius,
             inclusive=self.range_inclusive,
+            pixel_extent=self.pixel_extent,
         )
 
     @property

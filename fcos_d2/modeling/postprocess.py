@@ -24,6 +24,8 @@ class PostProcessor:
         rank_with_quality: rank candidates by the product instead of the class probability.
         score_rule: final score, "sqrt" of the product, "product" or "cls".
         clip: clip boxes to the image before NMS.
+        drop_empty: leave out boxes without area before NMS.
+        pixel_extent: 1 where x2 and y2 of a box are its last pixels, else 0.
         nms_threshold: IoU above which the lower-scored box is suppressed.
         nms_method: "hard", "linear" or "gaussian".
         nms_sigma: of "gaussian".
@@ -44,6 +46,8 @@ class PostProcessor:
         rank_with_quality: bool = True,
         score_rule: str = "sqrt",
         clip: bool = False,
+        drop_empty: bool = False,
+        pixel_extent: int = 0,
         nms_threshold: float = 0.6,
         nms_method: str = "hard",
         nms_sigma: float = 0.5,
@@ -53,6 +57,7 @@ class PostProcessor:
         # Here, and not when the first evaluation comes, after hours of training.
         check_choice("SCORE_RULE", score_rule, SCORE_RULES)
         check_choice("NMS_METHOD", nms_method, NMS_METHODS)
+        check_choice("PIXEL_EXTENT", pixel_extent, (0, 1))
         check_number("INFERENCE_TH_*", score_threshold, 0, 1)
         check_number("NMS_TH", nms_threshold, 0, 1)
         check_number("PRE_NMS_TOPK_*", topk, 1)
@@ -64,6 +69,8 @@ class PostProcessor:
             "rank_with_quality": rank_with_quality,
             "score_rule": score_rule,
             "clip": clip,
+            "pixel_extent": pixel_extent,
+            "drop_empty": drop_empty,
         }
         self.suppression = {
             "iou_threshold": nms_threshold,
@@ -71,6 +78,7 @@ class PostProcessor:
             "class_agnostic": class_agnostic,
             "method": nms_method,
             "sigma": nms_sigma,
+            "pixel_extent": pixel_extent,
         }
 
     @classmethod
@@ -84,6 +92,8 @@ class PostProcessor:
             "rank_with_quality": fcos.RANK_WITH_CTR,
             "score_rule": fcos.SCORE_RULE,
             "clip": fcos.CLIP_BEFORE_NMS,
+            "drop_empty": fcos.DROP_EMPTY,
+            "pixel_extent": fcos.PIXEL_EXTENT,
             "nms_threshold": fcos.NMS_TH,
             "nms_method": fcos.NMS_METHOD,
             "nms_sigma": fcos.NMS_SIGMA,

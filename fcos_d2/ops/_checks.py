@@ -181,6 +181,12 @@ def check_count(function: str, name: str, value: object) -> None:
     check(good, function, f"{name} must be an integer >= 1 and < 2^31", value)
 
 
+def check_pixel_extent(function: str, value: object) -> None:
+    """Checks that ``value`` is 0 or 1."""
+    good = isinstance(value, int) and not isinstance(value, bool) and value in (0, 1)
+    check(good, function, "pixel_extent must be 0 or 1", value)
+
+
 def check_flags(function: str, **flags: object) -> None:
     """Checks that all ``flags`` are True or False."""
     for name, value in flags.items():

@@ -16,6 +16,7 @@ from ._checks import (
     check_flags,
     check_levels,
     check_number,
+    check_pixel_extent,
     check_same_device,
     check_tensor,
     is_number,
@@ -54,6 +55,7 @@ def assign_targets(
     num_classes: int,
     center_radius: float = 1.5,
     inclusive: bool = True,
+    pixel_extent: int = 0,
 ) -> Targets:
     """Assigns ground truth to points, all images and levels at once (1904.01355 section 3).
 
@@ -74,6 +76,8 @@ def assign_targets(
         num_classes: K.
         center_radius: in strides; 0 turns center sampling off (any point inside the box).
         inclusive: whether a distance equal to low or high is in the range.
+        pixel_extent: added to width and height when areas are compared: 1 where x2 and y2 are the
+            last pixels of a box (the original), 0 where they are its ends.
 
     Returns:
         Targets, on the device of ``gt_boxes``. Not differentiable.
@@ -113,6 +117,7 @@ def assign_targets(
     check_count(name, "num_classes", num_classes)
     check_number(name, "center_radius", center_radius, 0, float("inf"))
     check_flags(name, inclusive=inclusive)
+    check_pixel_extent(name, pixel_extent)
     return Targets(
         *_op(
             gt_boxes.detach(),
@@ -126,6 +131,7 @@ def assign_targets(
             num_classes,
             float(center_radius),
             inclusive,
+            pixel_extent,
         )
     )
 
@@ -151,7 +157,8 @@ def _fake(gt_boxes, gt_classes, gt_offsets, shapes, *_):
 _op = define_op(
     "assign_targets(Tensor gt_boxes, Tensor gt_classes, Tensor gt_offsets, SymInt[] shapes, "
     "int[] strides, SymInt[] pitches, float offset, float[] size_ranges, int num_classes, "
-    "float center_radius, bool inclusive) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float center_radius, bool inclusive, int pixel_extent=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.assign_targets,
     _fake,
 )

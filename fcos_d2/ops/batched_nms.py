@@ -14,6 +14,7 @@ from ._checks import (
     check_count,
     check_flags,
     check_number,
+    check_pixel_extent,
     check_positive,
     check_same_device,
     check_tensor,
@@ -45,12 +46,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Groups are compared by id, never by shifting coordinates, so negative coordinates and any number
     of groups are exact. A box is suppressed when ``intersection > iou_threshold * union`` with a
     box of its group that was kept before it, in float32. Boxes without area and boxes with NaN
-    coordinates suppress nothing and are never suppressed.
+    coordinates suppress nothing and are never suppressed. Unlike torchvision's it cannot be
+    scripted; ``torch.compile`` and ``torch.export`` take it.
 
     Args:
-        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``.
+        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``. Where it has
+            no elements, whatever its shape, the other arguments may be anything.
         scores: floating-point Tensor[N]; equal scores keep their order, NaN sorts first.
-        idxs: integer Tensor[N], group (class, or class and image) of each box.
+        idxs: integer or floating-point Tensor[N], group (class, or class and image) of each box.
         iou_threshold: in [0, 1].
 
     Returns:
@@ -65,12 +68,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         tensor([0, 2])
     """
     name = "batched_nms"
+    if _is_empty_placeholder(boxes, idxs):
+        return boxes.new_empty(0, dtype=torch.int64)
     check_tensor(name, "boxes", boxes, ["N", 4], FLOATING)
     check_tensor(name, "scores", scores, [boxes.shape[0]], FLOATING)
-    check_tensor(name, "idxs", idxs, [boxes.shape[0]], [torch.int64, torch.int32])
+    check_tensor(name, "idxs", idxs, [boxes.shape[0]], [torch.int64, torch.int32, *FLOATING])
     check_same_device(name, boxes=boxes, scores=scores, idxs=idxs)
     check_number(name, "iou_threshold", iou_threshold, 0, 1)
-    return _op(boxes.detach(), scores.detach(), idxs.long(), float(iou_threshold))
+    # Equal floats have equal bits once -0 is 0.
+    groups = (idxs.double() + 0.0).view(torch.int64) if idxs.is_floating_point() else idxs.long()
+    return _op(boxes.detach(), scores.detach(), groups, float(iou_threshold))
 
 
 def batched_nms_padded(
@@ -84,6 +91,7 @@ def batched_nms_padded(
     method: str = "hard",
     sigma: float = 0.5,
     min_score: float = 0.001,
+    pixel_extent: int = 0,
 ) -> Detections:
     """Greedy NMS of a whole batch in fixed shapes, without waiting for the device.
 
@@ -102,6 +110,8 @@ def batched_nms_padded(
             threshold (soft-NMS, 1704.04503).
         sigma: of "gaussian", > 0.
         min_score: "linear" and "gaussian" drop boxes whose score fell to this or below.
+        pixel_extent: added to x2 and y2 for the IoU: 1 where they are the last pixels of a box (the
+            original), 0 where they are its ends.
 
     Returns:
         Detections. Not differentiable.
@@ -126,6 +136,7 @@ def batched_nms_padded(
     check_choice(name, "method", method, NMS_METHODS)
     check_positive(name, "sigma", sigma)
     check_number(name, "min_score", min_score, 0, 1)
+    check_pixel_extent(name, pixel_extent)
     return Detections(
         *_op_padded(
             boxes.detach(),
@@ -137,8 +148,16 @@ def batched_nms_padded(
             method,
             float(sigma),
             float(min_score),
+            pixel_extent,
         )
     )
+
+
+def _is_empty_placeholder(boxes: object, idxs: object) -> bool:
+    """Whether ``boxes`` has no elements. False for well-formed calls, whose N may be unknown."""
+    if not isinstance(boxes, Tensor) or (boxes.dim() == 2 and isinstance(idxs, Tensor)):
+        return False
+    return boxes.numel() == 0
 
 
 def _fake(boxes, scores, idxs, iou_threshold):
@@ -163,8 +182,8 @@ _op = define_op(
 )
 _op_padded = define_op(
     "batched_nms_padded(Tensor boxes, Tensor scores, Tensor classes, float iou_threshold, "
-    "int max_detections, bool class_agnostic, str method, float sigma, float min_score) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "int max_detections, bool class_agnostic, str method, float sigma, float min_score, "
+    "int pixel_extent=0) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.batched_nms_padded,
     _fake_padded,
 )

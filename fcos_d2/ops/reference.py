@@ -23,7 +23,7 @@ from .levels import Levels, point_coordinates, spread_over_points
 
 BOXES_PER_CHUNK = 64  # bounds the memory of assign_targets: O(P), whatever M is
 EPS = 1e-7  # keeps denominators of the IoU family away from zero
-MIN_IOU = 1e-6  # below it -log(IoU) is flat: disjoint boxes have a finite loss
+MIN_IOU = 1e-6  # below it the unsmoothed -log(IoU) is flat: disjoint boxes have a finite loss
 
 
 # ---- assign_targets ([1] section 3.1 and 3.2, [2] section 3.2) ----
@@ -41,6 +41,7 @@ def assign_targets(
     num_classes: int,
     center_radius: float,
     inclusive: bool,
+    pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``fcos_d2.ops.assign_targets``; the lists of pairs come flattened."""
     _check_ground_truth(gt_boxes, gt_classes, gt_offsets, num_classes)
@@ -63,7 +64,7 @@ def assign_targets(
         chunk = slice(first, first + BOXES_PER_CHUNK)
         boxes, ignored = gt_boxes[chunk, None, :], gt_classes[chunk, None] == -1
         image = image_of_box[chunk, None].expand(-1, num_points)
-        area = _area(gt_boxes[chunk])[:, None]
+        area = _area(gt_boxes[chunk], pixel_extent)[:, None]
         side = _sides(points, boxes)  # [m, P, 4] in pixels
         inside = side.amin(dim=-1) > 0
         longest = side.amax(dim=-1)
@@ -145,8 +146,9 @@ def _sides(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1)
 
 
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+def _area(boxes: Tensor, pixel_extent: int) -> Tensor:
+    width, height = (boxes[..., 2:] + pixel_extent - boxes[..., :2]).unbind(dim=-1)
+    return width * height
 
 
 # ---- sigmoid_focal_loss (arXiv 1708.02002 equation 5, with its gradient in closed form) ----
@@ -295,6 +297,7 @@ def iou_loss(
         target: Tensor[..., 4], ltrb of the true box, all positive.
         loss_type: "iou" (-log IoU), "linear_iou" (1 - IoU), "giou", "diou" or "ciou".
         smoothing: added to intersection and union, in squared units of ltrb (the authors use 1).
+            Where it is 0, "iou" is flat below an IoU of 1e-6.
 
     Returns:
         loss Tensor[...], IoU Tensor[...], d loss / d pred Tensor[..., 4].
@@ -321,10 +324,10 @@ def iou_loss(
     iou = (inter + smoothing) / denominator
     d_iou = (d_inter - iou[..., None] * d_union) / denominator[..., None]
     if loss_type == "iou":
-        steep = iou > MIN_IOU
+        flat = (iou <= MIN_IOU) & (smoothing == 0)
         loss = ((different + EPS) / (inter + smoothing)).log1p()  # -log(iou)
-        loss = torch.where(steep, loss, -math.log(MIN_IOU))
-        return loss, iou, torch.where(steep[..., None], -d_iou / iou[..., None], 0.0)
+        loss = torch.where(flat, -math.log(MIN_IOU), loss)
+        return loss, iou, torch.where(flat[..., None], 0.0, -d_iou / iou[..., None])
     distinct = (different + EPS) / denominator  # 1 - iou
     loss, d_loss = distinct, -d_iou
     if loss_type == "linear_iou":
@@ -430,6 +433,8 @@ def select_candidates(
     rank_with_quality: bool,
     score_rule: str,
     clip: bool,
+    pixel_extent: int = 0,
+    drop_empty: bool = False,
     top: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``fcos_d2.ops.select_candidates``; ``top`` replaces ``top_lowest_index_first``."""
@@ -445,25 +450,25 @@ def select_candidates(
         passes &= ~product.isnan()
         rank = torch.where(passes, product if rank_with_quality else cls, -1.0).flatten(1)
         rank, index = top(rank, topk)
-        found = rank >= 0
         score = {"cls": cls, "product": product, "sqrt": product.sqrt()}[score_rule]
         point = index // cls.shape[2]
         distances = _maps_to_points([ltrb[level]]).float() * stride
         distances = distances.gather(1, point[..., None].expand(-1, -1, 4))
         center = points[level][point]
         boxes = torch.cat((center - distances[..., :2], center + distances[..., 2:]), dim=-1)
-        parts.append(
-            (
-                torch.where(found[..., None], boxes, 0.0),
-                torch.where(found, score.flatten(1).gather(1, index), 0.0),
-                torch.where(found, index % cls.shape[2], -1),
-            )
-        )
-    boxes, scores, classes = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        found = (rank >= 0) & boxes.isfinite().all(dim=-1)
+        parts.append((boxes, score.flatten(1).gather(1, index), index % cls.shape[2], found))
+    boxes, scores, classes, found = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     if clip:
-        limit = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # (w, h, w, h)
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
-    return boxes, scores, classes
+        limit = (image_sizes.flip(1).repeat(1, 2)[:, None] - pixel_extent).to(boxes.dtype)
+        boxes = torch.minimum(boxes.clamp(min=0), limit)  # (w, h, w, h)
+    if drop_empty:
+        found = found & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    return (
+        torch.where(found[..., None], boxes, 0.0),
+        torch.where(found, scores, 0.0),
+        torch.where(found, classes, -1),
+    )
 
 
 def top_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -493,6 +498,7 @@ def batched_nms_padded(
     method: str,
     sigma: float,
     min_score: float,
+    pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``fcos_d2.ops.batched_nms_padded``."""
     # One empty slot more, so that there is one to point at.
@@ -501,8 +507,9 @@ def batched_nms_padded(
     alive, kept = nms_start(scores, classes), []
     for _ in range(min(max_detections, scores.shape[1])):
         *best, alive = nms_step(
-            alive, boxes, classes, iou_threshold, class_agnostic, method, sigma, min_score
-        )
+            alive, boxes, classes,
+            iou_threshold, class_agnostic, method, sigma, min_score, pixel_extent,
+        )  # fmt: skip
         kept.append(best)
     best, index = (torch.cat(column, dim=1) for column in zip(*kept, strict=True))
     missing = (0, max_detections - len(kept))
@@ -523,6 +530,7 @@ def nms_step(
     method: str,
     sigma: float,
     min_score: float,
+    pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score and index [B, 1] of the best box, and the scores [B, N] that it leaves alive."""
     position = torch.arange(alive.shape[1], device=alive.device)
@@ -533,7 +541,8 @@ def nms_step(
     if not class_agnostic:
         rival = rival & (classes.gather(1, index) == classes)
     alive = torch.where(position == index, -math.inf, alive)
-    alive = _lower_scores(alive, box, boxes.float(), rival, iou_threshold, method, sigma)
+    inter, union = _overlap(box, boxes.float(), pixel_extent)
+    alive = _lower_scores(alive, inter, union, rival, iou_threshold, method, sigma)
     if method != "hard":
         alive = torch.where(alive > min_score, alive, -math.inf)
     return best, index, alive
@@ -561,22 +570,21 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     for i in range(len(order)):
         if alive[i]:
             rest = slice(i + 1, None)
-            inter, union = _overlap(boxes[i], boxes[rest])
+            inter, union = _overlap(boxes[i], boxes[rest], 0)
             alive[rest] &= ~((idxs[rest] == idxs[i]) & (inter > iou_threshold * union))
     return order[alive]
 
 
 def _lower_scores(
     scores: Tensor,
-    box: Tensor,
-    boxes: Tensor,
+    inter: Tensor,
+    union: Tensor,
     rival: Tensor,
     iou_threshold: float,
     method: str,
     sigma: float,
 ) -> Tensor:
-    """Scores [B, N] after ``box`` [B, 1, 4] was kept; only ``rival`` boxes lose (1704.04503)."""
-    inter, union = _overlap(box, boxes)
+    """Scores [B, N] after another box was kept; only ``rival`` boxes lose (1704.04503)."""
     overlaps = rival & (inter > iou_threshold * union)
     if method == "hard":
         return torch.where(overlaps, -math.inf, scores)
@@ -586,10 +594,10 @@ def _lower_scores(
     return torch.where(rival, scores * torch.exp(-(iou**2) / sigma), scores)
 
 
-def _overlap(box: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def _overlap(box: Tensor, boxes: Tensor, pixel_extent: int) -> tuple[Tensor, Tensor]:
     """Areas of intersection and union; a NaN coordinate gives NaN, which overlaps nothing."""
     top_left = torch.maximum(box[..., :2], boxes[..., :2])
-    bottom_right = torch.minimum(box[..., 2:], boxes[..., 2:])
+    bottom_right = torch.minimum(box[..., 2:], boxes[..., 2:]) + pixel_extent
     width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
     inter = width * height
-    return inter, _area(box) + _area(boxes) - inter
+    return inter, _area(box, pixel_extent) + _area(boxes, pixel_extent) - inter

@@ -18,6 +18,7 @@ from ._checks import (
     check_levels,
     check_maps,
     check_number,
+    check_pixel_extent,
     check_same_device,
     check_tensor,
 )
@@ -30,8 +31,8 @@ SCORE_RULES = ("sqrt", "product", "cls")
 class Candidates(NamedTuple):
     """Boxes that passed the score threshold, in fixed shapes.
 
-    Slots belong to levels in order; inside a level they are sorted by descending rank, empty slots
-    last. An empty slot has class -1, score 0 and a box of zeros.
+    Slots belong to levels in order; inside a level they are sorted by descending rank. An empty
+    slot has class -1, score 0 and a box of zeros.
 
     Attributes:
         boxes: float32 Tensor[B, N, 4], xyxy in pixels of the network input.
@@ -57,12 +58,15 @@ def select_candidates(
     rank_with_quality: bool = True,
     score_rule: str = "sqrt",
     clip: bool = False,
+    pixel_extent: int = 0,
+    drop_empty: bool = False,
 ) -> Candidates:
     """Thresholds, ranks and decodes the predictions of a batch, without waiting for the device.
 
     A (point, class) pair is a candidate when its class probability, or the product of class
     probability and quality, exceeds the threshold; per level and image the ``topk`` best candidates
-    are kept, equal ones in the order of (point, class). A NaN score never passes.
+    are kept, equal ones in the order of (point, class). A NaN score never passes, and the slot of a
+    candidate whose box is not finite is left empty.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, class logits; float32, float16, bfloat16, float64.
@@ -77,6 +81,8 @@ def select_candidates(
         score_rule: final score: "sqrt" of the product (the authors, detectron2, torchvision),
             "product" (mmdetection) or "cls" (quality unused).
         clip: clip the boxes to their image.
+        pixel_extent: 1 clips to width - 1 and height - 1, the last pixels (the original).
+        drop_empty: leave the slots of boxes without area empty, after clipping (mmdetection).
 
     Returns:
         Candidates with N = sum over levels of min(topk, H W K). Not differentiable.
@@ -110,7 +116,9 @@ def select_candidates(
         threshold_with_quality=threshold_with_quality,
         rank_with_quality=rank_with_quality,
         clip=clip,
+        drop_empty=drop_empty,
     )
+    check_pixel_extent(name, pixel_extent)
     check_choice(name, "score_rule", score_rule, SCORE_RULES)
     return Candidates(
         *_op(
@@ -127,6 +135,8 @@ def select_candidates(
             rank_with_quality,
             score_rule,
             clip,
+            pixel_extent,
+            drop_empty,
         )
     )
 
@@ -144,8 +154,8 @@ def _fake(logits, ltrb, quality, image_sizes, strides, pitches, offset, threshol
 _op = define_op(
     "select_candidates(Tensor[] logits, Tensor[] ltrb, Tensor[] quality, Tensor image_sizes, "
     "int[] strides, SymInt[] pitches, float offset, float score_threshold, int topk, "
-    "bool threshold_with_quality, bool rank_with_quality, str score_rule, bool clip) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool threshold_with_quality, bool rank_with_quality, str score_rule, bool clip, "
+    "int pixel_extent=0, bool drop_empty=False) -> (Tensor, Tensor, Tensor)",
     reference.select_candidates,
     _fake,
 )

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
 from torch.nn.parallel import DistributedDataParallel
 
-from fcos_d2.modeling import FCOS
+from fcos_d2 import CONVENTIONS
+from fcos_d2.modeling import FCOS, Predictions
 
 from .tiny import NUM_CLASSES, STRIDES, sample, tiny_cfg, tiny_fcos, train_step, without_gradient
 
@@ -79,6 +81,19 @@ def test_boxes_are_clipped_to_the_size_of_their_own_image_and_not_of_the_batch()
     found = model.forward_inference(images, maps, model.head(maps))
     largest = [image.pred_boxes.tensor.amax(dim=0).tolist() for image in found]
     assert [box[2:] for box in largest] == [[96, 40], [50, 64]]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_predictions_that_are_not_finite_become_no_boxes(convention, value):
+    """detectron2's own test_inf_nan_data, whose assertion boxes of the image's size would fail."""
+    model = tiny_fcos(CONVENTION=convention, **PERMISSIVE).eval()
+    images = ImageList(torch.full((1, 3, 512, 512), value), [(510, 510)])
+    features, predictions = model.network(images.tensor)
+    broken = [[torch.full_like(x, value) for x in maps] for maps in predictions[:3]]
+    for maps in (broken, [predictions.logits, broken[1], predictions.quality]):
+        (found,) = model.forward_inference(images, features, Predictions(*maps, []))
+        assert not found.pred_boxes.tensor.isfinite().any()
 
 
 def test_image_is_normalised_by_mean_and_std():

@@ -141,6 +141,12 @@ def test_crowd_region_is_ignored_and_learned_only_by_what_lies_around_it():
     assert numbers(losses) == pytest.approx({"cls": focal(0, 2), "loc": 0, "ctr": 0})
 
 
+def test_pixel_extent_reaches_the_assignment():
+    truth = ground_truth([([0.0, 0.0, 64.0, 9.0], 0), ([0.0, 0.0, 24.2, 24.2], 1)])
+    labels = [make_loss(pixel_extent=e).assign(truth, LEVELS).labels[0, 0] for e in (0, 1)]
+    assert labels == [0, 1]
+
+
 def test_center_sampling_radius_and_sizes_reach_the_assignment():
     near = make_loss(center_radius=0.5).assign(ONE_BOX, LEVELS)
     assert near.labels.tolist() == [[2, 0, 2]]
@@ -218,6 +224,7 @@ def test_statistics_count_positives_ambiguous_points_and_boxes_no_point_serves()
         ({"box_quality": "center"}, "BOX_QUALITY must be one of 'ctrness', 'iou', got 'center'"),
         ({"cls_normalizer": "none"}, "LOSS_NORMALIZER_CLS must be one of 'fg', 'moving_fg', 'all'"),
         ({"box_normalizer": "all"}, "LOSS_NORMALIZER_BOX must be one of 'fg', 'cls', got 'all'"),
+        ({"pixel_extent": 2}, "PIXEL_EXTENT must be one of 0, 1, got 2"),
         ({"loc_loss_type": "l1"}, "LOC_LOSS_TYPE must be one of 'iou', 'linear_iou', 'giou'"),
         (
             {"sizes_of_interest": [64]},

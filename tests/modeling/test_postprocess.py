@@ -66,6 +66,22 @@ def test_option_decides_what_is_detected(options, scores, classes):
     assert found[1] == pytest.approx(scores, rel=1e-4) and found[2] == classes
 
 
+@pytest.mark.parametrize("extent", [0, 1])
+def test_pixel_extent_reaches_clipping_and_nms(extent):
+    # Clipped to 15 x 7, the boxes are equal; to 16 and 18 wide, they overlap by 17 / 19 with it.
+    assert detect(clip=True, pixel_extent=extent)[0][0] == [0, 0, 16 - extent, 8 - extent]
+    assert len(detect(nms_threshold=0.891, pixel_extent=extent)[1]) == 3 - extent
+
+
+def test_boxes_without_area_are_left_out_on_request():
+    maps = TWO_POINTS._replace(
+        ltrb=[torch.tensor([0.5, 0.5, -0.5, 0.5]).view(1, 4, 1, 1).repeat(1, 1, 1, 2)]
+    )
+    for drop_empty, count in ((False, 3), (True, 0)):
+        rule = PostProcessor(nms_threshold=1.0, score_threshold=0.05, drop_empty=drop_empty)
+        assert rule(maps, LEVELS, SIZES).counts.tolist() == [count]
+
+
 def test_sigma_is_that_of_gaussian_soft_nms():
     wide, narrow = (detect(nms_method="gaussian", nms_sigma=s)[1][2] for s in (2.0, 0.5))
     assert narrow < wide < ROOTS[2]
@@ -106,6 +122,7 @@ def test_proposals_of_training_have_their_own_limits():
     "options, message",
     [
         ({"score_rule": "srqt"}, "SCORE_RULE must be one of 'sqrt', 'product', 'cls', got 'srqt'"),
+        ({"pixel_extent": 2}, "PIXEL_EXTENT must be one of 0, 1, got 2"),
         ({"nms_method": "soft"}, "NMS_METHOD must be one of 'hard', 'linear', 'gaussian'"),
         ({"score_threshold": 5.0}, r"INFERENCE_TH_\* must be in \[0, 1\], got 5.0"),
         ({"nms_threshold": 60}, r"NMS_TH must be in \[0, 1\], got 60"),

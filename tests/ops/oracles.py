@@ -31,7 +31,7 @@ def assign(
 
 
 def _assign_image(
-    boxes, classes, first, levels, ranges, *, num_classes, center_radius, inclusive
+    boxes, classes, first, levels, ranges, *, num_classes, center_radius, inclusive, pixel_extent
 ) -> tuple[Tensor, Tensor, Tensor]:
     per_point = torch.tensor(levels.points_per_level)
     points = point_coordinates(levels)[:, None]  # [P, 1, 2]
@@ -43,7 +43,7 @@ def _assign_image(
     inside = (sides > 0).all(dim=-1)
     size = sides.max(dim=-1).values
     in_range = (size >= low) & (size <= high) if inclusive else (size > low) & (size < high)
-    area = (x2y2 - x1y1).prod(dim=1)
+    area = (x2y2 + pixel_extent - x1y1).prod(dim=1)
     good = inside & in_range & (classes != -1) & area.isfinite()
     if center_radius > 0:
         away = (points - (x1y1 + x2y2) / 2).abs()
@@ -119,9 +119,9 @@ def order_of(scores: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (values[i] == values[i], -values[i], i))
 
 
-def overlaps(boxes: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def overlaps(boxes: Tensor, pixel_extent: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Intersections and unions of all pairs, in float64 of the float32 coordinates."""
-    b = boxes.float().double().numpy()
+    b = (boxes.float() + torch.tensor([0.0, 0, pixel_extent, pixel_extent])).double().numpy()
     top_left = np.maximum(b[:, None, :2], b[None, :, :2])
     bottom_right = np.minimum(b[:, None, 2:], b[None, :, 2:])
     with np.errstate(invalid="ignore"):  # of infinite coordinates
@@ -152,7 +152,7 @@ def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
     Gives up without complaint where rounding may decide: an IoU at the threshold, a score at
     ``min_score``.
     """
-    inter, union = overlaps(boxes)
+    inter, union = overlaps(boxes, options.get("pixel_extent", 0))
     if is_close_call(inter, union, options["iou_threshold"]):
         return
     iou = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)

@@ -100,6 +100,7 @@ def three(field):
     return Annotated[list, st.lists(st.from_type(field), min_size=3, max_size=3)]
 
 
+PIXEL_EXTENTS = st.sampled_from([0, 1])
 Seed = integer(0, 2**31)
 DType = one_of(torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ThreeLayouts = three(one_of(*ALL_LAYOUTS))
@@ -161,6 +162,7 @@ class AssignCase(NamedTuple):
     options: options(
         center_radius=st.sampled_from([0.0, 0.3, 1.0, 1.5, 2.5, math.inf]),
         inclusive=st.booleans(),
+        pixel_extent=PIXEL_EXTENTS,
     )
 
     @property
@@ -277,6 +279,7 @@ SCORE_KINDS = {
     "extreme": LOGIT_KINDS["extreme"],
     "broken": LOGIT_KINDS["broken"],
 }
+DISTANCE_KINDS = LTRB_KINDS | {"broken": mixed_with([*BROKEN, 3e38, -3e38])}
 
 
 class SelectCase(NamedTuple):
@@ -285,7 +288,7 @@ class SelectCase(NamedTuple):
     images: integer(0, 2)
     num_classes: one_of(1, 2, 5, 16, 17, 130)
     logits: one_of("normal", *SCORE_KINDS)
-    ltrb: one_of(*LTRB_KINDS)
+    ltrb: one_of(*DISTANCE_KINDS)
     dtypes: three(DType)
     layouts: ThreeLayouts
     options: options(
@@ -295,12 +298,14 @@ class SelectCase(NamedTuple):
         rank_with_quality=st.booleans(),
         score_rule=st.sampled_from(["sqrt", "product", "cls"]),
         clip=st.booleans(),
+        pixel_extent=PIXEL_EXTENTS,
+        drop_empty=st.booleans(),
     )
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """(logits, ltrb, quality, image_sizes)."""
         g, shapes = generator(self.seed), self.levels.shapes
-        make, make_ltrb = SCORE_KINDS[self.logits], LTRB_KINDS[self.ltrb]
+        make, make_ltrb = SCORE_KINDS[self.logits], DISTANCE_KINDS[self.ltrb]
         logits = [make((self.images, self.num_classes, h, w), g) for h, w in shapes]
         quality = [make((self.images, 1, h, w), g) for h, w in shapes]
         ltrb = [make_ltrb((self.images, 4, h, w), g) for h, w in shapes]
@@ -382,6 +387,7 @@ class PaddedCase(NamedTuple):
         method=st.sampled_from(["hard", "hard", "linear", "gaussian"]),
         sigma=st.sampled_from([0.5, 0.1]),
         min_score=st.sampled_from([0.0, 0.001, 0.3]),
+        pixel_extent=PIXEL_EXTENTS,
     )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,12 @@ def test_smaller_area_wins():
     assert targets.counts.tolist() == [[[16, 4]]]
 
 
+def test_pixel_extent_counts_the_last_pixels_to_the_area():
+    boxes = [[0, 0, 64, 9], [0, 0, 24.2, 24.2]]  # 576 and 586, or 65 x 10 and 25.2 x 25.2
+    matched = [assign(boxes, pixel_extent=extent).matched[0, 0] for extent in (0, 1)]
+    assert matched == [0, 1]
+
+
 def test_tie_goes_to_smaller_area_then_lower_index():
     boxes = [[0, 0, 32, 16], [0, 0, 16, 32], [0, 0, 32, 16]]
     targets = assign(boxes, classes=[1, 2, 3])
@@ -175,6 +181,7 @@ GOOD = {
         ({"size_ranges": [(5, 1)]}, "size_ranges must be 1 pairs"),
         ({"num_classes": 0}, "num_classes must be an integer >= 1"),
         ({"center_radius": -1}, "center_radius must be a number in"),
+        ({"pixel_extent": True}, "pixel_extent must be 0 or 1, got bool True"),
     ],
 )  # fmt: skip
 def test_bad_argument_is_named(change, message):

@@ -47,6 +47,18 @@ def test_overlap_equal_to_the_threshold_survives():
     assert keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.49) == [0]
 
 
+@pytest.mark.parametrize("method", ["hard", "linear"])
+def test_pixel_extent_counts_the_last_pixels_to_the_boxes(method):
+    boxes = torch.tensor([[0.0, 0, 3, 1], [0, 0, 1, 1]])  # 3 x 1 and 1 x 1, or 4 x 2 and 2 x 2
+    found = [
+        padded(boxes, FALLING[:2], ONE_CLASS[:2], 0.4, method=method, pixel_extent=extent)
+        for extent in (0, 1)
+    ]
+    second = [0.8, 0.0 if method == "hard" else 0.8 * (1 - 4 / 8)]
+    assert [detections.scores[0, 1].item() for detections in found] == pytest.approx(second)
+    assert torch.equal(found[0].boxes[0, :2], boxes)
+
+
 def test_classes_do_not_suppress_each_other_unless_agnostic():
     same = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
     classes = torch.tensor([7, 7, 3, 7])
@@ -114,6 +126,21 @@ def test_both_forms_keep_what_torchvision_keeps(count, classes, threshold):
         assert torch.equal(found[0, : detections.counts[0]], given[expected])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64, torch.bfloat16])
+def test_groups_of_any_dtype_are_told_apart_by_value(dtype):
+    same = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
+    groups = torch.tensor([0.0, -0.0, -3, 0]).to(dtype)
+    assert keep(same, FALLING, groups, 0.5) == [0, 2]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0)])
+def test_empty_boxes_of_any_shape_keep_nothing_as_in_torchvision(shape):
+    arguments = torch.empty(shape), None, None, None
+    assert torch.equal(batched_nms(*arguments), torch.empty(0, dtype=torch.int64))
+    torchvision = pytest.importorskip("torchvision")
+    assert torch.equal(batched_nms(*arguments), torchvision.ops.batched_nms(*arguments))
+
+
 def test_linear_soft_nms_lowers_scores_of_overlapping_boxes():
     detections = padded(CHAIN[:3], FALLING[:3], ONE_CLASS[:3], 0.5, method="linear")
     # The second falls to 0.8 * (1 - 3/5); the third, at IoU 1/3 with the first, keeps 0.7 until it
@@ -150,6 +177,7 @@ CLASSES = torch.zeros(1, 2, dtype=torch.int64)
         ),
         ((BOXES, SCORES, CLASSES), {"sigma": 0}, "sigma must be > 0"),
         ((BOXES, SCORES, CLASSES), {"min_score": 2}, "min_score must be a number in"),
+        ((BOXES, SCORES, CLASSES), {"pixel_extent": 0.5}, "pixel_extent must be 0 or 1"),
     ],
 )
 def test_bad_argument_of_the_padded_form_is_named(arguments, options, message):
@@ -162,7 +190,8 @@ def test_bad_argument_of_the_padded_form_is_named(arguments, options, message):
     [
         ((BOXES, SCORES[0], CLASSES[0], 0.5), r"boxes must be .* Tensor\[N, 4\]"),
         ((BOXES[0], SCORES[0, :1], CLASSES[0], 0.5), r"scores must be .* Tensor\[2\]"),
-        ((BOXES[0], SCORES[0], SCORES[0], 0.5), r"idxs must be int64 or int32 Tensor\[2\]"),
+        ((BOXES[0], SCORES[0], CLASSES[0] > 0, 0.5), r"idxs must be int64 or .* Tensor\[2\]"),
+        ((BOXES[0], SCORES[0], None, 0.5), r"idxs must be int64 or .* Tensor\[2\]"),
         ((BOXES[0], SCORES[0], CLASSES[0], -0.1), "iou_threshold must be a number in"),
     ],
 )

@@ -100,6 +100,26 @@ def test_disjoint_boxes_have_a_finite_loss():
         assert math.isfinite(one_point([0.0] * 4, LARGE, loss_type=loss_type)[0])
 
 
+def test_iou_loss_of_a_prediction_far_too_large_is_flat_only_without_smoothing():
+    pred = torch.full((1, 4, 1, 1), 1e4, requires_grad=True)
+    ltrb, weight = torch.ones(1, 1, 4), torch.ones(1, 1)
+    targets = Targets(None, torch.zeros(1, 1, dtype=torch.int32), ltrb, weight, None)
+    found = []
+    for smoothing in (1.0, 0.0):
+        quality = [torch.zeros(1, 1, 1, 1)]
+        loss, _ = box_loss([pred], quality, targets, loss_type="iou", smoothing=smoothing)
+        found.append((loss.item(), torch.autograd.grad(loss, pred)[0].unique().item()))
+    assert found[0] == pytest.approx((math.log((4e8 + 1) / (4 + 1)), 2e4 / 4e8), rel=1e-4)
+    assert found[1] == pytest.approx((-math.log(1e-6), 0))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_nan_is_never_hidden(loss_type, smoothing):
+    loss, _ = one_point([math.nan] * 4, LARGE, loss_type=loss_type, smoothing=smoothing)
+    assert math.isnan(loss)
+
+
 def test_box_loss_is_weighted_by_centerness_unless_told():
     weighted, _ = one_point(SMALL, LARGE, centerness=0.5)
     plain, _ = one_point(SMALL, LARGE, centerness=0.5, weight_by_centerness=False)

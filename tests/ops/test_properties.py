@@ -224,10 +224,10 @@ def split_levels(case, candidates):
 
 
 def candidates_and_points(case, maps, sizes):
-    """The candidates, and others whose boxes are the points they were found at: of empty size."""
+    """The candidates, and as many boxes of empty size at the points where they were found."""
     logits, ltrb, quality = maps
     found = select_candidates(*maps, case.levels, sizes, **case.options)
-    options = {**case.options, "clip": False}
+    options = {**case.options, "clip": False, "drop_empty": False}
     zeros = [torch.zeros_like(x) for x in ltrb]
     return found, select_candidates(logits, zeros, quality, case.levels, sizes, **options)
 
@@ -241,20 +241,24 @@ def test_candidates_are_the_best_of_each_level(cases):
         for (image, level, slots), (_, _, place) in zip(
             split_levels(case, found), split_levels(case, places), strict=True
         ):
-            boxes, scores, classes = slots
-            count = int((classes >= 0).sum())
-            assert (classes[count:] == -1).all() and torch.equal(classes, place[2])
-            assert (boxes[count:] == 0).all() and (scores[count:] == 0).all()
-            there = (place[0][:count, None, :2] == points[level]).all(dim=-1)
-            point = there.nonzero()[:, 1]
+            count = int((place[2] >= 0).sum())
+            corners, scores, classes = (column[:count] for column in place)
+            assert (place[2][count:] == -1).all()
+            point = (corners[:, None, :2] == points[level]).all(dim=-1).nonzero()[:, 1]
             assert len(point) == count
             logits, ltrb, quality = (level_maps[level][image] for level_maps in maps)
             oracles.check_selection(
-                (point * case.num_classes + classes[:count]).numpy(), scores[:count],
-                logits, quality, len(classes), case.options,
+                (point * case.num_classes + classes).numpy(), scores,
+                logits, quality, len(place[2]), case.options,
             )  # fmt: skip
-            want = decode(case, ltrb, points[level][point], point, level, sizes[image])
-            assert torch.equal(boxes[:count].nan_to_num(), want.nan_to_num())
+            boxes, kept = decode(case, ltrb, points[level][point], point, level, sizes[image])
+            wanted = (
+                torch.where(kept[:, None], boxes, 0.0),
+                torch.where(kept, scores, 0.0),
+                torch.where(kept, classes, -1),
+            )
+            for column, want, empty in zip(slots, wanted, (0, 0, -1), strict=True):
+                assert torch.equal(column[:count], want) and (column[count:] == empty).all()
         if case.logits in ("ties", "equal"):
             check_equal_to_reference(case, maps, sizes, found)
 
@@ -262,12 +266,16 @@ def test_candidates_are_the_best_of_each_level(cases):
 
 
 def decode(case, ltrb, center, point, level, size):
-    """Boxes in float32, where every implementation does the same to the bit."""
+    """Boxes in float32, where every implementation does the same to the bit, and which are kept."""
     distances = ltrb.float().flatten(1).t()[point] * case.levels.strides[level]
     boxes = torch.cat((center - distances[:, :2], center + distances[:, 2:]), dim=1)
-    if not case.options["clip"]:
-        return boxes
-    return torch.minimum(boxes.clamp(min=0), size.flip(0).repeat(2).float())
+    kept = boxes.isfinite().all(dim=1)
+    if case.options["clip"]:
+        limit = (size.flip(0) - case.options["pixel_extent"]).repeat(2).float()
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+    if case.options["drop_empty"]:
+        kept &= (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
+    return boxes, kept
 
 
 def check_equal_to_reference(case, maps, sizes, candidates):
@@ -341,8 +349,9 @@ def check_hard(case, given_image, best):
     boxes, scores, classes = given_image
     there = ((classes >= 0) & ~scores.isnan() & (scores > -math.inf)).nonzero()[:, 0]
     groups = torch.zeros_like(classes) if case.options["class_agnostic"] else classes
-    threshold = case.options["iou_threshold"]
-    kept = there[reference.batched_nms(boxes[there], scores[there], groups[there], threshold)]
+    extent, threshold = case.options["pixel_extent"], case.options["iou_threshold"]
+    larger = boxes + torch.tensor([0, 0, extent, extent])
+    kept = there[reference.batched_nms(larger[there], scores[there], groups[there], threshold)]
     kept = kept[: case.options["max_detections"]]
     for column, given_column in zip(best, given_image, strict=True):
         torch.testing.assert_close(column, given_column[kept], rtol=0, atol=0, equal_nan=True)

@@ -68,9 +68,32 @@ def test_clip_uses_each_image_size_without_padding():
     levels = make_levels([(2, 2)], [8])
     sizes = torch.tensor([[16, 16], [10, 12]])
     ltrb = [torch.full((2, 4, 2, 2), 9.0)]
-    best = select_candidates([cls], ltrb, [cls], levels, sizes, clip=True)
-    assert best.boxes[0].unique(dim=0).tolist() == [[0, 0, 16, 16]]
-    assert best.boxes[1].unique(dim=0).tolist() == [[0, 0, 12, 10]]
+    for extent in (0, 1):
+        best = select_candidates([cls], ltrb, [cls], levels, sizes, clip=True, pixel_extent=extent)
+        assert best.boxes[0].unique(dim=0).tolist() == [[0, 0, 16 - extent, 16 - extent]]
+        assert best.boxes[1].unique(dim=0).tolist() == [[0, 0, 12 - extent, 10 - extent]]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_boxes_without_area_are_dropped_on_request_after_clipping(clip):
+    # The second point says a box without width, the third one beyond the image.
+    levels, cls = make_levels([(1, 3)], [8]), torch.full((1, 1, 1, 3), 3.0)
+    ltrb = torch.tensor([[0.25] * 4, [0.0, 1, 0, 1], [0.25] * 4]).T.reshape(1, 4, 1, 3)
+    arguments = [cls], [ltrb], [cls], levels, torch.tensor([[8, 16]])
+    kept, dropped = (
+        select_candidates(*arguments, clip=clip, drop_empty=drop) for drop in (False, True)
+    )
+    assert kept.classes.tolist() == [[0, 0, 0]]
+    assert dropped.classes.tolist() == [[0, -1, -1 if clip else 0]]
+    assert dropped.boxes[0, 1].tolist() == [0] * 4 and dropped.scores[0, 1] == 0
+    assert torch.equal(dropped.boxes[0, 0], kept.boxes[0, 0])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
+def test_boxes_that_are_not_finite_are_dropped_and_never_clipped_to_the_image(clip, bad):
+    best = select([[[0.9]]], [[0.5]], ltrb=bad, clip=clip)
+    assert best.classes.tolist() == [[-1]] and best.boxes.tolist() == [[[0] * 4]]
 
 
 def test_nothing_passes_and_everything_passes():
@@ -117,6 +140,8 @@ GOOD = {
         ({"score_threshold": math.nan}, "score_threshold must be a number in"),
         ({"topk": 0}, "topk must be an integer >= 1"),
         ({"score_rule": "mean"}, "score_rule must be one of sqrt, product, cls"),
+        ({"pixel_extent": 2}, "pixel_extent must be 0 or 1, got int 2"),
+        ({"drop_empty": 1}, "drop_empty must be True or False"),
     ],
 )
 def test_bad_argument_is_named(change, message):
