@@ -1,6 +1,8 @@
 """Configuration: conventions, every key is read, YAML and LazyConfig say the same."""
 
+import ast
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -100,6 +102,25 @@ def test_convention_fills_all_keys_that_are_left_open(name):
     fcos = resolve_convention(cfg).MODEL.FCOS
     assert {key: fcos[key] for key in CONVENTIONS[name]} == CONVENTIONS[name]
     assert not [key for key, value in fcos.items() if value is None]
+
+
+def test_docs_list_what_conventions_decide():
+    """Rows are "| `KEY`: meaning | value of adelaidet | value: `names`; ... |"."""
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)`[^|]*\| (.+) \| (.+) \|$", page, re.MULTILINE)
+    documented = {}
+    for key, default, others in rows:
+        values = dict.fromkeys(CONVENTIONS, ast.literal_eval(default.strip("`")))
+        for value, names in re.findall(r"([^:;]+): ([^;]+)", others):
+            for name in re.findall(r"`(\w+)`", names):
+                values[name] = ast.literal_eval(value.strip(" `"))
+        documented[key] = values
+    differing = {
+        key: values
+        for key in CONVENTIONS["adelaidet"]
+        if len(set((values := {name: c[key] for name, c in CONVENTIONS.items()}).values())) > 1
+    }
+    assert documented == differing
 
 
 def test_explicit_value_wins_over_the_convention():
