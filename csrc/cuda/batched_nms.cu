@@ -86,8 +86,8 @@ __device__ void find_suppressors(Step& step, int count, float threshold) {
 // Which of the candidates are kept: boxes that no earlier step suppresses. Each warp that calls it
 // finds out by itself.
 __device__ uint64_t resolve(const Step& step, uint64_t candidates) {
-  int lane = lane_index();
-  uint64_t of_first = step.suppressors[lane], of_second = step.suppressors[lane + 32];
+  auto suppressors = [&](int i) { return candidates >> i & 1 ? step.suppressors[i] : 0; };
+  uint64_t of_first = suppressors(lane_index()), of_second = suppressors(lane_index() + 32);
   // Every turn settles one more link of each chain of boxes that overlap.
   for (uint64_t kept = candidates;;) {
     uint64_t next = candidates & ballot(!(of_first & kept), !(of_second & kept));
@@ -402,11 +402,12 @@ __device__ uint64_t find_suppressed(
     __syncthreads();
     if (threadIdx.x < 32) {
       uint64_t kept = wait_for(words, s, kAllBoxes << others);
-      suppressed |= ballot(overlaps[lane] & kept, overlaps[lane + 32] & kept);
+      auto overlaps_kept = [&](int i) { return i < count && (overlaps[i] & kept) != 0; };
+      suppressed |= ballot(overlaps_kept(lane), overlaps_kept(lane + 32));
     }
     others = 0;
   }
-  return suppressed & first_boxes(count);
+  return suppressed;
 }
 
 // `state` is a counter and two words for every step, all zero.

@@ -426,14 +426,13 @@ struct ScanScratch {
 __device__ void add_counts(const Segment& segment, ScanScratch& scratch) {
 #pragma unroll
   for (unsigned i = 0; i < kBins; i += kScanThreads) {
-    unsigned count = scratch.bins[i + threadIdx.x];
-    if (count != 0) {
-      atomicAdd(&segment.bins[i + threadIdx.x], count);
-    }
+    unsigned& own = scratch.bins[i + threadIdx.x];
+    unsigned* all = &segment.bins[i + threadIdx.x];
+    own = own != 0 ? own + atomicAdd(all, own) : read_now(all);
   }
   __syncthreads();
   Bin bin =
-      find_bin<kScanThreads>(segment.bins, segment.wanted, scratch.tile.of_warps, &scratch.found);
+      find_bin<kScanThreads>(scratch.bins, segment.wanted, scratch.tile.of_warps, &scratch.found);
   if (threadIdx.x == 0) {
     atomicMax(segment.lowest_bin, unsigned(max(bin.index, 0)));
   }

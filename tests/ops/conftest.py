@@ -14,6 +14,7 @@ import torch
 
 from fcos_d2.ops import _library, backend
 from tests.emulation import emulated
+from tests.ptx import ptx
 
 from .backends import Overloads, on_gpu, overloads_of, reference_of, register_ops
 
@@ -32,6 +33,7 @@ IMPLEMENTATIONS = [
     "reference",
     pytest.param("compiled", marks=_skip(NOTHING_COMPILED)),
     pytest.param("emulated", marks=_skip(emulated.missing())),
+    pytest.param("ptx", marks=_skip(ptx.missing())),
     pytest.param("cuda", marks=[pytest.mark.cuda, *_skip(NO_KERNELS)]),
 ]
 
@@ -42,6 +44,8 @@ def _overloads(implementation: str) -> Overloads:
         return overloads_of("fcos_d2")
     if implementation == "emulated":
         return emulated.overloads()
+    if implementation == "ptx":
+        return ptx.overloads()
     kernel_of = on_gpu if implementation == "cuda" else reference_of
     return register_ops(f"fcos_d2_{implementation}", kernel_of)
 
@@ -51,7 +55,7 @@ def implementation(request, monkeypatch) -> Iterator[str]:
     """Makes the wrappers call the ops of one implementation."""
     name = request.param
     given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
-    if given == "cuda" and name in ("emulated", "cuda"):
+    if given == "cuda" and name in ("emulated", "ptx", "cuda"):
         pytest.skip("takes tensors on the CPU")
     overloads = _overloads(name)
     for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
@@ -62,6 +66,8 @@ def implementation(request, monkeypatch) -> Iterator[str]:
         if name == "emulated":
             stack.enter_context(emulated.poison())
             stack.enter_context(emulated.schedule(1))
+        if name == "ptx":
+            stack.enter_context(ptx.schedule(1))
         yield name
 
 

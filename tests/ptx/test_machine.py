@@ -1,0 +1,114 @@
+"""The machine itself: it does what CUDA does, and finds what is wrong in wrong kernels."""
+
+import ctypes
+import functools
+import re
+
+import pytest
+
+from . import ptx
+
+pytestmark = pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))
+
+THREADS = 64  # of a block
+
+
+@functools.cache
+def machine() -> ctypes.CDLL:
+    source = ptx.HERE / "faults.cu"
+    library = ptx.prepare(ptx.build("faults", [source]), [ptx.ptx_of(source)])
+    library.run_kernel.restype = ctypes.c_char_p
+    return library
+
+
+def run(name: str, blocks: int = 1, seed: int = 0) -> tuple[str, list[int]]:
+    """(CUDA's message, output of every thread) of a kernel of faults.cu."""
+    count = blocks * THREADS
+    given = (ctypes.c_int * count)(*range(count))
+    out, scratch, counter = (ctypes.c_int * count)(), (ctypes.c_int * count)(), ctypes.c_uint(0)
+    library = machine()
+    library.ptx_add_tensor(given, ctypes.sizeof(given), True, True)
+    library.ptx_add_tensor(out, ctypes.sizeof(out), False, False)
+    library.ptx_add_tensor(scratch, ctypes.sizeof(scratch), name == "blocks_in_a_row", False)
+    library.ptx_add_tensor(ctypes.byref(counter), ctypes.sizeof(counter), True, False)
+    with ptx.schedule(seed, library):
+        addresses = out, given, ctypes.byref(counter), scratch
+        message = library.run_kernel(name.encode(), blocks, *addresses).decode()
+    unwritten = library.ptx_count_unwritten(out, ctypes.sizeof(out))
+    library.ptx_forget_tensors()
+    if message == "no error" and unwritten > 0:
+        message = f"{unwritten} bytes were left unwritten"
+    return message, list(out)
+
+
+# What is wrong, and what the machine says.
+FAULTS = {
+    "barrier_not_reached_by_all": "divergent barrier: 32 threads have exited, 32 threads wait at ",
+    "different_barriers": "divergent barrier: 32 threads wait at .*, 32 threads wait at ",
+    "shuffle_without_all_lanes": "its mask has lanes that have exited or never were",
+    "lane_outside_its_mask": "a lane outside its own mask",
+    "shuffle_from_outside_the_mask": "takes the value of a lane outside the mask",
+    "race_of_lanes": "race: not ordered after a (write|read) of thread ",
+    "race_of_warps": "race: not ordered after a (write|read) of thread ",
+    "write_after_read": "race: not ordered after a (write|read) of thread ",
+    "past_shared_array": "4 bytes outside of every shared variable",
+    "past_dynamic_shared": "4 bytes outside of every shared variable",
+    "past_global_array": "4 bytes outside of every tensor",
+    "before_global_array": "4 bytes outside of every tensor",
+    "null_pointer": "4 bytes at a null pointer",
+    "misaligned": "misaligned address of 16 bytes",
+    "writes_an_input": "a write to an input",
+    "uses_garbage_in_shared": "uses what was read before it was written",
+    "uses_garbage_in_global": "uses what was read before it was written",
+    "reads_stale_cache": "reads by ld.global.nc what this kernel has written",
+    "waits_for_ever": "it reads for ever, and nobody writes",
+    "too_many_threads": "more threads than __launch_bounds__",
+}
+FAULTS_OF_BLOCKS = {
+    "race_of_blocks": "race: not ordered after a write of thread .* of block ",
+    "plain_beside_atomic": "race: not ordered after a (write|read) of thread .* of block ",
+    "no_release": "race: not ordered after a write of thread .* of block ",
+    "no_acquire": "race: not ordered after a write of thread .* of block ",
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_of_a_block_is_found(name, seed):
+    message, _ = run(name, seed=seed)
+    assert re.match(FAULTS[name], message)
+    if name != "too_many_threads":
+        where = r"; `.+` \(faults\.ptx:\d+, .*faults\.cu:\d+\), thread \d+ of block 0, "
+        assert re.search(where, message), message
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", FAULTS_OF_BLOCKS)
+def test_fault_between_blocks_is_found(name, seed):
+    message, _ = run(name, 3, seed)
+    assert re.match(FAULTS_OF_BLOCKS[name], message), message
+
+
+def test_failed_assertion_is_the_message_of_the_error():
+    assert run("refuses")[0] == "threadIdx.x != 5"
+    assert run("warp_functions")[0] == "no error"
+
+
+def test_unwritten_output_is_found():
+    assert run("leaves_output_unwritten", 2)[0] == "8 bytes were left unwritten"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sound_kernels_run_in_any_order_of_blocks_and_threads(seed):
+    assert run("warp_functions", 2, seed) == ("no error", [1] * 2 * THREADS)
+    sums = [sum(i if i % 3 == 0 else 1 for i in range(n + 1)) for n in range(THREADS)]
+    assert run("lanes_that_part", 1, seed) == ("no error", [sums[i ^ 1] for i in range(THREADS)])
+    assert run("atomics", 1, seed)[1][:3] == [2016, 0, 63]
+    assert run("blocks_in_a_row", 9, seed) == ("no error", [1] * 9 * THREADS)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_last_block_reads_what_fences_have_released(seed):
+    message, out = run("last_block", 5, seed)
+    assert message == f"{4 * 4 * THREADS} bytes were left unwritten"  # by the other blocks
+    assert out[:THREADS] == [sum(range(i, 5 * THREADS, THREADS)) for i in range(THREADS)]

@@ -1,0 +1,149 @@
+"""Control of the witness: what the kernels need is taken from their PTX, one thing at a time.
+
+Each barrier, fence and mask goes, each atomic access becomes a plain one. Then the machine must
+find a fault, or results must differ, in a few calls of the op in a few schedules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops import inputs
+
+from . import ptx
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing())),
+]
+
+SEEDS = range(1, 7)
+WEAKER = {
+    "barrier": (r"\tbar(\.warp)?\.sync\s+[^;]+;", "\t"),
+    "fence": (r"\t(membar\.gl|fence\.\w+\.gpu);", "\t"),
+    "mask": (r"(\t(?:shfl|vote|redux)\.sync\.[^;]+, )(-1|%r\d+);", r"\g<1>2147483647;"),
+    "atomic": (r"\t(atom|red)\.", r"\t\g<1>.weak."),
+    "volatile": (r"\t(ld|st)\.volatile\.", r"\t\g<1>."),
+    "order": (r"\.(acq_rel|acquire|release)\.", ".relaxed."),
+}
+LEVELS = inputs.pyramid(128, 160)
+CLASSES = 7
+
+
+def flat(pairs) -> list:
+    return list(itertools.chain.from_iterable(pairs))
+
+
+def calls_of_assignment() -> Iterator[tuple]:
+    packed = inputs.ground_truth([300, 0, 9], CLASSES, 128, 160)
+    ranges = [float(bound) for bound in flat(inputs.ranges(5))]
+    geometry = flat(LEVELS.shapes), list(LEVELS.strides), flat(LEVELS.pitches), LEVELS.offset
+    yield "assign_targets", (*packed, *geometry, ranges, CLASSES, 1.5, True)
+
+
+def calls_of_losses() -> Iterator[tuple]:
+    logits, ltrb, quality = inputs.predictions(LEVELS, 3, CLASSES)
+    targets = inputs.targets(LEVELS, [30, 0, 9], CLASSES, height=128, width=160)
+    yield "sigmoid_focal_loss", (logits, targets.labels, 0.25, 2.0)
+    box = ltrb, quality, targets.matched, targets.ltrb, targets.centerness
+    yield "box_loss", (*box, "giou", "centerness", True, [0.0] * 5)
+
+
+def calls_of_candidates() -> Iterator[tuple]:
+    sizes = torch.tensor([[128, 160]] * 3)
+    geometry = list(LEVELS.strides), flat(LEVELS.pitches), LEVELS.offset
+    for prior, topk in ((-4.0, 50), (0.0, 50), (0.0, 1000)):
+        maps = inputs.predictions(LEVELS, 3, CLASSES, prior=prior)
+        maps[0][0].copy_(maps[0][0].round())  # ties
+        yield "select_candidates", (*maps, sizes, *geometry, 0.05, topk, False, True, "sqrt", True)
+
+
+def calls_of_nms() -> Iterator[tuple]:
+    boxes = inputs.boxes(3 * 700).view(3, 700, 4)
+    scores, classes = torch.rand(3, 700), torch.randint(-1, 4, (3, 700))
+    for detections, method in ((100, "hard"), (700, "hard"), (20, "gaussian")):
+        limits = 0.5, detections, False, method, 0.5, 0.001
+        yield "batched_nms_padded", (boxes, scores, classes, *limits)
+    yield "batched_nms", (*(x.flatten(0, 1)[:700] for x in (boxes, scores, classes)), 0.5)
+
+
+OPS = {
+    "assign_targets": calls_of_assignment,
+    "losses": calls_of_losses,
+    "select_candidates": calls_of_candidates,
+    "batched_nms": calls_of_nms,
+}
+
+
+def results_of(name: str, arguments: tuple) -> list[torch.Tensor]:
+    results = ptx.overloads()[name](*arguments)
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+def is_noticed(calls: list[tuple], expected: list[list[torch.Tensor]]) -> bool:
+    for seed in SEEDS:
+        with ptx.schedule(seed):
+            for call, wanted in zip(calls, expected, strict=True):
+                try:
+                    found = results_of(*call)
+                except (RuntimeError, AssertionError):
+                    return True
+                if not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+                    return True
+    return False
+
+
+def bodies(kernels: set[str]) -> Iterator[tuple[Path, list[str], str, range]]:
+    """(file, its lines, kernel, the lines of its body) of kernels."""
+    for source in ptx.KERNELS:
+        lines = ptx.ptx_of(source).read_text().splitlines()
+        for first, line in enumerate(lines):
+            name = re.search(r"\.entry (\w+)\(", line)
+            if name and name[1] in kernels:
+                last = next(i for i in range(first, len(lines)) if lines[i] == "}")
+                yield ptx.ptx_of(source), lines, name[1], range(first, last)
+
+
+def location(lines: list[str], at: int) -> str:
+    """The line of csrc/cuda that an instruction belongs to, from the directive before it."""
+    loc = next(lines[i] for i in range(at, 0, -1) if "\t.loc\t" in lines[i])
+    number, line = re.findall(r"(?:\.loc\t|inlined_at )(\d+) (\d+)", loc)[-1]
+    file = next(line for line in lines if line.startswith(f"\t.file\t{number} "))
+    return f"{Path(file.split(chr(34))[1]).name}:{line}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_whatever_a_kernel_needs_is_missed(op, tmp_path, capsys):
+    calls = list(OPS[op]())
+    ptx.overloads()
+    ptx.take_records()
+    expected = [results_of(*call) for call in calls]
+    assert not is_noticed(calls, expected)
+    executed = {kernel: set(record["lines"]) for kernel, record in ptx.take_records().items()}
+    noticed, unnoticed, idle = 0, [], 0
+    for path, lines, kernel, body in bodies(set(executed)):
+        for at, (kind, (pattern, weaker)) in itertools.product(body, WEAKER.items()):
+            changed = re.sub(pattern, weaker, lines[at])
+            if changed == lines[at]:
+                continue
+            if at + 1 not in executed[kernel]:
+                idle += 1
+                continue
+            mutant = tmp_path / path.name
+            mutant.write_text("\n".join([*lines[:at], changed, *lines[at + 1 :]]))
+            ptx.load(ptx.library(), mutant)
+            if is_noticed(calls, expected):
+                noticed += 1
+            else:
+                unnoticed.append(f"{kind} at {location(lines, at)} ({path.name}:{at + 1})")
+        ptx.load(ptx.library(), path)
+    with capsys.disabled():
+        print(f"\n{op}: {noticed} of {noticed + len(unnoticed)} noticed, {idle} never executed")
+        print(*unnoticed, sep="\n")
+    assert len(unnoticed) < noticed
