@@ -61,7 +61,7 @@ def write_config(folder: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-def python(*words, cwd: Path, timeout: float = 240, **options) -> subprocess.CompletedProcess:
+def python(*words, cwd: Path, timeout: float = 1200, **options) -> subprocess.CompletedProcess:
     """Runs ``python words`` in folder ``cwd`` with this checkout in front, and one thread."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, words)]

@@ -1,6 +1,6 @@
-"""Training and evaluation with detectron2's trainers: no loop of its own.
+"""Training with detectron2's loop, trainers and hooks.
 
-What a user got wrong leaves this package as an InputError; ``run_script`` prints it as one line.
+Errors in the user's input leave this package as InputErrors, which ``run_script`` prints.
 """
 
 from .hooks import AssignmentStatistics, TrainingPanels
