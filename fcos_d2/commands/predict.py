@@ -38,6 +38,7 @@ from ..media import (
     read_frames,
 )
 from ..predictor import Predictor
+from ..tiling import TiledPredictor
 
 PRETRAINED = "torchvision/fcos_R_50_FPN"
 
@@ -58,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
         sources = choose_targets(sources, options.output, options.frames)
     check_targets(sources, options.json)
     predictor = load_predictor(options)
+    if options.tile:
+        predictor = TiledPredictor(predictor, options.tile, batch_size=options.batch_size)
     total = count_frames(sources)
     if options.frames and (total is None or total > options.frames):
         total = options.frames
@@ -128,6 +131,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="boxes, classes and scores of all frames")
     add("--score", type=float, metavar="S", help="lowest score shown, of all classes")
     add("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--tile", type=int, metavar="N", help="detect in overlapping tiles of N x N pixels")
     add("--webcam", type=int, metavar="N", help="number of a camera, like 0")
     add("--frames", type=int, metavar="N", help="stop after so many frames")
     add("--fps", type=float, metavar="F", help="of written videos; default: the source's")

@@ -6,13 +6,16 @@ An image that cannot be read is named, and crowd regions can be kept as ground t
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
@@ -21,15 +24,39 @@ from .images import image_sizes, read_image, why_unreadable
 from .inspection import boxes_of
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
+VISIBLE = 0.4  # share of an object that a crop has to show for it to be learned
+BACKGROUND = 0.2  # share of the crops that may lie anywhere
+
+
+class ObjectCrop(T.RandomCrop):
+    """A crop around one of the objects, for images whose objects are small: a tile of training.
+
+    Sizes are those of ``RandomCrop``. Most crops of an aerial photo would show nothing.
+    """
+
+    def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
+        """The crop: mostly one that contains the centre of a box, xyxy [n, 4]."""
+        size = self.get_crop_size(image.shape[:2])
+        centers = boxes.reshape(-1, 2, 2).mean(1)
+        inside = ((centers >= 0) & (centers <= image.shape[1::-1])).all(1)
+        if not inside.any() or np.random.rand() < BACKGROUND:
+            return super().get_transform(image)
+        box = boxes[np.random.choice(np.flatnonzero(inside))]
+        annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+        return utils.gen_crop_transform_with_instance(size, image.shape[:2], annotation)
 
 
 class FCOSDatasetMapper(DatasetMapper):
     """detectron2's ``DatasetMapper``, with crowd regions and a name for every unreadable image.
 
+    With INPUT.CROP, crops lie around objects. Of an object that a crop cuts, the visible part is
+    learned; less than 40 percent of it is neither object nor background.
+
     Args:
         is_train, options: those of ``DatasetMapper``.
         keep_crowd: keep ``iscrowd`` annotations, which detectron2 drops (and so teaches as
             background), as boxes with ``gt_classes`` = -1. They are transformed like all others.
+        ignore_cut: keep objects that a crop cuts off as such boxes too, instead of dropping them.
 
     Raises:
         InputError: ``keep_crowd`` together with masks; on a call, when the image is missing, cut
@@ -38,36 +65,58 @@ class FCOSDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, keep_crowd: bool = False, **options):
+    def __init__(
+        self, is_train: bool, *, keep_crowd: bool = False, ignore_cut: bool = False, **options
+    ):
         if keep_crowd and options.get("use_instance_mask"):
             raise InputError(
                 "crowd regions have no masks to learn; set MODEL.FCOS.IGNORE_CROWD False or "
                 "MODEL.MASK_ON False"
             )
         super().__init__(is_train, **options)
-        self.keep_crowd = keep_crowd
+        self.keep_crowd, self.ignore_cut = keep_crowd, ignore_cut
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
         """Reads the keys that ``DatasetMapper`` reads and MODEL.FCOS.IGNORE_CROWD."""
         options = super().from_config(cfg, is_train)
-        return {**options, "keep_crowd": cfg.MODEL.FCOS.IGNORE_CROWD}
+        crop = cfg.INPUT.CROP
+        if crop.ENABLED and is_train:
+            options["augmentations"][0] = ObjectCrop(crop.TYPE, crop.SIZE)
+        # Heads of a second stage would take the class -1 for one.
+        ignore_cut = cfg.MODEL.META_ARCHITECTURE == "FCOS" and not cfg.MODEL.MASK_ON
+        return {**options, "keep_crowd": cfg.MODEL.FCOS.IGNORE_CROWD, "ignore_cut": ignore_cut}
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Reads and transforms one image and its annotations; see ``DatasetMapper``."""
         sample = deepcopy(dataset_dict)
         image = self._read(sample)
-        augmented = T.AugInput(image)
+        annotations = sample.get("annotations", ()) if self.is_train else ()
+        objects = [a for a in annotations if not a.get("iscrowd", 0)]
+        augmented = T.AugInput(image, boxes=boxes_of(objects))
         transforms = self.augmentations(augmented)
         pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         sample["image"] = torch.as_tensor(pixels)
         if not self.is_train:
             sample.pop("annotations", None)
         elif "annotations" in sample:
-            if self.keep_crowd:
-                sample["annotations"] = [_crowd_as_ignored(a) for a in sample["annotations"]]
-            self._transform_annotations(sample, transforms, augmented.image.shape[:2])
+            size = augmented.image.shape[:2]
+            is_cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
+            cut = _cut_off(objects, augmented.boxes, size) if is_cropped else set()
+            sample["annotations"] = list(self._kept(annotations, cut))
+            self._transform_annotations(sample, transforms, size)
         return sample
+
+    def _kept(self, annotations: Iterable[dict], cut: set[int]) -> Iterator[dict]:
+        """Annotations without those that are not kept; to be ignored if they are to be."""
+        for annotation in annotations:
+            if id(annotation) in cut:
+                if self.ignore_cut:
+                    yield _as_ignored(annotation)
+            elif self.keep_crowd and annotation.get("iscrowd", 0):
+                yield _as_ignored(annotation)
+            else:
+                yield annotation
 
     def _read(self, sample: dict) -> np.ndarray:
         """The image of ``sample``, which gets its true size."""
@@ -94,9 +143,16 @@ class FCOSDatasetMapper(DatasetMapper):
         return image
 
 
-def _crowd_as_ignored(annotation: dict) -> dict:
-    """A crowd in the guise of an object of class -1, which the mappers of all versions let pass."""
-    if not annotation.get("iscrowd", 0):
-        return annotation
+def _cut_off(objects: list[dict], boxes: np.ndarray, size: tuple[int, int]) -> set[int]:
+    """Identities of the objects of which an augmented image shows too little."""
+    height, width = size
+    shown = boxes.reshape(-1, 2, 2).clip(0, (width, height))
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    part = np.prod(shown[:, 1] - shown[:, 0], axis=1)
+    return {id(a) for a, is_cut in zip(objects, part < VISIBLE * area, strict=True) if is_cut}
+
+
+def _as_ignored(annotation: dict) -> dict:
+    """An annotation in the guise of an object of class -1, which all versions' mappers let pass."""
     box_only = {key: annotation[key] for key in ("bbox", "bbox_mode")}
     return {**box_only, "category_id": IGNORED, "iscrowd": 0}

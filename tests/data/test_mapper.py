@@ -13,6 +13,7 @@ from PIL import Image
 
 from fcos_d2 import add_fcos_config
 from fcos_d2.data import FCOSDatasetMapper
+from fcos_d2.data.mapper import ObjectCrop
 from fcos_d2.errors import InputError, one_line_cause
 
 RLE = {"counts": b"PPYo0", "size": [40, 60]}
@@ -199,3 +200,64 @@ def test_other_failures_are_not_blamed_on_the_image(image_file):
     broken = {key: value for key, value in OBJECT.items() if key != "category_id"}
     with pytest.raises(KeyError, match="category_id"):
         mapper()(record(image_file, broken))
+
+
+# ---- crops ----
+
+
+def crop_mapper(size, **options):
+    crop = ObjectCrop("absolute", size)
+    return FCOSDatasetMapper(True, augmentations=[crop], image_format="BGR", **options)
+
+
+@pytest.fixture
+def large_image(tmp_path):
+    """600 x 400 with one object of 8 x 8, and another of 60 x 60."""
+    Image.new("RGB", (600, 400)).save(tmp_path / "large.png")
+    boxes = ([400, 300, 408, 308], [50, 60, 110, 120])
+    objects = [{"bbox": b, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1} for b in boxes]
+    return {**record(tmp_path / "large.png", *objects), "width": 600, "height": 400}
+
+
+def test_crops_keep_small_objects_at_their_size_and_show_them_often(large_image):
+    np.random.seed(0)
+    samples = [crop_mapper((96, 96), ignore_cut=True)(large_image) for _ in range(200)]
+    assert {tuple(sample["image"].shape) for sample in samples} == {(3, 96, 96)}
+    boxes = [sample["instances"].gt_boxes.tensor for sample in samples]
+    learned = [sample["instances"].gt_classes >= 0 for sample in samples]
+    small = [b[(b[:, 2] - b[:, 0] <= 8) & is_] for b, is_ in zip(boxes, learned, strict=True)]
+    shown = [len(b) for b in small]
+    assert sum(shown) > 60  # of crops anywhere, 5 in 100 would show it
+    assert max((b[:, 2] - b[:, 0]).max().item() for b in small if len(b)) == 8
+
+
+def test_object_that_a_crop_cuts_off_is_ignored_or_dropped(large_image):
+    for ignore_cut in (True, False):
+        np.random.seed(0)
+        for _ in range(100):
+            instances = crop_mapper((96, 96), ignore_cut=ignore_cut)(large_image)["instances"]
+            for box, class_ in zip(instances.gt_boxes.tensor, instances.gt_classes, strict=True):
+                sides = box[2:] - box[:2]
+                share = (sides / (8 if sides.max() <= 8 else 60)).prod()
+                assert (share >= 0.4) == (class_ == 1) or sides.max() <= 8
+                assert ignore_cut or class_ == 1
+
+
+def test_crop_of_an_image_without_objects_or_smaller_than_the_crop(image_file):
+    assert crop_mapper((20, 30))(record(image_file))["image"].shape == (3, 20, 30)
+    sample = crop_mapper((200, 300))(record(image_file, OBJECT))
+    assert sample["image"].shape == (3, 40, 60) and len(sample["instances"]) == 1
+    outside = {**OBJECT, "bbox": [500, 500, 5, 5]}
+    assert len(crop_mapper((20, 30))(record(image_file, outside))["instances"]) == 0
+
+
+def test_crop_of_the_config_lies_around_objects(large_image):
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "absolute", [96, 96]
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 96
+    np.random.seed(0)
+    train, test = (FCOSDatasetMapper(cfg, is_train) for is_train in (True, False))
+    assert sum(len(train(large_image)["instances"]) > 0 for _ in range(50)) > 30
+    assert train.ignore_cut and test(large_image)["image"].shape[1] > 96
