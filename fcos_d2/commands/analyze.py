@@ -53,7 +53,7 @@ def analyze(options: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cpu", False
     size = options.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     if min(size) < 1:
-        raise InputError(f"--size must be positive, got {size[0]} {size[1]}")
+        raise InputError(f"the size is {size[0]} x {size[1]}; pass --size HEIGHT WIDTH above 0")
     model = build_detector(cfg).eval()
     if not isinstance(model, FCOS):
         raise InputError(

@@ -46,7 +46,7 @@ def test_flops_of_the_head_are_those_of_its_convolutions(capsys):
 def test_size_that_is_none_is_one_line(capsys):
     config = str(ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml")
     assert analyze.main(["--config-file", config, "--size", "0", "9"]) == 2
-    assert capsys.readouterr().err == "error: --size must be positive, got 0 9\n"
+    assert capsys.readouterr().err == "error: the size is 0 x 9; pass --size HEIGHT WIDTH above 0\n"
 
 
 @pytest.mark.parametrize("config", ["no.yaml"])
