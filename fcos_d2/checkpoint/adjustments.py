@@ -48,23 +48,29 @@ def subtract_epsilon(weights: Weights) -> Weights:
 
 def drop_unused_projections(weights: Weights) -> Weights:
     """AdelaiDet's DLA has projections that nothing uses, in trees of more than one level."""
-
-    def is_used(key: str) -> bool:
-        tree, projection, _ = key.partition(".project.")
-        return not projection or f"{tree}.tree1.tree1.conv1.weight" not in weights
-
-    return {key: value for key, value in weights.items() if is_used(key)}
+    suffix = ".tree1.tree1.conv1.weight"
+    unused = tuple(f"{k.removesuffix(suffix)}.project." for k in weights if k.endswith(suffix))
+    return {key: value for key, value in weights.items() if not key.startswith(unused)}
 
 
 def nest_deformable_convs(weights: Weights) -> Weights:
     """In mmdetection, a deformable convolution is beside its offsets, in our head inside."""
     deformable = {key.rpartition(".offset.")[0] for key in weights if ".offset." in key}
+    return {
+        f"{module}.conv.{leaf}" if module in deformable else key: value
+        for key, value in weights.items()
+        for module, _, leaf in (key.rpartition("."),)
+    }
 
-    def name(key: str) -> str:
-        module, _, leaf = key.rpartition(".")
-        return f"{module}.conv.{leaf}" if module in deformable else key
 
-    return {name(key): value for key, value in weights.items()}
+def rename_paddle_leaves(weights: Weights) -> Weights:
+    """PaddleDetection has its own names for tensors inside a module."""
+    leaves = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
+    return {
+        f"{module}.{leaves.get(leaf, leaf)}": value
+        for key, value in weights.items()
+        for module, _, leaf in (key.rpartition("."),)
+    }
 
 
 def add_zero_biases(weights: Weights) -> Weights:
@@ -82,17 +88,6 @@ def make_scales_vectors(weights: Weights) -> Weights:
     return {key: v.reshape(-1) if is_scale(key) else v for key, v in weights.items()}
 
 
-def rename_paddle_leaves(weights: Weights) -> Weights:
-    """PaddleDetection has its own names for tensors inside a module."""
-    leaves = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
-
-    def name(key: str) -> str:
-        module, _, leaf = key.rpartition(".")
-        return f"{module}.{leaves.get(leaf, leaf)}"
-
-    return {name(key): value for key, value in weights.items()}
-
-
 def copy_norms_to_levels(weights: Weights) -> Weights:
     """Gives every level its copy of batch norms that levels share, in part or as a whole."""
     levels = range(_count_levels(weights))
@@ -107,13 +102,17 @@ def copy_norms_to_levels(weights: Weights) -> Weights:
     return copied
 
 
-def used_class_rows(rows: int, wanted: int | None) -> list[int]:
-    """Rows of torchvision's class layer that are classes, of ``wanted`` if that is known."""
-    if rows == wanted:
-        return list(range(rows))
-    if rows == 91:
-        return [row for row in range(rows) if row not in COCO_GAPS]
-    return list(range(1 if wanted == rows - 1 else 0, rows))  # 0 is background
+def select_classes(weights: Weights, wanted: int | None) -> Weights:
+    """Leaves out rows of torchvision's class layer that are no classes, if K is ``wanted``."""
+    count = count_classes(weights)
+    rows = list(range(1 if wanted == count - 1 else 0, count))  # 0 is background
+    if count == 91 != wanted:
+        rows = [row for row in rows if row not in COCO_GAPS]
+    return weights | {
+        key: value[rows]
+        for key, value in weights.items()
+        if key.startswith(CLASS_LAYER) and value.shape[:1] == (count,)
+    }
 
 
 IMPORTING = (  # for all formats; each leaves alone what is as here
@@ -168,7 +167,7 @@ def merge_norms_of_levels(weights: Weights) -> Weights:
 
 
 def check_group_norms(weights: Weights) -> Weights:
-    """Refuses batch norms in the head: torchvision's has group norms."""
+    """Refuses batch norms in the head, which torchvision's has not."""
     if any(re.fullmatch(r"head\.\w+_tower\..*running_var", key) for key in weights):
         raise InputError(
             "torchvision's FCOS has group norms in its head and these weights have batch norms; "

@@ -127,34 +127,26 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
             if name in state and value.shape != state[name].shape
         ]
         reset = self._accept_other_classes(wrong) if self.reset_class_layer else []
-        wrong = [misfit for misfit in wrong if misfit[0] not in reset]
-        if wrong:
-            self._refuse(
-                _shorten([f"{n} expected {model}, got {file}" for n, file, model in wrong])
-            )
-        if not self.reset_class_layer:
-            self._check_complete(weights, state)
-        return reset
-
-    def _check_complete(self, weights: Weights, state: Weights) -> None:
+        misfits = [
+            f"{n} expected {model}, got {file}" for n, file, model in wrong if n not in reset
+        ]
         missing = [name for name in state if name not in weights and not _negligible(name)]
         unexpected = [name for name in weights if name not in state and not _negligible(name)]
-        faults = [
-            f"{fault} {_shorten(names)}"
-            for fault, names in (("they lack", missing), ("there is no place for", unexpected))
-            if names
-        ]
+        faults = [_shorten(misfits)] if misfits else []
+        if not misfits and not self.reset_class_layer:
+            faults += [f"they lack {_shorten(missing)}"] if missing else []
+            faults += [f"there is no place for {_shorten(unexpected)}"] if unexpected else []
         if faults:
-            self._refuse(" and ".join(faults))
-
-    def _refuse(self, fault: str) -> None:
-        advice = (
-            "use the config they were trained with, or change MODEL.FCOS.NUM_CLASSES, "
-            "MODEL.RESNETS or MODEL.FPN to match"
-        )
-        if self._recognized:
-            advice = self._describe_recognized("and refused")[0]
-        raise InputError(f"weights of {self._source} do not fit the model: {fault}; {advice}")
+            advice = (
+                "use the config they were trained with, or change MODEL.FCOS.NUM_CLASSES, "
+                "MODEL.RESNETS or MODEL.FPN to match"
+            )
+            if self._recognized:
+                advice = self._describe_recognized("and refused")[0]
+            raise InputError(
+                f"weights of {self._source} do not fit the model: {' and '.join(faults)}; {advice}"
+            )
+        return reset
 
     def _accept_other_classes(self, wrong: list[Misfit]) -> list[str]:
         other = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import CONVENTIONS
 from ..errors import InputError, format_value
-from .adjustments import CLASS_LAYER, IMPORTING, Weights, count_classes, is_scale
+from .adjustments import CLASS_LAYER, IMPORTING, Weights, count_classes, is_scale, select_classes
 from .formats import FORMATS, CheckpointFormat, Names
 from .requirements import Requirements
 
@@ -63,14 +63,14 @@ def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
         InputError: there is no dict of tensors or arrays in it.
     """
     rest: dict = {}
-    is_dict = isinstance(checkpoint, Mapping)
-    found = _find_weights(checkpoint, rest) if is_dict else None
+    found = _find_weights(checkpoint, rest) if isinstance(checkpoint, Mapping) else None
     if found is None:
-        keys = ", ".join(map(format_value, list(checkpoint)[:5])) if is_dict else ""
+        got = type(checkpoint).__name__
+        if isinstance(checkpoint, Mapping):
+            got = f"a dict of {', '.join(map(format_value, list(checkpoint)[:5])) or 'nothing'}"
         raise InputError(
-            f"expected weights by name, alone or under {', '.join(WRAPPERS)}, got "
-            + (f"a dict of {keys or 'nothing'}" if is_dict else type(checkpoint).__name__)
-            + "; save them with torch.save(model.state_dict(), FILE)"
+            f"expected weights by name, alone or under {', '.join(WRAPPERS)}, got {got}; "
+            "save them with torch.save(model.state_dict(), FILE)"
         )
     weights = {
         key: _to_tensor(key, value)
@@ -98,17 +98,14 @@ def _find_weights(mapping: Mapping, rest: dict) -> Mapping | None:
 
 def _to_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     """A plain tensor of real numbers."""
-    problem = None
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
     is_dense = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
-    if not is_dense or value.is_meta or value.is_complex():
-        problem = "sparse, quantized, nested, complex or without numbers"
-    elif value.numel() > max(MOST_REPEATED, value.untyped_storage().nbytes()):
-        problem = f"a few numbers, repeated {value.numel()} times"
-    if problem:
+    is_plain = is_dense and not (value.is_meta or value.is_complex())
+    if not is_plain or value.numel() > max(MOST_REPEATED, value.untyped_storage().nbytes()):
         raise InputError(
-            f"tensor {format_value(name)} is {problem}; save plain arrays: "
+            f"tensor {format_value(name)} is sparse, quantized, nested, complex, without numbers "
+            "or a few numbers repeated many times; save plain arrays: "
             "torch.save({k: v.contiguous() for k, v in model.state_dict().items()}, FILE)"
         )
     return value
@@ -161,14 +158,8 @@ def import_weights(checkpoint: Mapping, num_classes: int | None = None) -> Recog
     for adjust in (*known.importing, *IMPORTING):
         weights = adjust(weights)
     weights = {k: v for k, v in weights.items() if not k.endswith(".num_batches_tracked")}
-    if known.class_rows:
-        count = count_classes(weights)
-        rows = known.class_rows(count, num_classes)
-        weights |= {
-            key: value[rows]
-            for key, value in weights.items()
-            if key.startswith(CLASS_LAYER) and value.shape[:1] == (count,)
-        }
+    if known.has_unused_classes:
+        weights = select_classes(weights, num_classes)
     conventions, settings = known.requirements(weights, rest)
     settings = {**settings, "MODEL.FCOS.NUM_CLASSES": count_classes(weights)}
     return Recognized(known.name, weights, Requirements(conventions, settings))
@@ -224,13 +215,9 @@ def _check_same_boxes(required: Requirements, name: str) -> None:
 
 
 def adapt_weights(weights: Weights, names: Collection[str]) -> Weights:
-    """Changes of ``weights`` that leave every result as it is and make them fit a model.
+    """Makes weights fit a model that has tensors of these ``names``, without changing any result.
 
     A factor per level that is 1 is added or left out; counters of batches are left out.
-
-    Args:
-        weights: by the names of this package's model.
-        names: of the model's parameters and buffers.
     """
 
     def is_needed(key: str) -> bool:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..config import CONVENTIONS
 from .adjustments import Weights
-
-ONES, RGB_STD = (1.0, 1.0, 1.0), (58.395, 57.12, 57.375)
-CAFFE_MEAN, MSRA_MEAN = (102.9801, 115.9465, 122.7717), (103.53, 116.28, 123.675)
-RGB_MEAN = MSRA_MEAN[::-1]
 
 
 class Requirements(NamedTuple):
@@ -29,26 +25,54 @@ class Requirements(NamedTuple):
     settings: dict[str, object]
 
 
-def _input(order: str, mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
-    return {
-        "INPUT.FORMAT": order,
-        "MODEL.PIXEL_MEAN": list(mean),
-        "MODEL.PIXEL_STD": list(std),
-    }
+def _pixels(order: str, mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
+    means, stds = list(mean), list(std)
+    return {"INPUT.FORMAT": order, "MODEL.PIXEL_MEAN": means, "MODEL.PIXEL_STD": stds}
+
+
+ONES = (1.0, 1.0, 1.0)
+CAFFE = _pixels("BGR", (102.9801, 115.9465, 122.7717), ONES)
+MSRA = _pixels("BGR", (103.53, 116.28, 123.675), ONES)
+MSRA_32X8D = _pixels("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395))
+RGB = _pixels("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+ROSINALITY = _pixels("RGB", (104.0136, 114.0342, 119.9166), (73.6028, 69.8908, 70.9151))
+
+
+def _require(
+    conventions: tuple[str, ...],
+    pixels: Mapping,
+    in_1x1: bool,
+    settings: Mapping,
+    weights: Weights,
+    rest: Mapping,
+) -> Requirements:
+    """``in_1x1``: which convolution of a bottleneck has the stride, where there are bottlenecks."""
+    bottlenecks = "backbone.bottom_up.res3.0.conv3.weight" in weights
+    stride = {"MODEL.RESNETS.STRIDE_IN_1X1": in_1x1} if bottlenecks else {}
+    return Requirements(conventions, {**pixels, **stride, **settings})
+
+
+_RESIDUAL = {"MODEL.TIMM.OPTIONS": ["residual=True"]}
+_PRODUCT = {"SCORE_RULE": "product", "THRESH_WITH_CTR": True, "INFERENCE_TH_TEST": 0.025}
+_PRODUCT = {f"MODEL.FCOS.{key}": value for key, value in _PRODUCT.items()}
+detectron2 = partial(_require, ("detectron2",), MSRA, True, {})
+cvpods = partial(_require, ("cvpods",), MSRA, True, {})
+torchvision = partial(_require, ("torchvision",), RGB, False, {})
+rosinality = partial(_require, ("rosinality",), ROSINALITY, False, _RESIDUAL)
+paddledetection = partial(_require, ("adelaidet",), RGB, False, _PRODUCT)
 
 
 def original(weights: Weights, rest: Mapping) -> Requirements:
-    """tianzhi0549/FCOS: which of its two sets of rules does not show in the weights."""
-    settings = _input("BGR", CAFFE_MEAN, ONES) | _stride(weights, _groups(weights) == 1)
-    return Requirements(("original_imprv", "original"), settings)
+    """Which of its two sets of rules the weights follow does not show in them."""
+    is_resnet = _groups(weights) == 1
+    return _require(("original_imprv", "original"), CAFFE, is_resnet, {}, weights, rest)
 
 
 def adelaidet(weights: Weights, rest: Mapping) -> Requirements:
-    """AdelaiDet: pixels of a ResNeXt with 32 groups have their own scale."""
+    """Pixels of a ResNeXt with 32 groups have their own scale."""
     groups = _groups(weights)
-    std = (57.375, 57.12, 58.395) if groups == 32 else ONES
-    settings = _input("BGR", MSRA_MEAN, std) | _stride(weights, groups == 1)
-    return Requirements(("adelaidet",), settings)
+    pixels = MSRA_32X8D if groups == 32 else MSRA
+    return _require(("adelaidet",), pixels, groups == 1, {}, weights, rest)
 
 
 def mmdetection(weights: Weights, rest: Mapping) -> Requirements:
@@ -58,30 +82,17 @@ def mmdetection(weights: Weights, rest: Mapping) -> Requirements:
     source = next((text for text in sources if isinstance(text, str)), "")
     biases = weights.get("head.cls_tower.0.bias", torch.zeros(1)).any()
     tricks = _flag(source, "norm_on_bbox", bool(biases))
-    caffe = _find(source, "style", r"['\"](\w+)") or ("caffe" if _groups(weights) == 1 else "")
-    settings = _input("BGR", MSRA_MEAN if tricks else CAFFE_MEAN, ONES)
-    if caffe != "caffe":
-        settings = _input("RGB", RGB_MEAN, RGB_STD)
-    mean, std = _pixel(source, "mean"), _pixel(source, "std")
+    style = _find(source, "style", r"['\"](\w+)") or ("caffe" if _groups(weights) == 1 else "")
+    pixels = RGB if style != "caffe" else MSRA if tricks else CAFFE
+    mean, std = _numbers(source, "mean"), _numbers(source, "std")
     if mean and std:
         is_rgb = _flag(source, "to_rgb", _flag(source, "bgr_to_rgb", True))
-        settings = _input("RGB" if is_rgb else "BGR", mean, std)
+        pixels = _pixels("RGB" if is_rgb else "BGR", mean, std)
     convention = "mmdet_tricks" if tricks else "mmdet_base"
     on_box_tower = _flag(source, "centerness_on_reg", tricks)
-    if on_box_tower != CONVENTIONS[convention]["CENTERNESS_ON_REG"]:
-        settings["MODEL.FCOS.CENTERNESS_ON_REG"] = on_box_tower
-    return Requirements((convention,), settings | _stride(weights, caffe == "caffe"))
-
-
-def _fixed(
-    convention: str, pixels: dict, in_1x1: bool, settings: Mapping = MappingProxyType({})
-) -> Callable[[Weights, Mapping], Requirements]:
-    """The same for all weights of an implementation."""
-
-    def requirements(weights: Weights, rest: Mapping) -> Requirements:
-        return Requirements((convention,), {**pixels, **_stride(weights, in_1x1), **settings})
-
-    return requirements
+    other = on_box_tower != CONVENTIONS[convention]["CENTERNESS_ON_REG"]
+    settings = {"MODEL.FCOS.CENTERNESS_ON_REG": on_box_tower} if other else {}
+    return _require((convention,), pixels, style == "caffe", settings, weights, rest)
 
 
 def _find(source: str, name: str, pattern: str) -> str | None:
@@ -94,15 +105,9 @@ def _flag(source: str, name: str, default: bool) -> bool:
     return {"True": True, "False": False, None: default}[_find(source, name, "(True|False)")]
 
 
-def _pixel(source: str, name: str) -> list[float] | None:
+def _numbers(source: str, name: str) -> list[float] | None:
     numbers = re.findall(r"-?\d+\.?\d*", _find(source, name, r"\[([^\]]*)\]") or "")
     return [float(number) for number in numbers] if len(numbers) == 3 else None
-
-
-def _stride(weights: Weights, in_1x1: bool) -> dict[str, object]:
-    """Which of a bottleneck's convolutions has the stride, if the backbone has bottlenecks."""
-    bottlenecks = "backbone.bottom_up.res3.0.conv3.weight" in weights
-    return {"MODEL.RESNETS.STRIDE_IN_1X1": in_1x1} if bottlenecks else {}
 
 
 def _groups(weights: Weights) -> int:
@@ -111,24 +116,3 @@ def _groups(weights: Weights) -> int:
     if weight is None or weight.dim() != 4 or not weight.numel():
         return 1
     return len(weight) // weight.shape[1]
-
-
-detectron2 = _fixed("detectron2", _input("BGR", MSRA_MEAN, ONES), in_1x1=True)
-cvpods = _fixed("cvpods", _input("BGR", MSRA_MEAN, ONES), in_1x1=True)
-torchvision = _fixed("torchvision", _input("RGB", RGB_MEAN, RGB_STD), in_1x1=False)
-rosinality = _fixed(
-    "rosinality",
-    _input("RGB", (104.0136, 114.0342, 119.9166), (73.6028, 69.8908, 70.9151)),
-    in_1x1=False,
-    settings={"MODEL.TIMM.OPTIONS": ["residual=True"]},
-)
-paddledetection = _fixed(
-    "adelaidet",
-    _input("RGB", RGB_MEAN, RGB_STD),
-    in_1x1=False,
-    settings={
-        "MODEL.FCOS.SCORE_RULE": "product",
-        "MODEL.FCOS.THRESH_WITH_CTR": True,
-        "MODEL.FCOS.INFERENCE_TH_TEST": 0.025,
-    },
-)

@@ -66,166 +66,143 @@ VARIANTS = {
         (r".*\.gn\.bias",),
     ),
 }
-# A module of each kind, theirs and ours; @ is the backbone.
-SAMPLES = dict(
-    row.replace("@", "backbone.bottom_up.").split()
-    for row in """
-    @stem.conv1                                           @stem.conv1
-    @stem.conv1.norm                                      @stem.conv1.norm
-    @res3.2.conv2                                         @res3.2.conv2
-    @res3.2.conv2.norm                                    @res3.2.conv2.norm
-    @res4.1.conv2_offset                                  @res4.1.conv2_offset
-    @res4.0.shortcut                                      @res4.0.shortcut
-    @res4.0.shortcut.norm                                 @res4.0.shortcut.norm
-    backbone.fpn_lateral4                                 backbone.fpn_lateral4
-    backbone.fpn_output3                                  backbone.fpn_output3
-    backbone.top_block.p7                                 backbone.top_block.p7
-    proposal_generator.fcos_head.cls_tower.3              head.cls_tower.3
-    proposal_generator.fcos_head.bbox_tower.6             head.bbox_tower.6
-    proposal_generator.fcos_head.bbox_tower.4             head.bbox_tower.4
-    proposal_generator.fcos_head.bbox_tower.9.conv        head.bbox_tower.9.conv
-    proposal_generator.fcos_head.cls_tower.9.offset       head.cls_tower.9.offset
-    proposal_generator.fcos_head.bbox_tower.9.offset      head.bbox_tower.9.offset
-    proposal_generator.fcos_head.cls_tower.9.conv         head.cls_tower.9.conv
-    proposal_generator.fcos_head.cls_tower.4.2            head.cls_tower.4.2
-    proposal_generator.fcos_head.bbox_tower.4.2           head.bbox_tower.4.2
-    proposal_generator.fcos_head.share_tower.6            head.share_tower.6
-    proposal_generator.fcos_head.share_tower.7.1          head.share_tower.7.1
-    proposal_generator.fcos_head.cls_logits               head.cls_logits
-    proposal_generator.fcos_head.bbox_pred                head.bbox_pred
-    proposal_generator.fcos_head.ctrness                  head.ctrness
-    proposal_generator.fcos_head.scales.2                 head.scales.2
-    @base_layer.0                                         @body.base_layer.0
-    @level1.1                                             @body.level1.1
-    @level2.project.1                                     @body.level2.project.1
-    @level5.root.conv                                     @body.level5.root.conv
-    @level5.root.bn                                       @body.level5.root.bn
-    @level2.tree1.conv2                                   @body.level2.tree1.conv2
-    @level2.tree2.bn1                                     @body.level2.tree2.bn1
-    @level3.tree1.project.0                               @body.level3.tree1.project.0
-    @level4.tree2.root.conv                               @body.level4.tree2.root.conv
-    @level4.tree2.root.bn                                 @body.level4.tree2.root.bn
-    @level4.tree2.tree1.conv2                             @body.level4.tree2.tree1.conv2
-    @level3.tree1.tree2.bn2                               @body.level3.tree1.tree2.bn2
-    @stem.stem_2/conv                                     @body.stem_1.conv
-    @stem.stem_3/norm                                     @body.stem_2.bn
-    @stage4.OSA4_2.layers.3.OSA4_2_3/conv                 @body.stages_2.blocks.1.conv_mid.3.conv
-    @stage4.OSA4_1.layers.2.OSA4_1_2/norm                 @body.stages_2.blocks.0.conv_mid.2.bn
-    @stage5.OSA5_2.concat.OSA5_2_concat/conv              @body.stages_3.blocks.1.conv_concat.conv
-    @stage2.OSA2_1.concat.OSA2_1_concat/norm              @body.stages_0.blocks.0.conv_concat.bn
-    @stage3.OSA3_1.ese.fc                                 @body.stages_1.blocks.0.attn.fc
-    head.cls_subnet.6                                     head.cls_tower.6
-    head.bbox_subnet.7                                    head.bbox_tower.7
-    head.cls_score                                        head.cls_logits
-    head.bbox_pred                                        head.bbox_pred
-    head.ctrness                                          head.ctrness
-    head.centerness                                       head.ctrness
-    head.scales.3                                         head.scales.3
-    backbone.body.stem.conv1                              @stem.conv1
-    backbone.body.conv1                                   @stem.conv1
-    backbone.body.bn1                                     @stem.conv1.norm
-    backbone.body.stem.bn1                                @stem.conv1.norm
-    backbone.body.layer3.4.bn3                            @res4.4.conv3.norm
-    backbone.body.layer3.4.conv3                          @res4.4.conv3
-    backbone.body.layer2.1.conv2.conv                     @res3.1.conv2
-    backbone.body.layer2.1.conv2.offset                   @res3.1.conv2_offset
-    backbone.body.layer4.0.downsample.0                   @res5.0.shortcut
-    backbone.fpn.fpn_inner3                               backbone.fpn_lateral4
-    backbone.fpn.fpn_layer4                               backbone.fpn_output5
-    backbone.fpn.top_blocks.p6                            backbone.top_block.p6
-    rpn.head.cls_tower.3                                  head.cls_tower.3
-    rpn.head.bbox_tower.4                                 head.bbox_tower.4
-    rpn.head.cls_tower.9.offset                           head.cls_tower.9.offset
-    rpn.head.bbox_tower.9.offset                          head.bbox_tower.9.offset
-    rpn.head.cls_tower.9.conv                             head.cls_tower.9.conv
-    rpn.head.bbox_tower.9.conv                            head.bbox_tower.9.conv
-    rpn.head.cls_logits                                   head.cls_logits
-    rpn.head.bbox_pred                                    head.bbox_pred
-    rpn.head.centerness                                   head.ctrness
-    rpn.head.scales.1                                     head.scales.1
-    backbone.body.features.0.0                            @body.conv_stem
-    backbone.body.features.0.1                            @body.bn1
-    backbone.body.features.1.conv.0                       @body.blocks.0.0.conv_dw
-    backbone.body.features.1.conv.3                       @body.blocks.0.0.conv_pw
-    backbone.body.features.1.conv.4                       @body.blocks.0.0.bn2
-    backbone.body.features.6.conv.0                       @body.blocks.2.2.conv_pw
-    backbone.body.features.12.conv.3                      @body.blocks.4.1.conv_dw
-    backbone.body.features.12.conv.4                      @body.blocks.4.1.bn2
-    backbone.body.features.17.conv.6                      @body.blocks.6.0.conv_pwl
-    backbone.body.features.17.conv.7                      @body.blocks.6.0.bn3
-    backbone.fpn.inner_blocks.1.0                         backbone.fpn_lateral4
-    backbone.fpn.layer_blocks.2.0                         backbone.fpn_output5
-    backbone.fpn.inner_blocks.1                           backbone.fpn_lateral4
-    backbone.fpn.layer_blocks.2                           backbone.fpn_output5
-    backbone.fpn.extra_blocks.p7                          backbone.top_block.p7
-    head.classification_head.conv.6                       head.cls_tower.6
-    head.regression_head.conv.1                           head.bbox_tower.1
-    head.regression_head.bbox_reg                         head.bbox_pred
-    head.regression_head.bbox_ctrness                     head.ctrness
-    backbone.conv1                                        @stem.conv1
-    backbone.bn1                                          @stem.conv1.norm
-    backbone.layer2.3.conv2                               @res3.3.conv2
-    backbone.layer2.3.bn2                                 @res3.3.conv2.norm
-    backbone.layer4.2.conv2.conv_offset                   @res5.2.conv2_offset
-    backbone.layer1.0.downsample.1                        @res2.0.shortcut.norm
-    neck.lateral_convs.2.conv                             backbone.fpn_lateral5
-    neck.fpn_convs.0.conv                                 backbone.fpn_output3
-    neck.fpn_convs.4.conv                                 backbone.top_block.p7
-    bbox_head.cls_convs.2.conv                            head.cls_tower.6
-    bbox_head.reg_convs.1.gn                              head.bbox_tower.4
-    bbox_head.cls_convs.2.gn                              head.cls_tower.7
-    bbox_head.reg_convs.1.conv                            head.bbox_tower.3
-    bbox_head.cls_convs.3.conv.conv_offset                head.cls_tower.9.offset
-    bbox_head.reg_convs.3.conv.conv_offset                head.bbox_tower.9.offset
-    bbox_head.conv_cls                                    head.cls_logits
-    bbox_head.conv_reg                                    head.bbox_pred
-    bbox_head.conv_centerness                             head.ctrness
-    bbox_head.fcos_cls                                    head.cls_logits
-    bbox_head.fcos_reg                                    head.bbox_pred
-    bbox_head.fcos_centerness                             head.ctrness
-    backbone.stem.stem_1/conv                             @body.stem_0.conv
-    backbone.stem.stem_2/norm                             @body.stem_1.bn
-    backbone.stage5.OSA5_2.layers.4.OSA5_2_4/conv         @body.stages_3.blocks.1.conv_mid.4.conv
-    backbone.stage3.OSA3_1.layers.1.OSA3_1_1/norm         @body.stages_1.blocks.0.conv_mid.1.bn
-    backbone.stage4.OSA4_2.concat.OSA4_2_concat/conv      @body.stages_2.blocks.1.conv_concat.conv
-    backbone.stage4.OSA4_2.concat.OSA4_2_concat/norm      @body.stages_2.blocks.1.conv_concat.bn
-    fpn.inner_convs.2                                     backbone.fpn_lateral3
-    fpn.out_convs.4                                       backbone.fpn_output5
-    fpn.top_blocks.p7                                     backbone.top_block.p7
-    head.cls_tower.3                                      head.cls_tower.3
-    head.bbox_tower.10                                    head.bbox_tower.10
-    head.cls_pred                                         head.cls_logits
-    head.center_pred                                      head.ctrness
-    backbone.conv1.conv1.conv                             @stem.conv1
-    backbone.conv1.conv1.norm                             @stem.conv1.norm
-    backbone.res4.res4f.branch2a.conv                     @res4.5.conv1
-    backbone.res4.res4f.branch2a.norm                     @res4.5.conv1.norm
-    backbone.res2.res2b.branch2b.conv                     @res2.1.conv2
-    backbone.res2.res2b.branch2b.norm                     @res2.1.conv2.norm
-    backbone.res3.res3d.branch2c.conv                     @res3.3.conv3
-    backbone.res5.res5c.branch2c.norm                     @res5.2.conv3.norm
-    backbone.res5.res5a.short.conv                        @res5.0.shortcut
-    backbone.res5.res5a.short.norm                        @res5.0.shortcut.norm
-    neck.fpn_inner_res3_sum_lateral                       backbone.fpn_lateral3
-    neck.fpn_inner_res5_sum                               backbone.fpn_lateral5
-    neck.fpn_res4_sum                                     backbone.fpn_output4
-    neck.fpn_6                                            backbone.top_block.p6
-    fcos_head.fcos_feat.fcos_head_cls_tower_conv_2.conv   head.cls_tower.6
-    fcos_head.fcos_feat.fcos_head_cls_tower_conv_2.norm   head.cls_tower.7
-    fcos_head.fcos_feat.fcos_head_reg_tower_conv_3.conv   head.bbox_tower.9
-    fcos_head.fcos_feat.fcos_head_reg_tower_conv_3.norm   head.bbox_tower.10
-    fcos_head.fcos_head_cls                               head.cls_logits
-    fcos_head.fcos_head_reg                               head.bbox_pred
-    fcos_head.fcos_head_centerness                        head.ctrness
-    bbox_head.cls_convs.2.bn                              head.cls_tower.7
-    bbox_head.reg_convs.1.bn                              head.bbox_tower.4
-    bbox_head.scales.2                                    head.scales.2
-    fcos_head.p5_feat                                     head.scales.2
-    head.cls_subnet.4.2                                   head.cls_tower.4.2
-    head.bbox_subnet.4.2                                  head.bbox_tower.4.2
-    head.classification_head.cls_logits                   head.cls_logits
-""".strip().splitlines()
-)
+# A module of each kind, theirs and ours; @ is the backbone, <a|b> two modules.
+ROWS = """
+    @stem.conv1<|.norm>                         @stem.conv1<|.norm>
+    @res3.2.conv2<|.norm>                       @res3.2.conv2<|.norm>
+    @res4.0.shortcut<|.norm>                    @res4.0.shortcut<|.norm>
+    @res4.1.conv2_offset                        @res4.1.conv2_offset
+    backbone.fpn_<lateral4|output3>             backbone.fpn_<lateral4|output3>
+    backbone.top_block.p7                       backbone.top_block.p7
+    proposal_generator.fcos_head.<cls|bbox>_tower.3         head.<cls|bbox>_tower.3
+    proposal_generator.fcos_head.<cls|bbox>_tower.4         head.<cls|bbox>_tower.4
+    proposal_generator.fcos_head.<cls|bbox>_tower.9.conv    head.<cls|bbox>_tower.9.conv
+    proposal_generator.fcos_head.<cls|bbox>_tower.9.offset  head.<cls|bbox>_tower.9.offset
+    proposal_generator.fcos_head.<cls|bbox>_tower.4.2       head.<cls|bbox>_tower.4.2
+    proposal_generator.fcos_head.share_tower.<6|7.1>        head.share_tower.<6|7.1>
+    proposal_generator.fcos_head.<cls_logits|bbox_pred>     head.<cls_logits|bbox_pred>
+    proposal_generator.fcos_head.<ctrness|scales.2>         head.<ctrness|scales.2>
+
+    @<base_layer.0|level1.1>                    @body.<base_layer.0|level1.1>
+    @level2.project.<0|1>                       @body.level2.project.<0|1>
+    @level2.<tree1.conv2|tree2.bn1>             @body.level2.<tree1.conv2|tree2.bn1>
+    @level5.root.<conv|bn>                      @body.level5.root.<conv|bn>
+    @level3.tree1.project.<0|1>                 @body.level3.tree1.project.<0|1>
+    @level4.tree2.root.<conv|bn>                @body.level4.tree2.root.<conv|bn>
+    @level4.tree2.tree1.<conv2|bn1>             @body.level4.tree2.tree1.<conv2|bn1>
+    @stem.stem_2/<conv|norm>                    @body.stem_1.<conv|bn>
+    @stage4.OSA4_2.layers.3.OSA4_2_3/<conv|norm>   @body.stages_2.blocks.1.conv_mid.3.<conv|bn>
+    @stage5.OSA5_2.concat.OSA5_2_concat/<conv|norm>   @body.stages_3.blocks.1.conv_concat.<conv|bn>
+    @stage3.OSA3_1.ese.fc                       @body.stages_1.blocks.0.attn.fc
+
+    head.<cls|bbox>_subnet.6                    head.<cls|bbox>_tower.6
+    head.<cls|bbox>_subnet.7                    head.<cls|bbox>_tower.7
+    head.<cls|bbox>_subnet.4.2                  head.<cls|bbox>_tower.4.2
+    head.<cls_score|bbox_pred>                  head.<cls_logits|bbox_pred>
+    head.<ctrness|centerness>                   head.ctrness
+    head.scales.3                               head.scales.3
+
+    backbone.body.<stem.|>conv1                 @stem.conv1
+    backbone.body.<stem.|>bn1                   @stem.conv1.norm
+    backbone.body.layer3.4.<conv3|bn3>          @res4.4.conv3<|.norm>
+    backbone.body.layer2.1.conv2.<conv|offset>  @res3.1.conv2<|_offset>
+    backbone.body.layer4.0.downsample.<0|1>     @res5.0.shortcut<|.norm>
+    backbone.fpn.fpn_<inner3|layer4>            backbone.fpn_<lateral4|output5>
+    backbone.fpn.top_blocks.p6                  backbone.top_block.p6
+    rpn.head.<cls|bbox>_tower.3                 head.<cls|bbox>_tower.3
+    rpn.head.<cls|bbox>_tower.9.offset          head.<cls|bbox>_tower.9.offset
+    rpn.head.<cls|bbox>_tower.9.conv            head.<cls|bbox>_tower.9.conv
+    rpn.head.<cls_logits|bbox_pred>             head.<cls_logits|bbox_pred>
+    rpn.head.<centerness|scales.1>              head.<ctrness|scales.1>
+    backbone.body.features.0.<0|1>              @body.<conv_stem|bn1>
+    backbone.body.features.1.conv.<0|3>         @body.blocks.0.0.<conv_dw|conv_pw>
+    backbone.body.features.12.conv.<0|3>        @body.blocks.4.1.<conv_pw|conv_dw>
+    backbone.body.features.12.conv.<4|6>        @body.blocks.4.1.<bn2|conv_pwl>
+
+    backbone.fpn.inner_blocks.1<.0|>            backbone.fpn_lateral4
+    backbone.fpn.layer_blocks.2<.0|>            backbone.fpn_output5
+    backbone.fpn.extra_blocks.p7                backbone.top_block.p7
+    head.<classification|regression>_head.conv.6   head.<cls|bbox>_tower.6
+    head.classification_head.cls_logits         head.cls_logits
+    head.regression_head.bbox_<reg|ctrness>     head.<bbox_pred|ctrness>
+
+    backbone.<conv1|bn1>                        @stem.conv1<|.norm>
+    backbone.layer2.3.<conv2|bn2>               @res3.3.conv2<|.norm>
+    backbone.layer4.2.conv2.conv_offset         @res5.2.conv2_offset
+    backbone.layer1.0.downsample.<0|1>          @res2.0.shortcut<|.norm>
+    neck.<lateral_convs.2|fpn_convs.0>.conv     backbone.fpn_<lateral5|output3>
+    neck.fpn_convs.4.conv                       backbone.top_block.p7
+    bbox_head.<cls|reg>_convs.2.conv            head.<cls|bbox>_tower.6
+    bbox_head.<cls|reg>_convs.1.gn              head.<cls|bbox>_tower.4
+    bbox_head.<cls|reg>_convs.1.bn              head.<cls|bbox>_tower.4
+    bbox_head.<cls|reg>_convs.3.conv.conv_offset   head.<cls|bbox>_tower.9.offset
+    bbox_head.<conv|fcos>_cls                   head.cls_logits
+    bbox_head.<conv|fcos>_reg                   head.bbox_pred
+    bbox_head.<conv|fcos>_centerness            head.ctrness
+    bbox_head.scales.2                          head.scales.2
+
+    backbone.stem.stem_2/<conv|norm>            @body.stem_1.<conv|bn>
+    backbone.stage5.OSA5_2.layers.4.OSA5_2_4/<conv|norm>
+        @body.stages_3.blocks.1.conv_mid.4.<conv|bn>
+    backbone.stage4.OSA4_2.concat.OSA4_2_concat/<conv|norm>
+        @body.stages_2.blocks.1.conv_concat.<conv|bn>
+    fpn.<inner_convs.2|out_convs.4>             backbone.fpn_<lateral3|output5>
+    fpn.top_blocks.p7                           backbone.top_block.p7
+    head.<cls|bbox>_tower.3                     head.<cls|bbox>_tower.3
+    head.<cls|center>_pred                      head.<cls_logits|ctrness>
+
+    backbone.conv1.conv1.<conv|norm>            @stem.conv1<|.norm>
+    backbone.res4.res4f.branch2a.<conv|norm>    @res4.5.conv1<|.norm>
+    backbone.res2.res2b.branch2b.<conv|norm>    @res2.1.conv2<|.norm>
+    backbone.res3.res3d.branch2c.<conv|norm>    @res3.3.conv3<|.norm>
+    backbone.res5.res5a.short.<conv|norm>       @res5.0.shortcut<|.norm>
+    neck.fpn_inner_res<3_sum_lateral|5_sum>     backbone.fpn_lateral<3|5>
+    neck.fpn_<res4_sum|6>                       backbone.<fpn_output4|top_block.p6>
+    fcos_head.fcos_feat.fcos_head_<cls|reg>_tower_conv_2.conv   head.<cls|bbox>_tower.6
+    fcos_head.fcos_feat.fcos_head_<cls|reg>_tower_conv_2.norm   head.<cls|bbox>_tower.7
+    fcos_head.fcos_head_<cls|reg>               head.<cls_logits|bbox_pred>
+    fcos_head.<fcos_head_centerness|p5_feat>    head.<ctrness|scales.2>
+"""
+SAMPLES = {}
+for side in (1, 2):
+    names = re.sub(r"<(.*?)\|(.*?)>", rf"\{side}", ROWS).replace("@", "backbone.bottom_up.").split()
+    SAMPLES |= dict(zip(names[::2], names[1::2], strict=True))
+
+
+DCN = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
+DCN += ("MODEL.RESNETS.DEFORM_MODULATED", True, "MODEL.FCOS.USE_DEFORMABLE", True)
+BN = ("MODEL.FCOS.NORM", "BN")
+RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD")
+RGB += ([58.395, 57.12, 57.375], "MODEL.RESNETS.STRIDE_IN_1X1", False)
+PADDLE = (*RGB, "MODEL.FCOS.SCORE_RULE", "product", "MODEL.FCOS.THRESH_WITH_CTR", True)
+PADDLE += ("MODEL.FCOS.INFERENCE_TH_TEST", 0.025)
+# Model -> the config that it is for, and options of the command line.
+MODELS = {
+    "original_R_50": ("original/fcos_R_50_FPN_1x",),
+    "original_R_50_dcn": ("original/fcos_imprv_dcnv2_R_50_FPN_1x",),
+    "original_MNV2_bn": ("original/fcos_bn_bs16_MNV2_FPN_1x",),
+    "adelaidet_R_50": ("fcos_R_50_FPN_1x_iou",),
+    "adelaidet_R_50_dcn": ("fcos_R_50_FPN_1x", *DCN),
+    "adelaidet_R_50_bn": ("fcos_R_50_FPN_1x", *BN),
+    "adelaidet_RT_DLA_34": ("rt/fcos_RT_DLA_34_FPN_4x",),
+    "adelaidet_RT_DLA_34_bn": ("rt/fcos_RT_DLA_34_FPN_4x_bn",),
+    "adelaidet_RT_DLA_34_shtw": ("rt/fcos_RT_DLA_34_FPN_4x_shtw",),
+    "adelaidet_RT_DLA_34_shtw_bn": ("rt/fcos_RT_DLA_34_FPN_4x_shtw_bn",),
+    "adelaidet_V_39": ("vovnet/fcos_V_39_FPN_3x",),
+    "detectron2_R_50": ("detectron2/fcos_R_50_FPN_1x",),
+    "detectron2_R_50_bn": ("detectron2/fcos_R_50_FPN_1x", *BN),
+    "cvpods_R_50": ("fcos_R_50_FPN_1x", "MODEL.FCOS.CONVENTION", "cvpods"),
+    "torchvision_R_50": ("torchvision/fcos_R_50_FPN",),
+    "torchvision_0.12": ("torchvision/fcos_R_50_FPN",),
+    "mmdetection_R_50_base": ("mmdetection/fcos_R_50_FPN_1x",),
+    "mmdetection_2.0": ("mmdetection/fcos_R_50_FPN_1x",),
+    "mmdetection_R_50_tricks": ("mmdetection/fcos_tricks_R_50_FPN_1x",),
+    "mmdetection_R_50_bn": ("mmdetection/fcos_tricks_R_50_FPN_1x", *BN),
+    "mmdetection_R_50_dcn": ("mmdetection/fcos_tricks_dcnv2_R_50_FPN_1x",),
+    "rosinality_V_39": ("rosinality/fcos_V_39_FPN",),
+    "rosinality_V_57": ("rosinality/fcos_V_57_FPN",),
+    "paddledetection_R_50": ("fcos_R_50_FPN_1x", *PADDLE),
+}
 
 
 def shapes_of(name: str) -> dict[str, list[int]]:

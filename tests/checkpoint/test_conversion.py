@@ -9,56 +9,17 @@ from detectron2.modeling import build_model
 
 from fcos_d2 import InputError, add_fcos_config
 from fcos_d2.checkpoint import Checkpointer
-from fcos_d2.checkpoint.conversion import (
-    adapt_weights,
-    export_weights,
-    import_weights,
-    rename,
-)
+from fcos_d2.checkpoint.conversion import adapt_weights, export_weights, import_weights, rename
 
 from ..modeling.tiny import tiny_fcos
 from . import peers
-from .peers import LEVELS
+from .peers import LEVELS, MODELS
 
 COCO = 80
 
 pytest_plugins = ["tests.script"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*which is a no-op")  # models without numbers
 
-DCN = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
-DCN += ("MODEL.RESNETS.DEFORM_MODULATED", True, "MODEL.FCOS.USE_DEFORMABLE", True)
-BN = ("MODEL.FCOS.NORM", "BN")
-RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD")
-RGB += ([58.395, 57.12, 57.375], "MODEL.RESNETS.STRIDE_IN_1X1", False)
-PADDLE = (*RGB, "MODEL.FCOS.SCORE_RULE", "product", "MODEL.FCOS.THRESH_WITH_CTR", True)
-PADDLE += ("MODEL.FCOS.INFERENCE_TH_TEST", 0.025)
-# Model -> the config that it is for, more of its options.
-MODELS = {
-    "original_R_50": ("original/fcos_R_50_FPN_1x",),
-    "original_R_50_dcn": ("original/fcos_imprv_dcnv2_R_50_FPN_1x",),
-    "original_MNV2_bn": ("original/fcos_bn_bs16_MNV2_FPN_1x",),
-    "adelaidet_R_50": ("fcos_R_50_FPN_1x_iou",),
-    "adelaidet_R_50_dcn": ("fcos_R_50_FPN_1x", *DCN),
-    "adelaidet_R_50_bn": ("fcos_R_50_FPN_1x", *BN),
-    "adelaidet_RT_DLA_34": ("rt/fcos_RT_DLA_34_FPN_4x",),
-    "adelaidet_RT_DLA_34_bn": ("rt/fcos_RT_DLA_34_FPN_4x_bn",),
-    "adelaidet_RT_DLA_34_shtw": ("rt/fcos_RT_DLA_34_FPN_4x_shtw",),
-    "adelaidet_RT_DLA_34_shtw_bn": ("rt/fcos_RT_DLA_34_FPN_4x_shtw_bn",),
-    "adelaidet_V_39": ("vovnet/fcos_V_39_FPN_3x",),
-    "detectron2_R_50": ("detectron2/fcos_R_50_FPN_1x",),
-    "detectron2_R_50_bn": ("detectron2/fcos_R_50_FPN_1x", *BN),
-    "cvpods_R_50": ("fcos_R_50_FPN_1x", "MODEL.FCOS.CONVENTION", "cvpods"),
-    "torchvision_R_50": ("torchvision/fcos_R_50_FPN",),
-    "torchvision_0.12": ("torchvision/fcos_R_50_FPN",),
-    "mmdetection_R_50_base": ("mmdetection/fcos_R_50_FPN_1x",),
-    "mmdetection_2.0": ("mmdetection/fcos_R_50_FPN_1x",),
-    "mmdetection_R_50_tricks": ("mmdetection/fcos_tricks_R_50_FPN_1x",),
-    "mmdetection_R_50_bn": ("mmdetection/fcos_tricks_R_50_FPN_1x", *BN),
-    "mmdetection_R_50_dcn": ("mmdetection/fcos_tricks_dcnv2_R_50_FPN_1x",),
-    "rosinality_V_39": ("rosinality/fcos_V_39_FPN",),
-    "rosinality_V_57": ("rosinality/fcos_V_57_FPN",),
-    "paddledetection_R_50": ("fcos_R_50_FPN_1x", *PADDLE),
-}
 PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
 
 

@@ -72,32 +72,27 @@ def checkpoint(choices: Choices) -> object:
 
 
 def save(content: object, how: str) -> bytes:
-    """One of the formats of files; arrays and tensors that it cannot hold are left out."""
+    """One of the formats of files; what it cannot hold is left out."""
 
-    def converted(value: object) -> object:
+    def array(value: object) -> object:
         if isinstance(value, dict):
-            return {key: converted(entry) for key, entry in value.items()}
-        is_plain = type(value) is Tensor and value.layout == torch.strided
-        if is_plain and value.device.type == "cpu" and value.numel() < 10_000:
-            has_array = not value.is_quantized and value.dtype != torch.float8_e4m3fn
-            return value.numpy() if has_array else 1
-        return None if isinstance(value, Tensor) else value
+            return {key: array(entry) for key, entry in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        try:
+            return value.detach().numpy() if value.numel() < 10_000 else None
+        except (RuntimeError, TypeError):  # sparse, quantized, without numbers, of 8 bits
+            return None
 
     if how == "safetensors":
         pairs = content.items() if isinstance(content, dict) else ()
-        plain = {k: v for k, v in pairs if isinstance(v, Tensor) and isinstance(k, str)}
-        plain = {k: v.clone() for k, v in plain.items() if k.isprintable() and _is_dense(v)}
-        return safetensors.torch.save(plain)
+        plain = {k: v for k, v in pairs if isinstance(v, Tensor) and array(v) is not None}
+        return safetensors.torch.save({str(k): v.clone() for k, v in plain.items()})
     if how == "pickle":
-        return pickle.dumps(converted(content), protocol=2)
+        return pickle.dumps(array(content), protocol=2)
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=how == "zip")
     return file.getvalue()
-
-
-def _is_dense(value: Tensor) -> bool:
-    is_strided = value.layout == torch.strided and not value.is_quantized
-    return is_strided and value.device.type == "cpu" and value.numel() < 10_000
 
 
 def check(data: bytes) -> None:
