@@ -96,7 +96,8 @@ _ROSINALITY = {
     **_ORIGINAL,
     "CENTER_SAMPLE": True,
     "LOC_LOSS_TYPE": "giou",
-    "SYNC_NORMALIZER": False,  # there one more foreground point per image is counted
+    "LOSS_NORMALIZER_CLS": "fg_and_images",
+    "SYNC_NORMALIZER": False,
 }
 
 CONVENTIONS: dict[str, dict[str, object]] = {
@@ -241,10 +242,10 @@ def _add_losses(fcos: CN) -> None:
     # Weight the box loss by the centerness target and divide by the sum of the weights. Applies to
     # BOX_QUALITY "ctrness"; with "iou" all positive points weigh the same.
     fcos.CTR_WEIGHTED_LOC = None
-    # The classification loss is divided by the number of foreground points ("fg"), its moving
-    # average ("moving_fg", saved with the weights; starts at MOVING_FG_START) or the number of
-    # points ("all"); the unweighted box and the quality loss by "fg", or by the same number as the
-    # classification loss ("cls").
+    # The classification loss is divided by the number of foreground points ("fg"), this plus the
+    # number of images ("fg_and_images"), its moving average ("moving_fg", saved with the weights;
+    # starts at MOVING_FG_START) or the number of points ("all"); the unweighted box and the quality
+    # loss by "fg", or by the same number as the classification loss ("cls").
     fcos.LOSS_NORMALIZER_CLS = None
     fcos.LOSS_NORMALIZER_BOX = None
     fcos.MOVING_FG_START = None

@@ -216,6 +216,8 @@ def _settings_in_use(model: FCOS) -> dict[str, object]:
         "THRESH_WITH_CTR": post.selection["threshold_with_quality"],
         "RANK_WITH_CTR": post.selection["rank_with_quality"],
         "CLIP_BEFORE_NMS": post.selection["clip"],
+        "DROP_EMPTY": post.selection["drop_empty"],
+        "PIXEL_EXTENT": post.suppression["pixel_extent"],
         "NMS_TH": post.suppression["iou_threshold"],
     }
     settings = {

@@ -40,7 +40,7 @@ class FCOSLoss(nn.Module):
         iou_smooth: added to intersection and union, in squared units of the regression targets.
         norm_reg_targets: the unit of the regression targets is the stride instead of the pixel.
         weight_by_centerness: weight the box loss by centerness; only with box_quality "ctrness".
-        cls_normalizer: "fg", "moving_fg" or "all".
+        cls_normalizer: "fg", "fg_and_images", "moving_fg" or "all".
         box_normalizer: "fg", or "cls" for that of the classification loss.
         moving_fg_start: first value of the moving average.
         sync_normalizer: average the normalisers over all processes.
@@ -77,7 +77,9 @@ class FCOSLoss(nn.Module):
         super().__init__()
         check_choice("LOC_LOSS_TYPE", loc_loss_type, LOSS_TYPES)
         check_choice("BOX_QUALITY", box_quality, QUALITIES)
-        check_choice("LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "moving_fg", "all"))
+        check_choice(
+            "LOSS_NORMALIZER_CLS", cls_normalizer, ("fg", "fg_and_images", "moving_fg", "all")
+        )
         check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
         check_choice("PIXEL_EXTENT", pixel_extent, (0, 1))
         self.num_classes = num_classes
@@ -205,6 +207,8 @@ class FCOSLoss(nn.Module):
         cls = foreground = totals[0].clamp(min=1)
         if self.cls_normalizer == "all":
             cls = totals[2].clamp(min=1)
+        elif self.cls_normalizer == "fg_and_images":
+            cls = totals[0] + len(targets.labels)
         elif self.cls_normalizer == "moving_fg":
             self.moving_fg.lerp_(foreground.to(self.moving_fg), 1 - self.MOMENTUM)
             cls = self.moving_fg.to(foreground, copy=True)

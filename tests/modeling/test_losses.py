@@ -78,7 +78,8 @@ def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth(
 
 
 @pytest.mark.parametrize(
-    "normalizer, divisor", [("all", 6), ("moving_fg", 0.9 * 100 + 0.1 * 3), ("fg", 3)]
+    "normalizer, divisor",
+    [("all", 6), ("moving_fg", 0.9 * 100 + 0.1 * 3), ("fg", 3), ("fg_and_images", 3 + 2)],
 )
 def test_one_number_can_divide_all_losses(normalizer, divisor):
     truth = ground_truth([(WHOLE, 0)], [])
@@ -222,7 +223,7 @@ def test_statistics_count_positives_ambiguous_points_and_boxes_no_point_serves()
     "options, message",
     [
         ({"box_quality": "center"}, "BOX_QUALITY must be one of 'ctrness', 'iou', got 'center'"),
-        ({"cls_normalizer": "none"}, "LOSS_NORMALIZER_CLS must be one of 'fg', 'moving_fg', 'all'"),
+        ({"cls_normalizer": "none"}, "LOSS_NORMALIZER_CLS must be one of 'fg', 'fg_and"),
         ({"box_normalizer": "all"}, "LOSS_NORMALIZER_BOX must be one of 'fg', 'cls', got 'all'"),
         ({"pixel_extent": 2}, "PIXEL_EXTENT must be one of 0, 1, got 2"),
         ({"loc_loss_type": "l1"}, "LOC_LOSS_TYPE must be one of 'iou', 'linear_iou', 'giou'"),
