@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,7 +36,6 @@ from fcos_d2.data.images import distinct_names
 from fcos_d2.data.inspection import (
     Contents,
     Inspection,
-    boxes_of,
     clean,
     describe_contents,
     inspect_dataset,
@@ -51,6 +49,8 @@ from fcos_d2.data.level_fit import (
     Sample,
     image_levels,
     measure_fit,
+    pyramid_keys,
+    sample_of,
     suggest_pyramid,
 )
 from fcos_d2.modeling.losses import FCOSLoss
@@ -261,7 +261,7 @@ def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
     records = inspection.records[:: max(1, len(inspection.records) // MOST_MEASURED)]
     sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
     samples = {
-        size: [_sample(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
+        size: [sample_of(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
     }
     fits = {size: measure_fit(samples[size], *_rules(cfg)) for size in sizes}
     for size, fit in fits.items():
@@ -278,17 +278,10 @@ def _print_suggestion(cfg: CfgNode, samples: Sequence[Sample], configured: Level
         print(f"  these levels fit: those of the paper's proportions would leave {share} unlearned")
     else:
         print(f"\n  other levels would leave only {share} unlearned:")
-        for line in _as_yaml(pyramid):
+        for line in pyramid_keys(pyramid):
             print(f"    {line}")
     if min(pyramid.strides) == STRIDES[0] and fit.too_small > MISSED * fit.num_boxes:
         print("  many objects are small: raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
-
-
-def _sample(record: dict, size: int, max_size: int) -> Sample:
-    height, width = record["height"], record["width"]
-    new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
-    boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
-    return Sample(new, boxes * np.array([new[1] / width, new[0] / height] * 2))
 
 
 def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
@@ -307,22 +300,6 @@ def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
 
 def _share(count: int, total: int) -> str:
     return f"{count} of {total} ({100 * count / max(total, 1):.1f} %)"
-
-
-def _as_yaml(pyramid: Pyramid) -> list[str]:
-    numbers = [stride.bit_length() - 1 for stride in pyramid.strides]
-    stages = [f"res{n}" for n in numbers if n <= 5] or ["res5"]
-    top = max(0, numbers[-1] - 5)
-    return [
-        "MODEL:",
-        f"  RESNETS: {{OUT_FEATURES: {json.dumps(stages)}}}",
-        f"  FPN: {{IN_FEATURES: {json.dumps(stages)}}}",
-        "  FCOS:",
-        f"    IN_FEATURES: {json.dumps([f'p{n}' for n in numbers])}",
-        f"    FPN_STRIDES: {pyramid.strides}",
-        f"    SIZES_OF_INTEREST: {pyramid.sizes_of_interest}",
-        f"    TOP_LEVELS: {top}",
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,17 +6,20 @@ lies in its size range (1904.01355 section 3.2). Boxes are in pixels of the netw
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor
 
 from ..modeling.losses import FCOSLoss
 from ..modeling.structures import GroundTruth, PointGrid
 from ..ops import Levels, Targets
+from .inspection import boxes_of
 
 STRIDES = (4, 8, 16, 32, 64, 128)  # of P2 to P7
 REACH = 8  # strides: a level's range ends there in the paper, 64 pixels at stride 8
@@ -29,6 +32,14 @@ class Sample(NamedTuple):
 
     size: tuple[int, int]  # height, width
     boxes: np.ndarray  # [n, 4], xyxy
+
+
+def sample_of(record: dict, size: int, max_size: int) -> Sample:
+    """The image of a record after INPUT.MIN_SIZE_* and MAX_SIZE_*, with its objects."""
+    height, width = record["height"], record["width"]
+    new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
+    boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
+    return Sample(new, boxes * np.array([new[1] / width, new[0] / height] * 2))
 
 
 class LevelFit(NamedTuple):
@@ -99,12 +110,16 @@ class Pyramid(NamedTuple):
     sizes_of_interest: list[int]
 
 
-def suggest_pyramid(samples: Sequence[Sample]) -> Pyramid:
+def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyramid:
     """Levels for the boxes of a data set, by the proportions of the paper.
 
     The finest stride is the largest for which hardly any box, wherever it lies, falls between the
     points; a level ends at 8 strides, and levels are added until nearly all boxes are reached.
     Where one level would do, a second one takes the largest half octave.
+
+    Args:
+        samples: images with boxes.
+        small: pixels on which the finest level should have at least two points.
 
     Returns:
         at least two levels, between P2 and P7. Boxes narrower than 4 pixels need a larger input.
@@ -116,7 +131,8 @@ def suggest_pyramid(samples: Sequence[Sample]) -> Pyramid:
         return Pyramid([8, 16, 32, 64, 128], [64, 128, 256, 512])
     # A box of sides w, h holds a point of stride s with probability min(1, w/s) * min(1, h/s).
     missed = [1 - np.minimum(1, sides / stride).prod(axis=1).mean() for stride in STRIDES[:-1]]
-    first = max((i for i, share in enumerate(missed) if share <= MISSED), default=0)
+    fits = [share <= MISSED and 2 * s <= small for share, s in zip(missed, STRIDES, strict=False)]
+    first = max((i for i, does in enumerate(fits) if does), default=0)
     far = np.quantile(sides.max(axis=1) / 2, LARGEST)
     last = next((i for i, s in enumerate(STRIDES) if REACH * s >= far), len(STRIDES) - 1)
     strides = list(STRIDES[first : max(last, first + 1) + 1])
@@ -125,3 +141,19 @@ def suggest_pyramid(samples: Sequence[Sample]) -> Pyramid:
         # What reaches beyond two strides is wider than the next stride, so it holds a point there.
         bounds = [max(2 * strides[0], round(far / math.sqrt(2)))]
     return Pyramid(strides, bounds)
+
+
+def pyramid_keys(pyramid: Pyramid) -> list[str]:
+    """The lines of a config that make its levels those of ``pyramid``."""
+    numbers = [stride.bit_length() - 1 for stride in pyramid.strides]
+    stages = json.dumps([f"res{n}" for n in numbers if n <= 5] or ["res5"])
+    return [
+        "MODEL:",
+        f"  RESNETS: {{OUT_FEATURES: {stages}}}",
+        f"  FPN: {{IN_FEATURES: {stages}}}",
+        "  FCOS:",
+        f"    IN_FEATURES: {json.dumps([f'p{n}' for n in numbers])}",
+        f"    FPN_STRIDES: {pyramid.strides}",
+        f"    SIZES_OF_INTEREST: {pyramid.sizes_of_interest}",
+        f"    TOP_LEVELS: {max(0, numbers[-1] - 5)}",
+    ]

@@ -4,7 +4,7 @@ from .builder import Source
 from .files import read_json, read_text, read_xml, read_yaml
 from .json_files import kind_of, read_annotations
 from .xml_files import read_cvat, read_voc
-from .yolo import read_yolo
+from .yolo import read_yolo, yolo_splits
 
 __all__ = [
     "Source",
@@ -17,4 +17,5 @@ __all__ = [
     "read_xml",
     "read_yaml",
     "read_yolo",
+    "yolo_splits",
 ]

@@ -6,6 +6,7 @@ as shares of the image.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,17 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
             f"{config}: no image has a label file, like {_label_file(images[0])} for {images[0]}"
         )
     return Source(str(root / (split or "yolo")), str(root), builder.content())
+
+
+def yolo_splits(path: str | Path) -> list[str]:
+    """Those of "train", "val" and "test" that a data.yaml names and whose images are there."""
+    path, found = Path(path), []
+    settings = read_yaml(path)
+    for split in ("train", "val", "test"):
+        with contextlib.suppress(InputError):
+            if _split_places(settings, path.parent, split, path):
+                found.append(split)
+    return found
 
 
 def _names(settings: dict, root: Path, config: Path) -> list[str]:

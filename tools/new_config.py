@@ -1,0 +1,439 @@
+#!/usr/bin/env python3
+"""Writes a config for a folder of images and annotations, with the reason for every line.
+
+    python tools/new_config.py FOLDER -o mine.yaml
+    python train_net.py --config-file mine.yaml
+
+Recognizes COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML, Roboflow's exports.
+Where there is no validation set, a fifth of the images becomes one: every class has its share,
+augmented copies of one photo stay together, and mine_val.txt lists them. A list that is there
+already is used, so that new images move no old one. Exit status: 0, 1 if the data has defects that
+have to be corrected first, 2 if there is no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fcos_d2 import InputError, model_zoo
+from fcos_d2.config_file import read_cfg
+from fcos_d2.data import register_datasets
+from fcos_d2.data.catalog import review_dataset
+from fcos_d2.data.custom import photo, share
+from fcos_d2.data.formats import kind_of, read_json, read_xml, read_yaml, yolo_splits
+from fcos_d2.data.image_files import locate_images
+from fcos_d2.data.images import is_image
+from fcos_d2.data.inspection import boxes_of, inspect_dataset
+from fcos_d2.data.level_fit import pyramid_keys, sample_of, suggest_pyramid
+
+DEPTH = 4  # folders below FOLDER that are looked into
+SPLITS = {"train": r"train(ing)?", "val": r"val(id|idation)?|dev", "test": r"test(ing)?"}
+VALIDATION = 0.2  # share of the images
+SLACK = 0.25  # by which the share of a class may differ from that
+SHOWN = 8  # class names
+SAMPLED = 2000  # images whose boxes are measured
+IMAGES_FOR_PATHS = 50  # that are looked for to find the folder of images
+
+# ---- what is in a folder ----
+
+
+def recognize(folder: Path) -> dict[str, dict]:
+    """DATASETS.REGISTER entries by "train", "val", "test", "trainval", or "all".
+
+    Raises:
+        InputError: there is nothing that is known.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name the one that holds images and annotations")
+    files = [path for path in _files(folder) if path.name[0] != "."]
+    for find in (_find_yolo, _find_xml, _find_json):
+        if found := find(folder, files):
+            return found
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
+    looks = [f"{path}: {kind_of(read_json(path))}" for path in files if path.suffix == ".json"][:3]
+    raise InputError(
+        f"{folder} holds no annotations of a known format, but {len(files)} files ("
+        f"{', '.join(f'{count} {suffix}' for suffix, count in kinds)}); {'; '.join(looks)}"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        is_deep = len(Path(parent).relative_to(folder).parts) >= DEPTH
+        folders[:] = [] if is_deep else sorted(name for name in folders if name[0] != ".")
+        yield from (Path(parent, name) for name in sorted(names))
+
+
+def _split_of(path: Path, folder: Path) -> str:
+    """The split that a path names, the last one if there are several; "all" for none."""
+    words = "/".join(path.relative_to(folder).parts).lower()
+    found = [
+        (match.start(), split)
+        for split, pattern in SPLITS.items()
+        for match in re.finditer(rf"(?<![a-z])({pattern})(?![a-z])", words)
+    ]
+    return max(found)[1] if found else "all"
+
+
+def _find_yolo(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
+    for path in files:
+        if path.suffix in (".yaml", ".yml") and "names" in _settings(path):
+            return {split: {"yolo": str(path), "split": split} for split in yolo_splits(path)}
+    for path in files:
+        if path.name in ("classes.txt", "obj.names"):
+            is_beside = path.parent.name.lower() == "labels"
+            return {"all": {"yolo": str(path.parent.parent if is_beside else path.parent)}}
+    return {}
+
+
+def _settings(path: Path) -> dict:
+    try:
+        return read_yaml(path)
+    except InputError:
+        return {}
+
+
+def _find_xml(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
+    kinds: dict[str, dict[Path, Path]] = {"annotation": {}, "annotations": {}}
+    for path in files:
+        if path.suffix.lower() == ".xml" and path.parent not in kinds["annotation"]:
+            kinds.get(_root_tag(path), {}).setdefault(path.parent, path)
+    entries: dict[str, dict] = {}
+    for path in kinds["annotations"].values():
+        images = _images_of(path.parent, folder, [])
+        entries[_split_of(path, folder)] = {"cvat": str(path), "images": images}
+    for xml in kinds["annotation"]:
+        lists = [p for p in files if p.parent.name == "Main" and p.parent.parents[1] == xml.parent]
+        root = xml if any(map(is_image, xml.iterdir())) else xml.parent
+        for path in lists:
+            if path.stem in (*SPLITS, "trainval"):
+                entries[path.stem] = {"voc": str(root), "split": path.stem}
+        if not lists:
+            entries[_split_of(xml, folder)] = {"voc": str(root)}
+    return entries
+
+
+def _root_tag(path: Path) -> str:
+    try:
+        return read_xml(path).tag
+    except InputError:
+        return ""
+
+
+def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
+    """Files of a known kind by split; of COCO's own those with instances, cleaned ones first."""
+    paths = [p for p in files if p.suffix == ".json" or p.name.endswith(".json.gz")]
+    paths = [p for p in paths if p.with_name(f"{p.stem}_clean.json") not in paths]
+    if instances := [p for p in paths if p.name.startswith("instances_")]:
+        paths = instances
+    entries: dict[str, dict] = {}
+    for path in paths:
+        content = read_json(path)
+        kind, split = kind_of(content), _split_of(path, folder)
+        if kind == "LabelMe":  # one file for each image
+            images = _images_of(path.parent, folder, [content["imagePath"]])
+            entries.setdefault(split, {"json": str(path.parent), "images": images})
+        elif kind in ("COCO", "VIA", "Label Studio", "CreateML"):
+            images = _images_of(path.parent, folder, _names(content))
+            entry = entries.setdefault(split, {"json": [], "images": []})
+            if isinstance(entry["json"], list):
+                entry["json"].append(str(path))
+                entry["images"].append(images)
+    for entry in entries.values():
+        if isinstance(entry["json"], list) and len(entry["json"]) == 1:
+            entry.update(json=entry["json"][0], images=entry["images"][0])
+    return entries
+
+
+def _names(content: object) -> list[str]:
+    """File names of images in a JSON file of any kind."""
+    entries = content.get("images", content) if isinstance(content, dict) else content
+    entries = entries.get("_via_img_metadata", entries) if isinstance(entries, dict) else entries
+    entries = entries.values() if isinstance(entries, dict) else entries
+    keys = ("file_name", "filename", "image", "imagefilename")
+    found = [e[k] for e in entries if isinstance(e, dict) for k in keys if k in e]
+    return [name for name in found if isinstance(name, str)][:IMAGES_FOR_PATHS]
+
+
+def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
+    """The folder that names start from; a folder called images, or FOLDER, where it is unknown."""
+    near = [path for path in sorted(folder.rglob("*")) if path.is_dir()][:200]
+    for candidate in (beside, beside / "images", folder / "images", *near, folder):
+        if names and candidate.is_dir() and not locate_images(str(candidate), names).missing:
+            return str(candidate)
+    holding = [path for path in (beside / "images", folder / "images") if path.is_dir()]
+    return str(holding[0] if holding else folder)
+
+
+# ---- a validation set ----
+
+
+def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
+    """The images for validation: a fifth, and of every class nearly a fifth of its photos.
+
+    Whether a photo belongs to it is decided by its name; few are moved for the sake of classes of
+    which there are few, the rarest first.
+
+    Args:
+        labels: classes in an image, by its file name.
+    """
+    groups: dict[str, set[int]] = {}
+    for name, classes in labels.items():
+        groups.setdefault(photo(name), set()).update(classes)
+    place = {group: share(group) for group in groups}
+    chosen = {group for group in groups if place[group] < VALIDATION}
+    counts = Counter(class_ for classes in groups.values() for class_ in classes)
+    settled: set[int] = set()
+    for class_, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
+        members = sorted((g for g in groups if class_ in groups[g]), key=place.get)
+        free = [group for group in members if not groups[group] & settled]
+        wanted = max(1, round(VALIDATION * count)) if count > 1 else 0
+        slack = int(SLACK * wanted)
+        have = len(chosen.intersection(members))
+        missing, over = max(0, wanted - slack - have), max(0, have - wanted - slack)
+        chosen |= set([group for group in free if group not in chosen][:missing])
+        chosen -= set([group for group in reversed(free) if group in chosen][:over])
+        settled.add(class_)
+    return {name for name in labels if photo(name) in chosen}
+
+
+# ---- the recipe ----
+
+TEXT = """\
+# {num_images} images with {num_classes} classes: {classes}
+_BASE_: {base}
+DATASETS:
+  # {why}
+  REGISTER:
+{entries}
+  TRAIN: [{train}]
+  TEST: [{test}]
+INPUT:
+{sizes}
+  RANDOM_FLIP: "horizontal"  # "none" where left and right differ, as in text
+{model}
+{solver}
+  MAX_ITER: {iterations}  # every image {epochs:.0f} times, and at least 1500 iterations
+  CHECKPOINT_PERIOD: {period}
+TEST: {{EVAL_PERIOD: {period}}}
+VIS_PERIOD: {period}
+DATALOADER: {{NUM_WORKERS: {workers}}}
+OUTPUT_DIR: output/{name}
+"""
+SIZES = """\
+  # Images are mostly {width:.0f} x {height:.0f}; so one box in twenty is under {small:.0f} pixels.
+  MIN_SIZE_TRAIN: {train_sizes}
+  MAX_SIZE_TRAIN: {longest}
+  MIN_SIZE_TEST: {size}
+  MAX_SIZE_TEST: {longest}"""
+TILES = """\
+  # In images of {width:.0f} x {height:.0f} one box in twenty is under {small:.0f} pixels, too small
+  # to be shrunk: training sees crops around objects. Detect with fcos-d2 --tile {size}.
+  CROP: {{ENABLED: True, TYPE: "absolute", SIZE: [{size}, {size}]}}
+  MIN_SIZE_TRAIN: [{size}]
+  MAX_SIZE_TRAIN: {size}
+  MIN_SIZE_TEST: 0  # as they are"""
+PUBLISHED = """\
+  WEIGHTS: "{weights}"  # trained on COCO; the class layer starts anew"""
+RANDOM = """\
+  WEIGHTS: ""  # a network small enough for a CPU starts from random weights"""
+GPU = """\
+SOLVER:
+  IMS_PER_BATCH: {batch}  # for the memory of the GPU
+  BASE_LR: {rate:.6g}  # 0.01 for 16 images
+  STEPS: {steps}
+  WARMUP_ITERS: 500"""
+CPU = """\
+SOLVER:
+  IMS_PER_BATCH: {batch}
+  BASE_LR: 0.0014  # AdamW, with a cosine schedule"""
+
+
+class Fingerprint(NamedTuple):
+    """What the recipe depends on."""
+
+    width: float  # of the images, median
+    height: float
+    small: float  # shorter side of a box that only one in twenty is below, pixels
+    records: list[dict]
+
+    @property
+    def short(self) -> float:
+        """Shorter side of the images."""
+        return min(self.width, self.height)
+
+
+def fingerprint(records: list[dict]) -> Fingerprint:
+    """Measures a data set.
+
+    Raises:
+        InputError: it has no boxes.
+    """
+    boxes = [boxes_of([a for a in r["annotations"] if not a["iscrowd"]]) for r in records]
+    sides = np.concatenate([b[:, 2:] - b[:, :2] for b in boxes] or [np.zeros((0, 2))]).min(axis=1)
+    if not (sides > 0).any():
+        raise InputError("the data has no box with area; are these the right annotations?")
+    sizes = np.median([(r["width"], r["height"]) for r in records], axis=0)
+    return Fingerprint(*sizes, float(np.quantile(sides[sides > 0], 0.05)), records)
+
+
+def recipe(found: Fingerprint, has_gpu: bool) -> dict:
+    """Values of ``TEXT``: training from published weights on a GPU, from random ones on a CPU."""
+    pixels, most, batch = (24, 800, _gpu_batch()) if has_gpu else (20, 480, 4)
+    # The size at which one box in twenty is smaller than so many pixels; at most twice the image's.
+    size = np.clip(pixels / found.small * found.short, min(128, found.short), most)
+    size = max(32, round(min(size, 2 * found.short) / 8) * 8)
+    is_tiled = pixels / 2 > found.small * size / found.short
+    if is_tiled:
+        size = int(max(most, 512) // 32 * 32)
+    scale = 1 if is_tiled else size / found.short
+    longest = int(np.ceil(1.25 * scale * max(found.width, found.height) / 32) * 32)
+    values = {"width": found.width, "height": found.height, "size": size, "longest": longest}
+    values |= {"small": found.small * scale}
+    steps = np.linspace(0.8, 1, 5) if has_gpu else np.linspace(0.9, 1.1, 4)
+    values["train_sizes"] = sorted({round(size * step) for step in steps})
+    iterations = int(max(1500, round((12 if has_gpu else 20) * len(found.records) / batch, -2)))
+    solver = {"batch": batch, "rate": 0.01 * batch / 16}
+    solver["steps"] = [iterations * 2 // 3, iterations * 8 // 9]
+    base = "torchvision/fcos_R_50_FPN" if has_gpu else "digits/fcos_R_18_FPN_digits"
+    return {
+        "base": base,
+        "sizes": (TILES if is_tiled else SIZES).format(**values),
+        "model": _model(found, base, has_gpu, found.short * scale, longest),
+        "solver": (GPU if has_gpu else CPU).format(**solver),
+        "iterations": iterations,
+        "epochs": iterations * batch / len(found.records),
+        "period": max(1, iterations // 3),
+        "workers": min(4, max(0, (os.cpu_count() or 1) - 1)),
+    }
+
+
+def _gpu_batch() -> int:
+    """Images per iteration: about 2 GB each at 800 pixels."""
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return int(np.clip(2 ** int(np.log2(max(memory / 2**31, 1))), 2, 16))
+
+
+def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: int) -> str:
+    """Levels for the measured boxes; those of published weights where they reach all."""
+    records = found.records[:: max(1, len(found.records) // SAMPLED)]
+    samples = [sample_of(r, round(size), longest) for r in records]
+    pyramid = suggest_pyramid(samples, found.small * size / found.short)
+    head, *keys = pyramid_keys(pyramid)
+    weights = PUBLISHED.format(weights=model_zoo.PREFIX + base) if has_gpu else RANDOM
+    if has_gpu and pyramid.strides[0] >= 8:
+        keys = ["  FCOS:"]
+    at = keys.index("  FCOS:") + 1
+    return "\n".join([head, weights, *keys[:at], "    NUM_CLASSES: null  # counted", *keys[at:]])
+
+
+# ---- the file ----
+
+
+def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
+    """Writes the config, and the list of a validation set if there has to be one.
+
+    Raises:
+        InputError: the folder holds no data, or the file is there already.
+    """
+    if output.exists():
+        raise InputError(f"{output} is there already; remove it or choose another -o")
+    name = re.sub(r"\W+", "_", output.stem).strip("_") or "mine"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    entries, train, test, why = assign_roles(recognize(folder), name, output)
+    register_datasets(entries)
+    found = [inspect_dataset(n, read_images=False) for n in (train, test)]
+    values, classes = recipe(fingerprint(found[0].records), has_gpu), found[0].class_names
+    base = os.path.relpath(model_zoo.get_config_file(values.pop("base")), output.parent)
+    lines = [f"    {key}: {json.dumps(e, ensure_ascii=False)}" for key, e in entries.items()]
+    more = ", ..." if len(classes) > SHOWN else ""
+    text = TEXT.format(
+        num_images=len(found[0].records),
+        num_classes=len(classes),
+        classes=", ".join(classes[:SHOWN]) + more,
+        base=json.dumps(base),
+        entries="\n".join(lines),
+        **values,
+        **{"why": why, "train": train, "test": test, "name": name},
+    )
+    output.write_text(text)
+    read_cfg(str(output))
+    print(f"{output}: {len(found[0].records)} images to train on, {len(classes)} classes")
+    if problems := sum(inspection.num_problems for inspection in found):
+        print(
+            f"{problems} problems have to be corrected first: python tools/visualize_data.py "
+            f"--config-file {output} --check --clean"
+        )
+        return 1
+    print(f"now: python train_net.py --config-file {output}")
+    return 0
+
+
+def assign_roles(found: dict, name: str, output: Path) -> tuple[dict[str, dict], str, str, str]:
+    """Entries by name, those to train and to test on, and why."""
+    entries = {f"{name}_{split}": entry for split, entry in found.items() if split != "all"}
+    if "trainval" in found and "test" in found:
+        entries = {f"{name}_{split}": found[split] for split in ("trainval", "test")}
+        return entries, f"{name}_trainval", f"{name}_test", "The lists of the folder."
+    tested = next((split for split in ("val", "test") if split in found), None)
+    if "train" in found and tested:
+        return entries, f"{name}_train", f"{name}_{tested}", "The splits of the folder."
+    split = "train" if "train" in found else next(iter(found))
+    entry, path = found[split], output.with_name(f"{output.stem}_val.txt")
+    if path.exists():
+        why = f"{path} was there: its images stay the validation set."
+    else:
+        names = _choose(name, entry)
+        path.write_text("\n".join(sorted(names)) + "\n")
+        why = f"{len(names)} images, a fifth, for validation; new images are trained on."
+    entries.pop(f"{name}_{split}", None)
+    entries[f"{name}_train"] = {**entry, "part": f"not {path}"}
+    entries[f"{name}_val"] = {**entry, "part": str(path)}
+    return entries, f"{name}_train", f"{name}_val", why
+
+
+def _choose(name: str, entry: dict) -> set[str]:
+    register_datasets({name: entry})
+    content = review_dataset(name)[1].content
+    classes: dict[object, set] = {image["id"]: set() for image in content["images"]}
+    for annotation in content.get("annotations", ()):
+        classes[annotation["image_id"]].add(annotation["category_id"])
+    labels = {image["file_name"]: classes[image["id"]] for image in content["images"]}
+    chosen = choose_validation(labels)
+    if not chosen or len(chosen) == len(labels):
+        raise InputError(f"{len(labels)} images are too few to split; add more")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images and annotations")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="to train on; default: the GPU if there is one"
+    )
+    options = parser.parse_args(arguments)
+    has_gpu = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    try:
+        return write_config(options.folder, options.output, has_gpu)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
