@@ -163,6 +163,8 @@ def _add_training(cfg: CN) -> None:
     # (GPUs), or "auto" for what the device computes fastest.
     cfg.MODEL.INFERENCE = CN()
     cfg.MODEL.INFERENCE.DTYPE = "float32"
+    # The LazyConfig that the model comes from, and its overrides: set where one is read.
+    cfg.MODEL.LAZY_CONFIG = []
     # Exponential moving average of the weights: what is evaluated, and saved with every checkpoint
     # and as model_final_ema.pth.
     cfg.MODEL_EMA = CN()

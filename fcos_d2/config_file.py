@@ -17,14 +17,16 @@ from .checkpoint.reading import check_url
 from .config import add_fcos_config, resolve_convention
 from .data import count_classes, register_datasets
 from .errors import InputError, one_line_cause
+from .lazy_config import cfg_of_lazy, is_lazy
 
 
 def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """A config with every key filled in and its own data sets registered; it can still be changed.
 
     Args:
-        config_file: YAML, the name of a config in the model zoo, or "" for the defaults.
-        opts: KEY VALUE pairs that override it.
+        config_file: YAML, LazyConfig, the name of a config in the model zoo, or "" for the
+            defaults.
+        opts: KEY VALUE pairs that override it; of a LazyConfig also ``key=value``.
 
     Raises:
         InputError: file, key or value that cannot be used; a data set that is needed for
@@ -35,6 +37,10 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_fcos_config(cfg)
     if config_file in model_zoo.names() and not PathManager.exists(config_file):
         config_file = model_zoo.get_config_file(config_file)
+    if is_lazy(config_file):
+        check_config_file(config_file)
+        with _config_errors(cfg, "on the command line"):
+            return cfg_of_lazy(config_file, list(opts or []))
     if config_file:
         _merge_file(cfg, config_file)
     with _config_errors(cfg, "on the command line"):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -25,6 +26,7 @@ from .config import fcos_settings
 from .data import FCOSDatasetMapper, check_class_order, check_num_classes, load_dataset
 from .errors import InputError, one_line_cause
 from .evaluation import ThresholdEvaluator, evaluator_for
+from .lazy_config import load_lazy
 from .modeling import FCOS
 from .modeling.acceleration import DTYPES, accelerate, fastest_dtype, use_channels_last
 from .modeling.tta import FCOSWithTTA
@@ -47,7 +49,11 @@ def build_detector(cfg) -> nn.Module:
             f"{ours}; set MODEL.FCOS.POST_NMS_TOPK_TEST {most} instead"
         )
     try:
-        model = build_model(cfg)
+        if cfg.MODEL.LAZY_CONFIG:
+            path, *overrides = cfg.MODEL.LAZY_CONFIG
+            model = instantiate(load_lazy(path, overrides).model).to(cfg.MODEL.DEVICE)
+        else:
+            model = build_model(cfg)
     except ValueError as error:
         if str(error).startswith("FCOS"):
             raise InputError(one_line_cause(error)) from error

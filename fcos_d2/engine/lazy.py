@@ -6,7 +6,7 @@ import logging
 from functools import partial
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import default_setup, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -17,14 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoint import Checkpointer
 from ..config_file import check_config_file, check_opts
-from ..errors import InputError
+from ..lazy_config import load_lazy
 from .distributed import wrap_ddp
 from .hooks import CheckpointHook, EvaluationHook, LossWriter, build_ema, standard_hooks
 from .loader import split_batch
 from .setup import flatten, resume_or_load, training_context
 from .step import StepTrainer, amp_dtype
-
-SECTIONS = {"model", "optimizer", "lr_multiplier", "dataloader", "train"}
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +59,9 @@ def run_lazy(args) -> dict | None:
 
 
 def _load(args) -> DictConfig:
-    path = args.config_file
-    check_config_file(path)
+    check_config_file(args.config_file)
     check_opts(args.opts)
-    try:
-        cfg = LazyConfig.apply_overrides(LazyConfig.load(path), args.opts or [])
-    except SyntaxError as error:
-        cause = error.__cause__ or error  # detectron2 wraps the one that knows the line
-        raise InputError(f"{path} line {cause.lineno}: {cause.msg}; correct the Python") from error
-    missing = SECTIONS - set(cfg)
-    if missing:
-        raise InputError(
-            f"config file {path} does not define {', '.join(sorted(missing))}; start from a file "
-            "in configs/lazy"
-        )
-    return cfg
+    return load_lazy(args.config_file, args.opts or [])
 
 
 def _build_trainer(cfg: DictConfig, model: nn.Module) -> StepTrainer:

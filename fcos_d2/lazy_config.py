@@ -1,0 +1,91 @@
+"""LazyConfig files: reading them, and the keys of a CfgNode that say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from .config import add_fcos_config, resolve_convention
+from .errors import InputError, one_line_cause
+
+SECTIONS = {"model", "optimizer", "lr_multiplier", "dataloader", "train"}
+_MAPPER = "dataloader.{}.mapper.augmentations[0]."
+# What inference needs of a config: the key, and where a LazyConfig has it.
+KEYS = {
+    "MODEL.DEVICE": "train.device",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.FCOS.NUM_CLASSES": "model.head.num_classes",
+    "MODEL.FCOS.POST_NMS_TOPK_TEST": "model.postprocess.max_detections",
+    "MODEL_EMA.ENABLED": "train.model_ema.enabled",
+    "INPUT.FORMAT": "model.input_format",
+    "INPUT.MIN_SIZE_TRAIN": f"{_MAPPER.format('train')}short_edge_length",
+    "INPUT.MAX_SIZE_TRAIN": f"{_MAPPER.format('train')}max_size",
+    "INPUT.MIN_SIZE_TEST": f"{_MAPPER.format('test')}short_edge_length",
+    "INPUT.MAX_SIZE_TEST": f"{_MAPPER.format('test')}max_size",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "DATALOADER.NUM_WORKERS": "dataloader.test.num_workers",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "OUTPUT_DIR": "train.output_dir",
+}
+LISTS = ("INPUT.MIN_SIZE_TRAIN", "DATASETS.TRAIN", "DATASETS.TEST")
+
+
+def is_lazy(path: str) -> bool:
+    """Whether a config file is a LazyConfig instead of YAML."""
+    return path.endswith(".py")
+
+
+def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A LazyConfig with all its sections.
+
+    Args:
+        path: an existing file.
+        overrides: like ``train.max_iter=100``.
+
+    Raises:
+        InputError: it is not Python, lacks a section, or an override cannot be read.
+    """
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
+    except SyntaxError as error:
+        cause = error.__cause__ or error  # detectron2 wraps the one that knows the line
+        raise InputError(f"{path} line {cause.lineno}: {cause.msg}; correct the Python") from error
+    except HydraException as error:
+        raise InputError(f"an override of {path}: {one_line_cause(error)}") from error
+    missing = SECTIONS - set(cfg)
+    if missing:
+        raise InputError(
+            f"config file {path} does not define {', '.join(sorted(missing))}; start from a file "
+            "in configs/lazy"
+        )
+    return cfg
+
+
+def cfg_of_lazy(path: str, opts: Sequence[str]) -> CfgNode:
+    """A CfgNode whose model is that of a LazyConfig, for everything but training.
+
+    Args:
+        path: an existing file.
+        opts: overrides of the LazyConfig (``train.device=cpu``), and KEY VALUE pairs that override
+            the CfgNode, such as ``MODEL.INFERENCE.DTYPE auto``.
+
+    Raises:
+        InputError: as ``load_lazy``.
+    """
+    overrides = [word for word in opts if "=" in word]
+    lazy = load_lazy(path, overrides)
+    cfg = get_cfg()
+    add_fcos_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = getattr(lazy.model["_target_"], "__name__", "")
+    cfg.MODEL.LAZY_CONFIG = [path, *overrides]
+    for key, place in KEYS.items():
+        value = OmegaConf.select(lazy, place)
+        if value is not None:
+            many = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            cfg.merge_from_list([key, tuple(many) if key in LISTS else value])
+    cfg.merge_from_list([word for word in opts if "=" not in word])
+    return resolve_convention(cfg)
