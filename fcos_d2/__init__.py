@@ -4,6 +4,7 @@ Importing it registers the model, its backbones and the built-in data sets with 
 nothing else. Without detectron2 the ops still work: ``fcos_d2.ops`` needs torch alone.
 """
 
+import warnings
 from importlib.util import find_spec
 
 __version__ = "0.1.0"
@@ -19,6 +20,11 @@ if find_spec("detectron2") is None:
         )
 
 else:
+    with warnings.catch_warnings():
+        # Detectron2 and its fvcore script functions when they are imported.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        import detectron2.modeling  # noqa: F401
+
     from . import data, model_zoo
     from .config import CONVENTIONS, add_fcos_config, resolve_convention
     from .errors import InputError
