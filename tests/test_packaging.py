@@ -58,6 +58,19 @@ def test_install_without_compiler_builds_nothing_and_says_so():
     assert "reference ops" in line
 
 
+def test_importing_says_nothing_and_keeps_the_filters_of_warnings():
+    code = """
+import warnings
+before = list(warnings.filters)
+import fcos_d2
+assert list(warnings.filters) == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == done.stderr == ""
+
+
 @pytest.mark.skipif(not LIBRARY.exists(), reason="fcos_d2/_C.so is not built")
 def test_library_says_what_it_was_built_for():
     torch = pytest.importorskip("torch")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import native
 from tests.emulation import emulated
 from tests.ops import subprocesses
 
@@ -43,17 +44,13 @@ def oldest_python(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 @pytest.mark.parametrize("binding", ["cpu.cpp", "cuda.cpp"])
 def test_bindings_compile_with_the_headers_of_the_oldest_torch(oldest_python, binding):
     where = [str(oldest_python), "-W", "ignore", "-c", "import torch; print(torch.__path__[0])"]
     torch = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
-    setup = emulated.setup_py()
-    command = [
-        *setup.COMPILER, "-fsyntax-only", "-DUSE_CUDA", f"-I{emulated.HERE / 'include'}",
-        *setup.describe_library("_C", [], Path(torch)).extra_compile_args,
-        str(subprocesses.ROOT / "csrc" / "bindings" / binding),
-    ]  # fmt: skip
+    command = [*native.compile_command(Path(torch)), f"-I{emulated.HERE / 'include'}"]
+    command += ["-fsyntax-only", str(native.ROOT / "csrc" / "bindings" / binding)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -68,7 +65,7 @@ def test_one_build_passes_the_test_table_on_the_oldest_torch(oldest_python, tmp_
     assert running.startswith("2.10.") and not built_with.startswith("2.10."), versions.stderr
     done = subprocesses.run_python(
         folder, "-W", "ignore", "-c", subprocesses.RUN_TESTS, "-m", "not slow", "-k", "compiled",
-        str(subprocesses.ROOT / "tests" / "ops"), python=oldest_python,
+        str(native.ROOT / "tests" / "ops"), python=oldest_python,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 200
