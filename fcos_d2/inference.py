@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoint import Checkpointer
 from .config import fcos_settings
@@ -135,14 +139,36 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
 
 
 def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> OrderedDict:
-    """Results of ``model`` on DATASETS.TEST, by name of the data set where there are several."""
+    """Results of ``model`` on DATASETS.TEST, by name of the data set where there are several.
+
+    Shows a progress bar where stderr is a terminal, and a table at the end.
+    """
     results = OrderedDict()
     for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
-        results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+        loader = build_test_loader(cfg, name)
+        hidden = None if comm.is_main_process() else True  # None: unless stderr is a terminal
+        on_terminal = ("detectron2", "fcos_d2") if sys.stderr.isatty() else ()
+        loggers = list(map(logging.getLogger, on_terminal))
+        with logging_redirect_tqdm(loggers), tqdm(loader, name, leave=False, disable=hidden) as bar:
+            results[name] = inference_on_dataset(model, bar, evaluator)
         if comm.is_main_process():
             logger.info(f"Evaluation results for {name} in csv format:")
             print_csv_format(results[name])
+    if comm.is_main_process() and results:
+        logger.info(f"Evaluation results:\n{summary_table(results)}")
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def summary_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A line per data set and task with its AP, and F1 with the best score thresholds."""
+    columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    rows = []
+    for name, tasks in results.items():
+        f1 = tasks.get("best_f1", {}).get("F1", "")
+        for task, values in tasks.items():
+            if "AP" in values:
+                rows.append([name, task, *(values.get(key, "") for key in columns), f1])
+    return tabulate(rows, ["data set", "task", *columns, "F1"], floatfmt=".1f", tablefmt="pipe")
 
 
 def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:

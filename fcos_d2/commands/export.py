@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config_file import choose_device, read_cfg
 from ..data import FCOSDatasetMapper, class_names, load_dataset
@@ -99,7 +100,7 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
         raise InputError("--verify needs images; set DATASETS.TEST")
     records = load_dataset(cfg.DATASETS.TEST[0], filter_empty=False)[: options.images]
     mapper = FCOSDatasetMapper(cfg, is_train=False)
-    images = [mapper(dict(record))["image"] for record in records]
+    images = [mapper(dict(record))["image"] for record in tqdm(records, "reading", disable=None)]
     tolerance = FLOAT16 if options.half else FLOAT32
     exported, good = load_exported(options.output, options.format), True
     print(f"{'scale':>6} {'batch':>6} {Agreement.HEADER}")
@@ -108,7 +109,7 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
             batches = list(_batches([_scaled(image, scale) for image in images], batch_size))
             result = join([
                 compare(run_detector(model, batch), exported(batch), *tolerance[:2])
-                for batch in batches
+                for batch in tqdm(batches, "comparing", leave=False, disable=None)
             ])  # fmt: skip
             lost = max(result.missed, result.extra)
             good &= lost <= tolerance.lost * result.detections
