@@ -72,11 +72,7 @@ def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
             f"expected weights by name, alone or under {', '.join(WRAPPERS)}, got {got}; "
             "save them with torch.save(model.state_dict(), FILE)"
         )
-    weights = {
-        key: _to_tensor(key, value)
-        for key, value in found.items()
-        if isinstance(key, str) and isinstance(value, (Tensor, np.ndarray))
-    }
+    weights = {k: _to_tensor(k, v) for k, v in found.items() if isinstance(k, str) and _is_array(v)}
     weights.pop("n_averaged", None)  # torch's AveragedModel
     for prefix in PREFIXES * 2:  # they nest
         if all(key.startswith(prefix) for key in weights):
@@ -92,8 +88,13 @@ def _find_weights(mapping: Mapping, rest: dict) -> Mapping | None:
         if found is not None:
             rest.update({name: value for name, value in mapping.items() if name != key})
             return found
-    has_weights = any(isinstance(value, (Tensor, np.ndarray)) for value in mapping.values())
-    return mapping if has_weights else None
+    return mapping if any(map(_is_array, mapping.values())) else None
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    )
 
 
 def _to_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:

@@ -34,7 +34,7 @@ class DType:
     """Stands for numpy.dtype, whose own unpickling lets a file pass bytes off as objects."""
 
     def __init__(self, code: str, *flags: object):
-        if not re.fullmatch(r"[biufc]\d\d?", code):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):  # what torch has
             raise ValueError(f"it holds an array of dtype {format_value(code)}, not of numbers")
         self.value = np.dtype(code)
 
@@ -101,10 +101,10 @@ def check_url(path: str) -> None:
 
 
 def load_safely(path: str) -> object:
-    """Loads what ``path`` holds, without running anything in it.
+    """Loads a file of torch.save, of safetensors, or a pickle of arrays, without running any of it.
 
     Args:
-        path: a file of torch.save, of safetensors, or a pickle of NumPy arrays; may be a URL.
+        path: may be a URL.
 
     Returns:
         What was saved. Dicts of any kind are plain dicts, and objects of other classes than those
@@ -124,19 +124,22 @@ def load_safely(path: str) -> object:
 
 
 def load_trusted(path: str) -> object:
-    """Loads what ``path`` holds by running whatever is in it, for files whose author is trusted."""
+    """Loads a file by running whatever is in it: only if its author is trusted."""
     with open(path, "rb") as file:
-        is_torch = (start := file.read(40)).startswith(ZIP) or LEGACY in start
+        if _is_torch(file.read(40)):
+            return torch.load(path, map_location="cpu", weights_only=False)
         file.seek(0)
-        if is_torch:
-            return torch.load(file, map_location="cpu", weights_only=False)
         return pickle.load(file, encoding="latin1")
+
+
+def _is_torch(start: bytes) -> bool:
+    return start.startswith(ZIP) or LEGACY in start
 
 
 def _load(path: str, start: bytes) -> object:
     if start[8:9] == b"{":  # behind the size of the header
         return safetensors.torch.load_file(path)
-    if start.startswith(ZIP) or LEGACY in start:
+    if _is_torch(start):
         stubs = [(stub, name) for name, stub in ALLOWED.items()]
         with torch.serialization.safe_globals(stubs):
             is_zip = start.startswith(ZIP)

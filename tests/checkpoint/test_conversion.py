@@ -123,7 +123,10 @@ WRAPPERS = {
             **{f"module.{key}": value for key, value in state.items()},
         },
     },
-    "arrays": lambda state: {key: value.numpy() for key, value in state.items()},
+    "paddle": lambda state: {
+        **{key: value.numpy() for key, value in state.items()},
+        "StructuredToParameterName@@": dict.fromkeys(state, "conv2d_0.w_0"),
+    },
 }
 
 

@@ -172,7 +172,11 @@ def test_arrays_come_back_as_they_were(how, tmp_path):
 
 @pytest.mark.parametrize("how", ["zip", 2, 4, 5])
 @pytest.mark.parametrize(
-    "array", [np.array([{}], object), np.array(["text"]), np.zeros(2, [("a", "f4")])]
+    "array",
+    [
+        *(np.array([{}], object), np.array(["text"]), np.zeros(2, [("a", "f4")])),
+        np.zeros(2, np.longdouble),
+    ],
 )
 def test_arrays_of_other_than_numbers_are_refused(array, how, tmp_path):
     """NumPy's own unpickling can be told that bytes are pointers to objects."""
