@@ -1,6 +1,6 @@
 // Points and boxes: assignment rule, centerness, and the IoU family with gradients.
 //
-// Every expression has the order of operations of fcos_d2/ops/reference.py, so that float32
+// Every expression has the order of operations of fcos_d2/ops/reference, so that float32
 // results agree to the bit where the operations are exact or correctly rounded (assignment), and to
 // rounding elsewhere.
 #pragma once

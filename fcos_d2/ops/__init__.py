@@ -2,7 +2,7 @@
 
 Each op validates its arguments, documents shapes, dtypes and units, traces under ``torch.compile``,
 never waits for the device, and runs as a compiled kernel where one is registered and as the plain
-PyTorch of ``reference.py`` everywhere else.
+PyTorch of ``reference`` everywhere else.
 """
 
 from ._library import backend, build_info

@@ -105,7 +105,7 @@ def box_loss(
 
 
 def _fake(ltrb, *_):
-    dtype = reference._accumulate_dtype(ltrb[0])
+    dtype = reference.accumulate_dtype(ltrb[0])
     return ltrb[0].new_empty((), dtype=dtype), ltrb[0].new_empty((), dtype=dtype)
 
 

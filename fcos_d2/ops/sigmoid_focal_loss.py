@@ -67,7 +67,7 @@ def sigmoid_focal_loss(
     check_number(name, "gamma", gamma, 0, 1000)
     check_flags(name, save_gradient=save_gradient)
     if scale is not None:
-        wanted = reference._accumulate_dtype(logits[0])
+        wanted = reference.accumulate_dtype(logits[0])
         check_tensor(name, "scale", scale, [], [wanted], "make it with logits[0].new_tensor()")
         check_same_device(name, logits=logits[0], scale=scale)
         scale = scale.detach()
@@ -84,7 +84,7 @@ class _WithSavedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, labels, scale, alpha, gamma, *logits):
-        one = torch.ones((), dtype=reference._accumulate_dtype(logits[0]), device=labels.device)
+        one = torch.ones((), dtype=reference.accumulate_dtype(logits[0]), device=labels.device)
         ctx.scale, ctx.alpha, ctx.gamma = one if scale is None else scale, alpha, gamma
         ctx.save_for_backward(labels, *logits)
         loss, ctx.gradient = _op_with_gradient(list(logits), labels, ctx.scale, alpha, gamma)
@@ -103,7 +103,7 @@ class _WithSavedGradient(torch.autograd.Function):
 
 
 def _fake(logits, labels, alpha, gamma):
-    return logits[0].new_empty((), dtype=reference._accumulate_dtype(logits[0]))
+    return logits[0].new_empty((), dtype=reference.accumulate_dtype(logits[0]))
 
 
 def _fake_backward(grad, logits, labels, alpha, gamma):

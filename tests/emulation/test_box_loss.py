@@ -42,7 +42,7 @@ def assert_equals_reference(ltrb, quality, targets, loss_type="giou", **options)
     wide = [[x.double() for x in maps] for maps in (ltrb, quality)]
     losses = ops.box_loss(ltrb, quality, *targets, *options)
     expected = reference.box_loss(*wide, *targets, *options)
-    dtype = reference._accumulate_dtype(ltrb[0])
+    dtype = reference.accumulate_dtype(ltrb[0])
     rtol = 1e-10 if dtype == torch.float64 else 1e-6
     for loss, want in zip(losses, expected, strict=True):
         assert loss.dtype == dtype

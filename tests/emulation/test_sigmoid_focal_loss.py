@@ -32,7 +32,7 @@ def assert_equals_reference(logits, labels, alpha=0.25, gamma=2.0):
     wide = [level.double() for level in logits]
     loss = ops.sigmoid_focal_loss(logits, labels, alpha, gamma)
     expected = reference.sigmoid_focal_loss(wide, labels, alpha, gamma)
-    assert loss.dtype == reference._accumulate_dtype(logits[0])
+    assert loss.dtype == reference.accumulate_dtype(logits[0])
     # The emulator makes exp and 1/x as wrong as a GPU may make them, which p^2 softplus(z) triples;
     # in a sum the errors of one logit and another cancel.
     rtol = 1e-6 if sum(level.numel() for level in logits) >= 100 else 1.5e-6

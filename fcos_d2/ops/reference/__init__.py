@@ -1,0 +1,43 @@
+"""All ops in plain PyTorch: the specification that every kernel must match.
+
+Written to be read beside the papers, not to be fast. Used wherever no compiled kernel is
+registered. No function waits for the device (no ``item``, no ``nonzero``), except ``batched_nms``,
+whose result has a data-dependent length.
+
+Shapes: B images, L levels, P points of all levels (level-major, row-major inside a level), M
+ground-truth boxes of the whole batch, K classes, N candidates per image, D detections per image.
+Boxes are xyxy in pixels of the network input; ltrb are the distances from a point to the four sides
+of a box, in strides of the point's level. Background label = K, ignored label = -1.
+"""
+
+from ._common import accumulate_dtype
+from .assign_targets import assign_targets, centerness
+from .batched_nms import batched_nms, batched_nms_padded, nms_result, nms_start, nms_step
+from .box_loss import box_loss, box_loss_backward, iou_loss
+from .select_candidates import select_candidates, top_lowest_index_first
+from .sigmoid_focal_loss import (
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_backward,
+    sigmoid_focal_loss_correct_gradient,
+    sigmoid_focal_loss_with_gradient,
+)
+
+__all__ = [
+    "accumulate_dtype",
+    "assign_targets",
+    "batched_nms",
+    "batched_nms_padded",
+    "box_loss",
+    "box_loss_backward",
+    "centerness",
+    "iou_loss",
+    "nms_result",
+    "nms_start",
+    "nms_step",
+    "select_candidates",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_correct_gradient",
+    "sigmoid_focal_loss_with_gradient",
+    "top_lowest_index_first",
+]
