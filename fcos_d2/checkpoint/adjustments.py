@@ -83,11 +83,6 @@ def add_zero_biases(weights: Weights) -> Weights:
     return {**weights, **added}
 
 
-def make_scales_vectors(weights: Weights) -> Weights:
-    """Factors of levels have no dimension in mmdetection, and one here."""
-    return {key: v.reshape(-1) if is_scale(key) else v for key, v in weights.items()}
-
-
 def copy_norms_to_levels(weights: Weights) -> Weights:
     """Gives every level its copy of batch norms that levels share, in part or as a whole."""
     levels = range(_count_levels(weights))
@@ -115,14 +110,9 @@ def select_classes(weights: Weights, wanted: int | None) -> Weights:
     }
 
 
-IMPORTING = (  # for all formats; each leaves alone what is as here
-    drop_unused_projections,
-    nest_deformable_convs,
-    rename_paddle_leaves,
-    add_zero_biases,
-    make_scales_vectors,
-    copy_norms_to_levels,
-)
+# For all formats; each leaves alone what is as here.
+IMPORTING = (drop_unused_projections, nest_deformable_convs, rename_paddle_leaves)
+IMPORTING += (add_zero_biases, copy_norms_to_levels)
 
 # ---- Exporting ----
 

@@ -158,7 +158,11 @@ def import_weights(checkpoint: Mapping, num_classes: int | None = None) -> Recog
         raise InputError("the layer that predicts classes has no row per class; save it anew")
     for adjust in (*known.importing, *IMPORTING):
         weights = adjust(weights)
-    weights = {k: v for k, v in weights.items() if not k.endswith(".num_batches_tracked")}
+    weights = {
+        key: value.reshape(-1) if is_scale(key) else value
+        for key, value in weights.items()
+        if not key.endswith(".num_batches_tracked")
+    }
     if known.has_unused_classes:
         weights = select_classes(weights, num_classes)
     conventions, settings = known.requirements(weights, rest)

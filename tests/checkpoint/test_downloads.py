@@ -38,7 +38,8 @@ RUN = """
 import importlib, json, pkgutil, runpy, fcos_d2
 
 for module in pkgutil.walk_packages(fcos_d2.__path__, "fcos_d2."):
-    if not module.name.startswith("fcos_d2._C"):  # the compiled libraries hold no module
+    # Compiled libraries hold no module, and __main__ is a command.
+    if not module.name.startswith("fcos_d2._C") and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 for words in json.loads(sys.argv[1]):
     sys.argv = words
