@@ -363,4 +363,4 @@ def test_rosinality_computes_p6_from_c5_and_centerness_from_the_class_tower():
             model = FCOS(cfg)
         assert model.backbone.top_block.p6.in_channels == 1024
         assert not model.head.quality_on_box_tower and not model.head.use_relu
-        assert not model.head.norm_reg_targets and model.losses.center_radius == 1.5
+        assert not model.head.norm_reg_targets and model.losses.assignment["center_radius"] == 1.5

@@ -21,6 +21,7 @@ dataloader.train.dataset.masks = dataloader.test.dataset.masks = False
 dataloader.train.mapper._target_ = FCOSDatasetMapper
 dataloader.test.mapper._target_ = FCOSDatasetMapper
 dataloader.train.mapper.use_instance_mask = False
+dataloader.train.mapper.ignore_cut = dataloader.test.mapper.ignore_cut = True
 dataloader.train.mapper.augmentations[0].short_edge_length = 800
 dataloader.train.mapper.image_format = model.input_format
 dataloader.evaluator._target_ = evaluator_for

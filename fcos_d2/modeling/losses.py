@@ -82,16 +82,23 @@ class FCOSLoss(nn.Module):
         )
         check_choice("LOSS_NORMALIZER_BOX", box_normalizer, ("fg", "cls"))
         check_choice("PIXEL_EXTENT", pixel_extent, (0, 1))
-        self.num_classes = num_classes
+        self.num_classes, self.box_quality = num_classes, box_quality
         self.strides = tuple(strides)
         self.size_ranges = _size_ranges(sizes_of_interest, self.strides)
-        self.range_inclusive, self.center_radius = range_inclusive, center_radius
-        self.pixel_extent = pixel_extent
+        self.assignment = {
+            "num_classes": num_classes,
+            "center_radius": center_radius,
+            "inclusive": range_inclusive,
+            "pixel_extent": pixel_extent,
+        }
         self.alpha, self.gamma, self.cls_weight = alpha, gamma, cls_weight
-        self.loc_loss_type, self.box_quality = loc_loss_type, box_quality
         unit = [1 if norm_reg_targets else stride for stride in self.strides]
-        self.smoothing = tuple(iou_smooth / u**2 for u in unit)
-        self.weight_by_centerness = weight_by_centerness and box_quality == "ctrness"
+        self.box_rule = {
+            "loss_type": loc_loss_type,
+            "quality_type": QUALITIES[box_quality],
+            "weight_by_centerness": weight_by_centerness and box_quality == "ctrness",
+            "smoothing": tuple(iou_smooth / u**2 for u in unit),
+        }
         self.cls_normalizer, self.box_normalizer = cls_normalizer, box_normalizer
         self.sync_normalizer = sync_normalizer
         if cls_normalizer == "moving_fg":
@@ -140,15 +147,7 @@ class FCOSLoss(nn.Module):
             # float16 trains with a gradient scaler, so that a saved gradient would never be right.
             save_gradient=logits != torch.float16,
         )
-        loc, quality = box_loss(
-            predictions.ltrb,
-            predictions.quality,
-            targets,
-            loss_type=self.loc_loss_type,
-            quality_type=QUALITIES[self.box_quality],
-            weight_by_centerness=self.weight_by_centerness,
-            smoothing=self.smoothing,
-        )
+        loc, quality = box_loss(predictions.ltrb, predictions.quality, targets, **self.box_rule)
         return {
             "loss_fcos_cls": cls,
             "loss_fcos_loc": loc / loc_norm,
@@ -158,15 +157,7 @@ class FCOSLoss(nn.Module):
 
     def assign(self, ground_truth: GroundTruth, levels: Levels) -> Targets:
         """What every point must predict; see ``fcos_d2.ops.assign_targets``."""
-        return assign_targets(
-            *ground_truth,
-            levels,
-            self.size_ranges,
-            num_classes=self.num_classes,
-            center_radius=self.center_radius,
-            inclusive=self.range_inclusive,
-            pixel_extent=self.pixel_extent,
-        )
+        return assign_targets(*ground_truth, levels, self.size_ranges, **self.assignment)
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -213,7 +204,7 @@ class FCOSLoss(nn.Module):
             self.moving_fg.lerp_(foreground.to(self.moving_fg), 1 - self.MOMENTUM)
             cls = self.moving_fg.to(foreground, copy=True)
         quality = cls if self.box_normalizer == "cls" else foreground
-        loc = totals[1].clamp(min=1e-6) if self.weight_by_centerness else quality
+        loc = totals[1].clamp(min=1e-6) if self.box_rule["weight_by_centerness"] else quality
         return cls, loc, quality
 
 
