@@ -1,17 +1,19 @@
 """Data sets by name, the built-in ones among them, and the way from a data set to the model."""
 
 from .catalog import (
-    check_class_order,
-    check_num_classes,
-    check_objects,
-    class_names,
     coco_content,
-    count_classes,
     is_flat,
     load_dataset,
     prepare,
     register_datasets,
     register_digits,
+)
+from .classes import (
+    check_class_order,
+    check_num_classes,
+    check_objects,
+    class_names,
+    count_classes,
 )
 from .mapper import FCOSDatasetMapper
 

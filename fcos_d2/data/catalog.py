@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset
 
 from ..errors import InputError, format_value
 from . import digits
-from .custom import check_entry, class_names_of, forget_sources, read_sources, review_entry
+from .custom import check_entry, forget_sources, read_sources, review_entry
 from .defects import describe_repairs
 from .formats import Source, read_json
 from .image_files import locate_images, suggest_folder
@@ -261,7 +261,7 @@ def load_dataset(
         return ConcatDataset(datasets) if len(datasets) > 1 else datasets[0]
     records = list(chain.from_iterable(datasets))
     if not records:
-        raise InputError(f"{_label(names)}: there are no images")
+        raise InputError(f"{label(names)}: there are no images")
     if any("annotations" in record for record in records):
         for index, record in enumerate(records):
             if "annotations" not in record:
@@ -280,16 +280,16 @@ def _load_one(name: str, masks: bool) -> Sequence[dict]:
         records = DatasetCatalog.get(name)
     except OSError as error:
         cause = " ".join(str(error).split())
-        raise InputError(f"{_label([name])}: {cause}; {_where_data_lives(name)}") from error
+        raise InputError(f"{label([name])}: {cause}; {_where_data_lives(name)}") from error
     if not isinstance(records, list):
         return records
     classes = MetadataCatalog.get(name).get("thing_classes") or ()
     records, repaired, problems = review_records(records, len(classes) or None)
     if problems:
-        raise InputError(f"{_label([name])}: {problems[0].text}")
+        raise InputError(f"{label([name])}: {problems[0].text}")
     if repaired:
         logger = logging.getLogger(__name__)
-        logger.warning(f"{_label([name])}: repaired {', '.join(describe_repairs(repaired))}")
+        logger.warning(f"{label([name])}: repaired {', '.join(describe_repairs(repaired))}")
     _check_image_files(records, name)
     return records if masks else list(map(_without_masks, records))
 
@@ -311,7 +311,7 @@ def _check_image_files(records: list[dict], name: str) -> None:
     missing = locate_images("", paths).missing
     if missing:
         raise InputError(
-            f"{_label([name])}: image {format_value(paths[next(iter(missing))])} does not exist "
+            f"{label([name])}: image {format_value(paths[next(iter(missing))])} does not exist "
             f"(missing: {len(missing)} of {len(records)}); {_where_data_lives(name)}"
         )
 
@@ -325,18 +325,18 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
     classes = {tuple(MetadataCatalog.get(name).get("thing_classes") or ()) for name in names}
     if len(classes) > 1:
         raise InputError(
-            f"{_label(names)} have different classes; use data sets of the same classes together"
+            f"{label(names)} have different classes; use data sets of the same classes together"
         )
     for class_, count in Counter(*classes).items():
         if count > 1 or not class_.strip():
             raise InputError(
-                f"{_label(names)}: {count} classes are named {format_value(class_, quote=True)}; "
+                f"{label(names)}: {count} classes are named {format_value(class_, quote=True)}; "
                 "results of classes are told apart by their names"
             )
     flat = sum(is_flat(a) for record in records for a in record["annotations"])
     if flat:
         logging.getLogger(__name__).warning(
-            f"{_label(names)}: {flat} boxes have zero width or height; no point serves them, so "
+            f"{label(names)}: {flat} boxes have zero width or height; no point serves them, so "
             "they are neither learned nor evaluated"
         )
     if any(classes):
@@ -355,95 +355,12 @@ def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
     kept = filter_images_with_only_crowd_annotations(records)
     if not kept:
         raise InputError(
-            f"{_label(names)}: no image has an object; DATALOADER.FILTER_EMPTY_ANNOTATIONS False "
+            f"{label(names)}: no image has an object; DATALOADER.FILTER_EMPTY_ANNOTATIONS False "
             "keeps images without objects"
         )
     return kept
 
 
-def _label(names: Sequence[str]) -> str:
+def label(names: Sequence[str]) -> str:
+    """What messages call data sets."""
     return f"data set{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
-
-
-# ---- classes ----
-
-
-def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
-    """Makes sure that every data set has as many classes as the model.
-
-    Raises:
-        InputError: it has another number of classes.
-    """
-    for name in [names] if isinstance(names, str) else names:
-        classes = class_names(name)
-        if classes is not None and len(classes) != num_classes:
-            some = ", ".join(map(format_value, classes[:3])) + (", ..." if len(classes) > 3 else "")
-            raise InputError(
-                f"data set {name!r} has {len(classes)} classes ({some}) but the model has "
-                f"{num_classes}; set MODEL.FCOS.NUM_CLASSES {len(classes)}"
-            )
-
-
-def check_class_order(trained: Sequence[str], name: str) -> None:
-    """Makes sure that a data set numbers the classes as those that were trained on do.
-
-    Args:
-        trained: data sets of the training, which need not be at hand.
-        name: that is to be evaluated.
-
-    Raises:
-        InputError: a class of both has different numbers.
-    """
-    try:
-        ours = next(filter(None, map(class_names, trained)), None)
-    except InputError:  # it is not at hand
-        return
-    theirs = class_names(name)
-    both = set(ours or ()) & set(theirs or ())
-    for class_ in sorted(both):
-        number, expected = theirs.index(class_), ours.index(class_)
-        if number != expected:
-            raise InputError(
-                f"data set {name!r}: class {format_value(class_)} is number {number}, but number "
-                f"{expected} in the training data; set classes: {format_value(list(ours))} in "
-                f"DATASETS.REGISTER.{name}"
-            )
-
-
-def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
-    """Makes sure that there is something to learn.
-
-    Raises:
-        InputError: all annotations are crowds or have no area, or there are none.
-    """
-    objects = (a for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0))
-    if isinstance(records, list) and all(map(is_flat, objects)):
-        raise InputError(
-            f"{_label(names)}: there is nothing to learn, as no annotation has a box with area "
-            f"that is no crowd region; {CHECK} tells more"
-        )
-
-
-def count_classes(name: str) -> int | None:
-    """How many classes a data set has; None if it declares none."""
-    names = class_names(name)
-    return None if names is None else len(names)
-
-
-def class_names(name: str) -> list[str] | None:
-    """Class names of a data set in the order of the model's classes; None if it declares none.
-
-    Cheap after ``load_dataset``; before it, the annotation file may have to be read for them.
-
-    Raises:
-        InputError: unknown name, or an annotation file that cannot be used.
-    """
-    if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
-        return known  # of a data set that need not be there yet
-    prepare(name)
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("described") or metadata.get("json_file"):
-        found = class_names_of(sources_of(name), metadata.get("described", {}))
-        metadata.set(thing_classes=found)
-        return found
-    return None

@@ -21,7 +21,7 @@ from pathlib import Path
 from ..errors import InputError, format_value
 from .defects import Problem
 from .formats import Source, read_annotations, read_cvat, read_text, read_voc, read_yolo
-from .review import Review, review_coco, usable_categories
+from .review import Review, review_coco
 
 KINDS = {
     "json": {"images"},
@@ -245,28 +245,18 @@ def class_names_of(sources: Sequence[Source], entry: Mapping) -> list[str]:
     Raises:
         InputError: as ``review_entry``.
     """
-    names: dict[str, int] = {}
+    small = []
     for source in sources:
-        categories = source.content.get("categories")
-        if not isinstance(categories, list) or not categories:
-            raise InputError(f"{source.file}: it has no 'categories'; a COCO file lists them")
-        try:
-            categories = usable_categories(categories, Counter())
-        except InputError as error:
-            raise InputError(f"{source.file}: {error}") from error
-        if len(sources) == 1:
-            break
-        for category in _by_id(categories):
-            names.setdefault(category["name"], len(names) + 1)
-    if len(sources) > 1:
-        categories = [{"id": number, "name": name} for name, number in names.items()]
-    content = choose_classes({"images": [], "categories": categories}, entry, sources[0].file)
+        images = source.content.get("images")
+        images = images[:1] if isinstance(images, list) else images
+        content = {**source.content, "images": images, "annotations": []}
+        small.append(source._replace(content=content))
+    entry = {key: entry[key] for key in ("classes", "rename") if key in entry}
+    content = review_entry(small, entry).content
     return [category["name"] for category in _by_id(content["categories"])]
 
 
 def _by_id(categories: Sequence[dict]) -> list[dict]:
-    if len({isinstance(category["id"], str) for category in categories}) > 1:
-        return list(categories)  # which are numbered in this order
     return sorted(categories, key=lambda category: category["id"])
 
 

@@ -37,7 +37,6 @@ DEFECTS = {
     "same annotation": Defect("annotations listed again", "merged"),
     "class name": Defect("class names that are no text, or with blanks around them", "trimmed"),
     "id": Defect("annotations without an id of their own", "numbered anew"),
-    "mixed ids": Defect("ids that are partly text and partly numbers", "numbered anew"),
     "reference": Defect("references written as text for a number, or the reverse", "matched"),
     "entry": Defect("entries that lack what makes them one"),
     "corners": Defect("boxes written as [x1, y1, x2, y2]", "made [x, y, width, height]"),

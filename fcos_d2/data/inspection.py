@@ -18,7 +18,6 @@ from torch.utils.data import IterableDataset
 
 from ..errors import InputError
 from .catalog import (
-    class_names,
     is_coco,
     is_flat,
     missing_images,
@@ -26,6 +25,7 @@ from .catalog import (
     review_dataset,
     sources_of,
 )
+from .classes import class_names
 from .defects import DEFECTS, Problem, Unusable, true_size
 from .formats import Source
 from .images import image_sizes, read_image, why_unreadable

@@ -300,7 +300,9 @@ def test_classes_of_another_order_than_the_trainings_are_refused(coco):
     check_class_order([train], val)  # the training data is not at hand
 
 
-@pytest.mark.parametrize("change", [{"iscrowd": 1}, {"bbox": [5, 6, 0, 10]}])
+@pytest.mark.parametrize(
+    "change", [{"iscrowd": 1}, {"bbox": [5, 6, 0, 10]}, {"bbox": [500, 6, 10, 10]}]
+)
 def test_training_data_without_any_object_is_refused(coco, change):
     for annotation in coco.content["annotations"]:
         annotation.update(change)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from ...errors import format_value
 from ..defects import usable_side
 
+Boxes = list[float] | tuple[list[float], list[float] | None]  # a box; perhaps with a polygon
 NO_SIZES = "no sizes"  # key of a content whose format has no sizes of images
 
 
@@ -76,6 +78,26 @@ class Builder:
         """Adds an object of which nothing can be used."""
         self._objects.append({"image_id": image, "broken": problem, "place": place})
 
+    def add_shape(
+        self, image: int, label: object, shape: object, of: Callable[[object], Boxes], place: str
+    ) -> None:
+        """Adds an object whose shape may make no sense.
+
+        Args:
+            image: id of its image.
+            label: class name.
+            shape: what the file says of it.
+            of: its box, or its box and polygon, from ``shape``.
+            place: what messages call it.
+        """
+        try:
+            found = of(shape)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            self.add_broken_object(image, f"{format_value(shape)} is no shape with a box", place)
+            return
+        box, polygon = found if isinstance(found, tuple) else (found, None)
+        self.add_object(image, label, box, place, polygon=polygon)
+
     def content(self) -> dict:
         """A COCO file of all that was added."""
         labels = {o["label"] for o in self._objects if isinstance(o.get("label"), str)}
@@ -98,6 +120,11 @@ def enclosing_box(points: Iterable[Sequence[float]]) -> list[float]:
     """[x, y, width, height] around points."""
     xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def flat(points: Iterable[Sequence[float]]) -> list[float]:
+    """X and y of points, alternating."""
+    return [value for point in points for value in point]
 
 
 def rotated_box(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, ValuesView
 from pathlib import Path
 
 from ...errors import InputError, format_value
-from .builder import Builder, Source, enclosing_box, rotated_box
+from .builder import Boxes, Builder, Source, enclosing_box, flat, rotated_box
 from .files import read_json
 
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio puts eight digits before a file's name
@@ -109,19 +109,16 @@ def _add_labelme(builder: Builder, content: dict, image_root: str, file: str = "
     image = builder.add_image(content["imagePath"], *size)
     for number, shape in enumerate(_dicts(content["shapes"])):
         place = f"{number} of {file or content['imagePath']}"
-        try:
-            points = [(float(x), float(y)) for x, y in shape["points"]]
-            if shape.get("shape_type") == "circle":
-                (x, y), edge = points[0], math.dist(*points)
-                points = [(x - edge, y - edge), (x + edge, y + edge)]
-            box = enclosing_box(points)
-        except (KeyError, TypeError, ValueError):
-            problem = f"points {format_value(shape.get('points'))} are no shape"
-            builder.add_broken_object(image, problem, place)
-            continue
-        is_polygon = shape.get("shape_type") == "polygon"
-        polygon = [value for point in points for value in point] if is_polygon else None
-        builder.add_object(image, shape.get("label"), box, place, polygon=polygon)
+        builder.add_shape(image, shape.get("label"), shape, _labelme_box, place)
+
+
+def _labelme_box(shape: dict) -> Boxes:
+    points = [(float(x), float(y)) for x, y in shape["points"]]
+    if shape.get("shape_type") == "circle":
+        (x, y), edge = points[0], math.dist(*points)
+        points = [(x - edge, y - edge), (x + edge, y + edge)]
+    is_polygon = shape.get("shape_type") == "polygon"
+    return enclosing_box(points), flat(points) if is_polygon else None
 
 
 # ---- VGG Image Annotator ----
@@ -136,12 +133,7 @@ def _add_via(builder: Builder, content: dict, image_root: str) -> None:
         number = builder.add_image(image["filename"])
         for index, region in enumerate(found):
             place, shape = f"{index} of {image['filename']}", region.get("shape_attributes")
-            label = _via_label(region, key)
-            try:
-                box, polygon = _via_box(shape)
-                builder.add_object(number, label, box, place, polygon=polygon)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                builder.add_broken_object(number, f"{format_value(shape)} is no shape", place)
+            builder.add_shape(number, _via_label(region, key), shape, _via_box, place)
 
 
 def _regions(image: dict) -> list[dict]:
@@ -165,20 +157,18 @@ def _via_label(region: dict, key: str | None) -> object:
     return value
 
 
-def _via_box(shape: dict) -> tuple[list[float], list[float] | None]:
+def _via_box(shape: dict) -> Boxes:
     name = shape.get("name")
     if name == "rect":
-        return [shape[key] for key in ("x", "y", "width", "height")], None
+        return [shape[key] for key in ("x", "y", "width", "height")]
     if name in ("circle", "ellipse"):
-        x, y = float(shape["cx"]), float(shape["cy"])
         rx, ry = (float(shape.get(key, shape.get("r"))) for key in ("rx", "ry"))
-        angle = math.degrees(float(shape.get("theta", 0)))
-        return rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], angle), None
+        x, y = float(shape["cx"]) - rx, float(shape["cy"]) - ry
+        return rotated_box([x, y, 2 * rx, 2 * ry], math.degrees(float(shape.get("theta", 0))))
     if name == "point":
-        return [shape["cx"], shape["cy"], 0, 0], None
+        return [shape["cx"], shape["cy"], 0, 0]
     points = list(zip(shape["all_points_x"], shape["all_points_y"], strict=True))
-    polygon = [value for point in points for value in point] if name == "polygon" else None
-    return enclosing_box(points), polygon
+    return enclosing_box(points), flat(points) if name == "polygon" else None
 
 
 # ---- Label Studio ----
@@ -230,29 +220,23 @@ def _uploaded(name: str, image_root: str) -> str:
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
     value = shape.get("value", shape)
     labels = [v for k, v in value.items() if k.endswith("labels")] if _is_dict(value) else []
-    if not labels:  # a choice, or a text about the image
-        return
-    label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
-    try:
-        scale = float(shape["original_width"]) / 100, float(shape["original_height"]) / 100
-        polygon = None
-        if "points" in value:
-            pairs = [(float(x) * scale[0], float(y) * scale[1]) for x, y in value["points"]]
-            box, polygon = enclosing_box(pairs), [v for pair in pairs for v in pair]
-        elif "radiusX" in value:
-            x, y = (float(value[k]) * s for k, s in zip("xy", scale, strict=True))
-            radii = zip(("radiusX", "radiusY"), scale, strict=True)
-            rx, ry = (float(value[k]) * s for k, s in radii)
-            box = rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], float(value.get("rotation") or 0))
-        else:
-            x, y, w, h = (float(value[key]) for key in ("x", "y", "width", "height"))
-            box = [x * scale[0], y * scale[1], w * scale[0], h * scale[1]]
-            box = rotated_box(box, float(value.get("rotation") or 0), pivot=(0, 0))
-    except (KeyError, TypeError, ValueError):
-        kind = format_value(shape.get("type", "shape"))
-        builder.add_broken_object(image, f"a {kind} without a box; export it as COCO", place)
-    else:
-        builder.add_object(image, label, box, place, polygon=polygon)
+    if labels:  # else it is a choice, or a text about the image
+        label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
+        builder.add_shape(image, label, shape, _task_box, place)
+
+
+def _task_box(shape: dict) -> Boxes:
+    value = shape.get("value", shape)
+    scale = float(shape["original_width"]) / 100, float(shape["original_height"]) / 100
+    if "points" in value:
+        points = [(float(x) * scale[0], float(y) * scale[1]) for x, y in value["points"]]
+        return enclosing_box(points), flat(points)
+    keys = ("x", "y", "radiusX", "radiusY") if "radiusX" in value else ("x", "y", "width", "height")
+    x, y, w, h = (float(value[key]) * s for key, s in zip(keys, scale * 2, strict=True))
+    angle = float(value.get("rotation") or 0)
+    if "radiusX" in value:
+        return rotated_box([x - w, y - h, 2 * w, 2 * h], angle)
+    return rotated_box([x, y, w, h], angle, pivot=(0, 0))
 
 
 # ---- CreateML ----
@@ -263,14 +247,13 @@ def _add_createml(builder: Builder, content: list, image_root: str) -> None:
         name = entry.get("image", entry.get("imagefilename"))
         image = builder.add_image(name)
         for number, item in enumerate(_dicts(entry.get("annotations") or ())):
-            place, found = f"{number} of {name}", item.get("coordinates")
-            try:
-                x, y, w, h = (float(found[key]) for key in ("x", "y", "width", "height"))
-            except (KeyError, TypeError, ValueError):
-                problem = f"coordinates {format_value(found)} are no x, y, width and height"
-                builder.add_broken_object(image, problem, place)
-            else:
-                builder.add_object(image, item.get("label"), [x - w / 2, y - h / 2, w, h], place)
+            place = f"{number} of {name}"
+            builder.add_shape(image, item.get("label"), item, _createml_box, place)
+
+
+def _createml_box(item: dict) -> Boxes:
+    x, y, w, h = (float(item["coordinates"][key]) for key in ("x", "y", "width", "height"))
+    return [x - w / 2, y - h / 2, w, h]
 
 
 def _is_dict(value: object) -> bool:

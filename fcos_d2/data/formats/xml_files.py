@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
 from ...errors import InputError, format_value
 from ..images import is_image
@@ -178,30 +177,23 @@ def read_cvat(path: str | Path, image_root: str) -> Source:
     for item in root.iter("image"):
         image = builder.add_image(item.get("name"), item.get("width"), item.get("height"))
         for number, shape in enumerate(item):
-            _add_cvat_shape(builder, image, shape, f"{number} of {item.get('name')}")
+            if shape.tag != "tag":  # which is about the whole image
+                place, values = (
+                    f"{number} of {item.get('name')}",
+                    {"tag": shape.tag, **shape.attrib},
+                )
+                builder.add_shape(image, shape.get("label"), values, _cvat_box, place)
     return Source(str(path), image_root, builder.content())
 
 
-def _add_cvat_shape(builder: Builder, image: int, shape: Element, place: str) -> None:
-    label, rotation = shape.get("label"), shape.get("rotation")
-    try:
-        if shape.tag == "box":
-            x, y, right, bottom = (float(shape.get(key)) for key in ("xtl", "ytl", "xbr", "ybr"))
-            box = [x, y, right - x, bottom - y]
-            box = rotated_box(box, float(rotation)) if rotation else box
-            builder.add_object(image, label, box, place)
-        elif shape.tag == "mask":
-            x, y, width, height = (float(shape.get(k)) for k in ("left", "top", "width", "height"))
-            builder.add_object(image, label, [x, y, width, height], place)
-        elif shape.tag == "ellipse":
-            x, y, rx, ry = (float(shape.get(key)) for key in ("cx", "cy", "rx", "ry"))
-            box = rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], float(rotation or 0))
-            builder.add_object(image, label, box, place)
-        elif shape.tag in ("polygon", "polyline", "points"):
-            points = [pair.split(",") for pair in shape.get("points").split(";")]
-            builder.add_object(image, label, enclosing_box(points), place)
-        elif shape.tag != "tag":  # which is about the whole image
-            builder.add_broken_object(image, f"a {shape.tag} has no box; remove it", place)
-    except (AttributeError, TypeError, ValueError):
-        values = format_value(shape.attrib)
-        builder.add_broken_object(image, f"{shape.tag} {values} is no shape", place)
+def _cvat_box(shape: dict[str, str]) -> list[float]:
+    kind, angle = shape["tag"], float(shape.get("rotation") or 0)
+    if kind == "box":
+        x, y, right, bottom = (float(shape[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
+        return rotated_box([x, y, right - x, bottom - y], angle)
+    if kind == "mask":
+        return [float(shape[key]) for key in ("left", "top", "width", "height")]
+    if kind == "ellipse":
+        x, y, rx, ry = (float(shape[key]) for key in ("cx", "cy", "rx", "ry"))
+        return rotated_box([x - rx, y - ry, 2 * rx, 2 * ry], angle)
+    return enclosing_box(pair.split(",") for pair in shape["points"].split(";"))
