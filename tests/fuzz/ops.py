@@ -120,6 +120,7 @@ def assign_call(scene: Scene, choices: Choices) -> dict:
         "num_classes": scene.classes,
         "center_radius": choices.of((1.5, 0.0)),
         "inclusive": choices.of((True, False)),
+        "pixel_extent": choices.of((0, 1)),
     }
 
 
@@ -168,6 +169,8 @@ def select_call(scene: Scene, choices: Choices) -> dict:
         "rank_with_quality": choices.of((True, False)),
         "score_rule": choices.of(("sqrt", "product", "cls")),
         "clip": choices.of((False, True)),
+        "pixel_extent": choices.of((0, 1)),
+        "drop_empty": choices.of((False, True)),
     }
 
 
@@ -193,6 +196,7 @@ def padded_call(scene: Scene, choices: Choices) -> dict:
         "method": choices.of(("hard", "linear", "gaussian")),
         "sigma": choices.of((0.5, 1e-6)),
         "min_score": choices.of((0.001, 0.0, 1.0)),
+        "pixel_extent": choices.of((0, 1)),
     }
 
 
@@ -242,6 +246,7 @@ def valid_candidates(out: tuple[Tensor, ...], call: dict) -> None:
         return
     assert ((classes >= -1) & (classes < call["logits"][0].shape[1])).all()
     assert ((scores >= 0) & (scores <= 1)).all() and (scores[classes < 0] == 0).all()
+    assert found.isfinite().all()
 
 
 def valid_indices(out: Tensor, call: dict) -> None:
