@@ -98,8 +98,7 @@ class Ops {
     Tensor boxes = input(op, "gt_boxes", gt_boxes, gt_boxes, args.boxes);
     Tensor classes = input(op, "gt_classes", gt_classes, boxes, args.classes);
     Tensor offsets = input(op, "gt_offsets", gt_offsets, boxes, args.offsets);
-    args.num_boxes = int(boxes.size(0));
-    args.num_images = offsets.numel() - 1;
+    args.num_boxes = int(boxes.size(0)), args.num_images = offsets.numel() - 1;
     args.levels = make_levels(op, shapes, strides, pitches, offset);
     for (int l = 0; l < args.levels.count; ++l) {
       args.ranges[l] = {float(size_ranges[2 * l]), float(size_ranges[2 * l + 1]), inclusive};
@@ -182,10 +181,8 @@ class Ops {
       shapes.insert(shapes.end(), {map.size(2), map.size(3)});
     }
     args.levels = make_levels(op, shapes, strides, pitches, offset);
-    args.num_images = logits[0].size(0);
-    args.num_classes = int(logits[0].size(1));
-    args.threshold = float(score_threshold);
-    args.topk = topk;
+    args.num_images = logits[0].size(0), args.num_classes = int(logits[0].size(1));
+    args.threshold = float(score_threshold), args.topk = topk;
     args.threshold_with_quality = threshold_with_quality;
     args.rank_with_quality = rank_with_quality;
     args.score_rule = choose<ScoreRule>(op, "score_rule", score_rule, {"sqrt", "product", "cls"});
@@ -215,8 +212,7 @@ class Ops {
     Tensor scores = input(op, "scores", given_scores, boxes, args.scores);
     Tensor classes = input(op, "classes", given_classes, boxes, args.classes);
     args.num_images = boxes.size(0), args.num_boxes = boxes.size(1);
-    args.max_detections = max_detections;
-    args.iou_threshold = float(iou_threshold);
+    args.max_detections = max_detections, args.iou_threshold = float(iou_threshold);
     args.class_agnostic = class_agnostic;
     args.method = choose<NmsMethod>(op, "method", method, {"hard", "linear", "gaussian"});
     args.sigma = float(sigma), args.min_score = float(min_score);
