@@ -182,97 +182,66 @@ def test_kernels_of_other_gpus_are_within_their_registers(architecture, tmp_path
     assert_within_budget(compile_kernels(tmp_path, architecture))
 
 
-@needs_nvcc
-@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
-def test_library_links_and_its_kernels_are_registered(hopper, tmp_path):
-    home = native.setup_py().HOME
-    source = str(native.ROOT / "csrc" / "bindings" / "cuda.cpp")
-    binding = [*native.compile_command(), f"-isystem{home}/include", "-c", source]
-    link = [native.COMPILER, "-shared", *map(str, hopper[0].glob("*.o")), "-Wl,--no-undefined"]
-    link += [*native.LINK_TORCH, "-ltorch_cuda", "-lc10", f"-L{home}/lib64", f"-L{home}/lib"]
-    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    library = native.build(tmp_path / "_C_cuda.so", {tmp_path / "cuda.o": binding}, link)
-    code = f"""
-import torch
-from fcos_d2 import ops
-torch.ops.load_library({str(library)!r})
-for name, kernels in ops.backend().items():
-    assert kernels["CUDA"] == "compiled", name
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=native.ROOT)
-
-
 # ---- the inner loops, as the hardware will see them ----
 
 
 def find_disassembler() -> str | None:
-    places = [os.environ.get("PATH", "")]
-    places += [str(Path(NVCC).parent)] if NVCC else []
+    places = [os.environ["PATH"], f"{native.setup_py().HOME}/bin"]
     if triton := importlib.util.find_spec("triton"):
         places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+needs_disassembler = pytest.mark.skipif(not find_disassembler(), reason="needs cuobjdump")
 
 
 class Instruction:
     """One line of SASS."""
 
     def __init__(self, address: str, text: str) -> None:
-        self.address = int(address, 16)
-        self.text = text
-        self.is_conditional = text.startswith("@")
+        self.address, self.text = int(address, 16), text
         target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        self.target = int(target[1], 16) if target else None
-
-    def is_wide_load(self) -> bool:
-        return "LDG" in self.text and ".128" in self.text
+        self.target = int(target[1], 16) if target else -1  # of a branch
+        self.is_wide_load = "LDG" in text and ".128" in text
 
 
 def disassemble(path: Path, kernel: str) -> list[Instruction]:
-    output = subprocess.run(
-        [find_disassembler(), "-sass", str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    command = [find_disassembler(), "-sass", str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (body,) = (part for part in output.split("Function : ")[1:] if kernel in part.split("\n")[0])
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", body)
-    return [Instruction(address, text) for address, text in lines]
+    return [Instruction(*line) for line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", body)]
 
 
 def loop_with_most_wide_loads(code: list[Instruction]) -> list[Instruction]:
-    loops = []
-    for last, instruction in enumerate(code):
-        if instruction.target is not None and instruction.target < instruction.address:
-            first = next(i for i, c in enumerate(code) if c.address == instruction.target)
-            loops.append(code[first : last + 1])
-    return max(loops, key=lambda loop: (sum(c.is_wide_load() for c in loop), -len(loop)))
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    ends = ((place.get(c.target, len(code)), i) for i, c in enumerate(code))
+    loops = [code[first : last + 1] for first, last in ends if first < last]
+    return max(loops, key=lambda loop: (sum(c.is_wide_load for c in loop), -len(loop)))
 
 
 def shortest_turn(loop: list[Instruction]) -> list[Instruction]:
     """What one turn of a loop executes when it takes every shortcut, as it does in plain rows."""
-    position = {instruction.address: i for i, instruction in enumerate(loop)}
-    best: list[tuple[int, int]] = [(1, len(loop))] * len(loop)  # (instructions to the end, next)
+    place = {instruction.address: i for i, instruction in enumerate(loop)}
+    rest = [loop[-1:]] * len(loop)  # the shortest way from each instruction to the end
     for i in reversed(range(len(loop) - 1)):
-        target = position.get(loop[i].target, 0)
-        ways = [target] if target > i else []
-        if loop[i].is_conditional or not ways:
-            ways.append(i + 1)
-        best[i] = min((1 + best[way][0], way) for way in ways)
-    path, i = [], 0
-    while i < len(loop):
-        path.append(loop[i])
-        i = best[i][1]
-    return path
+        target = place.get(loop[i].target, 0)
+        ways = [rest[target]] if target > i else []
+        if loop[i].text.startswith("@") or not ways:  # conditional, or no branch
+            ways.append(rest[i + 1])
+        rest[i] = [loop[i], *min(ways, key=len)]
+    return rest[0]
 
 
 @needs_nvcc
-@pytest.mark.skipif(find_disassembler() is None, reason="needs cuobjdump")
+@needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
 @pytest.mark.parametrize(
     "loss, grad, most", [(True, False, 23), (False, True, 23), (True, True, 30)]
 )
 def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
     """2 special functions and few instructions per element; 16-byte accesses, two under way."""
-    folder, _ = hopper
     kernel = f"focal_kernelI{dtype}Li2ELb{loss:d}ELb{grad:d}E"
-    code = disassemble(folder / "sigmoid_focal_loss.o", kernel)
+    code = disassemble(hopper[0] / "sigmoid_focal_loss.o", kernel)
     path = shortest_turn(loop_with_most_wide_loads(code))
     texts = [instruction.text for instruction in path]
     elements = 2 * 8  # rows of a turn, elements of a row
@@ -280,20 +249,19 @@ def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
     assert len(texts) <= most * elements
     assert not any("CALL" in text for text in texts)
     first_use = next(i for i, text in enumerate(texts) if "MUFU" in text)
-    assert sum(instruction.is_wide_load() for instruction in path[:first_use]) == 2
+    assert sum(instruction.is_wide_load for instruction in path[:first_use]) == 2
     stores = sum("STG" in text and ".128" in text for text in texts)
     assert stores == (2 if grad else 0)
 
 
 @needs_nvcc
-@pytest.mark.skipif(find_disassembler() is None, reason="needs cuobjdump")
+@needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
 @pytest.mark.parametrize("kernel", ["scan", "collect"])
 def test_scan_of_logits(hopper, dtype, kernel):
     """Four 16-byte loads under way before the first is looked at; few instructions per logit."""
-    folder, _ = hopper
-    code = disassemble(folder / "select_candidates.o", f"{kernel}_kernelI{dtype}E")
-    first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load()]
+    code = disassemble(hopper[0] / "select_candidates.o", f"{kernel}_kernelI{dtype}E")
+    first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load]
     assert len(wide) == 4
     assert not any("FSETP" in c.text for c in code[first:last])
     end = next(i for i in range(last, len(code)) if "BAR." in code[i].text)
