@@ -248,7 +248,7 @@ __device__ int64_t take_step(
   return min(kept + count_boxes(more), args.max_detections);
 }
 
-__global__ void __launch_bounds__(kPaddedThreads)
+__global__ void __launch_bounds__(kPaddedThreads, kThreadsOfMultiprocessor / kPaddedThreads)
     padded_kernel(const __grid_constant__ PaddedNms args) {
   __shared__ PaddedScratch scratch;
   Image image(args, blockIdx.x);
