@@ -137,7 +137,7 @@ def add_fcos_config(cfg: CN) -> None:
     _add_inference(fcos)
     cfg.MODEL.TIMM = CN()
     _add_timm(cfg.MODEL.TIMM)
-    # Data sets of your own by name: {json: COCO file, images: folder}, with part: [0, 0.8] for a
+    # Custom datasets by name: {json: COCO file, images: folder}, with part: [0, 0.8] for a
     # share of the images; or a Pascal VOC {voc: folder, split: train}. See docs/custom_data.md.
     cfg.DATASETS.REGISTER = CN(new_allowed=True)
     _add_training(cfg)
@@ -146,12 +146,12 @@ def add_fcos_config(cfg: CN) -> None:
 def _add_training(cfg: CN) -> None:
     # "SGD" (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Batches that the IMS_PER_BATCH images of an iteration are read in, one after the other, for
-    # less memory. Normalisers, and statistics of BN, are those of a batch.
+    # Splits the IMS_PER_BATCH images of an iteration into as many batches, processed one after the
+    # other to save memory. Normalisers and BN statistics are per batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
     # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling) or "bfloat16" (GPUs and CPUs).
     cfg.SOLVER.AMP.PRECISION = "float16"
-    # Iterations that may be left out because a loss or a gradient is not finite; one more ends the
+    # Iterations that may be skipped because a loss or a gradient is not finite; one more stops
     # training.
     cfg.SOLVER.MAX_SKIPPED_ITERS = 0
     # torch.compile for backbone and head.
@@ -176,7 +176,7 @@ def _add_head(fcos: CN) -> None:
     # Which implementation to follow where they differ: a key of CONVENTIONS. Sets every key below
     # whose default is None.
     fcos.CONVENTION = "adelaidet"
-    # K, without background. None: as many as the first training data set has.
+    # Number of classes K, without background. None: that of the first training dataset.
     fcos.NUM_CLASSES = None
     # Feature maps of the backbone that the head reads, by ascending stride, and their strides s.
     fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
@@ -222,12 +222,12 @@ def _add_targets(fcos: CN) -> None:
     # the "stride", or "floor" of padded image size / feature size.
     fcos.LOCATION_OFFSET = None
     fcos.LOCATION_PITCH = None
-    # Points inside crowd regions (COCO iscrowd=1) are ignored instead of learned as background. Not
-    # for two-stage detectors: their heads would take the regions' class -1 for a class.
+    # Ignore points inside crowd regions (COCO iscrowd=1) instead of learning them as background.
+    # Not for two-stage detectors, whose heads would take the regions' class -1 for a class.
     fcos.IGNORE_CROWD = False
-    # 1 where x2 and y2 of a box are its last pixels, 0 where they are its ends: added to width and
-    # height where boxes of several sizes compete for a point and where NMS overlaps boxes,
-    # subtracted from the image's where boxes are clipped.
+    # 1 if x2 and y2 are the last pixels of a box, 0 if they are its ends: added to width and height
+    # when the smallest box of a point is chosen and when NMS computes overlaps, subtracted from the
+    # image size when boxes are clipped.
     fcos.PIXEL_EXTENT = None
 
 
@@ -239,7 +239,7 @@ def _add_losses(fcos: CN) -> None:
     # "iou", "linear_iou", "giou", "diou" or "ciou".
     fcos.LOC_LOSS_TYPE = None
     # Added to intersection and union of the box loss, in squared units of the regression targets.
-    # Without it (0), "iou" is flat below an IoU of 1e-6.
+    # With 0, the "iou" loss is flat below an IoU of 1e-6.
     fcos.IOU_SMOOTH = None
     # Weight the box loss by the centerness target and divide by the sum of the weights. Applies to
     # BOX_QUALITY "ctrness"; with "iou" all positive points weigh the same.
@@ -265,7 +265,7 @@ def _add_inference(fcos: CN) -> None:
     fcos.RANK_WITH_CTR = None
     # Final score: "sqrt" of the product, "product", or "cls" (quality unused).
     fcos.SCORE_RULE = None
-    # Clip boxes to their image before NMS, and leave out those that have no area then.
+    # Clip boxes to their image before NMS, and drop those without area after that.
     fcos.CLIP_BEFORE_NMS = None
     fcos.DROP_EMPTY = None
     # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS,

@@ -1,4 +1,4 @@
-// What the kernels of both processors are given: plain numbers and pointers.
+// Arguments of the CPU and CUDA kernels: plain numbers and pointers.
 //
 // B images, L levels, P points of all levels together, M boxes of the batch, K classes, N slots for
 // candidates, D detections kept per image.
@@ -35,7 +35,7 @@ struct Maps {
   Map level[kMaxLevels];
 };
 
-// `pixel_extent` is 1 where x2 and y2 of boxes are their last pixels, 0 where they are their ends.
+// `pixel_extent` is 1 if x2 and y2 are the last pixels of a box, 0 if they are its ends.
 
 struct AssignTargets {
   const float* boxes;     // [M, 4]
@@ -55,7 +55,7 @@ struct AssignTargets {
   int32_t* counts;   // [B, L, 2]
 };
 
-// Losses, and what comes in from behind them, are float, or double where the maps are.
+// Losses and their incoming gradients are float, or double where the maps are.
 
 struct FocalLoss {
   Maps logits; // C = K
@@ -66,8 +66,8 @@ struct FocalLoss {
   double alpha;          // negative for no weights
   double gamma;
   void* loss; // forward
-  // The gradients are multiplied by `grad`, and by `factor` where it is not null. With a factor of 1
-  // they are what they were before the call.
+  // Gradients are multiplied by `grad`, and by `factor` if it is not null. A factor of 1 leaves them
+  // unchanged.
   const void *grad, *factor;
 };
 

@@ -1,8 +1,7 @@
 // Points and boxes: assignment rule, centerness, and the IoU family with gradients.
 //
-// Every expression has the order of operations of fcos_d2/ops/reference, so that float32
-// results agree to the bit where the operations are exact or correctly rounded (assignment), and to
-// rounding elsewhere.
+// Expressions keep the order of operations of fcos_d2/ops/reference, so float32 results agree bit for
+// bit where operations are exact or correctly rounded (assignment), and up to rounding elsewhere.
 #pragma once
 
 #include "levels.h"
@@ -41,8 +40,8 @@ FCOS_HD float area(const float* box, float pixel_extent = 0) {
   return mul_rn(box[2] + pixel_extent - box[0], box[3] + pixel_extent - box[1]);
 }
 
-// Areas of intersection and union of two boxes. A NaN coordinate makes the union NaN, which no
-// comparison exceeds.
+// Areas of intersection and union of two boxes. With a NaN coordinate the union is NaN, and all
+// comparisons are false.
 struct Overlap {
   float inter, union_area;
 
@@ -79,7 +78,7 @@ FCOS_HD void clip_box(float bottom, float right, float* box) {
   }
 }
 
-FCOS_HD bool is_finite(const float* box) { // what is not finite, less itself, is NaN
+FCOS_HD bool is_finite(const float* box) { // x - x is NaN for infinite and NaN x
   float zero = (box[0] - box[0]) + (box[1] - box[1]) + (box[2] - box[2]) + (box[3] - box[3]);
   return zero == 0;
 }
@@ -135,8 +134,8 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       overlaps && p.bottom < t.bottom ? overlap_w : T(0)};
   T w = p.left + p.right, h = p.top + p.bottom;
   T target_w = t.left + t.right, target_h = t.top + t.bottom;
-  // What is not in both boxes, by the extents beyond the overlap: no difference of areas, which
-  // would lose all digits of the loss where the boxes are nearly the same.
+  // The symmetric difference, from the extents beyond the overlap: subtracting areas would cancel all
+  // digits of the loss where the boxes nearly coincide.
   T more_w = beyond(p.left, t.left) + beyond(p.right, t.right);
   T more_h = beyond(p.top, t.top) + beyond(p.bottom, t.bottom);
   T less_w = beyond(t.left, p.left) + beyond(t.right, p.right);

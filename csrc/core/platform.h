@@ -1,4 +1,4 @@
-// What lets one source serve g++, nvcc and the CPU emulation of CUDA: no torch, no CUDA runtime.
+// Lets one source compile with g++, nvcc and the CPU emulation of CUDA: no torch, no CUDA runtime.
 #pragma once
 
 #include <cmath>
@@ -10,15 +10,15 @@
 #define FCOS_HD inline __attribute__((always_inline))
 #endif
 
-// tests/emulation fuses products with sums, as GPUs do, and keeps this from it.
+// tests/emulation fuses multiplies with adds, as GPUs do, except here.
 #ifndef FCOS_ROUNDED
 #define FCOS_ROUNDED(value) (value)
 #endif
 
 namespace fcos {
 
-// a * b, rounded before it becomes part of a sum, so that both processors get the same bits. Files of
-// the CPU switch -ffp-contract off for that.
+// a * b, rounded and never fused with an add, so that CPU and GPU get the same bits. CPU files set
+// -ffp-contract=off for that.
 template <class T>
 FCOS_HD T mul_rn(T a, T b) {
   return a * b;
@@ -35,8 +35,8 @@ FCOS_HD float mul_rn(float a, float b) {
 #endif
 }
 
-// The functions that formulas need, for plain numbers in full precision. Other number types (a
-// vector of floats, a float with fast intrinsics) come as other structs of this shape.
+// The math functions of the formulas, for scalars in full precision. Other number types (vectors of
+// floats, floats with fast intrinsics) provide structs of the same shape.
 template <class T>
 struct ScalarMath {
   using Number = T;

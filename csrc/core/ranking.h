@@ -7,20 +7,20 @@
 
 namespace fcos {
 
-// A key that is larger for a better candidate and unique, so that any correct selection, whatever
-// the order in which candidates were found, returns the same result.
+// A unique key, larger for better candidates, so that any correct selection returns the same result,
+// in whatever order candidates are found.
 FCOS_HD uint64_t ranking_key(uint32_t bits, uint32_t index) {
   return (uint64_t(bits) << 32) | uint32_t(~index);
 }
 
-// The bits of a non-negative float order like the float.
+// Non-negative floats sort like their bits.
 FCOS_HD uint64_t ranking_key(float rank, uint32_t index) {
   uint32_t bits;
   std::memcpy(&bits, &rank, sizeof bits);
   return ranking_key(bits, index);
 }
 
-// Bits that order like any float but NaN, from -inf to inf; -0 equals 0.
+// Bits that sort like the float, from -inf to inf, for any float but NaN; -0 equals 0.
 FCOS_HD uint32_t ordered_bits(float x) {
   x += 0.0f;
   uint32_t bits;

@@ -1,5 +1,5 @@
-// From logits to scores. Every operation here is rounded as IEEE 754 says and none is fused with
-// another, so both processors get the same bits, select the same candidates and order them alike.
+// From logits to scores. All operations are rounded as IEEE 754 says and none are fused, so CPU and
+// GPU get the same bits, select the same candidates and order them alike.
 #pragma once
 
 #include <cstring>
@@ -70,7 +70,7 @@ FCOS_HD float score_of(const SelectCandidates& args, float cls, float product) {
                                                   : cls;
 }
 
-// Decodes a candidate's box. False where it is to be dropped.
+// Decodes a candidate's box. False if the candidate is to be dropped.
 FCOS_HD bool make_box(
     const SelectCandidates& args, int level, int64_t image, int64_t point, const float* ltrb,
     float* box) {
@@ -85,7 +85,7 @@ FCOS_HD bool make_box(
   return !args.drop_empty || (box[0] < box[2] && box[1] < box[3]);
 }
 
-// Every class logit of a class probability above `probability` exceeds this, whatever is rounded.
+// A lower bound on the class logits whose probability exceeds `probability`, rounding included.
 FCOS_HD float logit_below(float probability) {
   constexpr float kSlack = 1e-3f;
   constexpr float kSteep = 6.0f; // above it the logit is too steep in the probability for the slack
@@ -93,7 +93,7 @@ FCOS_HD float logit_below(float probability) {
   return (logit < kSteep ? logit : kSteep) - kSlack; // kSteep for NaN too
 }
 
-// Every class logit of a candidate of a point of this quality exceeds this. What exceeds it needs a
+// A lower bound on the class logits of candidates at a point of this quality. Logits above it need a
 // closer look.
 FCOS_HD float logit_bound(const SelectCandidates& args, float quality) {
   if (!args.threshold_with_quality) {

@@ -11,10 +11,10 @@ namespace fcos::cpu {
 namespace {
 
 constexpr int64_t kGrain = 65536;     // points worth a thread, about 0.1 ms
-constexpr int64_t kPointsPerBox = 16; // that take as long as a box
+constexpr int64_t kPointsPerBox = 16; // points that take as long as a box
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// One level of one image: its outputs, background at first, and what is known of its points.
+// One level of one image: its outputs, initially background, and the state of its points.
 struct LevelOfImage {
   const AssignTargets& args;
   const Level& level;
@@ -68,7 +68,7 @@ struct BoxOnLevel {
   bool ignored;
 };
 
-// False where the box can serve no point of the level.
+// False if no point of the level can match the box.
 bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
   const AssignTargets& args = on.args;
   const float* box = args.boxes + 4 * index;

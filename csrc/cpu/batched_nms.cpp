@@ -1,5 +1,5 @@
-// batched_nms: every box is compared with the boxes of its own class that were kept before it, and
-// with no others; there is no N x N anything.
+// batched_nms: compares every box only with the boxes of its own class that were kept before it;
+// nothing has size N x N.
 
 #include <algorithm>
 #include <array>
@@ -12,7 +12,7 @@
 #include "../core/ranking.h"
 #include "ops.h"
 
-// CPU and GPU must agree to the bit: no product may be fused into a sum.
+// CPU and GPU must agree bit for bit, so no multiply may be fused with an add.
 #pragma GCC optimize("fp-contract=off")
 
 namespace fcos::cpu {
@@ -22,8 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kGrain = 4096; // boxes worth a thread, at least 0.1 ms
 constexpr int kBlock = 8;        // boxes compared without a branch
 
-// Kept boxes of one class, coordinate by coordinate. Places that are not taken hold NaN, which
-// overlaps nothing.
+// Kept boxes of one class, coordinate by coordinate. Free places hold NaN, which overlaps nothing.
 struct Block {
   float x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
 };
@@ -46,7 +45,7 @@ FCOS_CLONES bool any_exceeds(
   return false;
 }
 
-// Numbers 0, 1, ... instead of any ids.
+// Maps arbitrary ids to 0, 1, ...
 std::vector<int32_t> dense_ids(const int64_t* ids, int64_t count) {
   std::vector<int32_t> dense(count);
   auto [lowest, highest] = std::minmax_element(ids, ids + count);
@@ -63,7 +62,7 @@ std::vector<int32_t> dense_ids(const int64_t* ids, int64_t count) {
   return dense;
 }
 
-// The boxes kept so far, in memory that is taken once.
+// Boxes kept so far, in memory allocated once.
 class Kept {
  public:
   Kept(std::vector<int32_t> classes, float threshold, float pixel_extent)
@@ -82,7 +81,7 @@ class Kept {
     blocks_.assign(size_t(first_block_.back()), empty);
   }
 
-  // True, and the box is remembered, where nothing of its class that was kept before suppresses it.
+  // Keeps the box unless a kept box of its class suppresses it; returns whether it was kept.
   bool keep(int64_t index, const float* given) {
     float box[4] = {given[0], given[1], given[2] + pixel_extent_, given[3] + pixel_extent_};
     int32_t id = classes_[index];

@@ -43,7 +43,7 @@ FCOS_HD void store(const Floats& x, T* out) {
 }
 
 #ifdef FCOS_REGISTERS
-// What the compiler makes of these loops takes longer than all of the loss.
+// The compiler's own code for these loops is slower than the whole loss.
 
 FCOS_HD Floats load(const BFloat16* x) {
   uint16_t words __attribute__((vector_size(2 * kLanes)));
@@ -168,7 +168,7 @@ struct Tail {
     strip.labels = whole.is_pixel ? whole.labels : labels;
   }
 
-  // Classes beyond the last are no classes.
+  // Lanes beyond the last class are inactive.
   Lanes masked() const {
     Lanes lane = lanes(strip, 0);
     for (int i = count; i < kLanes; ++i) {

@@ -6,7 +6,7 @@
 #include "../core/arguments.h"
 #include "../core/scores.h"
 
-// Before a function: compiled once per instruction set, the first call chooses.
+// Compiles a function once per instruction set; its first call chooses one.
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define FCOS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -56,7 +56,7 @@ auto dispatch(DType dtype, Function&& function) {
   }
 }
 
-// A loss, or what comes in from behind it: double where the maps are, else float.
+// A loss or its incoming gradient: double if the maps are, else float.
 inline double number(DType of_maps, const void* from) {
   return of_maps == DType::kDouble ? *static_cast<const double*>(from)
                                    : *static_cast<const float*>(from);

@@ -1,7 +1,7 @@
 // The CPU kernels: plain pointers in, plain pointers out. No torch.
 //
-// Every kernel splits its work into pieces that do not depend on the number of threads and adds
-// their partial sums in a fixed order, so results are bitwise the same on any number of threads.
+// Kernels split their work into pieces that do not depend on the number of threads and add partial
+// sums in a fixed order, so results are bitwise identical on any number of threads.
 #pragma once
 
 #include <functional>
@@ -17,7 +17,7 @@ namespace fcos::cpu {
 using Task = std::function<void(int64_t first, int64_t last)>;
 using ParallelFor = void (*)(int64_t count, int64_t grain, const Task& task);
 
-// Else its channels are, for the binding hands over no other maps.
+// If false, its channels are contiguous: the binding passes no other maps.
 inline bool points_are_neighbours(const Map& map) {
   return map.num_points <= 1 ||
          (map.data_strides.point == 1 && (map.grad == nullptr || map.grad_strides.point == 1));

@@ -17,7 +17,7 @@
 #include "../core/scores.h"
 #include "ops.h"
 
-// CPU and GPU must agree to the bit: no product may be fused into a sum.
+// CPU and GPU must agree bit for bit, so no multiply may be fused with an add.
 #pragma GCC optimize("fp-contract=off")
 
 namespace fcos::cpu {

@@ -31,7 +31,7 @@ class FCOSLoss(nn.Module):
             levels.
         range_inclusive: whether a largest distance equal to a bound belongs to the range.
         center_radius: of center sampling, in strides; 0 for none.
-        pixel_extent: 1 where x2 and y2 of a box are its last pixels, else 0.
+        pixel_extent: 1 if x2 and y2 are the last pixels of a box, else 0.
         alpha: of the focal loss.
         gamma: of the focal loss.
         cls_weight: weight of the classification loss.

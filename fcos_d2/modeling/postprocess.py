@@ -24,8 +24,8 @@ class PostProcessor:
         rank_with_quality: rank candidates by the product instead of the class probability.
         score_rule: final score, "sqrt" of the product, "product" or "cls".
         clip: clip boxes to the image before NMS.
-        drop_empty: leave out boxes without area before NMS.
-        pixel_extent: 1 where x2 and y2 of a box are its last pixels, else 0.
+        drop_empty: drop boxes without area before NMS.
+        pixel_extent: 1 if x2 and y2 are the last pixels of a box, else 0.
         nms_threshold: IoU above which the lower-scored box is suppressed.
         nms_method: "hard", "linear" or "gaussian".
         nms_sigma: of "gaussian".

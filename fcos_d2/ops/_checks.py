@@ -16,7 +16,7 @@ from .levels import Levels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LONGEST = 300  # characters of what a message quotes
-MOST_POINTS = 2**31 - 1  # of a level; the kernels count them in 32 bits, everything else in 64
+MOST_POINTS = 2**31 - 1  # of a level: kernels count points in 32 bits, all else in 64
 
 
 def describe(value: object) -> str:
@@ -30,7 +30,7 @@ def describe(value: object) -> str:
 
 
 def format_value(value: object) -> str:
-    """``repr(value)``, cut where it is long."""
+    """``repr(value)``, shortened."""
     try:
         text = reprlib.repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
@@ -39,17 +39,17 @@ def format_value(value: object) -> str:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor lie at strides, one number each."""
+    """Whether a tensor is strided, and neither nested nor quantized."""
     return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` is an integer, or stands for one while torch.compile traces."""
+    """Whether ``value`` is an integer, or a symbolic one of torch.compile."""
     return isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Whether ``value`` is a number in [low, high] that a float can hold."""
+    """Whether ``value`` is a number in [low, high] that a float can represent."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     return good and (isinstance(value, float) or abs(value) < 2**63)
 
@@ -81,7 +81,7 @@ def check_tensor(
 
 
 def check_same_device(function: str, **tensors: Tensor) -> None:
-    """Checks that all tensors live on the device of the first."""
+    """Checks that all tensors are on the device of the first."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check(
@@ -176,7 +176,7 @@ def check_positive(function: str, name: str, value: object) -> None:
 
 
 def check_count(function: str, name: str, value: object) -> None:
-    """Checks that ``value`` is an integer of at least 1 that 32 bits hold."""
+    """Checks that ``value`` is a positive 32-bit integer."""
     good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
     check(good, function, f"{name} must be an integer >= 1 and < 2^31", value)
 

@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parents[1]  # of the compiled libraries
 
 
 class Definition(NamedTuple):
-    """What makes an op: see ``define_op`` and ``define_autograd``."""
+    """What defines an op: see ``define_op`` and ``define_autograd``."""
 
     schema: str
     reference: Callable
@@ -82,7 +82,7 @@ def forbid_double_backward(name: str) -> None:
 
 
 def _announced(name: str, reference: Callable) -> Callable:
-    """``reference``, which first says so where it stands in for a library that is not built."""
+    """Wraps ``reference`` to say so where it stands in for a library that is not built."""
 
     @functools.wraps(reference)
     def announced(*args):
@@ -93,7 +93,7 @@ def _announced(name: str, reference: Callable) -> Callable:
 
 
 def _device_type(args: tuple) -> str:
-    """Where the first tensor is, alone or in a list."""
+    """Device type of the first tensor, alone or in a list."""
     values = (value for arg in args for value in (arg if isinstance(arg, list) else [arg]))
     return next(value.device.type for value in values if isinstance(value, torch.Tensor))
 
@@ -140,7 +140,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 def _compiled_libraries() -> list[Path]:
     paths = sorted(_FOLDER.glob("_C*.so"))
-    # A torch without CUDA has nothing to open the other one with.
+    # torch without CUDA cannot load the CUDA library.
     return [path for path in paths if path.stem != "_C_cuda" or torch.version.cuda is not None]
 
 

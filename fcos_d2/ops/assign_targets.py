@@ -63,7 +63,7 @@ def assign_targets(
     ``center_radius`` strides to its centre in x and in y, and the largest of its four distances to
     the sides is in the size range of the point's level. Where several boxes qualify, the one of the
     smallest area wins, and among equal areas the one with the lowest index. Boxes without area or
-    with a coordinate that is not finite serve no point. A point that is not positive and lies
+    with a coordinate that is not finite match no point. A point that is not positive and lies
     strictly inside an ignored region is ignored.
 
     Args:
@@ -76,8 +76,8 @@ def assign_targets(
         num_classes: K.
         center_radius: in strides; 0 turns center sampling off (any point inside the box).
         inclusive: whether a distance equal to low or high is in the range.
-        pixel_extent: added to width and height when areas are compared: 1 where x2 and y2 are the
-            last pixels of a box (the original), 0 where they are its ends.
+        pixel_extent: added to width and height when areas are compared: 1 if x2 and y2 are the last
+            pixels of a box (the original FCOS), 0 if they are its ends.
 
     Returns:
         Targets, on the device of ``gt_boxes``. Not differentiable.

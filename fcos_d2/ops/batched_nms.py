@@ -110,8 +110,8 @@ def batched_nms_padded(
             threshold (soft-NMS, 1704.04503).
         sigma: of "gaussian", > 0.
         min_score: "linear" and "gaussian" drop boxes whose score fell to this or below.
-        pixel_extent: added to x2 and y2 for the IoU: 1 where they are the last pixels of a box (the
-            original), 0 where they are its ends.
+        pixel_extent: added to x2 and y2 for the IoU: 1 if they are the last pixels of a box (the
+            original FCOS), 0 if they are its ends.
 
     Returns:
         Detections. Not differentiable.

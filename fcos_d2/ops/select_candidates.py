@@ -65,8 +65,8 @@ def select_candidates(
 
     A (point, class) pair is a candidate when its class probability, or the product of class
     probability and quality, exceeds the threshold; per level and image the ``topk`` best candidates
-    are kept, equal ones in the order of (point, class). A NaN score never passes, and the slot of a
-    candidate whose box is not finite is left empty.
+    are kept, equal ones in the order of (point, class). A NaN score never passes, and a candidate
+    whose box is not finite is dropped. The slots of dropped candidates stay empty.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, class logits; float32, float16, bfloat16, float64.
@@ -81,8 +81,8 @@ def select_candidates(
         score_rule: final score: "sqrt" of the product (the authors, detectron2, torchvision),
             "product" (mmdetection) or "cls" (quality unused).
         clip: clip the boxes to their image.
-        pixel_extent: 1 clips to width - 1 and height - 1, the last pixels (the original).
-        drop_empty: leave the slots of boxes without area empty, after clipping (mmdetection).
+        pixel_extent: 1 clips to the last pixels, width - 1 and height - 1 (the original FCOS).
+        drop_empty: drop boxes without area after clipping (mmdetection).
 
     Returns:
         Candidates with N = sum over levels of min(topk, H W K). Not differentiable.

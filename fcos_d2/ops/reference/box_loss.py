@@ -132,8 +132,8 @@ def _overlap(pred: Tensor, target: Tensor) -> _Overlap:
     d_inter = _interleave(d_width * height[..., None], d_height * width[..., None])
     d_inter = torch.where(overlaps[..., None], d_inter, 0.0)
     (pred_w, pred_h), (target_w, target_h) = _size(pred), _size(target)
-    # What is not in both boxes, by the extents beyond the overlap: no difference of areas, which
-    # would lose all digits of the loss where the boxes are nearly the same.
+    # The symmetric difference, from the extents beyond the overlap: subtracting areas would cancel
+    # all digits of the loss where the boxes nearly coincide.
     more_w, more_h = _size((pred - target).clamp(min=0))
     less_w, less_h = _size((target - pred).clamp(min=0))
     different = width * (more_h + less_h) + height * (more_w + less_w)
