@@ -65,7 +65,7 @@ BUILT_FOR_GPU = from fcos_d2.ops import backend; \
 
 gpu-test: ## on a GPU: run the tests of the ops, save the slow ones
 	$(GPU_PYTHON) -c '$(BUILT_FOR_GPU)'
-	$(GPU_PYTHON) -m pytest -q -m "not slow" -k "not emulated" tests/ops
+	$(GPU_PYTHON) -m pytest -q -m "not slow" -k "not ptx" tests/ops
 
 gpu-bench: ## on a GPU: measure the ops beside their peers, into benchmarks/results/
 	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda

@@ -116,7 +116,6 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
 BUDGETS = {
     "assign_kernel": 40,
     "sums_kernel": 40,
-    "padded_kernel": 40,
     "flat_kernel": 40,
     "finish_kernel": 128,  # a block for each level of an image: fewer than multiprocessors
 }  # all others:

@@ -11,12 +11,6 @@
 #include "../cuda/ops.h"
 #include "ops.h"
 
-// tests/emulation registers these functions for other tensors, under another name.
-#ifndef FCOS_D2_NAMESPACE
-#define FCOS_D2_NAMESPACE fcos_d2
-#define FCOS_D2_DISPATCH_KEY CUDA
-#endif
-
 namespace {
 
 using namespace fcos;
@@ -127,4 +121,4 @@ struct Cuda {
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FCOS_D2_NAMESPACE, FCOS_D2_DISPATCH_KEY, m) { Ops<Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(fcos_d2, CUDA, m) { Ops<Cuda>::register_in(m); }

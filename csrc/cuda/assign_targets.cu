@@ -213,7 +213,7 @@ cudaError_t launch_assign_targets(const AssignTargets& args, cudaStream_t stream
   if (blocks > kMaxBlocks) {
     return cudaErrorInvalidConfiguration;
   }
-  FCOS_LAUNCH(assign_kernel, unsigned(blocks), kThreads, 0, stream, args, tiles);
+  assign_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(args, tiles);
   return cudaGetLastError();
 }
 

@@ -458,9 +458,9 @@ cudaError_t launch_batched_nms_padded(const PaddedNms& args, float* scores, cuda
   }
   unsigned blocks = unsigned(args.num_images);
   if (args.method == NmsMethod::kHard) {
-    FCOS_LAUNCH(padded_kernel, blocks, kPaddedThreads, 0, stream, args);
+    padded_kernel<<<blocks, kPaddedThreads, 0, stream>>>(args);
   } else {
-    FCOS_LAUNCH(soft_kernel, blocks, kPaddedThreads, 0, stream, args, scores);
+    soft_kernel<<<blocks, kPaddedThreads, 0, stream>>>(args, scores);
   }
   return cudaGetLastError();
 }
@@ -477,7 +477,7 @@ cudaError_t launch_batched_nms(const FlatNms& args, uint64_t* state, cudaStream_
   if (error != cudaSuccess) {
     return error;
   }
-  FCOS_LAUNCH(flat_kernel, unsigned(blocks), kFlatThreads, 0, stream, args, state);
+  flat_kernel<<<unsigned(blocks), kFlatThreads, 0, stream>>>(args, state);
   return cudaGetLastError();
 }
 

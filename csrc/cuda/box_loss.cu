@@ -137,9 +137,8 @@ cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStrea
   cudaError_t error = cudaSuccess;
   if (blocks > 0) {
     with_type(args.dtype, [&](auto zero) {
-      FCOS_LAUNCH(
-          loss_kernel<decltype(zero)>, unsigned(blocks), kThreads, 0, stream, args, partials,
-          unsigned(blocks_per_image(args)));
+      loss_kernel<decltype(zero)><<<unsigned(blocks), kThreads, 0, stream>>>(
+          args, partials, unsigned(blocks_per_image(args)));
     });
     error = cudaGetLastError();
   }
@@ -156,9 +155,8 @@ cudaError_t launch_box_loss_backward(const BoxLossArgs& args, cudaStream_t strea
     return cudaSuccess;
   }
   with_type(args.dtype, [&](auto zero) {
-    FCOS_LAUNCH(
-        grad_kernel<decltype(zero)>, unsigned(blocks), kThreads, 0, stream, args,
-        unsigned(blocks_per_image(args)));
+    grad_kernel<decltype(zero)>
+        <<<unsigned(blocks), kThreads, 0, stream>>>(args, unsigned(blocks_per_image(args)));
   });
   return cudaGetLastError();
 }

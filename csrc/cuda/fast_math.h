@@ -5,31 +5,18 @@
 
 #include "../core/platform.h"
 
-// tests/emulation puts in relative errors as large as the hardware may make.
-#ifndef FCOS_APPROXIMATE
-#define FCOS_APPROXIMATE(value, error) (value)
-#endif
-
 namespace fcos::cuda {
 
 // 2^x and 1/x in one instruction each, off by at most 2 and 1 units of the last place.
-FCOS_HD float fast_exp2(float x) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return FCOS_APPROXIMATE(std::exp2(x), 0x1p-22f);
-#endif
 }
-FCOS_HD float fast_reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float fast_reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return FCOS_APPROXIMATE(1.0f / x, 0x1p-23f);
-#endif
 }
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
@@ -38,7 +25,7 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 struct FastMath {
   using Number = float;
 
-  static FCOS_HD float exp(float x) {
+  static __device__ __forceinline__ float exp(float x) {
     float y = x * kLog2E;
     float lost = std::fma(y, -kLn2, x); // by rounding y; it matters where x is large
     float e = fast_exp2(y);
@@ -49,7 +36,7 @@ struct FastMath {
   //   e + v = 2 sinh L,   e v = 4 sinh^2 (L / 2),
   // so L = (e + v) f(e v) with an f that degree 4 gives to 2e-8 of L, for small e too, which
   // log2(1 + e) would lose. The compiler shares the reciprocal with the caller, who needs it anyway.
-  static FCOS_HD float log1p(float e) {
+  static __device__ __forceinline__ float log1p(float e) {
     float v = e * reciprocal(1.0f + e);
     float q = e * v;
     float f = 6.04895341e-4f;
@@ -60,13 +47,13 @@ struct FastMath {
     return (e + v) * f;
   }
 
-  static FCOS_HD float reciprocal(float x) { return fast_reciprocal(x); }
+  static __device__ __forceinline__ float reciprocal(float x) { return fast_reciprocal(x); }
 };
 
 // For results of which every bit counts, in loops that wait for memory: the reciprocal, whose error
 // is cubed, loses it in a step of Newton's.
 struct FineMath : FastMath {
-  static FCOS_HD float reciprocal(float x) {
+  static __device__ __forceinline__ float reciprocal(float x) {
     float r = fast_reciprocal(x);
     return std::fma(r, std::fma(-x, r, 1.0f), r);
   }
@@ -74,9 +61,9 @@ struct FineMath : FastMath {
 
 // For results that are rounded to 11 bits or fewer: off by at most 3e-5.
 struct CoarseMath : FastMath {
-  static FCOS_HD float exp(float x) { return fast_exp2(x * kLog2E); }
+  static __device__ __forceinline__ float exp(float x) { return fast_exp2(x * kLog2E); }
 
-  static FCOS_HD float log1p(float e) {
+  static __device__ __forceinline__ float log1p(float e) {
     float v = e * reciprocal(1.0f + e);
     float q = e * v;
     float f = 1.42927658e-2f;

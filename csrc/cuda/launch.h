@@ -1,6 +1,4 @@
 // What all kernels share: how they are launched, how they refuse bad data, how blocks find levels.
-//
-// Launches go through one macro, so that tests/emulation runs the same files on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,21 +8,14 @@
 
 #include "../core/levels.h"
 
-#ifndef FCOS_LAUNCH
-#define FCOS_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
-  kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
-#endif
-
 // Stops the kernel with a message that torch's own device-side assertions would print the same way.
 // The error reaches the host as "device-side assert triggered", when it next waits for the device.
-#ifndef FCOS_ASSERT
 #define FCOS_ASSERT(condition, message)                     \
   do {                                                      \
     if (!(condition)) {                                     \
       __assert_fail(message, __FILE__, __LINE__, __func__); \
     }                                                       \
   } while (0)
-#endif
 
 namespace fcos::cuda {
 

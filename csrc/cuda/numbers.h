@@ -137,13 +137,9 @@ FCOS_HD uint32_t narrow(const float* x, float) { return bits_as<uint32_t>(*x); }
 
 // One instruction, where the compiler may make four of an assignment.
 __device__ __forceinline__ void store_vector(void* to, uint4 bits) {
-#if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                : "memory");
-#else
-  *static_cast<uint4*>(to) = bits;
-#endif
 }
 
 template <class T, int Size>

@@ -676,11 +676,11 @@ template <class T>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   unsigned blocks = unsigned(plan.blocks.total());
   if (blocks > 0) {
-    FCOS_LAUNCH(scan_kernel<T>, blocks, kScanThreads, 0, stream, plan);
-    FCOS_LAUNCH(collect_kernel<T>, blocks, kScanThreads, 0, stream, plan);
+    scan_kernel<T><<<blocks, kScanThreads, 0, stream>>>(plan);
+    collect_kernel<T><<<blocks, kScanThreads, 0, stream>>>(plan);
   }
   unsigned segments = unsigned(plan.args.num_images * plan.args.levels.count);
-  FCOS_LAUNCH(finish_kernel<T>, segments, kFinishThreads, 0, stream, plan);
+  finish_kernel<T><<<segments, kFinishThreads, 0, stream>>>(plan);
   return cudaGetLastError();
 }
 

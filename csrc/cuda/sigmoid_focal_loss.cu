@@ -396,9 +396,8 @@ template <bool Loss, bool Grad>
 void launch(const FocalLoss& args, const Plan& plan, cudaStream_t stream) {
   dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
     using T = decltype(zero);
-    FCOS_LAUNCH(
-        (focal_kernel<T, decltype(gamma)::value, Loss, Grad>), unsigned(plan.blocks.total()),
-        kThreads, 0, stream, plan);
+    focal_kernel<T, decltype(gamma)::value, Loss, Grad>
+        <<<unsigned(plan.blocks.total()), kThreads, 0, stream>>>(plan);
   });
 }
 

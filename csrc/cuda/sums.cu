@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
 } // namespace
 
 cudaError_t launch_sums(const Sums& sums, int num_sums, cudaStream_t stream) {
-  FCOS_LAUNCH(sums_kernel, unsigned(num_sums), kThreads, 0, stream, sums);
+  sums_kernel<<<unsigned(num_sums), kThreads, 0, stream>>>(sums);
   return cudaGetLastError();
 }
 

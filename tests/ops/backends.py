@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -31,6 +34,18 @@ def register_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overlo
 def overloads_of(namespace: str) -> Overloads:
     """The ops of a namespace, by name."""
     return {name: getattr(getattr(torch.ops, namespace), name).default for name in _library.OPS}
+
+
+@contextmanager
+def use(overloads: Overloads) -> Iterator[None]:
+    """Makes the wrappers call these ops."""
+    with ExitStack() as stack:
+        for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, torch._ops.OpOverload):
+                    other = overloads[value.name().split("::")[1]]
+                    stack.enter_context(mock.patch.object(module, attribute, other))
+        yield
 
 
 def reference_of(name: str) -> Callable:

@@ -1,22 +1,19 @@
 """Runs every test of the ops on every implementation that is available.
 
 All take tensors on the CPU: the kernels of a GPU, where there is one, run on copies of them. The
-emulated kernels run blocks and threads in another order in every launch.
+kernels run on the CPU as PTX, blocks and threads in another order in every launch.
 """
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
-import torch
 
-from fcos_d2.ops import _library, backend
-from tests.emulation import emulated
+from fcos_d2.ops import backend
 from tests.ptx import ptx
 
-from .backends import Overloads, on_gpu, overloads_of, reference_of, register_ops
+from .backends import Overloads, on_gpu, overloads_of, reference_of, register_ops, use
 
 
 def _has(device_type: str) -> bool:
@@ -29,12 +26,14 @@ def _skip(reason: str | None) -> list[pytest.MarkDecorator]:
 
 NOTHING_COMPILED = None if _has("CPU") else "nothing is compiled"
 NO_KERNELS = None if _has("CUDA") else "fcos_d2/_C_cuda.so is not built"
+ON_CUDA = [
+    pytest.param("ptx", marks=_skip(ptx.missing())),
+    pytest.param("cuda", marks=[pytest.mark.cuda, *_skip(NO_KERNELS)]),
+]
 IMPLEMENTATIONS = [
     "reference",
     pytest.param("compiled", marks=_skip(NOTHING_COMPILED)),
-    pytest.param("emulated", marks=_skip(emulated.missing())),
-    pytest.param("ptx", marks=_skip(ptx.missing())),
-    pytest.param("cuda", marks=[pytest.mark.cuda, *_skip(NO_KERNELS)]),
+    *ON_CUDA,
 ]
 
 
@@ -42,8 +41,6 @@ IMPLEMENTATIONS = [
 def _overloads(implementation: str) -> Overloads:
     if implementation == "compiled":  # what the dispatcher prefers
         return overloads_of("fcos_d2")
-    if implementation == "emulated":
-        return emulated.overloads()
     if implementation == "ptx":
         return ptx.overloads()
     kernel_of = on_gpu if implementation == "cuda" else reference_of
@@ -51,23 +48,13 @@ def _overloads(implementation: str) -> Overloads:
 
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch) -> Iterator[str]:
+def implementation(request) -> Iterator[str]:
     """Makes the wrappers call the ops of one implementation."""
     name = request.param
     given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
-    if given == "cuda" and name in ("emulated", "ptx", "cuda"):
+    if given == "cuda" and name in ("ptx", "cuda"):
         pytest.skip("takes tensors on the CPU")
-    overloads = _overloads(name)
-    for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, torch._ops.OpOverload):
-                monkeypatch.setattr(module, attribute, overloads[value.name().split("::")[1]])
-    with ExitStack() as stack:
-        if name == "emulated":
-            stack.enter_context(emulated.poison())
-            stack.enter_context(emulated.schedule(1))
-        if name == "ptx":
-            stack.enter_context(ptx.schedule(1))
+    with use(_overloads(name)), ptx.schedule(1) if name == "ptx" else nullcontext():
         yield name
 
 

@@ -127,7 +127,7 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(make):
         assert bits(run()) == first
 
 
-# The emulation of CUDA is one thread itself.
+# The machine that runs PTX is one thread itself.
 @pytest.mark.parametrize("implementation", ["reference", COMPILED], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shared", [False, True], ids=["own inputs", "shared inputs"])

@@ -106,10 +106,10 @@ def focal_loss_tolerance(logits, implementation) -> float:
     """Relative, of the sum."""
     if logits[0].dtype == torch.float64:
         return 1e-8  # torch's softplus of x > 20 is x
-    # The emulator makes exp and 1/x as wrong as a GPU may make them, which p^2 softplus(z) triples;
-    # in a sum the errors of one logit and another cancel.
+    # exp and 1/x are as inexact in PTX as a GPU may make them, which p^2 softplus(z) triples; in a
+    # sum the errors of one logit and another cancel.
     few = sum(level.numel() for level in logits) < 100
-    return 1.5e-6 if few and implementation in ("emulated", "cuda") else 1e-6
+    return 1.5e-6 if few and implementation in ("ptx", "cuda") else 1e-6
 
 
 @MANY

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests import native
-from tests.emulation.emulated import SANITIZED
 
 from . import subprocesses
 
@@ -28,7 +27,6 @@ pytestmark = [
     pytest.mark.parametrize("implementation", ["reference"], indirect=True),
     pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor"),
-    pytest.mark.skipif(SANITIZED, reason="runs in an ordinary process"),
 ]
 
 

@@ -24,13 +24,12 @@ from fcos_d2.ops import (
     sigmoid_focal_loss,
 )
 
-from ..emulation import emulated
+from ..ptx import ptx
 
-NEEDS_COMPILER = pytest.mark.skipif(bool(emulated.missing()), reason=str(emulated.missing()))
-EMULATED = pytest.param("emulated", marks=NEEDS_COMPILER)
+PTX = pytest.param("ptx", marks=pytest.mark.skipif(bool(ptx.missing()), reason=str(ptx.missing())))
 # A GPU has memory for large maps: tests/ops/test_on_gpu.py.
 ON_THE_CPU = pytest.mark.parametrize(
-    "implementation", ["reference", "compiled", EMULATED], indirect=True
+    "implementation", ["reference", "compiled", PTX], indirect=True
 )
 H, W, K, B = 4, 8, 3, 2
 FAR = 2**31 + 64  # elements between two images; a multiple of 16, so that maps stay aligned
@@ -71,7 +70,7 @@ def assert_same_losses_and_gradients(losses_of, near, far):
 def test_focal_loss_of_maps_that_are_far_apart(implementation, save_gradient):
     logits, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
     # A thread of the GPU steps through 16 channels in 32 bits; what is further apart is refused.
-    far = far_apart(logits, channel=2**16 if implementation == "emulated" else 2**30)
+    far = far_apart(logits, channel=2**16 if implementation == "ptx" else 2**30)
     assert_same_losses_and_gradients(
         lambda x: [sigmoid_focal_loss([x], labels, save_gradient=save_gradient)], [logits], [far]
     )
@@ -102,7 +101,7 @@ def test_candidates_of_maps_that_are_far_apart():
 # ---- What is too large says so ----
 
 
-@pytest.mark.parametrize("implementation", [EMULATED], indirect=True)
+@pytest.mark.parametrize("implementation", [PTX], indirect=True)
 @pytest.mark.parametrize("case", ["far apart", "many"])
 def test_the_gpu_refuses_maps_that_it_cannot_step_or_launch(case):
     logits = far_apart(maps(K)) if case == "far apart" else torch.zeros(()).expand(B, 2**30, H, W)

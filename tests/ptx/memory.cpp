@@ -9,7 +9,7 @@ namespace ptx {
 
 namespace {
 
-constexpr uint64_t kMostIdle = 20'000'000; // accesses without a write
+constexpr uint64_t kMostIdle = 3'000'000; // accesses of a warp without a write
 constexpr uint64_t kNull = 4096; // addresses below are null pointers and offsets from them
 
 // The bytes of cell `index` that an access of [begin, begin + bytes) touches.

@@ -10,12 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,57 +18,27 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+from tests import native
 from tests.ops.backends import Overloads, reference_of, register_ops
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-BUILD = ROOT / "build" / "ptx"
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BUILD = native.ROOT / "build" / "ptx"
+KERNELS = sorted((native.ROOT / "csrc" / "cuda").glob("*.cu"))
 MACHINE = sorted(HERE.glob("*.cpp"))
-BINDING = ROOT / "csrc" / "bindings" / "cuda.cpp"
-RAW = "fcos_d2_ptx_raw"  # the ops of the binding
+BINDING = native.ROOT / "csrc" / "bindings" / "cuda.cpp"
+RAW = "fcos_d2_ptx_raw"  # the ops of the binding (binding.h)
 NAMESPACE = "fcos_d2_ptx"  # the same with their tensors made known to the machine
-# What the binding asks torch, and runtime.cpp answers.
-RENAMED = {
-    "aoti_torch_get_current_cuda_stream": "ptx_get_current_cuda_stream",
-    "aoti_torch_create_device_guard": "ptx_create_device_guard",
-    "aoti_torch_delete_device_guard": "ptx_delete_device_guard",
-    "torch_call_dispatcher": "ptx_call_dispatcher",
-}
-NINJA = """
-builddir = {build}
-rule nvcc
-  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = {nvcc} -shared -cudart none -Xlinker -Bsymbolic $in $flags -o $out
-"""
-
-
-def find_nvcc() -> str | None:
-    """nvcc of PATH, of CUDA_HOME, or of a toolkit that pip has installed."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    folders = [*os.environ.get("PATH", "").split(os.pathsep), *(f"{home}/bin" for home in homes)]
-    folders += [str(x) for path in packages for x in Path(path).glob("nvidia/cu*/bin")]
-    found = shutil.which("nvcc", path=os.pathsep.join(folders))
-    return found and os.path.realpath(found)  # it looks for its parts beside itself
 
 
 def missing() -> str | None:
     """Why the PTX cannot run here; None where it can."""
-    if find_nvcc() is None:
-        return "needs nvcc"
-    if importlib.util.find_spec("ninja") is None:
-        return "needs ninja"
-    return None if shutil.which("g++") else "needs g++"
+    return native.missing() or (None if native.setup_py().NVCC else "needs nvcc")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The machine, the host code of the kernels, and the binding that launches them."""
-    path = build("ops", [*KERNELS, BINDING])
+    path = build("ops", (*KERNELS, BINDING))
     torch.ops.load_library(path)
     return prepare(path, [ptx_of(source) for source in KERNELS])
 
@@ -133,12 +98,16 @@ def _with_known_tensors(op: torch._ops.OpOverload):
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
     assert has_kernel, f"csrc/bindings/cuda.cpp has no {op.name()}"
 
+    changed = [x.alias_info is not None and x.alias_info.is_write for x in op._schema.arguments]
+
     def run(*arguments):
-        machine, is_mutable = library(), op._schema.is_mutable
+        machine = library()
         with _LOCK:
             try:
-                for begin, end in _places(arguments):
-                    machine.ptx_add_tensor(begin, end - begin, True, not is_mutable)
+                for is_changed in (False, True):
+                    these = [x for x, y in zip(arguments, changed, strict=False) if y == is_changed]
+                    for begin, end in _places(these):
+                        machine.ptx_add_tensor(begin, end - begin, True, not is_changed)
                 results = op(*arguments)
                 for begin, end in _places(results):
                     missing = machine.ptx_count_unwritten(begin, end - begin)
@@ -173,47 +142,36 @@ def ptx_of(source: Path) -> Path:
     return BUILD / f"{source.stem}.ptx"
 
 
-def build(name: str, sources: Sequence[Path]) -> Path:
+def build(name: str, sources: tuple[Path, ...]) -> Path:
     """Compiles what has changed of these files and of the machine, and links it."""
+    library = try_to_build(name, sources)
+    assert isinstance(library, Path), library
+    return library
+
+
+@functools.cache  # of a failure too: else every test would try again
+def try_to_build(name: str, sources: tuple[Path, ...]) -> Path | str:
     BUILD.mkdir(parents=True, exist_ok=True)
-    output = BUILD / f"{name}.so"
-    lines = [NINJA.format(nvcc=find_nvcc(), build=BUILD)]
-    objects = []
-    for source in [*sources, *MACHINE]:
-        target = BUILD / f"{source.stem}.o"
-        flags = " ".join(flags_of(source)).replace("$", "$$")
-        lines.append(f"build {target}: nvcc {source}\n  flags = {flags}")
-        objects.append(str(target))
-    torch_folder = Path(torch.__file__).parent / "lib"
-    lines.append(f"build {output}: link {' '.join(objects)}")
-    lines.append(f"  flags = -L{torch_folder} -ltorch_cpu\n")
-    failure = run_ninja(name, "\n".join(lines))
-    assert failure is None, failure
-    return output
-
-
-@functools.cache  # what has failed once will not be tried by every test
-def run_ninja(name: str, rules: str) -> str | None:
-    """Builds what is out of date; returns what went wrong."""
-    file = BUILD / f"{name}.ninja"
+    commands = {
+        BUILD / f"{source.stem}.o": compile_command(source) for source in (*sources, *MACHINE)
+    }
+    # Our CUDA runtime goes before that of torch.
+    link = [native.COMPILER, "-shared", "-Wl,-Bsymbolic", *native.LINK_TORCH]
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists() or file.read_text() != rules:
-            file.write_text(rules)
-        command = [sys.executable, "-m", "ninja", "-f", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else done.stdout + done.stderr
+        try:
+            return native.build(BUILD / f"{name}.so", commands, link)
+        except AssertionError as failure:
+            return str(failure)
 
 
-def flags_of(source: Path) -> list[str]:
-    """Arguments of nvcc for one file."""
-    shared = ["-std=c++20", "-Xcompiler=-fPIC", f"-isystem={Path(torch.__file__).parent}/include"]
+def compile_command(source: Path) -> list[str]:
     if source.suffix == ".cu":  # as setup.py does, with lines for messages
-        keep = ["--keep", f"--keep-dir={BUILD}"]
-        return [*shared, "-O3", "-lineinfo", "-gencode=arch=compute_90,code=compute_90", *keep]
-    shared += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        options = ["-lineinfo", "--keep", f"--keep-dir={BUILD}", "-Xcompiler=-fPIC"]
+        options += ["-gencode=arch=compute_90,code=compute_90", f"-ccbin={native.COMPILER}"]
+        return [native.setup_py().NVCC, "-std=c++20", "-O3", *options, "-c", str(source)]
+    command = [*native.compile_command(), "-DUSE_CUDA", f"-isystem{native.setup_py().HOME}/include"]
     if source == BINDING:
-        renamed = [f"-D{name}={ours}" for name, ours in RENAMED.items()]
-        return [*shared, *renamed, f"-DFCOS_D2_NAMESPACE={RAW}", "-DFCOS_D2_DISPATCH_KEY=CPU"]
+        return [*command, "-include", str(HERE / "binding.h"), "-c", str(source)]
     # Every instruction rounds for itself.
-    return [*shared, "-O3", "-Xcompiler=-march=native,-ffp-contract=off,-Wall,-Wextra"]
+    return [*command, "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-c", str(source)]

@@ -16,25 +16,28 @@ THREADS = 64  # of a block
 @functools.cache
 def machine() -> ctypes.CDLL:
     source = ptx.HERE / "faults.cu"
-    library = ptx.prepare(ptx.build("faults", [source]), [ptx.ptx_of(source)])
+    library = ptx.prepare(ptx.build("faults", (source,)), [ptx.ptx_of(source)])
     library.run_kernel.restype = ctypes.c_char_p
+    library.run_kernel.argtypes = [ctypes.c_char_p, ctypes.c_int, *[ctypes.c_void_p] * 4]
     return library
 
 
 def run(name: str, blocks: int = 1, seed: int = 0) -> tuple[str, list[int]]:
     """(CUDA's message, output of every thread) of a kernel of faults.cu."""
-    count = blocks * THREADS
-    given = (ctypes.c_int * count)(*range(count))
-    out, scratch, counter = (ctypes.c_int * count)(), (ctypes.c_int * count)(), ctypes.c_uint(0)
+    count, gap = blocks * THREADS, 64
+    memory = (ctypes.c_int * (4 * (count + gap)))()  # gaps belong to no tensor
+    step = ctypes.sizeof(memory) // 4
+    begin, given, scratch, counter = range(ctypes.addressof(memory) + 2 * gap, 2**64, step)[:4]
+    out = (ctypes.c_int * count).from_address(begin)
+    (ctypes.c_int * count).from_address(given)[:] = range(count)
     library = machine()
-    library.ptx_add_tensor(given, ctypes.sizeof(given), True, True)
-    library.ptx_add_tensor(out, ctypes.sizeof(out), False, False)
-    library.ptx_add_tensor(scratch, ctypes.sizeof(scratch), name == "blocks_in_a_row", False)
-    library.ptx_add_tensor(ctypes.byref(counter), ctypes.sizeof(counter), True, False)
+    library.ptx_add_tensor(given, 4 * count, True, True)
+    library.ptx_add_tensor(begin, 4 * count, False, False)
+    library.ptx_add_tensor(scratch, 4 * count, name == "blocks_in_a_row", False)
+    library.ptx_add_tensor(counter, 4, True, False)
     with ptx.schedule(seed, library):
-        addresses = out, given, ctypes.byref(counter), scratch
-        message = library.run_kernel(name.encode(), blocks, *addresses).decode()
-    unwritten = library.ptx_count_unwritten(out, ctypes.sizeof(out))
+        message = library.run_kernel(name.encode(), blocks, begin, given, counter, scratch).decode()
+    unwritten = library.ptx_count_unwritten(begin, 4 * count)
     library.ptx_forget_tensors()
     if message == "no error" and unwritten > 0:
         message = f"{unwritten} bytes were left unwritten"
