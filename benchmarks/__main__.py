@@ -27,6 +27,7 @@ from .measure import (  # noqa: E402
 from .peers import missing  # noqa: E402
 
 OPS = ("assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms")
+OPS += ("end_to_end",)
 IMAGES = {"cpu": 2, "cuda": 16}
 RESULTS = Path(__file__).parent / "results"
 

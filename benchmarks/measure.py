@@ -27,7 +27,7 @@ class Row(NamedTuple):
     what: str
     milliseconds: float
     ratio: float  # to ours; above 1 is slower than ours
-    bandwidth: float  # bytes that must be moved / time, as a share of what a copy achieves
+    bandwidth: float | None  # bytes that must be moved / time, as a share of what a copy achieves
     megabytes: float  # peak memory beyond the inputs
     launches: int | None  # of kernels and copies; None on a CPU
     syncs: int | None  # waits of the host for the GPU; None on a CPU
@@ -39,14 +39,15 @@ def compare(
     workload: str,
     contenders: dict[str, Callable],
     device: torch.device,
-    floor_bytes: float,
+    floor_bytes: float | None,
 ) -> list[Row]:
     """Rows of all contenders, run in turn so that a drifting machine treats all alike.
 
     Each runs twice in its turn and the second time counts: so it finds the memory allocator as it
     leaves it itself, not as a peer with a hundred times its temporaries does. The first contender
     is ours; those whose name starts with "ours" are too. A contender that fails is left out, and
-    said so; ours may not fail. ``floor_bytes`` is what every one of them must read and write.
+    said so; ours may not fail. ``floor_bytes`` is what every one of them must read and write; None
+    where arithmetic counts.
     """
     alive = {}
     for name, function in contenders.items():
@@ -73,7 +74,7 @@ def compare(
             name,
             median * 1e3,
             median / ours,
-            floor_bytes / median / copy_bandwidth(device),
+            floor_bytes and floor_bytes / median / copy_bandwidth(device),
             _peak_megabytes(alive[name], device),
             *_launches_and_syncs(alive[name], device),
             _host_milliseconds(alive[name], device),
@@ -212,7 +213,7 @@ def format_row(row: Row) -> str:
         row.what,
         f"{row.milliseconds:.3f}",
         ratio,
-        f"{row.bandwidth:.1%}",
+        "-" if row.bandwidth is None else f"{row.bandwidth:.1%}",
         f"{row.megabytes:.1f}",
         *counts,
         "-" if row.host_milliseconds is None else f"{row.host_milliseconds:.3f}",

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 INSTALL = {
     "detectron2": "python tools/install_detectron2.py",
     "fvcore": "pip install fvcore",
+    "onnxruntime": "pip install onnxruntime",
+    "openvino": "pip install openvino",
     "torchvision": "pip install torchvision",
 }
 

@@ -1,0 +1,180 @@
+"""Whole detectors on whole images: R-50-FPN with 80 classes, inference and a training step.
+
+Ours beside Detectron2's and torchvision's FCOS with the same convolutions, and beside the runtimes
+that it is exported to. Detections depend on weights; these are random, so what comes after the head
+has nothing to do, and the convolutions are all that is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .measure import Row, compare
+from .peers import needs
+from .workload import CLASSES, HEIGHT, WIDTH
+
+CONFIG = "fcos_R_50_FPN_1x"
+BOXES = [[100.0, 100.0, 300.0, 260.0], [500.0, 200.0, 900.0, 700.0], [40.0, 60.0, 90.0, 130.0]]
+
+
+def run(images: int, device: torch.device) -> list[Row]:
+    """One image for inference, ``images`` for a training step."""
+    return [*_inference(device), *_training(images, device)]
+
+
+def _inference(device: torch.device) -> list[Row]:
+    from fcos_d2.modeling.acceleration import accelerate, fastest_dtype
+
+    model, pixels = _ours(device).eval(), torch.randint(256, (3, HEIGHT, WIDTH)).byte()
+    inputs, dtype = [{"image": pixels}], fastest_dtype(device)
+    contenders = {"ours": _without_gradient(accelerate(copy.deepcopy(model)), inputs)}
+    if dtype != torch.float32:
+        fast = accelerate(copy.deepcopy(model), dtype)
+        contenders[f"ours, {str(dtype)[6:]}"] = _without_gradient(fast, inputs)
+    contenders |= _detectron2_inference(model, inputs) | _torchvision_inference(pixels, device)
+    if device.type == "cpu":
+        contenders |= _runtimes(model, pixels)
+    workload = f"R-50-FPN, 1 image, {HEIGHT} x {WIDTH}"
+    return compare("inference", workload, contenders, device, None)
+
+
+def _training(images: int, device: torch.device) -> list[Row]:
+    from detectron2.structures import Boxes, Instances
+
+    from fcos_d2.modeling.acceleration import fastest_dtype, use_channels_last
+
+    truth = Instances((HEIGHT, WIDTH), gt_boxes=Boxes(torch.tensor(BOXES)))
+    truth.gt_classes = torch.arange(len(BOXES))
+    pixels = torch.randint(256, (3, HEIGHT, WIDTH)).byte()
+    batch = [{"image": pixels, "instances": truth}] * images
+    contenders = {"ours": _step(_ours(device), batch)}
+    if (dtype := fastest_dtype(device)) != torch.float32:
+        step = _step(use_channels_last(_ours(device)), batch, dtype)
+        contenders[f"ours, {str(dtype)[6:]}, channels_last"] = step
+    contenders |= _detectron2_training(_ours(device), batch)
+    contenders |= _torchvision_training(pixels, images, device)
+    workload = f"R-50-FPN, {images} images, {HEIGHT} x {WIDTH}"
+    return compare("training step", workload, contenders, device, None)
+
+
+def _ours(device: torch.device) -> nn.Module:
+    from fcos_d2 import model_zoo
+
+    return model_zoo.get(CONFIG, device=str(device))
+
+
+def _without_gradient(model: nn.Module, inputs) -> Callable:
+    def infer():
+        with torch.no_grad():
+            return model(inputs)
+
+    return infer
+
+
+def _step(model: nn.Module, inputs, dtype: torch.dtype | None = None) -> Callable:
+    """Forward, losses and backward."""
+    device = next(model.parameters()).device.type
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            losses = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        sum(losses.values()).backward()
+
+    return step
+
+
+@needs("detectron2")
+def _detectron2_inference(ours: nn.Module, inputs) -> dict[str, Callable]:
+    return {"detectron2": _without_gradient(_detectron2(ours).eval(), inputs)}
+
+
+@needs("detectron2")
+def _detectron2_training(ours: nn.Module, batch) -> dict[str, Callable]:
+    from detectron2.utils.events import EventStorage
+
+    step = _step(_detectron2(ours), batch)
+
+    def with_storage():  # where it writes its statistics
+        with EventStorage():
+            step()
+
+    return {"detectron2": with_storage}
+
+
+def _detectron2(ours: nn.Module) -> nn.Module:
+    """Its FCOS on a backbone like ours; its own GN has one group more than torch takes."""
+    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+
+    shapes = [ours.backbone.output_shape()[name] for name in ours.head_in_features]
+    head = FCOSHead(
+        input_shape=shapes, conv_dims=[256] * 4, num_classes=CLASSES, prior_prob=0.01, norm=""
+    )
+    for name in ("cls_subnet", "bbox_subnet"):
+        layers = []
+        for layer in getattr(head, name):
+            layers += [nn.GroupNorm(32, 256), layer] if isinstance(layer, nn.ReLU) else [layer]
+        setattr(head, name, nn.Sequential(*layers))
+    model = FCOS(
+        backbone=copy.deepcopy(ours.backbone), head=head, num_classes=CLASSES,
+        head_in_features=ours.head_in_features, pixel_mean=[103.5, 116.3, 123.7],
+        pixel_std=[1.0] * 3,
+    )  # fmt: skip
+    return model.to(ours.device)
+
+
+@needs("torchvision")
+def _torchvision_inference(pixels: Tensor, device: torch.device) -> dict[str, Callable]:
+    images = [pixels.to(device) / 255]
+    return {"torchvision": _without_gradient(_torchvision(device).eval(), images)}
+
+
+@needs("torchvision")
+def _torchvision_training(pixels: Tensor, images: int, device) -> dict[str, Callable]:
+    truth = {"boxes": torch.tensor(BOXES), "labels": torch.arange(len(BOXES))}
+    truth = {key: value.to(device) for key, value in truth.items()}
+    inputs = ([pixels.to(device) / 255] * images, [truth] * images)
+    return {"torchvision": _step(_torchvision(device).train(), inputs)}
+
+
+def _torchvision(device: torch.device) -> nn.Module:
+    from torchvision.models.detection import fcos_resnet50_fpn
+
+    options = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
+    options |= {"min_size": HEIGHT, "max_size": WIDTH}  # so that it resizes nothing
+    return fcos_resnet50_fpn(**options, trainable_backbone_layers=3).to(device)
+
+
+def _runtimes(model: nn.Module, pixels: Tensor) -> dict[str, Callable]:
+    return _onnxruntime(model, pixels) | _openvino(model, pixels)
+
+
+@needs("onnxruntime")
+def _onnxruntime(model: nn.Module, pixels: Tensor) -> dict[str, Callable]:
+    from fcos_d2.export import export_detector, load_exported
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_detector(model, path := Path(folder, "model.onnx"), "onnx")
+        detect = load_exported(path, "onnx")
+    return {"ONNX Runtime": lambda: detect(pixels[None])}
+
+
+@needs("openvino")
+def _openvino(model: nn.Module, pixels: Tensor) -> dict[str, Callable]:
+    import openvino
+
+    from fcos_d2.export import export_detector
+
+    contenders = {}
+    with tempfile.TemporaryDirectory() as folder:
+        export_detector(model, path := Path(folder, "model.xml"), "openvino")
+        for hint, name in (("f32", "OpenVINO"), ("bf16", "OpenVINO, bfloat16")):
+            compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+            contenders[name] = lambda compiled=compiled: compiled(pixels[None].numpy())
+    return contenders
