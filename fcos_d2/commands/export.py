@@ -2,6 +2,7 @@
 
     python tools/export_model.py --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
     python tools/export_model.py ... --format torch_export --output FILE.pt2 --half --verify
+    python tools/export_model.py ... --format onnx --output FILE --int8 --verify
 
 Formats are onnx (onnxruntime, TensorRT), openvino (.xml and .bin), torch_export (torch.export.load)
 and aoti (compiled by AOTInductor for this kind of machine; C++ loads it without Python). --verify
@@ -37,6 +38,7 @@ from ..export import (
     load_exported,
     run_detector,
 )
+from ..export.quantization import export_int8
 from ..inference import load_detector
 from ..modeling import FCOS
 from .arguments import config_parser
@@ -55,6 +57,8 @@ class Tolerance(NamedTuple):
 
 FLOAT32 = Tolerance(0.05, 1e-4, 0.0)
 FLOAT16 = Tolerance(0.5, 0.005, 0.05)  # rounding moves some over a threshold
+INT8 = Tolerance(3.0, 0.1, 0.2)
+CALIBRATION_IMAGES = 100
 
 
 def load_model(cfg: CfgNode) -> FCOS:
@@ -90,6 +94,12 @@ def describe(cfg: CfgNode) -> dict[str, object]:
     }
 
 
+def read_images(cfg: CfgNode, records: Sequence[dict]) -> list[Tensor]:
+    """Images as the evaluation sees them."""
+    mapper = FCOSDatasetMapper(cfg, is_train=False)
+    return [mapper(dict(record))["image"] for record in tqdm(records, "reading", disable=None)]
+
+
 def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
     """Prints how well the file repeats the model's detections; whether it does.
 
@@ -99,9 +109,8 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
     if not cfg.DATASETS.TEST:
         raise InputError("--verify needs images; set DATASETS.TEST")
     records = load_dataset(cfg.DATASETS.TEST[0], filter_empty=False)[: options.images]
-    mapper = FCOSDatasetMapper(cfg, is_train=False)
-    images = [mapper(dict(record))["image"] for record in tqdm(records, "reading", disable=None)]
-    tolerance = FLOAT16 if options.half else FLOAT32
+    images = read_images(cfg, records)
+    tolerance = INT8 if options.int8 else FLOAT16 if options.half else FLOAT32
     exported, good = load_exported(options.output, options.format), True
     print(f"{'scale':>6} {'batch':>6} {Agreement.HEADER}")
     for scale in SCALES:
@@ -113,14 +122,15 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
             ])  # fmt: skip
             lost = max(result.missed, result.extra)
             good &= lost <= tolerance.lost * result.detections
-            good &= options.half or not result.moved
+            good &= tolerance != FLOAT32 or not result.moved
             print(f"{scale:6} {max(map(len, batches)):6} {result}")
     if not result.detections:
         raise InputError(
             "--verify compared nothing: the model finds no object; check MODEL.WEIGHTS, or lower "
             "MODEL.FCOS.INFERENCE_TH_TEST"
         )
-    same = "the same detections" + (f", save up to {tolerance.lost:.0%}" if options.half else "")
+    same = "the same detections"
+    same += f", save up to {tolerance.lost:.0%}" if tolerance.lost else ""
     print(same if good else f"error: not {same}")
     return good
 
@@ -152,9 +162,16 @@ def export(options: argparse.Namespace) -> int:
     cfg = read_cfg(options.config_file, options.opts)
     choose_device(cfg)
     model = load_model(cfg)
-    export_detector(
-        model, options.output, options.format, half=options.half, metadata=describe(cfg)
-    )
+    if options.int8:
+        if options.format != "onnx" or options.half or not cfg.DATASETS.TRAIN:
+            raise InputError("--int8 needs --format onnx, no --half, and images of DATASETS.TRAIN")
+        records = load_dataset(cfg.DATASETS.TRAIN[0], filter_empty=False)
+        images = read_images(cfg, records[:: max(1, len(records) // CALIBRATION_IMAGES)])
+        export_int8(model, options.output, images[:CALIBRATION_IMAGES], describe(cfg))
+    else:
+        export_detector(
+            model, options.output, options.format, half=options.half, metadata=describe(cfg)
+        )
     print(f"{options.output}: {options.output.stat().st_size / 2**20:.1f} MiB")
     return int(options.verify and not verify(cfg, model, options))
 
@@ -165,6 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--half", action="store_true", help="weights and feature maps in float16")
+    parser.add_argument("--int8", action="store_true", help="convolutions in int8; ONNX alone")
     parser.add_argument("--verify", action="store_true", help="compare with the model")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="that are compared")
     return parser.parse_intermixed_args(arguments)

@@ -85,3 +85,17 @@ def test_missing_weights_are_one_line(run, tmp_path, weights, message):
     status, printed = run("--output", tmp_path / "model.pt2", weights=weights)
     assert status == 2 and message in printed.err
     assert len(printed.err.splitlines()) == 1 and not list(tmp_path.glob("model*"))
+
+
+def test_int8_is_calibrated_and_finds_nearly_the_same(run, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "int8.onnx"
+    status, printed = run("--format", "onnx", "--output", path, "--int8", "--verify")
+    assert status == 0, printed.out + printed.err
+    nodes = onnx.load(path).graph.node
+    quantized = {value for n in nodes if n.op_type == "DequantizeLinear" for value in n.output}
+    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    in_float32 = [node for node in convolutions if node.input[1] not in quantized]
+    assert len(in_float32) == 3 * 2 < len(convolutions), "classes, boxes and quality of two levels"
+    status, printed = run("--output", tmp_path / "x.pt2", "--int8")
+    assert status == 2 and "--int8 needs --format onnx" in printed.err
