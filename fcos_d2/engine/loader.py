@@ -9,12 +9,12 @@ it was killed, and neither workers nor processes change what is learned.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from itertools import islice
-from multiprocessing.util import Finalize
 
 import torch
 from detectron2.data import DatasetFromList
@@ -86,13 +86,11 @@ class TrainLoader:
             batch_sampler=self._batches_of_draws(),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_obey_parent,
             # Its own, so that starting to read draws nothing from the training's generator.
             generator=torch.Generator(),
         )
-        if self._num_workers:
-            Finalize(None, _kill_workers, exitpriority=0)
-        with _sigterm_blocked():  # until the workers ignore it
+        with _sigterm_blocked():  # in workers, for good
             batches = iter(loader)
         for batch in batches:
             self._batches += 1
@@ -203,19 +201,14 @@ def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
 
 
 # A job that is told to terminate is told in all its processes, but must finish its iteration. So
-# workers ignore SIGTERM: they end with the iterator, with their parent, or by being killed at exit.
-
-
-def _ignore_sigterm(worker_id: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+# workers obey a SIGTERM of their parent, which ends them at exit, and ignore all others. Where
+# sigwaitinfo does not tell the sender (not on Linux), they end with any.
 
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Delays SIGTERM, here and in processes that are forked meanwhile. Windows cannot."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Delays SIGTERM, here and in processes that are forked meanwhile."""
+    if not hasattr(signal, "sigwaitinfo"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -225,8 +218,12 @@ def _sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _kill_workers() -> None:
-    """At exit, before multiprocessing terminates and joins the daemons that still run."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+def _obey_parent(worker_id: int) -> None:
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_parent, daemon=True).start()

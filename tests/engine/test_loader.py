@@ -2,9 +2,8 @@
 
 import json
 import multiprocessing
-import os
 import random
-import signal
+import subprocess
 from collections.abc import Iterable
 from itertools import islice
 
@@ -151,7 +150,7 @@ def test_workers_outlive_the_sigterm_of_a_run_that_finishes_its_iteration():
     batches = iter(loader(workers=2))
     assert ids([next(batches)]) == ids(take(loader(), 1))
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     assert ids(take(batches, 20)) == ids(take(loader(), 21))[1:]
 
 

@@ -136,7 +136,7 @@ def test_training_runs_where_signals_cannot_be_blocked_and_folders_not_flushed(s
             raise PermissionError(13, "Permission denied")
         return open_file(path, flags, *args, **kwargs)
 
-    for name in ("pthread_sigmask", "sigwait", "sigpending", "pthread_kill", "alarm", "SIGKILL"):
+    for name in ("pthread_sigmask", "sigwait", "sigwaitinfo", "pthread_kill", "alarm", "SIGKILL"):
         monkeypatch.delattr(signal, name)
     monkeypatch.setattr(os, "open", open_no_folder)
     assert script(*LONGER, "DATASETS.TEST", "()").status == 0
