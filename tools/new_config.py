@@ -275,7 +275,7 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(records: list[dict]) -> Fingerprint:
-    """Measures a data set.
+    """Measures a dataset.
 
     Raises:
         InputError: it has no boxes.

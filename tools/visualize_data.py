@@ -71,7 +71,7 @@ def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> N
     """Writes one picture per image: what training sees, and the points that learn it.
 
     Raises:
-        InputError: a data set cannot be used.
+        InputError: a dataset cannot be used.
     """
     losses, grid = _rules(cfg)
     mapper = FCOSDatasetMapper(cfg, is_train=True)
@@ -128,7 +128,7 @@ def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, Poin
 def check(
     cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool, accept_loss: bool
 ) -> bool:
-    """Prints everything about the data sets; whether training can use them as they are.
+    """Prints everything about the datasets; whether training can use them as they are.
 
     Raises:
         InputError: an annotation file cannot be read at all.
@@ -199,7 +199,7 @@ def _print_some(lines: Sequence[str]) -> None:
 
 
 def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
-    """Data sets that do not fit each other, or the model."""
+    """Datasets that do not fit each other, or the model."""
     first, lines = inspections[0], []
     for other in inspections[1:]:
         if not set(other.class_names) & set(first.class_names):
@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = read_cfg(options.config_file, options.opts)
         names = options.dataset or list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
         if not names:
-            raise InputError("no data set is named; set DATASETS.TRAIN or pass --dataset NAME")
+            raise InputError("no dataset is named; set DATASETS.TRAIN or pass --dataset NAME")
         if options.check or options.clean:
             read_images, is_clean = not options.skip_images, options.clean
             return int(not check(cfg, names, read_images, is_clean, options.accept_loss))

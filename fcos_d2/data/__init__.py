@@ -1,4 +1,4 @@
-"""Data sets by name, the built-in ones among them, and the way from a data set to the model."""
+"""Datasets by name, the built-in ones among them, and the way from a dataset to the model."""
 
 from .catalog import (
     coco_content,

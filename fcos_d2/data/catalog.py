@@ -1,4 +1,4 @@
-"""Data sets by name, and every problem with one of them as a single line that says what to do.
+"""Datasets by name, and every problem with one of them as a single line that says what to do.
 
 COCO files, and everything that DATASETS.REGISTER describes, are reviewed and turned into records
 here; whatever else is registered, its own function loads.
@@ -29,7 +29,7 @@ from ..errors import InputError, format_value
 from . import digits
 from .custom import check_entry, forget_sources, read_sources, review_entry
 from .defects import describe_repairs
-from .formats import Source, read_json
+from .formats import Source, kind_of, read_json
 from .image_files import locate_images, suggest_folder
 from .records import coco_records, review_records, set_classes
 from .review import Review
@@ -76,7 +76,7 @@ def register_datasets(entries: Mapping[str, Mapping]) -> None:
         check_entry(name, entry)
         if name in DatasetCatalog and not MetadataCatalog.get(name).get("described"):
             raise InputError(
-                f"DATASETS.REGISTER.{name}: a data set of this name exists already; choose another "
+                f"DATASETS.REGISTER.{name}: a dataset of this name exists already; choose another "
                 "name"
             )
         _forget(name)
@@ -99,10 +99,10 @@ def is_coco(name: str) -> bool:
 
 
 def prepare(name: str) -> None:
-    """Guarantees that the annotation file of data set ``name`` is there; makes the built-in data.
+    """Guarantees that the annotation file of dataset ``name`` is there; makes the built-in data.
 
     Raises:
-        InputError: no such data set, or its annotation file is absent.
+        InputError: no such dataset, or its annotation file is absent.
     """
     if name not in DatasetCatalog:
         raise InputError(_unknown_name(name))
@@ -112,7 +112,7 @@ def prepare(name: str) -> None:
     json_file = metadata.get("json_file")
     if json_file and "://" not in json_file and not PathManager.exists(json_file):
         raise InputError(
-            f"data set {name!r}: annotation file {json_file} does not exist; "
+            f"dataset {name!r}: annotation file {json_file} does not exist; "
             f"{_where_data_lives(name)}"
         )
 
@@ -122,7 +122,7 @@ def _unknown_name(name: str) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
     return (
-        f"unknown data set {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+        f"unknown dataset {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
         "{json: annotations.json, images: image_folder}}}"
     )
 
@@ -134,7 +134,7 @@ def _where_data_lives(name: str) -> str:
     state = f"it is {root}" if root else "it is not set, which means ./datasets"
     return (
         "check the path it was registered with, or set DETECTRON2_DATASETS to the folder that "
-        f"holds all data sets ({state})"
+        f"holds all datasets ({state})"
     )
 
 
@@ -142,7 +142,7 @@ def _where_data_lives(name: str) -> str:
 
 
 def sources_of(name: str) -> list[Source]:
-    """The annotation files of a data set for which ``is_coco``, as they were written.
+    """The annotation files of a dataset for which ``is_coco``, as they were written.
 
     Raises:
         InputError: one is missing or cannot be read.
@@ -153,16 +153,16 @@ def sources_of(name: str) -> list[Source]:
         try:
             return read_sources(name, metadata.described)
         except InputError as error:
-            raise InputError(f"data set {name!r}: {error}") from error
+            raise InputError(f"dataset {name!r}: {error}") from error
     content = read_json(metadata.json_file)
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise InputError(f"{metadata.json_file}: a COCO file is an object, this is a {kind}")
+        kind = kind_of(content)
+        raise InputError(f"{metadata.json_file} must be a COCO file, but is {kind}")
     return [Source(metadata.json_file, metadata.get("image_root", ""), content)]
 
 
 def review_dataset(name: str, masks: bool = False) -> tuple[list[Source], Review]:
-    """Everything there is to say about the annotations of a data set for which ``is_coco``.
+    """Everything there is to say about the annotations of a dataset for which ``is_coco``.
 
     Raises:
         InputError: its files are no annotations at all.
@@ -172,7 +172,7 @@ def review_dataset(name: str, masks: bool = False) -> tuple[list[Source], Review
 
 
 def coco_content(name: str, masks: bool = False) -> dict:
-    """The annotations of a data set in the form of a COCO file, repaired and without any defect.
+    """The annotations of a dataset in the form of a COCO file, repaired and without any defect.
 
     Raises:
         InputError: they have defects that cannot be repaired, or images are missing.
@@ -187,10 +187,10 @@ def coco_content(name: str, masks: bool = False) -> dict:
         count = f" ({others + 1} problems; {CHECK} lists them)" if others else ""
         raise InputError(f"{file}: {review.problems[0].text}{count}")
     if review.missing and is_own:
-        raise InputError(f"data set {name!r}: {missing_images(name, sources, review)}")
+        raise InputError(f"dataset {name!r}: {missing_images(name, sources, review)}")
     if review.repaired:
         text = f"{file}: repaired {', '.join(describe_repairs(review.repaired))}"
-        text += "; --check --clean writes it so"
+        text += "; --check --clean writes a repaired file"
         log_first_n(logging.WARNING, text, name=__name__, key="message")
     if is_own:
         set_classes(name, review.content["categories"])
@@ -202,7 +202,7 @@ def _converted(name: str) -> dict:
         return convert_to_coco_dict(name)
     except (AttributeError, KeyError) as error:
         raise InputError(
-            f"data set {name!r} has no {error.args[0]!r}; an evaluation needs thing_classes in its "
+            f"dataset {name!r} has no {error.args[0]!r}; evaluation needs thing_classes in the "
             "metadata, and file_name, width and height in every record"
         ) from error
 
@@ -215,12 +215,12 @@ def missing_images(name: str, sources: Sequence[Source], review: Review) -> str:
         folders = [os.path.dirname(source.file) or "." for source in sources]
         found = suggest_folder(sources[0].image_root, [path], folders)
         if found is not None:
-            return f"{text}{format_value(os.path.basename(path))} lies in {format_value(found)}"
+            return f"{text}{format_value(os.path.basename(path))} is in {format_value(found)}"
     return text + _where_data_lives(name)
 
 
 def load_coco(name: str, masks: bool = False) -> list[dict]:
-    """Records of a data set for which ``is_coco``.
+    """Records of a dataset for which ``is_coco``.
 
     Raises:
         InputError: as ``coco_content``.
@@ -236,10 +236,10 @@ def load_coco(name: str, masks: bool = False) -> list[dict]:
 def load_dataset(
     names: str | Sequence[str], filter_empty: bool = True, masks: bool = False
 ) -> Sequence[dict]:
-    """Records of one or more data sets in detectron2's standard format, checked.
+    """Records of one or more datasets in detectron2's standard format, checked.
 
     Args:
-        names: registered data sets; those of one call must have the same classes.
+        names: registered datasets; those of one call must have the same classes.
         filter_empty: leave out images without any annotation that is not a crowd.
         masks: keep ``segmentation``, for a model that needs it. It is most of the memory that COCO
             takes, and an object whose polygons all have under three points is left out.
@@ -255,7 +255,7 @@ def load_dataset(
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise InputError("no data set is named; set DATASETS.TRAIN or DATASETS.TEST")
+        raise InputError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
     datasets = [_load_one(name, masks) for name in names]
     if not all(isinstance(dataset, list) for dataset in datasets):  # torch's are not looked through
         return ConcatDataset(datasets) if len(datasets) > 1 else datasets[0]
@@ -320,24 +320,24 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
     """Logs how many objects of each class there are.
 
     Raises:
-        InputError: the data sets have different classes.
+        InputError: the datasets have different classes.
     """
     classes = {tuple(MetadataCatalog.get(name).get("thing_classes") or ()) for name in names}
     if len(classes) > 1:
         raise InputError(
-            f"{label(names)} have different classes; use data sets of the same classes together"
+            f"{label(names)} have different classes; combine only datasets with the same classes"
         )
     for class_, count in Counter(*classes).items():
         if count > 1 or not class_.strip():
             raise InputError(
                 f"{label(names)}: {count} classes are named {format_value(class_, quote=True)}; "
-                "results of classes are told apart by their names"
+                "give every class a name of its own"
             )
     flat = sum(is_flat(a) for record in records for a in record["annotations"])
     if flat:
         logging.getLogger(__name__).warning(
-            f"{label(names)}: {flat} boxes have zero width or height; no point serves them, so "
-            "they are neither learned nor evaluated"
+            f"{label(names)}: {flat} boxes have zero width or height; they are neither learned nor "
+            "evaluated"
         )
     if any(classes):
         print_instances_class_histogram(records, *classes)
@@ -362,5 +362,5 @@ def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
 
 
 def label(names: Sequence[str]) -> str:
-    """What messages call data sets."""
-    return f"data set{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+    """What messages call datasets."""
+    return f"dataset{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"

@@ -1,4 +1,4 @@
-"""What a model and its data sets have to agree on: classes, and something to learn."""
+"""What a model and its datasets have to agree on: classes, and something to learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .custom import class_names_of
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
-    """Makes sure that every data set has as many classes as the model.
+    """Makes sure that every dataset has as many classes as the model.
 
     Raises:
         InputError: it has another number of classes.
@@ -23,16 +23,16 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
         if classes is not None and len(classes) != num_classes:
             some = ", ".join(map(format_value, classes[:3])) + (", ..." if len(classes) > 3 else "")
             raise InputError(
-                f"data set {name!r} has {len(classes)} classes ({some}) but the model has "
+                f"dataset {name!r} has {len(classes)} classes ({some}) but the model has "
                 f"{num_classes}; set MODEL.FCOS.NUM_CLASSES {len(classes)}"
             )
 
 
 def check_class_order(trained: Sequence[str], name: str) -> None:
-    """Makes sure that a data set numbers the classes as those that were trained on do.
+    """Makes sure that a dataset numbers the classes as those that were trained on do.
 
     Args:
-        trained: data sets of the training, which need not be at hand.
+        trained: datasets of the training, which need not be at hand.
         name: that is to be evaluated.
 
     Raises:
@@ -48,7 +48,7 @@ def check_class_order(trained: Sequence[str], name: str) -> None:
         number, expected = theirs.index(class_), ours.index(class_)
         if number != expected:
             raise InputError(
-                f"data set {name!r}: class {format_value(class_)} is number {number}, but number "
+                f"dataset {name!r}: class {format_value(class_)} has index {number}, but index "
                 f"{expected} in the training data; set classes: {format_value(list(ours))} in "
                 f"DATASETS.REGISTER.{name}"
             )
@@ -62,8 +62,8 @@ def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
     """
     if isinstance(records, list) and not any(map(_shows_object, records)):
         raise InputError(
-            f"{label(names)}: there is nothing to learn, as no annotation has a box with area "
-            f"inside its image that is no crowd region; {CHECK} tells more"
+            f"{label(names)}: there is nothing to learn: no annotation other than crowd "
+            f"regions has a box with area inside its image; see {CHECK}"
         )
 
 
@@ -77,13 +77,13 @@ def _shows_object(record: Mapping) -> bool:
 
 
 def count_classes(name: str) -> int | None:
-    """How many classes a data set has; None if it declares none."""
+    """How many classes a dataset has; None if it declares none."""
     names = class_names(name)
     return None if names is None else len(names)
 
 
 def class_names(name: str) -> list[str] | None:
-    """Class names of a data set in the order of the model's classes; None if it declares none.
+    """Class names of a dataset in the order of the model's classes; None if it declares none.
 
     Cheap after ``load_dataset``; before it, the annotation file may have to be read for them.
 
@@ -91,7 +91,7 @@ def class_names(name: str) -> list[str] | None:
         InputError: unknown name, or an annotation file that cannot be used.
     """
     if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
-        return known  # of a data set that need not be there yet
+        return known  # of a dataset that need not be there yet
     prepare(name)
     metadata = MetadataCatalog.get(name)
     if metadata.get("described") or metadata.get("json_file"):

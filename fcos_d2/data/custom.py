@@ -1,4 +1,4 @@
-"""The user's own data sets, described in the config instead of registered in Python.
+"""The user's own datasets, described in the config instead of registered in Python.
 
 ``formats`` reads their files and ``review`` repairs their defects; here classes are chosen, renamed
 and merged, several files are joined, and a part of the images is taken.
@@ -36,7 +36,7 @@ LONGEST_NAME = 200  # bytes
 EXAMPLES = (
     "write {json: annotations.json, images: image_folder}, {yolo: data.yaml, split: train}, "
     "{voc: folder, split: train} or {cvat: annotations.xml, images: image_folder}; "
-    "docs/custom_data.md lists further keys"
+    "docs/custom_data.md lists all formats and keys"
 )
 # Ends of names that tell augmented copies of one photo from each other.
 COPY = re.compile(
@@ -57,13 +57,12 @@ def check_entry(name: object, entry: object) -> str:
     if not is_name or len(name.encode()) > LONGEST_NAME:
         raise InputError(
             f"DATASETS.REGISTER has the name {format_value(name, quote=True)}; use letters, "
-            f"digits, '_', '-' and '.', not one of the last two first, and at most {LONGEST_NAME} "
-            "bytes"
+            f"digits, '_', '-' and '.', but not '-' or '.' first, and at most {LONGEST_NAME} bytes"
         )
     place = f"DATASETS.REGISTER.{name}"
     if not isinstance(entry, Mapping) or len(kinds := KINDS.keys() & entry.keys()) != 1:
         got = format_value(entry, quote=True)
-        raise InputError(f"{place} must say where the data lies, got {got}; {EXAMPLES}")
+        raise InputError(f"{place} must say where the data is, got {got}; {EXAMPLES}")
     (kind,) = kinds
     for key in sorted(NEEDED[kind] - entry.keys()):
         raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
@@ -111,9 +110,9 @@ def _is_paths(value: object) -> bool:
 
 
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "part": (_is_part, "two shares like [0, 0.8], or a file of image names"),
-    "classes": (_is_names, "a list of names, each once"),
-    "rename": (_is_map, "names by the old ones, like {old: new}"),
+    "part": (_is_part, "two shares such as [0, 0.8], or a file with image names"),
+    "classes": (_is_names, "a list of different names"),
+    "rename": (_is_map, "a mapping such as {old: new}"),
     "upright": (lambda value: isinstance(value, bool), "true or false"),
     "split": (lambda value: isinstance(value, str), "a name"),
     "images": (_is_paths, "a folder or a list of folders"),
@@ -210,7 +209,7 @@ def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False)
         image["upright"] = False
     if "part" in entry and not content["images"]:
         part = format_value(entry["part"])
-        raise InputError(f"part {part} holds none of the images of {sources[0].file}; widen it")
+        raise InputError(f"part {part} contains no image of {sources[0].file}; widen it")
     return review._replace(content=content)
 
 
@@ -271,7 +270,7 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
     known = [category["name"] for category in categories]
     for name in rename:
         if name not in known:
-            raise InputError(f"{file}: rename has {format_value(name)}, {_unknown(name, known)}")
+            raise InputError(f"{file}: rename names {format_value(name)}, {_unknown(name, known)}")
     groups: dict[str, list] = {}
     for category in categories:
         groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
@@ -280,7 +279,7 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
             ids = " and ".join(format_value(category["id"]) for category in group[:2])
             name = format_value(name)
             raise InputError(
-                f"{file}: categories {ids} have the same name {name}; if they are one class, set "
+                f"{file}: categories {ids} have the same name {name}; to merge them, set "
                 f"rename: {{{name}: {name}}} in DATASETS.REGISTER"
             )
     if not rename and wanted is None:
@@ -288,7 +287,9 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
     names = list(groups) if wanted is None else list(wanted)
     if not groups.keys() & set(names):
         wanted = format_value(names)
-        raise InputError(f"{file}: it has none of the classes {wanted}, but {_some(known)}")
+        raise InputError(
+            f"{file}: it has none of the classes {wanted}; its classes are {_some(known)}"
+        )
     ids = {c["id"]: names.index(n) + 1 for n, g in groups.items() if n in names for c in g}
     result = {**content, "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
     if "annotations" in content:
@@ -302,7 +303,7 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
 def _unknown(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {format_value(close[0])}?" if close else f"it has {_some(known)}"
-    return f"which is no class; {advice}"
+    return f"which is not a class; {advice}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,31 +32,31 @@ class Defect(NamedTuple):
 
 DEFECTS = {
     # Of the file.
-    "same category": Defect("categories listed again", "merged"),
-    "same image": Defect("images listed again", "merged"),
-    "same annotation": Defect("annotations listed again", "merged"),
-    "class name": Defect("class names that are no text, or with blanks around them", "trimmed"),
-    "id": Defect("annotations without an id of their own", "numbered anew"),
-    "reference": Defect("references written as text for a number, or the reverse", "matched"),
-    "entry": Defect("entries that lack what makes them one"),
-    "corners": Defect("boxes written as [x1, y1, x2, y2]", "made [x, y, width, height]"),
+    "same category": Defect("duplicate categories", "merged"),
+    "same image": Defect("duplicate images", "merged"),
+    "same annotation": Defect("duplicate annotations", "merged"),
+    "class name": Defect("class names with whitespace around them, or not strings", "fixed"),
+    "id": Defect("annotations without a unique id", "renumbered"),
+    "reference": Defect("references of another type than the id", "matched"),
+    "entry": Defect("incomplete entries"),
+    "corners": Defect("boxes written as [x1, y1, x2, y2]", "converted to [x, y, width, height]"),
     # Of images.
-    "path": Defect("images that lie elsewhere than their file_name says", "found by its end"),
-    "no size": Defect("images without a usable width and height", "taken from the files"),
-    "size": Defect("images of another size than the annotations say", "taken from the files"),
-    "image": Defect("images that cannot be used"),
+    "path": Defect("images at another path than file_name", "found by the end of the path"),
+    "no size": Defect("images without a valid width and height", "read from the files"),
+    "size": Defect("images of another size than annotated", "read from the files"),
+    "image": Defect("unusable images"),
     # Of annotations.
-    "number": Defect("boxes and sizes written as text", "read"),
-    "no box": Defect("annotations without a usable bbox", "computed from their masks"),
-    "negative": Defect("boxes of negative width or height", "corners put in order"),
-    "flag": Defect("iscrowd written as text", "read"),
-    "ignore": Defect("annotations marked 'ignore'", "taken as crowd regions"),
-    "keypoints": Defect("annotations whose keypoints are no numbers", "left out of them"),
+    "number": Defect("boxes and sizes written as strings", "converted"),
+    "no box": Defect("annotations without a valid bbox", "computed from the masks"),
+    "negative": Defect("boxes with negative width or height", "corners swapped"),
+    "flag": Defect("iscrowd written as a string", "converted"),
+    "ignore": Defect("annotations with 'ignore'", "treated as crowd regions"),
+    "keypoints": Defect("annotations with invalid keypoints", "keypoints dropped"),
     "image_id": Defect("annotations of unknown images"),
     "category_id": Defect("annotations of unknown classes"),
-    "box": Defect("annotations with an unusable box"),
-    "iscrowd": Defect("annotations with an unusable iscrowd"),
-    "mask": Defect("annotations with an unusable mask"),
+    "box": Defect("annotations with an invalid bbox"),
+    "iscrowd": Defect("annotations with an invalid iscrowd"),
+    "mask": Defect("annotations with an invalid segmentation"),
 }
 
 
@@ -119,13 +119,13 @@ def usable_box(
 def _numbers(box: object, is_xyxy: bool, repaired: Counter) -> list[float]:
     names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
     if box is None:
-        raise Unusable("box", f"it has no bbox; give it {names} or remove it")
+        raise Unusable("box", f"bbox is missing; add {names} or remove the annotation")
     values = list(box) if isinstance(box, (list, tuple, np.ndarray)) else []
     numbers = [_number(value) for value in values]
     if len(numbers) != 4 or None in numbers:
-        raise Unusable("box", f"bbox {format_value(box)} is not {names} in numbers")
+        raise Unusable("box", f"bbox must be {names} in numbers, got {format_value(box)}")
     if not all(abs(number) < HUGE for number in numbers):
-        raise Unusable("box", f"bbox {format_value(box)} is not finite; remove the annotation")
+        raise Unusable("box", f"bbox must be finite, got {format_value(box)}; remove it")
     repaired["number"] += any(isinstance(value, str) for value in values)
     return numbers
 
@@ -153,8 +153,8 @@ def _ordered(
         names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
         raise Unusable(
             "box",
-            f"bbox {format_value(numbers)} has negative size and lies outside the image the other "
-            f"way round; it must be {names}",
+            f"bbox {format_value(numbers)} has a negative size and leaves the image if its corners "
+            f"are swapped; it must be {names}",
         )
     repaired["negative"] += 1
     return [*low, *high] if is_xyxy else [*low, high[0] - low[0], high[1] - low[1]]
@@ -243,7 +243,7 @@ def usable_flag(value: object, repaired: Counter) -> int:
         return FLAGS[value.strip().lower()]
     if isinstance(value, (int, float, np.bool_, np.number)) and value in (0, 1):
         return int(value)
-    raise Unusable("iscrowd", f"iscrowd {format_value(value, quote=True)} must be 0 or 1")
+    raise Unusable("iscrowd", f"iscrowd must be 0 or 1, got {format_value(value, quote=True)}")
 
 
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
@@ -282,19 +282,19 @@ def true_size(
     """
     if actual == annotated:
         return actual
-    text = f"it is {actual[0]} x {actual[1]} pixels, but {annotated[0]} x {annotated[1]} by the "
-    text += "annotations"
+    text = f"it has {actual[0]} x {actual[1]} pixels, but is annotated with {annotated[0]} x "
+    text += f"{annotated[1]}"
     if annotated == stored:
         raise Unusable(
             "image",
-            f"{text}, as it is stored: its EXIF orientation turns it. Set upright: false in "
-            "DATASETS.REGISTER if the boxes were drawn on the pixels as they are stored",
+            f"{text}, its size before the EXIF orientation is applied; set upright: false in "
+            "DATASETS.REGISTER if the boxes were drawn on the stored pixels",
         )
     scale = actual[0] / annotated[0], actual[1] / annotated[1]
     is_scaled = math.isclose(*scale, rel_tol=SCALED) and abs(scale[0] - 1) > SCALED
     if is_scaled:
-        raise Unusable("image", f"{text}: it was resized by {scale[0]:.3g} after it was annotated")
+        raise Unusable("image", f"{text}: it was resized by {scale[0]:.3g} after annotation")
     if any(x > actual[0] + MARGIN or y > actual[1] + MARGIN for x, y in corners):
         swapped = ", with width and height swapped" if annotated == actual[::-1] else ""
-        raise Unusable("image", f"{text}{swapped}, and its boxes do not fit; replace the image")
+        raise Unusable("image", f"{text}{swapped}, and the boxes do not fit; replace the image")
     return actual

@@ -52,9 +52,9 @@ def locate_images(root: str, names: Sequence[str]) -> Located:
 
 def _reason(found: list[str]) -> str:
     if not found:
-        return "it does not exist"
+        return "no such file"
     some = " and ".join(map(format_value, found[:2]))
-    return f"it may be any of {len(found)} files, {some} among them; write its path"
+    return f"{len(found)} files match, such as {some}; write the full path"
 
 
 def _present(root: str, names: Sequence[str]) -> list[bool]:

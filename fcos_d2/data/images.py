@@ -125,7 +125,7 @@ def _check_depth(image: Image.Image) -> None:
     for beginning, pixels in DEEP.items():
         if image.mode.startswith(beginning):
             raise InputError(
-                f"its pixels are {pixels} (Pillow's mode {image.mode}); convert it to 8 bits a "
+                f"its pixels are {pixels} (Pillow's mode {image.mode}); convert it to 8 bits per "
                 "channel"
             )
 
@@ -133,7 +133,7 @@ def _check_depth(image: Image.Image) -> None:
 def why_unreadable(error: Exception) -> str:
     """What ``read_image`` failed of, in words without the name of the file."""
     if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
-        return "it is no image of a known format"
+        return "it is not an image of a known format"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 

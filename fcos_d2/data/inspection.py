@@ -1,4 +1,4 @@
-"""A whole data set looked through before training: everything broken in it, and what it holds.
+"""A whole dataset looked through before training: everything broken in it, and what it holds.
 
 Training stops at the first thing that it cannot use; this names all of them.
 """
@@ -36,7 +36,7 @@ READERS = 8  # threads that read images; decoding lets go of Python's lock
 
 
 class Inspection(NamedTuple):
-    """What is in a data set."""
+    """What is in a dataset."""
 
     name: str
     class_names: list[str]
@@ -76,7 +76,7 @@ def inspect_dataset(
     """Looks at every annotation and, unless told otherwise, reads every image.
 
     Args:
-        name: registered data set.
+        name: registered dataset.
         read_images: decode the images too; else their files only have to be there, where the data
             set knows their sizes.
         progress: wraps the iteration over the images; gets it and their number.
@@ -115,11 +115,11 @@ def inspect_dataset(
 
 
 def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
-    """Copies of the records of a data set that somebody registered in Python."""
+    """Copies of the records of a dataset that somebody registered in Python."""
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
         raise InputError(
-            f"data set {name!r} is a stream ({type(records).__name__}) that may have no end; "
+            f"dataset {name!r} is a stream ({type(records).__name__}) that may have no end; "
             "register a list of dicts to have it checked"
         )
     records = [{"annotations": [], **record} for record in records]
@@ -130,7 +130,7 @@ def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
 def _problem_in_path(record: dict) -> str | bool:
     if not {"width", "height"} <= record.keys():  # then the image alone says how large it is
         return _problem_in_image(record)
-    return False if os.path.isfile(record["file_name"]) else "it does not exist"
+    return False if os.path.isfile(record["file_name"]) else "no such file"
 
 
 def _problem_in_image(record: dict) -> str | bool:
@@ -192,22 +192,23 @@ def describe_contents(inspection: Inspection) -> Contents:
 
 
 def why_nothing_is_learned(inspection: Inspection, contents: Contents) -> str | None:
-    """Why a data set without defects teaches and measures nothing; None if it does."""
+    """Why a dataset without defects teaches and measures nothing; None if it does."""
     if contents.num_boxes > contents.num_flat + contents.num_outside:
         return None
     if not inspection.records:
-        return "no image can be used"
+        return "none of the images can be used"
     if contents.num_boxes:
         return (
-            f"all {contents.num_boxes} boxes lie outside their images or have no area; are they in "
-            "pixels of the images, and [x, y, width, height]?"
+            f"all {contents.num_boxes} boxes are outside their images or have no area; they must "
+            "be [x, y, width, height] in pixels of the images"
         )
     if contents.num_crowds:
         return (
             f"all {contents.num_crowds} annotations are crowd regions (iscrowd 1, or 'difficult' "
-            "in Pascal VOC), which are not learned; CVAT's brush marks masks so: set iscrowd to 0"
+            "in Pascal VOC), which are not learned; CVAT's brush tool exports masks as crowds: set "
+            "iscrowd to 0"
         )
-    return "there are no annotations; is this the right file, and were they exported with it?"
+    return "there are no annotations; check that this is the right file and contains them"
 
 
 class Cleaned(NamedTuple):
@@ -226,7 +227,7 @@ def clean(
     """Repairs annotation files, each once.
 
     Args:
-        inspections: of all data sets; several may use parts of the same file.
+        inspections: of all datasets; several may use parts of the same file.
         broken: those whose files are wanted.
         masks: leave out what has a broken ``segmentation`` too.
     """

@@ -1,4 +1,4 @@
-"""How well the pyramid levels fit a data set: what each of them serves, and which would serve more.
+"""How well the pyramid levels fit a dataset: what each of them serves, and which would serve more.
 
 A level of stride s has a point every s pixels and learns boxes whose largest distance from a point
 lies in its size range (1904.01355 section 3.2). Boxes are in pixels of the network input.
@@ -43,7 +43,7 @@ def sample_of(record: dict, size: int, max_size: int) -> Sample:
 
 
 class LevelFit(NamedTuple):
-    """What the points of a pyramid make of a data set."""
+    """What the points of a pyramid make of a dataset."""
 
     num_images: int
     num_boxes: int
@@ -63,7 +63,7 @@ def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) ->
     """Assigns the boxes of every sample as training would, and counts.
 
     Args:
-        samples: images of the data set.
+        samples: images of the dataset.
         losses: the rules of assignment; their classes do not matter.
         grid: where the points lie.
     """
@@ -111,7 +111,7 @@ class Pyramid(NamedTuple):
 
 
 def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyramid:
-    """Levels for the boxes of a data set, by the proportions of the paper.
+    """Levels for the boxes of a dataset, by the proportions of the paper.
 
     The finest stride is the largest for which hardly any box, wherever it lies, falls between the
     points; a level ends at 8 strides, and levels are added until nearly all boxes are reached.

@@ -14,7 +14,7 @@ from .defects import HUGE, Problem, Unusable, usable_box, usable_flag
 
 
 def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
-    """Puts the classes of a COCO file into the metadata of data set ``name``, ordered by id.
+    """Puts the classes of a COCO file into the metadata of dataset ``name``, ordered by id.
 
     Returns:
         class index by category id.
@@ -30,9 +30,8 @@ def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
     if list(declared) != names:
         found, expected = (format_value(", ".join(classes)) for classes in (names, declared))
         raise InputError(
-            f"data set {name!r}: its annotation file has the classes {found}, but its metadata "
-            f"declares {expected}; call MetadataCatalog.remove({name!r}) before you register it "
-            "again"
+            f"dataset {name!r}: the annotation file has the classes {found}, but its metadata "
+            f"has {expected}; call MetadataCatalog.remove({name!r}) before registering it again"
         )
     metadata.set(thing_classes=declared)
     metadata.set(thing_dataset_id_to_contiguous_id=indices)

@@ -60,10 +60,12 @@ def review_coco(
     """
     for key in ("images", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
-            raise InputError(f"it has no {key!r}; a COCO file lists images and categories")
+            raise InputError(
+                f"it has no {key!r}; a COCO file has images, annotations and categories"
+            )
     annotations = content.get("annotations", [])
     if not isinstance(annotations, list):
-        raise InputError("its 'annotations' are no list; export it as COCO")
+        raise InputError("'annotations' must be a list; export it as COCO")
     reviewer = _Reviewer(masks, upright)
     categories = usable_categories(content["categories"], reviewer.repaired)
     images = reviewer.usable_images(content, image_root, part)
@@ -85,9 +87,9 @@ def usable_categories(entries: list, repaired: Counter) -> list[dict]:
     for index, entry in enumerate(entries):
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, (str, int, float)) or not str(name).strip():
-            raise InputError(f"entry {index} of 'categories' has no 'name'; give it one")
+            raise InputError(f"entry {index} of 'categories' has no 'name'; add one")
         if not _is_id(entry.get("id")):
-            raise InputError(f"category {format_value(name)} has no usable 'id'; number them anew")
+            raise InputError(f"category {format_value(name)} has no valid 'id'; renumber them")
         if not isinstance(name, str) or name != name.strip():
             repaired["class name"] += 1
             entry = {**entry, "name": str(name).strip()}
@@ -95,7 +97,7 @@ def usable_categories(entries: list, repaired: Counter) -> list[dict]:
         if other["name"] != entry["name"]:
             raise InputError(
                 f"categories {format_value(other['name'])} and {format_value(entry['name'])} have "
-                f"the same id {format_value(entry['id'], quote=True)}; number them anew"
+                f"the same id {format_value(entry['id'], quote=True)}; renumber them"
             )
         repaired["same category"] += other is not entry
     _check_sortable("categories", kept)
@@ -108,7 +110,7 @@ def _is_id(value: object) -> bool:
 
 def _check_sortable(key: str, ids: Iterable[object]) -> None:
     if len({isinstance(number, str) for number in ids}) > 1:
-        raise InputError(f"of {key!r} some have numbers for ids and others text; number them anew")
+        raise InputError(f"some ids of {key!r} are numbers and others strings; renumber them")
 
 
 class _Unwanted(Exception):
@@ -131,7 +133,7 @@ class _Ids:
             Unusable: there is no such entry, or there are several.
         """
         if key not in annotation:
-            raise Unusable("entry", f"it has no {key!r}; add it")
+            raise Unusable("entry", f"{key!r} is missing; add it")
         value = annotation[key]
         if isinstance(value, Hashable) and value in self._ids:
             return
@@ -140,7 +142,7 @@ class _Ids:
             some = ", ".join(format_value(number, quote=True) for number in list(self._ids)[:3])
             some += ", ..." if len(self._ids) > 3 else ""
             value = format_value(value, quote=True)
-            raise Unusable(key, f"{key} {value} is none of the file's ({some})")
+            raise Unusable(key, f"{key} {value} is not an id in the file ({some})")
         annotation[key] = found[0]
         repaired["reference"] += 1
 
@@ -199,18 +201,19 @@ class _Reviewer:
     def _image(self, entry: object, index: int, kept: dict) -> dict:
         """An image, whose size may be None; one of ``kept`` if it is listed again."""
         if not isinstance(entry, dict):
-            raise Unusable("entry", f"entry {index} of 'images' is no object; export it as COCO")
+            raise Unusable(
+                "entry", f"entry {index} of 'images' is not an object; export it as COCO"
+            )
         if "broken" in entry:  # by a reader of another format
             raise Unusable("entry", entry["broken"])
         number, name = entry.get("id"), entry.get("file_name")
         if not _is_id(number):
-            raise Unusable("entry", f"entry {index} of 'images' has no usable 'id'; number anew")
+            raise Unusable("entry", f"entry {index} of 'images' has no valid 'id'; renumber them")
         if number in kept:
             if any(kept[number].get(k) != entry.get(k) for k in ("file_name", "width", "height")):
                 raise Unusable(
                     "entry",
-                    f"image {format_value(number)} has the id of another of a different name or "
-                    "size; number them anew",
+                    f"two different images have the id {format_value(number)}; renumber them",
                 )
             self.repaired["same image"] += 1
             return kept[number]
@@ -263,7 +266,7 @@ class _Reviewer:
                     and annotation.get("iscrowd") in PLAIN
                     and not annotation.get("ignore")
                     and not annotation.get("keypoints")
-                    and not (masks and annotation.get("segmentation"))
+                    and not (masks and _is_no_mask(annotation.get("segmentation")))
                     and annotation["id"] not in seen
                 )
             except (KeyError, TypeError, ValueError, AttributeError):
@@ -307,7 +310,7 @@ class _Reviewer:
 
     def _fixed(self, annotation: object, repaired: Counter) -> dict:
         if not isinstance(annotation, dict):
-            raise Unusable("entry", "it is no object; export it as COCO")
+            raise Unusable("entry", "it is not an object; remove it")
         if "broken" in annotation:  # by a reader of another format
             raise Unusable("box", annotation["broken"])
         fixed = dict(annotation)
@@ -326,9 +329,9 @@ class _Reviewer:
         if not _are_coordinates(fixed.get("keypoints") or []):
             del fixed["keypoints"]
             repaired["keypoints"] += 1
-        if self._masks and mask and not (is_run_lengths(mask) or is_polygons(mask)):
+        if self._masks and _is_no_mask(mask):
             mask = format_value(mask)
-            raise Unusable("mask", f"segmentation {mask} is neither polygons nor run lengths")
+            raise Unusable("mask", f"segmentation must be polygons or run lengths, got {mask}")
         return fixed
 
     def _undo_corners(self, annotations: list[dict]) -> None:
@@ -342,14 +345,18 @@ class _Reviewer:
         self.problems.append(
             Problem(
                 "corners",
-                f"its boxes fit their images only as [x1, y1, x2, y2], like bbox {example}, but "
-                "are to be [x, y, width, height]; --check --clean writes a file with those",
+                f"the boxes fit the images only as [x1, y1, x2, y2], such as bbox {example}, but "
+                "must be [x, y, width, height]; --check --clean converts them",
             )
         )
         for annotation in annotations:
             x, y, right, bottom = annotation["bbox"]
             if right >= x and bottom >= y:
                 annotation["bbox"] = [x, y, right - x, bottom - y]
+
+
+def _is_no_mask(mask: object) -> bool:
+    return bool(mask) and not (is_run_lengths(mask) or is_polygons(mask))
 
 
 def _are_coordinates(values: object) -> bool:

@@ -1,4 +1,4 @@
-"""Which of detectron2's evaluators measures a data set, made to work with files as they are."""
+"""Which of detectron2's evaluators measures a dataset, made to work with files as they are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     """The evaluator that the metadata of ``dataset_name`` asks for.
 
     Args:
-        dataset_name: of a registered data set.
+        dataset_name: of a registered dataset.
         output_dir: where detections are written to, if they are.
 
     Raises:
@@ -44,7 +44,7 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir)
     raise InputError(
-        f"data set {dataset_name!r} has evaluator_type {kind!r}, which is none of coco, pascal_voc "
+        f"dataset {dataset_name!r} has evaluator_type {kind!r}, which is none of coco, pascal_voc "
         f"and lvis; set MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco' where you "
         "register it"
     )
@@ -93,7 +93,7 @@ def _complete(content: dict, dataset_name: str) -> dict:
         annotation.update(id=number, iscrowd=iscrowd, area=area)
     if num_flat:
         logging.getLogger(__name__).warning(
-            f"data set {dataset_name!r}: {num_flat} boxes without area are left out of the "
+            f"dataset {dataset_name!r}: {num_flat} boxes without area are left out of the "
             "evaluation"
         )
     return content

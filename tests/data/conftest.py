@@ -1,4 +1,4 @@
-"""Small digits data sets, and a COCO file to spoil."""
+"""Small digits datasets, and a COCO file to spoil."""
 
 import json
 
@@ -21,7 +21,7 @@ def digits_root(tmp_path_factory):
 
 @pytest.fixture
 def registered_digits(digits_root):
-    """The names digits_train and digits_val, with the small data sets behind them."""
+    """The names digits_train and digits_val, with the small datasets behind them."""
     register_digits(digits_root)
     yield digits_root
     register_digits()
@@ -65,7 +65,7 @@ class CocoData:
 
 @pytest.fixture
 def coco(tmp_path):
-    """A valid data set of three images to spoil and register."""
+    """A valid dataset of three images to spoil and register."""
     data = CocoData(tmp_path)
     yield data
     for name in data.names:

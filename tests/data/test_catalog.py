@@ -33,7 +33,7 @@ def message(function, *arguments, **options):
 
 @pytest.fixture
 def custom():
-    """Registers a function of the test as a data set, as users without COCO files do."""
+    """Registers a function of the test as a dataset, as users without COCO files do."""
     names = []
 
     def register(function, name="custom_train", **metadata):
@@ -58,7 +58,7 @@ def test_classes_that_the_metadata_declares_must_be_those_of_the_file(coco):
     name = coco.register()
     MetadataCatalog.get(name).thing_classes = ["box", "disc"]
     text = message(load_dataset, name)
-    assert "the classes disc, box, but its metadata declares box, disc" in text
+    assert "the classes disc, box, but its metadata has box, disc" in text
     assert "MetadataCatalog.remove('shapes_train')" in text
 
 
@@ -98,7 +98,7 @@ def test_no_box_is_lost_for_a_mask_that_nothing_needs(coco, mask):
 def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
     coco.content["annotations"][1]["segmentation"] = mask
     name = coco.register()
-    expected = "annotation 102: segmentation .* is neither polygons nor run lengths"
+    expected = "annotation 102: segmentation must be polygons or run lengths"
     with pytest.raises(InputError, match=expected):
         load_dataset(name, masks=True)
     found = inspect_dataset(name, masks=True)
@@ -127,7 +127,7 @@ def test_masks_and_keypoints_that_detectron2_loads_are_right(coco, shape):
 def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
     for function in (load_dataset, prepare):
         text = message(function, "digit_train")
-        assert "unknown data set 'digit_train'" in text
+        assert "unknown dataset 'digit_train'" in text
         assert "did you mean digits_train" in text
         assert "DATASETS: {REGISTER: {digit_train: {json: annotations.json, " in text
     assert "did you mean" not in message(load_dataset, "zzzzqqqq")
@@ -165,12 +165,12 @@ def test_broken_json_is_named_with_line_and_column(coco, broken, place):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("[]", "a COCO file is an object, this is a list"),
-        ("{}", "it has no 'images'"),
+        ("[]", " must be a COCO file, but is JSON of type list"),
+        ("{}", ": it has no 'images'"),
     ],
 )
 def test_json_that_is_not_coco_is_told_so(coco, text, expected):
-    assert f"{coco.json_file}: {expected}" in message(load_dataset, coco.register(text=text))
+    assert f"{coco.json_file}{expected}" in message(load_dataset, coco.register(text=text))
 
 
 def test_a_crowd_with_a_bad_box_is_found_too(coco):
@@ -182,14 +182,14 @@ def test_boxes_of_zero_size_are_legal_and_counted(coco, caplog):
     coco.content["annotations"].append(coco.annotation(200, 1, 1, (1, 2, 0, 4)))
     with caplog.at_level(logging.WARNING, "fcos_d2"):
         assert len(load_dataset(coco.register())) == 3
-    assert "1 boxes have zero width or height; no point serves them" in caplog.text
+    assert "1 boxes have zero width or height; they are neither learned nor" in caplog.text
 
 
 def test_missing_image_is_named_and_counted(coco):
     name = coco.register()
     (coco.folder / "2.png").unlink()
     text = message(load_dataset, name)
-    assert f"image {coco.folder / '2.png'}: it does not exist (missing: 1 of 3)" in text
+    assert f"image {coco.folder / '2.png'}: no such file (missing: 1 of 3)" in text
     assert "DETECTRON2_DATASETS" in text
 
 
@@ -203,9 +203,7 @@ def test_folder_that_holds_the_images_is_suggested_once(coco, monkeypatch):
     register_coco_instances("lost", {}, str(coco.json_file), "empty")
     coco.names.append("lost")
     text = message(load_dataset, "lost")
-    assert (
-        "image empty/1.png: it does not exist (missing: 3 of 3); 1.png lies in moved/here" in text
-    )
+    assert "image empty/1.png: no such file (missing: 3 of 3); 1.png is in moved/here" in text
     (problem,) = inspect_dataset("lost").problems
     assert problem.text in text
 
@@ -219,7 +217,7 @@ def test_data_set_without_usable_images_says_which_key_keeps_them(coco):
 
 def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
     text = message(load_dataset, ["digits_val", coco.register()])
-    assert "data sets 'digits_val', 'shapes_train' have different classes" in text
+    assert "datasets 'digits_val', 'shapes_train' have different classes" in text
 
 
 def test_boxes_as_arrays_and_data_without_annotations_are_fine(custom):
@@ -258,7 +256,7 @@ def test_a_bug_in_somebodys_loader_keeps_its_traceback(custom):
 
 def test_a_file_that_somebodys_loader_cannot_open_is_named(custom):
     text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
-    assert "data set 'custom_train': " in text and "/no/such/labels.txt" in text
+    assert "dataset 'custom_train': " in text and "/no/such/labels.txt" in text
 
 
 def test_class_names_are_quoted_briefly(custom):
@@ -271,7 +269,7 @@ def test_class_count_that_does_not_match_names_key_and_value(coco, registered_di
     check_num_classes(["digits_train", "digits_val"], 10)
     text = message(check_num_classes, "digits_train", 80)
     assert text == (
-        "data set 'digits_train' has 10 classes (zero, one, two, ...) but the model has 80; "
+        "dataset 'digits_train' has 10 classes (zero, one, two, ...) but the model has 80; "
         "set MODEL.FCOS.NUM_CLASSES 10"
     )
     name = coco.register()  # not loaded yet: its classes are only in its file
@@ -293,7 +291,7 @@ def test_classes_of_another_order_than_the_trainings_are_refused(coco):
     val = coco.register("order_val")
     check_class_order([train], train)
     text = message(check_class_order, [train], val)
-    assert "class box is number 0, but number 1 in the training data" in text
+    assert "class box has index 0, but index 1 in the training data" in text
     assert "set classes: ['disc', 'box'] in DATASETS.REGISTER.order_val" in text
     (coco.folder / "shapes.json").unlink()
     MetadataCatalog.remove(train)
@@ -308,4 +306,4 @@ def test_training_data_without_any_object_is_refused(coco, change):
         annotation.update(change)
     name = coco.register()
     text = message(check_objects, load_dataset(name, filter_empty=False), [name])
-    assert "data set 'shapes_train': there is nothing to learn" in text
+    assert "dataset 'shapes_train': there is nothing to learn" in text

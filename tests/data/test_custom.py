@@ -34,7 +34,7 @@ def test_described_coco_file_is_what_detectron2_loads(described, coco):
 
 def test_nothing_is_read_before_it_is_needed(described):
     described(mine={"json": "none.json", "images": "none"})
-    with pytest.raises(InputError, match="data set 'mine': cannot read annotation file none.json"):
+    with pytest.raises(InputError, match="dataset 'mine': cannot read annotation file none.json"):
         load_dataset("mine")
 
 
@@ -98,7 +98,7 @@ def test_problem_in_a_part_is_told_by_that_part_alone(described, coco):
     (coco.folder / "val.txt").write_text("1.png")
     path = str(coco.folder / "val.txt")
     described(val=entry(coco, part=path), train=entry(coco, part=f"not {path}"))
-    with pytest.raises(InputError, match=f"{coco.json_file}: annotation 101: it has no bbox"):
+    with pytest.raises(InputError, match=f"{coco.json_file}: annotation 101: bbox is missing"):
         load_dataset("val")
     assert len(load_dataset("train")) == 2
     assert [inspect_dataset(name).num_problems for name in ("val", "train")] == [1, 0]
@@ -106,7 +106,7 @@ def test_problem_in_a_part_is_told_by_that_part_alone(described, coco):
 
 def test_part_without_images_says_so(described, coco):
     described(mine=entry(coco, part=[0, 1e-9]))
-    with pytest.raises(InputError, match=r"part \(?\[?0, 1e-09.* holds none of the images"):
+    with pytest.raises(InputError, match=r"part \(?\[?0, 1e-09.* contains no image of"):
         load_dataset("mine")
 
 
@@ -144,11 +144,11 @@ def test_classes_of_one_name_are_merged_on_demand(described, coco):
 @pytest.mark.parametrize(
     "more, text",
     [
-        ({"rename": {"bok": "crate"}}, "rename has bok, which is no class; did you mean box"),
-        ({"rename": {"x": "y"}}, "rename has x, which is no class; it has disc, box"),
+        ({"rename": {"bok": "crate"}}, "rename names bok, which is not a class; did you mean box"),
+        ({"rename": {"x": "y"}}, "rename names x, which is not a class; it has disc, box"),
         (
             {"classes": ["cat", "dog"]},
-            r"it has none of the classes \['cat', 'dog'\], but disc, box",
+            r"it has none of the classes \['cat', 'dog'\]; its classes are disc, box",
         ),
     ],
 )
@@ -183,8 +183,8 @@ def test_several_files_become_one_data_set(described, coco, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ("labels.json", "must say where the data lies, got 'labels.json'"),
-        ({}, "must say where the data lies"),
+        ("labels.json", "must say where the data is, got 'labels.json'"),
+        ({}, "must say where the data is"),
         ({"json": "a", "voc": "b"}, "must say where"),
         ({"json": "a"}, "has no 'images'"),
         ({"cvat": "a"}, "has no 'images'"),
@@ -193,18 +193,18 @@ def test_several_files_become_one_data_set(described, coco, tmp_path):
         ({"json": ["a", "b", "c"], "images": ["a", "b"]}, "images must be one folder, or one for"),
         ({"json": "a", "images": "b", "image": "c"}, "unknown key 'image'"),
         ({"json": "a", "images": "b", "split": "c"}, "unknown key 'split'"),
-        ({"json": "a", "images": "b", "part": 0.8}, r"two shares like \[0, 0.8\].*, got 0.8"),
+        ({"json": "a", "images": "b", "part": 0.8}, r"two shares such as \[0, 0.8\].*, got 0.8"),
         ({"json": "a", "images": "b", "part": [0.8, 0.2]}, "two shares"),
         ({"json": "a", "images": "b", "part": ["0", "1"]}, "two shares"),
-        ({"voc": "a", "split": "b", "classes": "dog"}, "a list of names, each once, got 'dog'"),
+        ({"voc": "a", "split": "b", "classes": "dog"}, "a list of different names, got 'dog'"),
         (
             {"voc": "a", "split": "b", "classes": [1, 2]},
-            r"a list of names, each once, got \[1, 2\]",
+            r"a list of different names, got \[1, 2\]",
         ),
-        ({"voc": "a", "classes": ["dog", "dog"]}, "a list of names, each once"),
+        ({"voc": "a", "classes": ["dog", "dog"]}, "a list of different names"),
         ({"voc": {"xml": "a"}}, r"voc must be a folder or \{xml: folder, images: folder\}"),
         ({"voc": "a", "split": 5}, "split must be a name, got 5"),
-        ({"yolo": "a", "rename": ["a"]}, "rename must be names by the old ones"),
+        ({"yolo": "a", "rename": ["a"]}, "rename must be a mapping such as"),
         ({"yolo": "a", "upright": 0}, "upright must be true or false"),
     ],
 )
@@ -229,7 +229,7 @@ def test_usual_names_are_fine(described, coco, name):
 
 
 def test_names_of_other_data_are_not_taken_over_but_ones_own_may_change(described, coco):
-    with pytest.raises(InputError, match="digits_val: a data set of this name exists"):
+    with pytest.raises(InputError, match="digits_val: a dataset of this name exists"):
         register_datasets({"digits_val": entry(coco)})
     described(mine={"json": "none.json", "images": "none"})
     described(mine=entry(coco))

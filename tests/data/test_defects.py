@@ -142,24 +142,28 @@ def test_defect_with_one_meaning_is_repaired_wherever_data_is_read(coco, caplog,
 
 # What is changed, its row, and what is said; all but the annotation of image 2 is kept.
 BROKEN = [
-    (annotate(bbox=None), "box", "annotation 102: it has no bbox"),
-    (annotate(bbox=[]), "box", r"bbox \[\] is not \[x, y, width, height\] in numbers"),
-    (annotate(bbox=[1, 2, 3]), "box", r"bbox \[1, 2, 3\] is not"),
-    (annotate(bbox=[1, 2, "x", 4]), "box", r"bbox \[1, 2, 'x', 4\] is not"),
-    (annotate(bbox=[1, 2, float("nan"), 4]), "box", "is not finite; remove the annotation"),
-    (annotate(bbox=["inf", 2, 3, 4]), "box", "is not finite"),
-    (annotate(bbox=[1, 2, -9, 4]), "box", r"bbox \[1, 2, -9, 4\] has negative size"),
-    (annotate(bbox=None, segmentation=[[1, 2, 3, 4]]), "box", "it has no bbox"),
-    (annotate(bbox=None, segmentation={"size": [0, 0], "counts": "P"}), "box", "it has no bbox"),
-    (annotate(category_id=9), "category_id", r"category_id 9 is none of the file's \(1, 2\)"),
-    (annotate(category_id="one"), "category_id", r"category_id 'one' is none of the file's"),
-    (annotate(image_id=77), "image_id", r"image_id 77 is none of the file's \(1, 2, 3\)"),
-    (annotate(image_id=[2]), "image_id", r"image_id \[2\] is none of the file's"),
-    (annotate(iscrowd=2), "iscrowd", "iscrowd 2 must be 0 or 1"),
-    (annotate(iscrowd=0.5), "iscrowd", "iscrowd 0.5 must be 0 or 1"),
-    (annotate(iscrowd=[]), "iscrowd", r"iscrowd \[\] must be 0 or 1"),
-    (lambda content: content["annotations"][1].pop("image_id"), "entry", "it has no 'image_id'"),
-    (lambda c: c["annotations"][1].pop("category_id"), "entry", "it has no 'category_id'"),
+    (annotate(bbox=None), "box", "annotation 102: bbox is missing"),
+    (annotate(bbox=[]), "box", r"bbox must be \[x, y, width, height\] in numbers, got \[\]"),
+    (annotate(bbox=[1, 2, 3]), "box", r"in numbers, got \[1, 2, 3\]"),
+    (annotate(bbox=[1, 2, "x", 4]), "box", r"in numbers, got \[1, 2, 'x', 4\]"),
+    (annotate(bbox=[1, 2, float("nan"), 4]), "box", "bbox must be finite, got .*; remove it"),
+    (annotate(bbox=["inf", 2, 3, 4]), "box", "bbox must be finite"),
+    (
+        annotate(bbox=[1, 2, -9, 4]),
+        "box",
+        r"bbox \[1, 2, -9, 4\] has a negative size",
+    ),
+    (annotate(bbox=None, segmentation=[[1, 2, 3, 4]]), "box", "bbox is missing"),
+    (annotate(bbox=None, segmentation={"size": [0, 0], "counts": "P"}), "box", "bbox is missing"),
+    (annotate(category_id=9), "category_id", r"category_id 9 is not an id in the file \(1, 2\)"),
+    (annotate(category_id="one"), "category_id", r"category_id 'one' is not an id in the file"),
+    (annotate(image_id=77), "image_id", r"image_id 77 is not an id in the file \(1, 2, 3\)"),
+    (annotate(image_id=[2]), "image_id", r"image_id \[2\] is not an id in the file"),
+    (annotate(iscrowd=2), "iscrowd", "iscrowd must be 0 or 1, got 2"),
+    (annotate(iscrowd=0.5), "iscrowd", "iscrowd must be 0 or 1, got 0.5"),
+    (annotate(iscrowd=[]), "iscrowd", r"iscrowd must be 0 or 1, got \[\]"),
+    (lambda content: content["annotations"][1].pop("image_id"), "entry", "'image_id' is missing"),
+    (lambda c: c["annotations"][1].pop("category_id"), "entry", "'category_id' is missing"),
 ]
 
 
@@ -181,10 +185,10 @@ def test_defect_with_several_meanings_stops_and_is_listed_and_left_out(coco, cha
 @pytest.mark.parametrize(
     "change, text",
     [
-        (again("images", width=61), "image 1 has the id of another of a different name or size"),
+        (again("images", width=61), "two different images have the id 1; renumber them"),
         (entry("images", 1, file_name=None), "image 2 has no 'file_name'"),
-        (lambda content: content["images"][1].pop("id"), "entry 1 of 'images' has no usable 'id'"),
-        (lambda content: content["images"].append(3), "entry 3 of 'images' is no object"),
+        (lambda content: content["images"][1].pop("id"), "entry 1 of 'images' has no valid 'id'"),
+        (lambda content: content["images"].append(3), "entry 3 of 'images' is not an object"),
     ],
 )
 def test_image_entry_that_makes_no_sense_is_named_with_what_belongs_to_it(coco, change, text):
@@ -205,12 +209,15 @@ def test_image_entry_that_makes_no_sense_is_named_with_what_belongs_to_it(coco, 
     [
         (again("categories", name="dog"), "categories disc and dog have the same id 1"),
         (entry("categories", 0, name=""), "entry 0 of 'categories' has no 'name'"),
-        (entry("categories", 0, id=None), "category disc has no usable 'id'"),
-        (entry("categories", 1, name="disc"), "categories 1 and 2 have the same name disc; if the"),
-        (mixed_ids, "of 'images' some have numbers for ids and others text; number them anew"),
+        (entry("categories", 0, id=None), "category disc has no valid 'id'"),
+        (
+            entry("categories", 1, name="disc"),
+            "categories 1 and 2 have the same name disc",
+        ),
+        (mixed_ids, "some ids of 'images' are numbers and others strings; renumber them"),
         (lambda content: content.pop("images"), "it has no 'images'"),
         (lambda content: content.update(categories=[]), "it has no 'categories'"),
-        (lambda content: content.update(annotations={}), "its 'annotations' are no list"),
+        (lambda content: content.update(annotations={}), "'annotations' must be a list"),
     ],
 )
 def test_structure_is_checked_on_every_load(coco, change, text):
@@ -249,9 +256,9 @@ def test_size_is_that_of_the_image_where_the_boxes_fit_it(coco, size):
 @pytest.mark.parametrize(
     "size, text",
     [
-        ((120, 80), "it is 120 x 80 pixels, but 60 x 40 by the annotations: it was resized by 2 "),
-        ((30, 20), "it was resized by 0.5 after it was annotated"),
-        ((20, 60), "and its boxes do not fit; replace the image"),
+        ((120, 80), "it has 120 x 80 pixels, but is annotated with 60 x 40: it was resized by 2 "),
+        ((30, 20), "it was resized by 0.5 after annotation"),
+        ((20, 60), "and the boxes do not fit; replace the image"),
     ],
 )
 def test_size_that_could_mean_several_things_is_a_problem(coco, size, text):
@@ -267,9 +274,9 @@ def test_boxes_drawn_on_stored_pixels_are_told_from_a_swap(coco):
     found = inspect_dataset(coco.register())
     (reason, *_) = found.image_problems.values()
     assert reason.startswith(
-        "it is 40 x 60 pixels, but 60 x 40 by the annotations, as it is stored"
+        "it has 40 x 60 pixels, but is annotated with 60 x 40, its size before the EXIF"
     )
-    assert "Set upright: false" in reason
+    assert "set upright: false" in reason
 
 
 # ---- whole files ----
@@ -284,7 +291,7 @@ def corners(content):
 def test_boxes_written_as_corners_stop_and_are_cleaned(coco):
     corners(coco.content)
     name = coco.register()
-    with pytest.raises(InputError, match=r"fit their images only as \[x1, y1, x2, y2\], like bbox"):
+    with pytest.raises(InputError, match=r"fit the images only as \[x1, y1, x2, y2\]"):
         load_dataset(name)
     found = inspect_dataset(name)
     assert [problem.kind for problem in found.problems] == ["corners"]
@@ -317,8 +324,8 @@ def all_annotations(**change):
     [
         (all_annotations(iscrowd=1), "all 3 annotations are crowd regions"),
         (all_annotations(ignore=1), "all 3 annotations are crowd regions"),
-        (all_annotations(bbox=[5, 6, 0, 10]), "all 3 boxes lie outside their images or have no"),
-        (all_annotations(bbox=[500, 6, 10, 10]), "all 3 boxes lie outside their images or have no"),
+        (all_annotations(bbox=[5, 6, 0, 10]), "all 3 boxes are outside their images or have no"),
+        (all_annotations(bbox=[500, 6, 10, 10]), "all 3 boxes are outside their images or have no"),
         (lambda content: content.update(annotations=[]), "there are no annotations"),
         (lambda content: content.pop("annotations"), "there are no annotations"),
     ],
@@ -369,20 +376,20 @@ def test_records_are_repaired_by_the_same_table(coco, change, row, expected):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"bbox": [100, 6, 5, 16]}, "has negative size and lies outside the image the other way"),
-        ({"bbox": np.array([1, 2, np.nan, 4])}, "is not finite"),
-        ({"bbox": None}, "it has no bbox"),
+        ({"bbox": [100, 6, 5, 16]}, "has a negative size and leaves the image if its corners"),
+        ({"bbox": np.array([1, 2, np.nan, 4])}, "bbox must be finite"),
+        ({"bbox": None}, "bbox is missing"),
         ({"category_id": 7}, "category_id 7 must be"),
         ({"category_id": -1}, "category_id -1 must be"),
         ({"bbox_mode": None}, "bbox_mode None"),
-        ({"iscrowd": "maybe"}, "iscrowd 'maybe' must be 0 or 1"),
+        ({"iscrowd": "maybe"}, "iscrowd must be 0 or 1, got 'maybe'"),
     ],
     ids=str,
 )
 def test_broken_record_is_named_by_image_and_index(coco, change, text):
     name = register_records(coco, change)
     with pytest.raises(
-        InputError, match="data set 'own': annotation 1 of image .*1.png: "
+        InputError, match="dataset 'own': annotation 1 of image .*1.png: "
     ) as caught:
         load_dataset(name)
     assert text in str(caught.value)

@@ -1,4 +1,4 @@
-"""The built-in data sets: what is in them, and how they come to be on disk."""
+"""The built-in datasets: what is in them, and how they come to be on disk."""
 
 import contextlib
 import hashlib
@@ -293,7 +293,7 @@ def test_somebody_elses_folder_of_that_name_is_left_alone(tmp_path):
     mine = tmp_path / "digits" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
-    with pytest.raises(InputError, match="not the built-in data set.*DETECTRON2_DATASETS"):
+    with pytest.raises(InputError, match="not the built-in dataset.*DETECTRON2_DATASETS"):
         ensure_digits(tmp_path, FEW)
     assert mine.read_text() == "years of work"
 

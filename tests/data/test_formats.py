@@ -233,10 +233,10 @@ def test_label_studio_shapes_have_boxes(described, root, value, box):
         ({"type": "FeatureCollection", "features": []}, "GeoJSON"),
         ({"categories": [], "items": []}, "Datumaro's format"),
         ({"images": [], "annotations": [{"segments_info": []}], "categories": []}, "COCO"),
-        ({"one": 1, "two": 2}, "an object with the keys one, two, which no format has"),
-        ([{"one": 1}], "a list of objects with the keys one, which no format has"),
-        ([], "a list, which no format is"),
-        ("text", "a str, which no format is"),
+        ({"one": 1, "two": 2}, "JSON with the keys one, two, which no format has"),
+        ([{"one": 1}], "a JSON list of objects with the keys one, which no format has"),
+        ([], "JSON of type list, which no format has"),
+        ("text", "JSON of type str, which no format has"),
     ],
 )
 def test_unknown_file_names_what_it_looks_like(described, root, content, kind):
@@ -265,7 +265,7 @@ def voc_text(file, objects, head="") -> str:
 
 @pytest.fixture
 def voc(root):
-    """The folders of a VOC data set; its splits are "train" with both images and "val" with one."""
+    """The folders of a VOC dataset; its splits are "train" with both images and "val" with one."""
     for folder in VOC[:2]:
         (root / folder).mkdir(parents=True)
     (root / "images").rename(root / "JPEGImages")
@@ -364,7 +364,10 @@ def test_all_that_is_broken_in_voc_is_listed_at_once_and_cleaned(described, voc)
     described(pets={"voc": str(voc), "split": "train"})
     found = inspect_dataset("pets")
     starts = [f"cannot read annotation file .*{file}.xml" for file in "cd"]
-    starts += ["image none: it has no XML file", r"annotation 0 of a.xml: bbox \['x', 1.0"]
+    starts += [
+        "image none: neither an image nor an XML file",
+        r"annotation 0 of a.xml: bbox must be .* got \['x', 1.0",
+    ]
     for start in starts:
         assert any(re.match(start, problem.text) for problem in found.problems), start
     assert len(found.problems) == 4 and len(found.image_problems) == 1
@@ -402,8 +405,8 @@ def test_defects_of_voc_with_one_meaning_are_repaired(described, voc, old, new, 
     [
         ("<name>bird</name>", "", "annotation 0 of b.xml: it has no class name"),
         ("<name>bird</name>", "<name> </name>", "annotation 0 of b.xml: it has no class name"),
-        ("<xmin>2</xmin>", "", r"annotation 0 of b.xml: bbox \['nothing', 3.0"),
-        ("<xmin>2</xmin>", "<xmin>99</xmin>", "annotation 0 of b.xml: bbox .* has negative size"),
+        ("<xmin>2</xmin>", "", r"annotation 0 of b.xml: bbox must be .* got \['', 3.0"),
+        ("<xmin>2</xmin>", "<xmin>99</xmin>", "annotation 0 of b.xml: bbox .* has a negative size"),
     ],
 )
 def test_defects_of_voc_with_several_meanings_are_named(described, voc, old, new, text):
@@ -426,17 +429,17 @@ def test_xml_is_read_in_the_encoding_that_it_declares(described, voc, encoding):
 @pytest.mark.parametrize(
     "entry, text",
     [
-        ({"split": "test"}, "cannot read .*test.txt: there is no such file"),
+        ({"split": "test"}, "cannot read .*test.txt: no such file"),
         ({"voc": "none"}, "folder none does not exist"),
-        ({"voc": {"xml": "JPEGImages", "images": "JPEGImages"}}, "names no image"),
-        ({"split": "empty"}, "empty.txt names no image"),
+        ({"voc": {"xml": "JPEGImages", "images": "JPEGImages"}}, "lists no images"),
+        ({"split": "empty"}, "empty.txt lists no images"),
     ],
 )
 def test_voc_that_is_not_there_is_named(described, voc, monkeypatch, entry, text):
     monkeypatch.chdir(voc)
     (voc / "ImageSets/Main/empty.txt").write_text("\n")
     described(pets={"voc": str(voc), **entry})
-    with pytest.raises(InputError, match=f"data set 'pets': .*{text}"):
+    with pytest.raises(InputError, match=f"dataset 'pets': .*{text}"):
         load_dataset("pets")
 
 
@@ -492,7 +495,7 @@ def test_broken_cvat_shape_is_listed_and_a_video_refused(described, root):
     described(mine={"cvat": cvat(root, items), "images": str(root / "images")})
     texts = [problem.text for problem in inspect_dataset("mine").problems]
     assert texts[0].startswith("annotation 0 of a.jpg: {") and texts[1].startswith("annotation 1 ")
-    assert "'xtl': '?'" in texts[0] and texts[0].endswith("is no shape with a box")
+    assert "'xtl': '?'" in texts[0] and texts[0].endswith("is not a shape with a box")
     (root / "annotations.xml").write_text("<annotations><track/></annotations>")
     described(mine={"cvat": str(root / "annotations.xml"), "images": str(root / "images")})
     with pytest.raises(InputError, match="tracks of a video; export the task as 'CVAT for images'"):
@@ -591,13 +594,13 @@ def test_yolo_image_without_labels_is_a_background(described, yolo):
 @pytest.mark.parametrize(
     "line, text",
     [
-        ("3 0.5 0.5 0.1 0.1", "class 3 is none of the 3 names, which count from 0"),
-        ("0.5 0.5 0.5 0.1 0.1", "0.5 0.5 0.5 0.1 0.1 is no class and numbers"),
-        ("dog 0.5 0.5 0.1 0.1", "dog 0.5 0.5 0.1 0.1 is no class and numbers"),
-        ("0 nan 0.5 0.1 0.1", "is no class and numbers"),
-        ("0 0.5 0.5", "0 0.5 0.5 is no class, x, y, width and height"),
-        ("0", "0 is no class and numbers"),
-        ("0 25 30 10 10", "is no class, x, y, width and height as shares of the image, 0 to 1"),
+        ("3 0.5 0.5 0.1 0.1", "class 3 is out of range for 3 names, counted from 0"),
+        ("0.5 0.5 0.5 0.1 0.1", "0.5 0.5 0.5 0.1 0.1 is not a class number and coordinates"),
+        ("dog 0.5 0.5 0.1 0.1", "dog 0.5 0.5 0.1 0.1 is not a class number and coordinates"),
+        ("0 nan 0.5 0.1 0.1", "is not a class number and coordinates"),
+        ("0 0.5 0.5", "0 0.5 0.5 is not a class, x, y, width and height"),
+        ("0", "0 is not a class number and coordinates"),
+        ("0 25 30 10 10", "is not a class, x, y, width and height relative to the image, 0 to 1"),
     ],
 )
 def test_broken_line_of_yolo_is_named(described, yolo, line, text):
@@ -610,14 +613,14 @@ def test_broken_line_of_yolo_is_named(described, yolo, line, text):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("train: images/none\nnames: [a]", "images/none does not exist; correct its path"),
-        ("val: images/val\nnames: [a]", "there is no split 'train'; it has val"),
-        ("train: images/train", "there are no class names"),
+        ("train: images/none\nnames: [a]", "images/none does not exist; correct the path"),
+        ("val: images/val\nnames: [a]", "no split 'train'; its splits are val"),
+        ("train: images/train", "class names are missing"),
         ("train: images/train\nnames: {0: a, 2: b}", "numbered from 0 without gaps"),
         ("train: images/train\nnames: [a, a]", "two classes have the same name"),
-        ("train: labels\nnames: [a]", "there are no images in"),
+        ("train: labels\nnames: [a]", "no images in"),
         ("[", "cannot read annotation file .*data.yaml"),
-        ("text", "data.yaml is no mapping of keys"),
+        ("text", "data.yaml is not a mapping of keys"),
     ],
 )
 def test_yolo_that_makes_no_sense_is_named(described, yolo, text, message):

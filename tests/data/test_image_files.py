@@ -45,15 +45,13 @@ def tree(tmp_path):
 def test_path_of_another_place_is_found_by_its_end(tree, files, name, found):
     located = locate_images(tree(*files), [name])
     assert located.paths == [found]
-    assert located.missing == ({} if found else {0: "it does not exist"})
+    assert located.missing == ({} if found else {0: "no such file"})
 
 
 def test_name_that_several_files_fit_is_ambiguous(tree):
     located = locate_images(tree("a/1.jpg", "b/1.jpg"), ["x/1.jpg", "b/1.jpg"])
     assert located.paths == [None, "b/1.jpg"]
-    assert located.missing == {
-        0: "it may be any of 2 files, a/1.jpg and b/1.jpg among them; write its path"
-    }
+    assert located.missing == {0: "2 files match, such as a/1.jpg and b/1.jpg; write the full path"}
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")

@@ -43,7 +43,7 @@ def test_more_than_8_bits_are_refused_and_not_cut_off(tmp_path, name, kind, mode
     with pytest.raises(InputError) as caught:
         read_image(str(path), "RGB")
     assert why_unreadable(caught.value) == (
-        f"its pixels are {words} (Pillow's mode {mode}); convert it to 8 bits a channel"
+        f"its pixels are {words} (Pillow's mode {mode}); convert it to 8 bits per channel"
     )
 
 

@@ -1,4 +1,4 @@
-"""Looking through a whole data set: everything broken is named, everything else is counted."""
+"""Looking through a whole dataset: everything broken is named, everything else is counted."""
 
 import numpy as np
 import pytest
@@ -34,9 +34,9 @@ def test_every_broken_annotation_and_image_is_named_and_the_rest_is_kept(coco):
     assert cleaned.content["categories"] == coco.content["categories"]
     assert cleaned.num_before == 5
     assert cleaned.removed == [
-        "1 annotations with an unusable box",
+        "1 annotations with an invalid bbox",
         "1 annotations of unknown classes",
-        "2 images that cannot be used",
+        "2 unusable images",
     ]
 
 
@@ -44,7 +44,7 @@ def test_images_may_be_left_unread_but_not_missing(coco):
     (coco.folder / "1.png").write_bytes(b"")
     (coco.folder / "2.png").unlink()
     found = inspect_dataset(coco.register(), read_images=False)
-    assert found.image_problems == {str(coco.folder / "2.png"): "it does not exist"}
+    assert found.image_problems == {str(coco.folder / "2.png"): "no such file"}
 
 
 def test_progress_sees_every_image(coco):
@@ -119,4 +119,4 @@ def test_image_of_16_bits_is_named(coco):
 def test_file_that_is_no_image_is_told_so(coco, error):
     (coco.folder / "1.png").write_text(error)
     (reason,) = inspect_dataset(coco.register()).image_problems.values()
-    assert reason == "it is no image of a known format"
+    assert reason == "it is not an image of a known format"

@@ -157,7 +157,7 @@ def test_image_of_16_bits_is_named_and_not_learned_as_white(image_file, is_train
         mapper(is_train=is_train)(record(image_file, OBJECT))
     assert str(caught.value) == (
         f"cannot read image {image_file}: its pixels are 16-bit integers (Pillow's mode I;16); "
-        "convert it to 8 bits a channel; replace the file or remove it from the annotations"
+        "convert it to 8 bits per channel; replace the file or remove it from the annotations"
     )
 
 
@@ -180,8 +180,8 @@ def test_image_that_was_resized_after_it_was_annotated_is_named(image_file):
     with pytest.raises(InputError) as caught:
         mapper()({**record(image_file, OBJECT), "width": 120, "height": 80})
     assert str(caught.value) == (
-        f"image {image_file}: it is 60 x 40 pixels, but 120 x 80 by the annotations: it was "
-        "resized by 0.5 after it was annotated"
+        f"image {image_file}: it has 60 x 40 pixels, but is annotated with 120 x 80: it was "
+        "resized by 0.5 after annotation"
     )
 
 
@@ -190,7 +190,7 @@ def test_turned_photo_is_read_upright_unless_its_boxes_are_not(tmp_path):
     exif[274] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
     data = record(tmp_path / "a.jpg", OBJECT)
-    with pytest.raises(InputError, match="as it is stored: .* Set upright: false"):
+    with pytest.raises(InputError, match="before the EXIF orientation .* set upright: false"):
         mapper()(data)
     assert mapper()({**data, "upright": False})["image"].shape == (3, 40, 60)
     assert mapper()({**data, "width": 40, "height": 60})["image"].shape == (3, 60, 40)

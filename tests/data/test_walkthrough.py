@@ -88,7 +88,7 @@ def test_page_leads_from_a_foreign_folder_to_a_detection_video(shell, digits_roo
     assert "labels in dice/labels.json" in export.out
     assert "dice.yaml: 30 images to train on, 8 classes" in config.out
     assert "image dice/photos/photo_0002.png: " in check.out
-    assert "repaired: 1 boxes of negative width or height: corners put in order" in check.out
+    assert "repaired: 1 boxes with negative width or height: corners swapped" in check.out
     assert re.search(r"joker +0 +0 +never used", check.out)
     assert "labels_clean.json" in clean.out
     assert len(list(Path("output/dice/data/dice_train").iterdir())) == 6

@@ -1,4 +1,4 @@
-"""Which evaluator a data set gets, and what it completes in files that lack something."""
+"""Which evaluator a dataset gets, and what it completes in files that lack something."""
 
 import json
 from copy import deepcopy
@@ -25,7 +25,7 @@ pytest_plugins = ["tests.script"]
 
 @pytest.fixture
 def named_data():
-    """Registers an empty data set with the given evaluator_type."""
+    """Registers an empty dataset with the given evaluator_type."""
     names = []
 
     def register(kind):
@@ -68,7 +68,7 @@ def test_a_data_set_without_a_fitting_evaluator_is_refused(named_data, kind):
 
 
 def evaluate_shifted(evaluator, name: str) -> dict:
-    """Results of detections a little beside the objects of a data set."""
+    """Results of detections a little beside the objects of a dataset."""
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float()

@@ -172,7 +172,7 @@ def yolo_entry(choices: Choices) -> dict:
 
 
 def prepare_folders() -> None:
-    """Two images, and the folders of a VOC data set without files."""
+    """Two images, and the folders of a VOC dataset without files."""
     shutil.rmtree(scratch("voc"), ignore_errors=True)
     for folder in ("images", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages"):
         scratch(folder).mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def prepare_folders() -> None:
 
 
 def check(data: bytes) -> None:
-    """One data set."""
+    """One dataset."""
     choices = Choices(data)
     if choices.number(16) == 15:
         entry = spoil(choices, {"json": "a", "images": "b", "part": [0, 1]})

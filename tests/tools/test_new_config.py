@@ -31,7 +31,7 @@ SIZE = (96, 72)
 
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
-    """An empty working directory, with a folder data; names of its data sets are forgotten."""
+    """An empty working directory, with a folder data; names of its datasets are forgotten."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     before = set(DatasetCatalog)

@@ -1,4 +1,4 @@
-"""tools/visualize_data.py: what it says and draws, on a data set with one of every mistake."""
+"""tools/visualize_data.py: what it says and draws, on a dataset with one of every mistake."""
 
 import importlib.util
 import json
@@ -104,17 +104,17 @@ def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
     assert status == 1 and "2 problems: training would stop" in out
     for line in (
         "image photos/4.png: ",
-        "annotation 4: it has no bbox",
-        "repaired: 1 boxes of neg",
+        "annotation 4: bbox is missing",
+        "repaired: 1 boxes with neg",
     ):
         assert line in out
     status, out, _ = run(capsys, "--check", "--clean")
     assert status == 1 and "37 of 40 annotations: labels_clean.json; name it in the config" in out
     for line in (
-        "repaired: 1 boxes of negative width or height: corners put in order",
-        "repaired: 1 iscrowd written as text: read",
-        "removed: 1 annotations with an unusable box",
-        "removed: 1 images that cannot be used",
+        "repaired: 1 boxes with negative width or height: corners swapped",
+        "repaired: 1 iscrowd written as a string: converted",
+        "removed: 1 annotations with an invalid bbox",
+        "removed: 1 unusable images",
     ):
         assert line in out.splitlines()
     config = Path("config.yaml")
@@ -260,14 +260,14 @@ def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):
     write(labels)
     assert run(capsys, "--check", "--skip-images")[0] == 0
     status, out, _ = run(capsys, "--check", "--skip-images", "MODEL.MASK_ON", "True")
-    assert status == 1 and "annotation 1: segmentation 3 is neither polygons" in out
+    assert status == 1 and "annotation 1: segmentation must be polygons" in out
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--check", "--dataset", "unknown"], "unknown data set 'unknown'"),
-        (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no data set is named"),
+        (["--check", "--dataset", "unknown"], "unknown dataset 'unknown'"),
+        (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no dataset is named"),
         (["MODEL.FCOS.SIZES_OF_INTEREST", "[1, 2, 3]"], "1 rising bounds between 2 levels"),
     ],
 )

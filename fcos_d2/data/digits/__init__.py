@@ -1,4 +1,4 @@
-"""The built-in data sets ``digits_train`` and ``digits_val``: how they look, where they lie."""
+"""The built-in datasets ``digits_train`` and ``digits_val``: how they look, where they lie."""
 
 from .files import (
     NUM_IMAGES,

@@ -1,7 +1,7 @@
 """Makes the built-in data: ``python -m fcos_d2.data.digits [--root DIR] [--images N]``.
 
 They make themselves on first use; this is for looking at them, or for fewer or more images. With
-``--export FOLDER`` it writes some of them as a data set of somebody else, to practise on.
+``--export FOLDER`` it writes some of them as a dataset of somebody else, to practise on.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The digits as somebody else's data set: other names, gaps in the ids, and the usual accidents.
+"""The digits as somebody else's dataset: other names, gaps in the ids, and the usual accidents.
 
 For trying out what users do with data of their own (docs/custom_data.md): ``FOLDER/photos`` and one
 annotation file for everything, ``FOLDER/labels.json``.

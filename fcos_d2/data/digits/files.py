@@ -1,4 +1,4 @@
-"""The built-in data sets ``digits_train`` and ``digits_val`` on disk, in COCO format.
+"""The built-in datasets ``digits_train`` and ``digits_val`` on disk, in COCO format.
 
 ``ROOT/digits/{train,val}/NNNNNN.png`` and ``ROOT/digits/annotations/digits_{train,val}.json``;
 ROOT is ``$DETECTRON2_DATASETS`` or ``./datasets``. They are made on first use, in seconds, and are
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 
 
 def default_root() -> Path:
-    """The folder in which detectron2 looks for data sets."""
+    """The folder in which detectron2 looks for datasets."""
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
@@ -55,7 +55,7 @@ def annotation_file(root: str | os.PathLike, split: str) -> Path:
 
 
 def ensure_digits(root: str | os.PathLike, recipe: Recipe | None = None) -> Path:
-    """Makes the data sets unless they are there, complete and of this version.
+    """Makes the datasets unless they are there, complete and of this version.
 
     Any number of processes may call this at once: one makes them, the others wait and use them.
 
@@ -103,7 +103,7 @@ def _is_usable(root: Path, recipe: Recipe | None) -> bool:
 
 
 def _read_recipe(root: Path) -> Recipe | None:
-    """What the complete data sets under ``root`` were made from; None if they are not complete."""
+    """What the complete datasets under ``root`` were made from; None if they are not complete."""
     recipes = []
     for split in SPLITS:
         try:
@@ -145,7 +145,7 @@ def _check_ours(root: Path) -> None:
             if json.loads(annotation_file(root, split).read_text())["info"]["made_by"] == MAKER:
                 return
     raise InputError(
-        f"digits: {folder} exists and is not the built-in data set; move it away or set "
+        f"digits: {folder} exists and is not the built-in dataset; move it away or set "
         "DETECTRON2_DATASETS to another folder"
     )
 

@@ -1,4 +1,4 @@
-"""What one image of the ``digits`` data sets looks like: real handwriting on a cluttered ground.
+"""What one image of the ``digits`` datasets looks like: real handwriting on a cluttered ground.
 
 The handwriting is scikit-learn's bundled copy of the UCI "Optical Recognition of Handwritten
 Digits" test set: 1,797 images of 8 x 8, by 13 writers. A scene is 160 x 160 RGB and holds 0 to 5

@@ -93,7 +93,7 @@ class Builder:
         try:
             found = of(shape)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            self.add_broken_object(image, f"{format_value(shape)} is no shape with a box", place)
+            self.add_broken_object(image, f"{format_value(shape)} is not a shape with a box", place)
             return
         box, polygon = found if isinstance(found, tuple) else (found, None)
         self.add_object(image, label, box, place, polygon=polygon)
@@ -110,7 +110,7 @@ class Builder:
             if isinstance(label, str) and label.strip():
                 entry["category_id"] = ids.get(label.strip(), label)
             elif "broken" not in entry:
-                entry["broken"] = "it has no class name; write one"
+                entry["broken"] = "it has no class name; add one"
         categories = [{"id": number, "name": name} for name, number in ids.items()]
         content = {"images": self._images, "categories": categories, "annotations": self._objects}
         return content if self._has_sizes else {**content, NO_SIZES: True}

@@ -85,13 +85,13 @@ def read_yaml(path: str | os.PathLike) -> dict:
     except yaml.YAMLError as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no mapping of keys; write it like YOLO's data.yaml")
+        raise InputError(f"{path} is not a mapping of keys such as YOLO's data.yaml")
     return content
 
 
 def _unreadable(path: str | os.PathLike, error: Exception) -> InputError:
     cause = format_value(getattr(error, "strerror", None) or one_line_cause(error))
     return InputError(
-        f"cannot read annotation file {path}: {cause}; check its path and rights, or export it "
-        "again"
+        f"cannot read annotation file {path}: {cause}; check the path and permissions, or export "
+        "it again"
     )

@@ -47,14 +47,14 @@ def kind_of(content: object) -> str:
             if keys <= content.keys():
                 return kind
         keys = ", ".join(map(str, list(content)[:5]))
-        return f"an object with the keys {format_value(keys) or 'none'}, which no format has"
+        return f"JSON with the keys {format_value(keys) or 'none'}, which no format has"
     if isinstance(first, dict):
         for keys, kind in LISTS:
             if keys <= first.keys():
                 return kind
         keys = ", ".join(map(str, list(first)[:5]))
-        return f"a list of objects with the keys {format_value(keys)}, which no format has"
-    return f"a {type(content).__name__}, which no format is"
+        return f"a JSON list of objects with the keys {format_value(keys)}, which no format has"
+    return f"JSON of type {type(content).__name__}, which no format has"
 
 
 # The first row whose keys are all there.
@@ -99,7 +99,8 @@ def _read_labelme(folder: Path, image_root: str) -> Source:
             _add_labelme(builder, content, image_root, path.name)
     if not found:
         raise InputError(
-            f"{folder} holds {len(files)} JSON files, none of them LabelMe's; name the file itself"
+            f"{folder} contains {len(files)} JSON files, but none of LabelMe; for other formats, "
+            "name a file"
         )
     return Source(str(folder), image_root, builder.content())
 

@@ -21,7 +21,7 @@ FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of a list of one class
 
 
 def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = True) -> Source:
-    """A Pascal VOC data set, or a split of it.
+    """A Pascal VOC dataset, or a split of it.
 
     Objects marked difficult become crowds, which evaluation leaves out of account. Pixels of VOC
     are counted from 1, those of COCO from 0.
@@ -45,7 +45,7 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
         path = _list_file(root, split)
         stems, listed = list(_stems(path, annotated.keys() | files.keys())), str(path)
     if not stems:
-        raise InputError(f"{listed} names no image; there is nothing to learn from")
+        raise InputError(f"{listed} lists no images")
     others = annotated.keys() - set(stems) if all_classes else ()
     builder = Builder()
     for stem in dict.fromkeys(stems):
@@ -55,8 +55,8 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
     content = builder.content()
     if not content["categories"]:
         raise InputError(
-            f"{xml} has no class: no XML file there has an object with a name; is it the folder of "
-            "the annotations?"
+            f"no XML file in {xml} has an object with a name; check that it is the folder of the "
+            "annotations"
         )
     return Source(str(root / Path(split or "voc").stem), str(images), content)
 
@@ -67,7 +67,7 @@ def _is_seen(path: Path) -> bool:
 
 
 def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
-    """The folders of the data set, of its XML files and of its images."""
+    """The folders of the dataset, of its XML files and of its images."""
     if isinstance(entry, dict):
         xml, images = Path(entry["xml"]), Path(entry["images"])
         root = xml
@@ -78,7 +78,7 @@ def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
             xml = images  # beside the images
     for folder in (xml, images):
         if not folder.is_dir():
-            raise InputError(f"folder {folder} does not exist; correct its path in the config")
+            raise InputError(f"folder {folder} does not exist; correct the path in the config")
     return root, xml, images
 
 
@@ -94,8 +94,8 @@ def _list_file(root: Path, split: str) -> Path:
         if "\0" not in str(path) and path.is_file():
             return path
     raise InputError(
-        f"cannot read {main / f'{split}.txt'}: there is no such file; a VOC folder lists the "
-        "images of a split there. Without 'split', all XML files are used"
+        f"cannot read {main / f'{split}.txt'}: no such file; it lists the images of a split. "
+        "Without 'split', all XML files are used"
     )
 
 
@@ -130,7 +130,9 @@ def _add_voc_image(
 ) -> None:
     if path is None and file_name is None:
         name = format_value(stem)
-        builder.add_broken_image(f"image {name}: it has no XML file in {folder}, and no image")
+        builder.add_broken_image(
+            f"image {name}: neither an image nor an XML file in {folder} has this name"
+        )
         return
     if path is None:  # a background
         builder.add_image(file_name)
@@ -157,7 +159,7 @@ def _number(text: str | None) -> float | str:
     try:
         return float(text)
     except (TypeError, ValueError):
-        return text or "nothing"
+        return text or ""
 
 
 # ---- CVAT ----
@@ -171,7 +173,7 @@ def read_cvat(path: str | Path, image_root: str) -> Source:
     """
     root = read_xml(path)
     if root.find("track") is not None:
-        raise InputError(f"{path} holds tracks of a video; export the task as 'CVAT for images'")
+        raise InputError(f"{path} contains tracks of a video; export the task as 'CVAT for images'")
     names = [(label.findtext("name") or "").strip() for label in root.iter("label")]
     builder = Builder(dict.fromkeys(filter(None, names)) or None)
     for item in root.iter("image"):

@@ -20,7 +20,7 @@ PIXELS = 2.0  # a share beyond this is none
 
 
 def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) -> Source:
-    """A YOLO data set, or a split of it.
+    """A YOLO dataset, or a split of it.
 
     Args:
         path: data.yaml, its folder, or a folder of images and labels with a classes.txt.
@@ -38,7 +38,7 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
     places = [root] if split is None else _split_places(settings, root, split, config)
     images = list(dict.fromkeys(image for place in places for image in _images(place, config)))
     if not images:
-        raise InputError(f"{config}: there are no images in {', '.join(map(str, places))}")
+        raise InputError(f"{config}: no images in {', '.join(map(str, places))}")
     builder, has_points = Builder(names), "kpt_shape" in settings
     labelled = []
     for image in images:
@@ -46,7 +46,7 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
         labelled.append(_add_image(builder, image, name, names, upright, has_points))
     if not any(labelled):
         raise InputError(
-            f"{config}: no image has a label file, like {_label_file(images[0])} for {images[0]}"
+            f"{config}: no image has a label file, such as {_label_file(images[0])} for {images[0]}"
         )
     return Source(str(root / (split or "yolo")), str(root), builder.content())
 
@@ -74,7 +74,7 @@ def _names(settings: dict, root: Path, config: Path) -> list[str]:
             raise InputError(f"{config}: 'names' must be numbered from 0 without gaps")
         names = [names[key] for key in keys]
     if not isinstance(names, list) or not names:
-        raise InputError(f"{config}: there are no class names; write names: [first, second]")
+        raise InputError(f"{config}: class names are missing; add names: [first, second]")
     names = [str(name).strip() for name in names]
     if len(set(names)) < len(names):
         raise InputError(f"{config}: two classes have the same name ({format_value(names)})")
@@ -88,7 +88,7 @@ def _split_places(settings: dict, root: Path, split: str, config: Path) -> list[
     if not all(isinstance(value, str) for value in values):
         known = [key for key in ("train", "val", "test") if settings.get(key)]
         raise InputError(
-            f"{config}: there is no split {split!r}; it has {', '.join(known) or 'none'}"
+            f"{config}: no split {split!r}; its splits are {', '.join(known) or 'missing'}"
         )
     base = str(settings.get("path") or "")
     beginnings = [root / base, Path(base), root]
@@ -104,7 +104,7 @@ def _place(value: str, beginnings: list[Path], config: Path) -> Path:
             if (beginning / tail).exists():
                 return beginning / tail
     raise InputError(
-        f"{config}: {format_value(value)} does not exist; correct its path in that file"
+        f"{config}: {format_value(value)} does not exist; correct the path in that file"
     )
 
 
@@ -165,15 +165,15 @@ def _add_object(
             raise ValueError
     except (ValueError, OverflowError):
         text = format_value(" ".join(words))
-        builder.add_broken_object(image, f"{text} is no class and numbers", place)
+        builder.add_broken_object(image, f"{text} is not a class number and coordinates", place)
         return
     label = names[int(class_)] if 0 <= class_ < len(names) else None
     if label is None:
-        problem = f"class {words[0]} is none of the {len(names)} names, which count from 0"
+        problem = f"class {words[0]} is out of range for {len(names)} names, counted from 0"
         builder.add_broken_object(image, problem, place)
     elif len(values) < 4 or max(map(abs, values)) > PIXELS:
         text = format_value(" ".join(words))
-        problem = f"{text} is no class, x, y, width and height as shares of the image, 0 to 1"
+        problem = f"{text} is not a class, x, y, width and height relative to the image, 0 to 1"
         builder.add_broken_object(image, problem, place)
     elif len(values) < 6 or has_points:  # a box, perhaps with a score
         x, y, w, h = values[:4]
