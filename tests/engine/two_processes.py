@@ -107,7 +107,6 @@ def main() -> None:
     trainer = train(model, my_part(everywhere), steps=1)[3]
     trainer.stop_requested = rank == 1
     with EventStorage():
-        trainer._data_loader_iter = iter(my_part(everywhere))
         trainer.run_step()
     assert trainer.stopping, "one was asked to stop, both must know"
     trainer.gather_rng_states()

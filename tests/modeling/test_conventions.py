@@ -86,11 +86,18 @@ class Detectron2:
 
     def assign(self, scene):
         anchors = self.model.anchor_generator(scene.maps)
-        # The main branch has made it private.
-        match = getattr(self.model, "match_anchors", None) or self.model._match_anchors
-        matched = match(anchors, scene.truth)
+        if hasattr(self.model, "match_anchors"):
+            matched = self.model.match_anchors(anchors, scene.truth)
+        else:  # the main branch
+            matched = [self.match(anchors, truth.gt_boxes) for truth in scene.truth]
         labels, _ = self.model.label_anchors(anchors, scene.truth)
         return torch.stack(matched), torch.stack(labels)
+
+    def match(self, anchors, boxes):
+        if len(boxes) == 0:
+            return torch.full((sum(map(len, anchors)),), -1)
+        quality, matched = self.model._match_anchors(boxes, anchors).max(dim=0)
+        return matched.masked_fill(quality < 1e-5, -1)
 
     def compute_losses(self, scene):
         with EventStorage():

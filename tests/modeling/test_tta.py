@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
-from detectron2.modeling import DatasetMapperTTA
+from detectron2.modeling import Backbone, DatasetMapperTTA
 from torch import nn
 
 from fcos_d2.modeling import FCOS, PointGrid, PostProcessor, Predictions
@@ -22,7 +22,7 @@ pytest_plugins = ["tests.script"]
 SCORE = 1 / (1 + math.exp(-(255 - 128) / 32))  # of a white cell; quality is as good as 1
 
 
-class Brightness(nn.Module):
+class Brightness(Backbone):
     size_divisibility = 8
 
     def __init__(self):
