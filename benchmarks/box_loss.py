@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fcos_d2.ops import assign_targets, box_loss, sigmoid_focal_loss
 
 from .measure import Row, compare, graph_of
 from .peers import needs
-from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch, name_of, size_in_bytes
+from .workload import (
+    CLASSES,
+    LEVELS,
+    RANGES,
+    TARGET_BYTES,
+    Batch,
+    make_batch,
+    name_of,
+    size_in_bytes,
+)
 
 
 def run(images: int, device: torch.device) -> list[Row]:
@@ -16,11 +27,11 @@ def run(images: int, device: torch.device) -> list[Row]:
     return [row for dtype in (torch.float32, torch.bfloat16) for row in _run(images, device, dtype)]
 
 
-def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    batch = make_batch(images, 100, device, dtype)
+def losses_of(batch: Batch) -> Callable:
+    """Assignment, losses, normalizers and gradients of a batch."""
     maps = [*batch.logits, *batch.ltrb, *batch.quality]
 
-    def ours():
+    def run():
         truth = (batch.boxes, batch.classes, batch.offsets)
         targets = assign_targets(*truth, LEVELS, RANGES, num_classes=CLASSES)
         positives = targets.counts[..., 0].sum().clamp(min=1)
@@ -31,6 +42,13 @@ def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
         total = cls + quality / positives + box / targets.centerness.sum().clamp(min=1e-6)
         return torch.autograd.grad(total, maps)
 
+    return run
+
+
+def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
+    batch = make_batch(images, 100, device, dtype)
+    maps = [*batch.logits, *batch.ltrb, *batch.quality]
+    ours = losses_of(batch)
     peers = {**graph_of(ours, device), **_detectron2(images, batch, maps, device)}
     floor = 2 * size_in_bytes(maps) + TARGET_BYTES * images * LEVELS.num_points
     workload = f"{images} x 100 boxes, {name_of(dtype)}"

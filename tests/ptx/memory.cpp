@@ -10,7 +10,7 @@ namespace ptx {
 namespace {
 
 constexpr uint64_t kMostIdle = 3'000'000; // accesses of a warp without a write
-constexpr uint64_t kNull = 4096; // addresses below are null pointers and offsets from them
+constexpr uint64_t kNull = 4096;          // addresses below are null pointers and offsets from them
 
 // The bytes of cell `index` that an access of [begin, begin + bytes) touches.
 uint8_t bytes_in_cell(size_t index, size_t begin, size_t bytes) {

@@ -39,17 +39,21 @@ cudaError_t fail(cudaError_t code, const std::string& why) {
   return error = code;
 }
 
-Kernel& find_kernel(const std::string& name) {
+Kernel* find_kernel(const std::string& name) {
   for (const auto& [file, program] : programs) {
     if (program->has(name)) {
-      return program->find(name);
+      return &program->find(name);
     }
   }
-  throw Fault("no PTX of kernel " + name);
+  return nullptr;
 }
 
 void run(const std::string& name, dim3 grid, dim3 block, void** arguments, size_t shared) {
-  Kernel& kernel = find_kernel(name);
+  Kernel* found = find_kernel(name);
+  if (found == nullptr) {
+    throw Fault("no PTX of kernel " + name);
+  }
+  Kernel& kernel = *found;
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
     const Range& place = kernel.parameters[i];
     std::memcpy(kernel.arguments.data() + place.begin, arguments[i], place.end - place.begin);
@@ -88,11 +92,11 @@ std::string describe(const Counts& counts) {
 }
 
 std::string describe(const std::string& name, const Machine::Record& record) {
-  Kernel& kernel = find_kernel(name);
   std::string lines;
-  for (size_t i = 0; i < kernel.code.size(); ++i) {
-    if (std::exchange(kernel.executed[i], uint8_t(0))) {
-      lines += (lines.empty() ? "" : ", ") + std::to_string(kernel.sources[i].line);
+  Kernel* kernel = find_kernel(name);
+  for (size_t i = 0; kernel != nullptr && i < kernel->code.size(); ++i) {
+    if (std::exchange(kernel->executed[i], uint8_t(0))) {
+      lines += (lines.empty() ? "" : ", ") + std::to_string(kernel->sources[i].line);
     }
   }
   return "{\"launches\": " + std::to_string(record.launches) +
@@ -158,6 +162,7 @@ cudaError_t __cudaLaunchKernel(
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++ptx::machine.records["cudaMemsetAsync"].launches;
   std::memset(to, value, bytes);
   ptx::machine.memory.mark_written(to, bytes);
   return cudaSuccess;
