@@ -12,7 +12,7 @@ from .errors import InputError
 from .ops import batched_nms
 from .predictor import Prediction, Predictor
 
-MARGIN = 2.0  # pixels from a tile's edge within which a box is cut off by it
+MARGIN = 2.0  # a box this close to the border of a tile is cut off, in pixels
 SMALLEST = 32  # pixels of a tile
 
 
@@ -26,17 +26,17 @@ class Tile(NamedTuple):
 
 
 class TiledPredictor:
-    """A ``Predictor`` that looks at every image in overlapping tiles, and once as a whole.
+    """A ``Predictor`` that is applied to overlapping tiles of each image and to the whole image.
 
-    Tiles overlap by half, so that an object of up to half a tile lies completely in one of them;
-    boxes that another edge of a tile than the image's own cuts off are dropped. Larger objects are
-    taken from the whole image. One NMS merges everything.
+    Tiles overlap by half, so that each object of up to half a tile is completely inside one of
+    them; detections that are cut off at the inner border of a tile are dropped. Larger objects are
+    detected in the whole image. One NMS merges all detections.
 
     Args:
-        predictor: what looks at each tile; ``Predictor.resize`` applies to tiles as to images.
-        tile: side of a tile in pixels; that of the crops which the detector was trained on.
-        iou_threshold: overlap above which a box of the same class is the same object.
-        batch_size: tiles that go through the network together.
+        predictor: applied to tiles as to images, including the resizing.
+        tile: side of a tile in pixels, such as that of the crops used in training.
+        iou_threshold: of the NMS.
+        batch_size: number of tiles that go through the network together.
 
     Raises:
         InputError: ``tile`` is too small.
@@ -51,7 +51,7 @@ class TiledPredictor:
         self._iou_threshold, self.class_names = iou_threshold, predictor.class_names
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
-        """What is found in images, uint8 [H, W, 3] RGB, of any sizes."""
+        """Detects objects in images, uint8 [H, W, 3] RGB, of any sizes."""
         return [self._predict_one(image) for image in images]
 
     def _predict_one(self, image: np.ndarray) -> Prediction:
@@ -109,7 +109,7 @@ def tiles_of(width: int, height: int, side: int) -> Iterator[Tile]:
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Evenly spaced, from 0 to ``length - side``, no more than half a side apart."""
+    """Evenly spaced from 0 to ``length - side``, at most half a side apart."""
     if length <= side:
         return [0]
     count = -(-(length - side) // (side // 2)) + 1
@@ -117,7 +117,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _is_cut(boxes: np.ndarray, tile: Tile, size: tuple[int, int]) -> np.ndarray:
-    """Whether a box reaches an edge of its tile behind which the image goes on; bool [n]."""
+    """Whether boxes reach an inner border of their tile; bool [n]."""
     width, height = size
     low = (boxes[:, 0] < tile.x + MARGIN) & (tile.x > 0)
     top = (boxes[:, 1] < tile.y + MARGIN) & (tile.y > 0)

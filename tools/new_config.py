@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Writes a config for a folder of images and annotations, with the reason for every line.
+"""Writes a config for a folder of images and annotations, with comments that explain the choices.
 
     python tools/new_config.py FOLDER -o mine.yaml
     python train_net.py --config-file mine.yaml
 
 Recognizes COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML, Roboflow's exports.
-Where there is no validation set, a fifth of the images becomes one: every class has its share,
-augmented copies of one photo stay together, and mine_val.txt lists them. A list that is there
-already is used, so that new images move no old one. Exit status: 0, 1 if the data has defects that
-have to be corrected first, 2 if there is no data.
+Without a validation set, a fifth of the images becomes one, listed in mine_val.txt: every class is
+represented, and augmented copies of one photo stay together. An existing list is kept, so that
+adding images does not move others. Exit status: 0; 1 if the data has defects that must be corrected
+first; 2 if there is no data.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def recognize(folder: Path) -> dict[str, dict]:
         InputError: there is nothing that is known.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; name the one that holds images and annotations")
+        raise InputError(f"{folder} is not a folder; name the one with images and annotations")
     files = [path for path in _files(folder) if path.name[0] != "."]
     for find in (_find_yolo, _find_xml, _find_json):
         if found := find(folder, files):
@@ -63,7 +63,7 @@ def recognize(folder: Path) -> dict[str, dict]:
     kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
     looks = [f"{path}: {kind_of(read_json(path))}" for path in files if path.suffix == ".json"][:3]
     raise InputError(
-        f"{folder} holds no annotations of a known format, but {len(files)} files ("
+        f"{folder} contains no annotations of a known format, but {len(files)} files ("
         f"{', '.join(f'{count} {suffix}' for suffix, count in kinds)}); {'; '.join(looks)}"
     )
 
@@ -76,7 +76,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _split_of(path: Path, folder: Path) -> str:
-    """The split that a path names, the last one if there are several; "all" for none."""
+    """The last split that is named in a path; "all" if there is none."""
     words = "/".join(path.relative_to(folder).parts).lower()
     found = [
         (match.start(), split)
@@ -132,7 +132,7 @@ def _root_tag(path: Path) -> str:
 
 
 def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
-    """Files of a known kind by split; of COCO's own those with instances, cleaned ones first."""
+    """Entries by split; of COCO's own files the instances, and clean files instead of originals."""
     paths = [p for p in files if p.suffix == ".json" or p.name.endswith(".json.gz")]
     paths = [p for p in paths if p.with_name(f"{p.stem}_clean.json") not in paths]
     if instances := [p for p in paths if p.name.startswith("instances_")]:
@@ -157,7 +157,7 @@ def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
 
 
 def _names(content: object) -> list[str]:
-    """File names of images in a JSON file of any kind."""
+    """File names of images in a JSON file of any format."""
     entries = content.get("images", content) if isinstance(content, dict) else content
     entries = entries.get("_via_img_metadata", entries) if isinstance(entries, dict) else entries
     entries = entries.values() if isinstance(entries, dict) else entries
@@ -167,7 +167,7 @@ def _names(content: object) -> list[str]:
 
 
 def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
-    """The folder that names start from; a folder called images, or FOLDER, where it is unknown."""
+    """The folder to which names are relative; if unknown, a folder called images, or FOLDER."""
     near = [path for path in sorted(folder.rglob("*")) if path.is_dir()][:200]
     for candidate in (beside, beside / "images", folder / "images", *near, folder):
         if names and candidate.is_dir() and not locate_images(str(candidate), names).missing:
@@ -180,13 +180,13 @@ def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
 
 
 def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
-    """The images for validation: a fifth, and of every class nearly a fifth of its photos.
+    """Selects a fifth of the images, with about a fifth of the photos of every class.
 
-    Whether a photo belongs to it is decided by its name; few are moved for the sake of classes of
-    which there are few, the rarest first.
+    The selection depends on a hash of the name of each photo; a few photos are moved for the sake
+    of rare classes, the rarest first.
 
     Args:
-        labels: classes in an image, by its file name.
+        labels: classes in each image, by file name.
     """
     groups: dict[str, set[int]] = {}
     for name, classes in labels.items():
@@ -221,7 +221,7 @@ DATASETS:
   TEST: [{test}]
 INPUT:
 {sizes}
-  RANDOM_FLIP: "horizontal"  # "none" where left and right differ, as in text
+  RANDOM_FLIP: "horizontal"  # "none" if left and right differ, as in text
 {model}
 {solver}
   MAX_ITER: {iterations}  # every image {epochs:.0f} times, and at least 1500 iterations
@@ -232,22 +232,23 @@ DATALOADER: {{NUM_WORKERS: {workers}}}
 OUTPUT_DIR: output/{name}
 """
 SIZES = """\
-  # Images are mostly {width:.0f} x {height:.0f}; so one box in twenty is under {small:.0f} pixels.
+  # For images of {width:.0f} x {height:.0f}, this makes 5 percent of the boxes smaller than
+  # {small:.0f} pixels.
   MIN_SIZE_TRAIN: {train_sizes}
   MAX_SIZE_TRAIN: {longest}
   MIN_SIZE_TEST: {size}
   MAX_SIZE_TEST: {longest}"""
 TILES = """\
-  # In images of {width:.0f} x {height:.0f} one box in twenty is under {small:.0f} pixels, too small
-  # to be shrunk: training sees crops around objects. Detect with fcos-d2 --tile {size}.
+  # In images of {width:.0f} x {height:.0f}, 5 percent of the boxes are under {small:.0f} pixels,
+  # too small for downsampling: train on crops. Detect with fcos-d2 --tile {size}.
   CROP: {{ENABLED: True, TYPE: "absolute", SIZE: [{size}, {size}]}}
   MIN_SIZE_TRAIN: [{size}]
   MAX_SIZE_TRAIN: {size}
-  MIN_SIZE_TEST: 0  # as they are"""
+  MIN_SIZE_TEST: 0  # no resizing"""
 PUBLISHED = """\
-  WEIGHTS: "{weights}"  # trained on COCO; the class layer starts anew"""
+  WEIGHTS: "{weights}"  # trained on COCO; the class layer is reinitialized"""
 RANDOM = """\
-  WEIGHTS: ""  # a network small enough for a CPU starts from random weights"""
+  WEIGHTS: ""  # a small network for a CPU, trained from scratch"""
 GPU = """\
 SOLVER:
   IMS_PER_BATCH: {batch}  # for the memory of the GPU
@@ -261,11 +262,11 @@ SOLVER:
 
 
 class Fingerprint(NamedTuple):
-    """What the recipe depends on."""
+    """The statistics on which the recipe depends."""
 
     width: float  # of the images, median
     height: float
-    small: float  # shorter side of a box that only one in twenty is below, pixels
+    small: float  # 5th percentile of the shorter side of boxes, pixels
     records: list[dict]
 
     @property
@@ -283,15 +284,15 @@ def fingerprint(records: list[dict]) -> Fingerprint:
     boxes = [boxes_of([a for a in r["annotations"] if not a["iscrowd"]]) for r in records]
     sides = np.concatenate([b[:, 2:] - b[:, :2] for b in boxes] or [np.zeros((0, 2))]).min(axis=1)
     if not (sides > 0).any():
-        raise InputError("the data has no box with area; are these the right annotations?")
+        raise InputError("there are no boxes with area; check that these are the right annotations")
     sizes = np.median([(r["width"], r["height"]) for r in records], axis=0)
     return Fingerprint(*sizes, float(np.quantile(sides[sides > 0], 0.05)), records)
 
 
 def recipe(found: Fingerprint, has_gpu: bool) -> dict:
-    """Values of ``TEXT``: training from published weights on a GPU, from random ones on a CPU."""
+    """Values for ``TEXT``: fine-tuning on a GPU, training from scratch on a CPU."""
     pixels, most, batch = (24, 800, _gpu_batch()) if has_gpu else (20, 480, 4)
-    # The size at which one box in twenty is smaller than so many pixels; at most twice the image's.
+    # 5 percent of the boxes become smaller than so many pixels; at most twice the original size.
     size = np.clip(pixels / found.small * found.short, min(128, found.short), most)
     size = max(32, round(min(size, 2 * found.short) / 8) * 8)
     is_tiled = pixels / 2 > found.small * size / found.short
@@ -320,13 +321,13 @@ def recipe(found: Fingerprint, has_gpu: bool) -> dict:
 
 
 def _gpu_batch() -> int:
-    """Images per iteration: about 2 GB each at 800 pixels."""
+    """Images per iteration, which take about 2 GB each at 800 pixels."""
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     return int(np.clip(2 ** int(np.log2(max(memory / 2**31, 1))), 2, 16))
 
 
 def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: int) -> str:
-    """Levels for the measured boxes; those of published weights where they reach all."""
+    """Levels for the measured boxes; on a GPU those of the published weights if possible."""
     records = found.records[:: max(1, len(found.records) // SAMPLED)]
     samples = [sample_of(r, round(size), longest) for r in records]
     pyramid = suggest_pyramid(samples, found.small * size / found.short)
@@ -342,13 +343,13 @@ def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: i
 
 
 def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
-    """Writes the config, and the list of a validation set if there has to be one.
+    """Writes the config and, if necessary, the list of validation images.
 
     Raises:
-        InputError: the folder holds no data, or the file is there already.
+        InputError: the folder contains no data, or the file exists.
     """
     if output.exists():
-        raise InputError(f"{output} is there already; remove it or choose another -o")
+        raise InputError(f"{output} exists; remove it or choose another -o")
     name = re.sub(r"\W+", "_", output.stem).strip("_") or "mine"
     output.parent.mkdir(parents=True, exist_ok=True)
     entries, train, test, why = assign_roles(recognize(folder), name, output)
@@ -372,7 +373,7 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
     print(f"{output}: {len(found[0].records)} images to train on, {len(classes)} classes")
     if problems := sum(inspection.num_problems for inspection in found):
         print(
-            f"{problems} problems have to be corrected first: python tools/visualize_data.py "
+            f"{problems} problems must be corrected first: python tools/visualize_data.py "
             f"--config-file {output} --check --clean"
         )
         return 1
@@ -381,22 +382,22 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
 
 
 def assign_roles(found: dict, name: str, output: Path) -> tuple[dict[str, dict], str, str, str]:
-    """Entries by name, those to train and to test on, and why."""
+    """Entries by name, the names to train and to test on, and the reason."""
     entries = {f"{name}_{split}": entry for split, entry in found.items() if split != "all"}
     if "trainval" in found and "test" in found:
         entries = {f"{name}_{split}": found[split] for split in ("trainval", "test")}
-        return entries, f"{name}_trainval", f"{name}_test", "The lists of the folder."
+        return entries, f"{name}_trainval", f"{name}_test", "The lists in the folder."
     tested = next((split for split in ("val", "test") if split in found), None)
     if "train" in found and tested:
-        return entries, f"{name}_train", f"{name}_{tested}", "The splits of the folder."
+        return entries, f"{name}_train", f"{name}_{tested}", "The splits in the folder."
     split = "train" if "train" in found else next(iter(found))
     entry, path = found[split], output.with_name(f"{output.stem}_val.txt")
     if path.exists():
-        why = f"{path} was there: its images stay the validation set."
+        why = f"The images in {path}, which existed, stay the validation set."
     else:
         names = _choose(name, entry)
         path.write_text("\n".join(sorted(names)) + "\n")
-        why = f"{len(names)} images, a fifth, for validation; new images are trained on."
+        why = f"{len(names)} images are for validation; images added later are for training."
     entries.pop(f"{name}_{split}", None)
     entries[f"{name}_train"] = {**entry, "part": f"not {path}"}
     entries[f"{name}_val"] = {**entry, "part": str(path)}
@@ -417,7 +418,7 @@ def _choose(name: str, entry: dict) -> set[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; its exit status."""
+    """Runs the script and returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Looks at the data of a config before it is trained on.
+"""Draws and checks the datasets of a config before training.
 
     python tools/visualize_data.py --config-file FILE [--output DIR] [--images N]
     python tools/visualize_data.py --config-file FILE --check [--clean] [--skip-images]
 
-Draws images as training sees them, with their boxes and the points that learn them on every level.
---check reads everything instead: what is broken, what the classes are, which boxes no point learns
-under the configured levels, and which levels would fit better. Its exit status is 1 if training
-would stop. --clean also writes annotation files in which every defect that can mean only one thing
-is repaired and nothing is broken; with --accept-loss even if they lose more than a tenth.
+Draws images as training sees them, with their boxes and the points that learn them on each level.
+--check reads all images and annotations instead and reports defects, classes, boxes that no point
+learns, and levels that would fit better; the exit status is 1 if training would stop. --clean also
+writes repaired annotation files without defects, with --accept-loss even if they lose more than 10
+percent of the annotations.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares o
 
 
 def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> None:
-    """Writes one picture per image: what training sees, and the points that learn it.
+    """Draws images as training sees them, and the points that learn each object.
 
     Raises:
         InputError: a dataset cannot be used.
@@ -109,7 +109,7 @@ def _picture(sample: dict, image_format: str, losses, grid, name: str) -> np.nda
 
 
 def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, PointGrid]:
-    """The assignment of the config, or what it would be with other levels."""
+    """The assignment rules of the config, optionally with other levels."""
     if pyramid is not None:
         cfg = cfg.clone()
         cfg.MODEL.FCOS.FPN_STRIDES = pyramid.strides
@@ -128,7 +128,7 @@ def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, Poin
 def check(
     cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool, accept_loss: bool
 ) -> bool:
-    """Prints everything about the datasets; whether training can use them as they are.
+    """Prints a report on the datasets; returns whether training can use them as they are.
 
     Raises:
         InputError: an annotation file cannot be read at all.
@@ -151,7 +151,7 @@ def check(
     if write_clean:
         is_written = _write_clean(inspections, masks, accept_loss)
     elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
-        print("--clean writes annotation files with everything repaired and nothing broken")
+        print("--clean writes repaired annotation files without defects")
     print(f"{problems} problems: training would stop" if problems else "ready to train")
     return not problems and (not write_clean or is_written)
 
@@ -172,10 +172,10 @@ def _print_contents(inspection: Inspection, contents: Contents) -> None:
         _print_some(broken)
     notes = [
         (contents.num_empty, "images without objects"),
-        (contents.num_crowds, "crowd regions (MODEL.FCOS.IGNORE_CROWD leaves them unlearned)"),
-        (contents.num_flat, "boxes of zero width or height, which nothing learns"),
-        (contents.num_over, "boxes that reach over the border of their image"),
-        (contents.num_repeated, "boxes that are there twice"),
+        (contents.num_crowds, "crowd regions (see MODEL.FCOS.IGNORE_CROWD)"),
+        (contents.num_flat, "boxes of zero width or height, which are not learned"),
+        (contents.num_over, "boxes that exceed their image"),
+        (contents.num_repeated, "duplicate boxes"),
     ]
     for count, what in notes:
         if count:
@@ -199,7 +199,7 @@ def _print_some(lines: Sequence[str]) -> None:
 
 
 def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
-    """Datasets that do not fit each other, or the model."""
+    """Mismatches between datasets, or between a dataset and the model."""
     first, lines = inspections[0], []
     for other in inspections[1:]:
         if not set(other.class_names) & set(first.class_names):
@@ -207,8 +207,8 @@ def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
         elif other.class_names != first.class_names:
             lines.append(
                 f"{other.name} has the classes {', '.join(other.class_names)}, but {first.name} "
-                f"has {', '.join(first.class_names)}; a model knows classes by their order: give "
-                "both the same 'classes' in DATASETS.REGISTER"
+                f"has {', '.join(first.class_names)}; set the same 'classes' for both in "
+                "DATASETS.REGISTER, as a model knows classes only by their order"
             )
     count, num_classes = len(first.class_names), cfg.MODEL.FCOS.NUM_CLASSES
     if count and count != num_classes:
@@ -222,13 +222,13 @@ def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
             if shared:
                 lines.append(
                     f"{shared} of the {len(inspection.records)} images of {inspection.name} are "
-                    "trained on; an evaluation would measure what was learned by heart: set 'part'"
+                    "also trained on, so evaluation would measure memorization: set 'part'"
                 )
     return lines
 
 
 def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bool) -> bool:
-    """One annotation file beside each that is not as it should be; whether all were written."""
+    """Writes clean copies of annotation files with defects; returns whether all were written."""
     broken = [i for i in inspections if i.num_problems or i.repaired]
     for inspection in broken:
         if not inspection.files:
@@ -245,8 +245,8 @@ def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bo
         if count == 0 or (count < KEPT * num_before and not accept_loss):
             is_written = False
             print(
-                f"not written: {path} would keep {count} of {num_before} annotations; correct what "
-                "is broken first" + ("" if count == 0 else ", or pass --accept-loss")
+                f"not written: {path} would keep {count} of {num_before} annotations; correct the "
+                "defects first" + ("" if count == 0 else ", or pass --accept-loss")
             )
             continue
         path.write_text(json.dumps(content))
@@ -257,7 +257,7 @@ def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bo
 
 
 def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
-    """The fit of the configured levels and of the suggested ones, at the sizes of training."""
+    """Prints how the configured and the suggested levels fit, at the sizes of training."""
     records = inspection.records[:: max(1, len(inspection.records) // MOST_MEASURED)]
     sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
     samples = {
@@ -303,7 +303,7 @@ def _share(count: int, total: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; its exit status."""
+    """Runs the script and returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="report instead of pictures")
     parser.add_argument("--clean", action="store_true", help="write repaired annotation files")
     parser.add_argument(
-        "--accept-loss", action="store_true", help="even if they lose more than a tenth"
+        "--accept-loss", action="store_true", help="even if they lose more than 10 percent"
     )
     parser.add_argument("--skip-images", action="store_true", help="check without reading images")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")

@@ -1,7 +1,7 @@
-"""Datasets by name, and every problem with one of them as a single line that says what to do.
+"""Registration and loading of datasets; each problem is one line that says what to do.
 
-COCO files, and everything that DATASETS.REGISTER describes, are reviewed and turned into records
-here; whatever else is registered, its own function loads.
+COCO files and the entries of DATASETS.REGISTER are reviewed and converted to records here. Other
+registered datasets are loaded by their own functions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHECK = "python tools/visualize_data.py --config-file FILE --check"
 
 
 def register_digits(root: str | os.PathLike | None = None) -> None:
-    """Names ``digits_train`` and ``digits_val``; writes nothing. A second call moves them.
+    """Registers ``digits_train`` and ``digits_val``; writes nothing. A second call moves them.
 
     Args:
         root: the folder that holds ``digits/``. Default: $DETECTRON2_DATASETS or ./datasets.
@@ -62,15 +62,14 @@ def register_digits(root: str | os.PathLike | None = None) -> None:
 
 
 def register_datasets(entries: Mapping[str, Mapping]) -> None:
-    """Gives every entry of DATASETS.REGISTER its name in detectron2's catalogs; opens no file.
+    """Registers the entries of DATASETS.REGISTER in detectron2's catalogs; opens no file.
 
     Args:
         entries: by name; docs/custom_data.md lists their keys. Paths are relative to the working
             directory; ``~`` and ``$VARIABLES`` are replaced.
 
     Raises:
-        InputError: an entry without what it needs, or of a name that is taken or could not name a
-            file.
+        InputError: an incomplete entry, or a name that is taken or not safe as a file name.
     """
     for name, entry in entries.items():
         check_entry(name, entry)
@@ -92,17 +91,17 @@ def _forget(name: str) -> None:
 
 
 def is_coco(name: str) -> bool:
-    """Whether it is registered here, or with detectron2's ``register_coco_instances``."""
+    """Whether it was registered here or with detectron2's ``register_coco_instances``."""
     function = DatasetCatalog[name]
     ours = isinstance(function, partial) and function.func is load_coco
     return ours or getattr(function, "__module__", "") == "detectron2.data.datasets.coco"
 
 
 def prepare(name: str) -> None:
-    """Guarantees that the annotation file of dataset ``name`` is there; makes the built-in data.
+    """Makes sure that the annotation file of a dataset exists; generates the built-in data.
 
     Raises:
-        InputError: no such dataset, or its annotation file is absent.
+        InputError: there is no such dataset, or its annotation file is missing.
     """
     if name not in DatasetCatalog:
         raise InputError(_unknown_name(name))
@@ -142,10 +141,10 @@ def _where_data_lives(name: str) -> str:
 
 
 def sources_of(name: str) -> list[Source]:
-    """The annotation files of a dataset for which ``is_coco``, as they were written.
+    """Reads the annotation files of a dataset for which ``is_coco``, without reviewing them.
 
     Raises:
-        InputError: one is missing or cannot be read.
+        InputError: a file is missing or cannot be read.
     """
     prepare(name)
     metadata = MetadataCatalog.get(name)
@@ -162,20 +161,20 @@ def sources_of(name: str) -> list[Source]:
 
 
 def review_dataset(name: str, masks: bool = False) -> tuple[list[Source], Review]:
-    """Everything there is to say about the annotations of a dataset for which ``is_coco``.
+    """Reviews the annotations of a dataset for which ``is_coco``.
 
     Raises:
-        InputError: its files are no annotations at all.
+        InputError: a file does not contain annotations.
     """
     sources = sources_of(name)
     return sources, review_entry(sources, MetadataCatalog.get(name).get("described", {}), masks)
 
 
 def coco_content(name: str, masks: bool = False) -> dict:
-    """The annotations of a dataset in the form of a COCO file, repaired and without any defect.
+    """The annotations of a dataset as the content of a COCO file, repaired.
 
     Raises:
-        InputError: they have defects that cannot be repaired, or images are missing.
+        InputError: there are defects that cannot be repaired, or images are missing.
     """
     is_own = is_coco(name)
     if not is_own and not MetadataCatalog.get(name).get("json_file"):
@@ -208,7 +207,7 @@ def _converted(name: str) -> dict:
 
 
 def missing_images(name: str, sources: Sequence[Source], review: Review) -> str:
-    """What to say where images cannot be found: one of them, how many, and where it lies."""
+    """Message about missing images: an example, their number, and where the example was found."""
     (path, reason), total = next(iter(review.missing.items())), len(review.content["images"])
     text = f"image {format_value(path)}: {reason} (missing: {len(review.missing)} of {total}); "
     if len(review.missing) == total:
@@ -236,28 +235,28 @@ def load_coco(name: str, masks: bool = False) -> list[dict]:
 def load_dataset(
     names: str | Sequence[str], filter_empty: bool = True, masks: bool = False
 ) -> Sequence[dict]:
-    """Records of one or more datasets in detectron2's standard format, checked.
+    """Loads and checks the records of one or more datasets, in detectron2's standard format.
 
     Args:
-        names: registered datasets; those of one call must have the same classes.
-        filter_empty: leave out images without any annotation that is not a crowd.
-        masks: keep ``segmentation``, for a model that needs it. It is most of the memory that COCO
-            takes, and an object whose polygons all have under three points is left out.
+        names: registered datasets, which must have the same classes.
+        filter_empty: drop images without any annotation other than crowd regions.
+        masks: keep ``segmentation``, which takes most of the memory of COCO. Objects without a
+            polygon of at least three points are then dropped.
 
     Returns:
-        one dict per image. Where any has ``annotations`` all have: an image that came without is
-        one without objects. Defects that can mean only one thing are repaired, which is logged.
+        one dict per image. If any has ``annotations``, all have: the others are images without
+        objects. Defects with only one possible meaning are repaired and logged.
 
     Raises:
-        InputError: unknown name; annotation file absent, broken or of an unknown kind; a defect
-            that could mean several things; no image with objects; image file missing. Boxes of
-            zero size are legal (no point serves them): only a warning.
+        InputError: unknown name; annotation file missing, broken or of an unknown format; a defect
+            that cannot be repaired; no image with objects; missing images. Boxes without area only
+            cause a warning.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise InputError("no dataset is named; set DATASETS.TRAIN or DATASETS.TEST")
     datasets = [_load_one(name, masks) for name in names]
-    if not all(isinstance(dataset, list) for dataset in datasets):  # torch's are not looked through
+    if not all(isinstance(dataset, list) for dataset in datasets):  # torch datasets are not checked
         return ConcatDataset(datasets) if len(datasets) > 1 else datasets[0]
     records = list(chain.from_iterable(datasets))
     if not records:
@@ -295,7 +294,7 @@ def _load_one(name: str, masks: bool) -> Sequence[dict]:
 
 
 def _without_masks(record: dict) -> dict:
-    """A copy without masks; what is in the record may be the user's own and stays as it is."""
+    """A copy without masks; the record itself may belong to the user and is not changed."""
     if "annotations" not in record:
         return record
     annotations = [
@@ -317,7 +316,7 @@ def _check_image_files(records: list[dict], name: str) -> None:
 
 
 def _describe(records: list[dict], names: Sequence[str]) -> None:
-    """Logs how many objects of each class there are.
+    """Logs the number of objects per class.
 
     Raises:
         InputError: the datasets have different classes.
@@ -344,7 +343,7 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
 
 
 def is_flat(annotation: Mapping) -> bool:
-    """Whether a box of a record has no area."""
+    """Whether the box of a record's annotation has no area."""
     x, y, right, bottom = annotation["bbox"]
     if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         return not (right and bottom)
@@ -362,5 +361,5 @@ def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
 
 
 def label(names: Sequence[str]) -> str:
-    """What messages call datasets."""
+    """How messages refer to datasets."""
     return f"dataset{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"

@@ -1,4 +1,4 @@
-"""What a model and its datasets have to agree on: classes, and something to learn."""
+"""Checks that a model and its datasets agree on the classes, and that there are objects."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
     """Makes sure that there is something to learn.
 
     Raises:
-        InputError: all annotations are crowds, have no area or lie outside, or there are none.
+        InputError: all annotations are crowd regions, without area or outside the image.
     """
     if isinstance(records, list) and not any(map(_shows_object, records)):
         raise InputError(

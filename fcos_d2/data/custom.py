@@ -1,7 +1,7 @@
-"""The user's own datasets, described in the config instead of registered in Python.
+"""Entries of DATASETS.REGISTER: datasets described in the config instead of registered in Python.
 
-``formats`` reads their files and ``review`` repairs their defects; here classes are chosen, renamed
-and merged, several files are joined, and a part of the images is taken.
+``formats`` reads their files and ``review`` repairs their defects. This module selects, renames and
+merges classes, joins several files, and selects a part of the images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = {
     "cvat": {"images"},
     "voc": {"split"},
     "yolo": {"split"},
-}  # key that says where the annotations are -> further keys
+}  # key of the annotations -> its further keys
 NEEDED = {"json": {"images"}, "cvat": {"images"}, "voc": set(), "yolo": set()}
 COMMON = {"part", "classes", "rename", "upright"}
 NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
@@ -38,7 +38,7 @@ EXAMPLES = (
     "{voc: folder, split: train} or {cvat: annotations.xml, images: image_folder}; "
     "docs/custom_data.md lists all formats and keys"
 )
-# Ends of names that tell augmented copies of one photo from each other.
+# Suffixes by which augmented copies of one photo differ.
 COPY = re.compile(
     r"(_(jpe?g|png|bmp|webp))?\.rf\.[0-9a-f]+$|[_-](aug|copy|flip|rot)[_-]?\d*$", re.I
 )
@@ -51,7 +51,7 @@ def check_entry(name: object, entry: object) -> str:
     """The kind of an entry of DATASETS.REGISTER, a key of ``KINDS``.
 
     Raises:
-        InputError: it makes no sense.
+        InputError: it is not valid.
     """
     is_name = isinstance(name, str) and NAME.fullmatch(name)
     if not is_name or len(name.encode()) > LONGEST_NAME:
@@ -128,12 +128,10 @@ def expand(text: str) -> str:
 
 
 def read_sources(name: str, entry: Mapping) -> list[Source]:
-    """The annotation files of an entry, as they were written.
-
-    What takes long to read is read once in a process.
+    """Reads the annotation files of an entry; slow formats only once per process.
 
     Raises:
-        InputError: one is missing, or nothing that can be read.
+        InputError: a file is missing or cannot be read.
     """
     kind = check_entry(name, entry)
     is_cached = kind != "json" or any(os.path.isdir(expand(path)) for path in _listed(entry[kind]))
@@ -152,13 +150,13 @@ def read_sources(name: str, entry: Mapping) -> list[Source]:
 
 
 def forget_sources(name: str) -> None:
-    """Reads the files of an entry anew next time."""
+    """Makes ``read_sources`` read the files of an entry again."""
     Path(_scratch().name, f"{name}.json").unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)
 def _scratch() -> tempfile.TemporaryDirectory:
-    """Removed when the process ends."""
+    """Deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="fcos_d2_datasets_")
 
 
@@ -187,10 +185,10 @@ def _matching(pattern: str) -> list[str]:
 
 
 def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False) -> Review:
-    """Everything about the annotations of an entry, with its classes and its part of the images.
+    """Reviews the annotations of an entry, with its classes and its part of the images.
 
     Raises:
-        InputError: a file is no annotation file at all, or the entry does not fit it.
+        InputError: a file does not contain annotations, or the entry does not fit it.
     """
     reviews, upright = [], entry.get("upright", True)
     part = chooser(entry["part"]) if "part" in entry else None
@@ -214,7 +212,7 @@ def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False)
 
 
 def _joined(reviews: Sequence[Review]) -> Review:
-    """Several files as one; classes of one name are one, and images are numbered anew."""
+    """Joins several files: classes are merged by name, and images renumbered."""
     images, annotations, names = [], [], {}
     repaired, problems, missing = Counter(), [], {}
     for review in reviews:
@@ -260,10 +258,10 @@ def _by_id(categories: Sequence[dict]) -> list[dict]:
 
 
 def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
-    """``content`` with the classes that ``rename`` and ``classes`` of an entry make of its own.
+    """Applies ``rename`` and ``classes`` of an entry.
 
     Raises:
-        InputError: they name classes that there are not, or several classes have one name.
+        InputError: they name unknown classes, or several classes have the same name.
     """
     rename, wanted = entry.get("rename", {}), entry.get("classes")
     categories = _by_id(content["categories"])
@@ -314,15 +312,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def chooser(part: Sequence[float] | str) -> Callable[[str], bool]:
-    """Whether an image belongs to a part, by its file name.
+    """A function that tells whether an image belongs to a part, by its file name.
 
-    The share of an image depends on that alone: parts that do not overlap never have an image in
-    common, new images move no old one from training to validation, and augmented copies of one
-    photo stay together.
+    Parts that do not overlap share no image, adding images moves none from one part to another, and
+    augmented copies of one photo stay together.
 
     Args:
-        part: images whose share lies in [low, high); or a file of image names, one in a line, or
-            "not " and a file for all other images.
+        part: [low, high) for images whose ``share`` is in this range; the path of a file with one
+            image name per line; or "not " and such a path, for all other images.
     """
     if not isinstance(part, str):
         low, high = part
@@ -333,13 +330,13 @@ def chooser(part: Sequence[float] | str) -> Callable[[str], bool]:
 
 
 def photo(file_name: str) -> str:
-    """The name of a photo that an image may be an augmented copy of."""
+    """The name of the photo of which an image may be an augmented copy."""
     path = Path(file_name.replace("\\", "/"))
     stem = COPY.sub("", path.stem)
     return file_name if stem == path.stem else str(path.with_name(stem))
 
 
 def share(file_name: str) -> float:
-    """A number in [0, 1), evenly spread over photos."""
+    """A number in [0, 1), uniformly distributed over photos."""
     text = photo(file_name).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48

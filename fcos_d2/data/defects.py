@@ -1,8 +1,8 @@
-"""The table of defects: everything that can be wrong with annotations, and what becomes of it.
+"""The table of defects: everything that can be wrong with annotations, and how it is repaired.
 
-A defect that can mean only one thing is repaired, in memory, wherever data is loaded. Of any other,
-training stops at the first and the check lists all. ``review.py`` looks for them in COCO files and
-in records; nothing else in this package decides what is wrong.
+Defects with only one possible meaning are repaired in memory whenever data is loaded. Training
+stops at the first of the others, and the check lists them all. ``review.py`` applies the table to
+COCO files and ``records.py`` to records; nothing else in this package decides what is a defect.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import pycocotools.mask as mask_util
 from ..errors import format_value
 
 HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
-MARGIN = 1.0  # pixels by which a box may reach over the border of its image
-SCALED = 0.01  # difference of a scale from 1 that rounding explains
+MARGIN = 1.0  # pixels by which a box may exceed its image
+SCALED = 0.01  # relative difference in size that is due to rounding
 
 
 class Defect(NamedTuple):
     """A row of the table."""
 
-    what: str  # comes after a number
-    repair: str | None = None  # what it becomes; None where it could mean several things
+    what: str  # follows a number
+    repair: str | None = None  # None if it could mean several things
 
 
 DEFECTS = {
@@ -61,10 +61,10 @@ DEFECTS = {
 
 
 class Unusable(Exception):
-    """Something has a defect that could mean several things.
+    """An entry with a defect that could mean several things.
 
     Args:
-        kind: a key of ``DEFECTS`` without a repair.
+        kind: key of ``DEFECTS``.
         cause: what is wrong and what to do.
     """
 
@@ -74,14 +74,14 @@ class Unusable(Exception):
 
 
 class Problem(NamedTuple):
-    """One defect that was not repaired."""
+    """A defect that was not repaired."""
 
     kind: str  # key of DEFECTS
-    text: str  # what has it, what is wrong and what to do
+    text: str  # where it is, what is wrong and what to do
 
 
 def describe_repairs(repaired: Counter) -> list[str]:
-    """One line for each kind of repair, with its number."""
+    """One line for each kind of repair."""
     return [
         f"{count} {DEFECTS[kind].what}: {DEFECTS[kind].repair}" for kind, count in repaired.items()
     ]
@@ -93,17 +93,17 @@ def describe_repairs(repaired: Counter) -> list[str]:
 def usable_box(
     box: object, mask: object, is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
 ) -> list[float]:
-    """The box of an annotation as four numbers, repaired if it has to be.
+    """The box of an annotation as four numbers, repaired if necessary.
 
     Args:
-        box: what the annotation has for a bbox.
-        mask: its segmentation, for want of a usable box.
-        is_xyxy: it is [x1, y1, x2, y2], not [x, y, width, height].
-        size: width and height of the image, where they are known.
-        repaired: counts what was done.
+        box: value of ``bbox``.
+        mask: value of ``segmentation``, used if there is no valid box.
+        is_xyxy: whether boxes are [x1, y1, x2, y2] instead of [x, y, width, height].
+        size: width and height of the image, if known.
+        repaired: counts the repairs.
 
     Raises:
-        Unusable: the box could mean several things, or nothing.
+        Unusable: the box cannot be repaired.
     """
     try:
         return _ordered(_numbers(box, is_xyxy, repaired), is_xyxy, size, repaired)
@@ -131,7 +131,7 @@ def _numbers(box: object, is_xyxy: bool, repaired: Counter) -> list[float]:
 
 
 def _number(value: object) -> float | None:
-    """``value``, also if it is written as text; None if it is no number."""
+    """``value`` as a number, also if it is a string; None if it is not a number."""
     try:
         return (
             float(value) if isinstance(value, str) else value if isinstance(value, Real) else None
@@ -143,7 +143,7 @@ def _number(value: object) -> float | None:
 def _ordered(
     numbers: list[float], is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
 ) -> list[float]:
-    """The same box with its smaller corner first."""
+    """The same box with nonnegative sides."""
     start = numbers[:2]
     end = numbers[2:] if is_xyxy else [start[0] + numbers[2], start[1] + numbers[3]]
     if start[0] <= end[0] and start[1] <= end[1]:
@@ -161,17 +161,17 @@ def _ordered(
 
 
 def is_written_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether boxes fit their images as [x1, y1, x2, y2] alone.
+    """Whether boxes fit their images only as [x1, y1, x2, y2].
 
     Args:
-        boxes: [n, 4], taken for [x, y, width, height].
-        sizes: width and height of the image of each, [n, 2].
+        boxes: [n, 4], supposed to be [x, y, width, height].
+        sizes: [n, 2], width and height of the image of each box.
     """
     if not len(boxes):
         return False
     fits = (boxes[:, 2:] >= boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + MARGIN).all(1)
     reaches_over = (boxes[:, :2] + boxes[:, 2:] > sizes + 2 * MARGIN).any(1)
-    # Three boxes in four do, wherever the objects lie; of real widths hardly any.
+    # Three in four do if they are corners, hardly any if they are widths and heights.
     return bool(fits.mean() > 0.99 and reaches_over.mean() > 0.25)
 
 
@@ -179,17 +179,17 @@ def is_written_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
 
 
 def is_run_lengths(mask: object) -> bool:
-    """Whether it is a mask in COCO's run-length encoding, compressed or not."""
+    """Whether a mask is in COCO's run-length encoding, compressed or not."""
     if not isinstance(mask, dict):
         return False
     counts, size = mask.get("counts"), mask.get("size")
-    if isinstance(counts, str):  # compressed, which detectron2 takes as it is
+    if isinstance(counts, str):  # compressed
         return True
     return _are_counts(counts) and _are_counts(size) and len(size) == 2
 
 
 def is_polygons(mask: object) -> bool:
-    """Whether it is a list of polygons, each a list."""
+    """Whether a mask is a list of lists."""
     return isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)
 
 
@@ -200,11 +200,11 @@ def _are_counts(values: object) -> bool:
 
 
 def box_of_mask(mask: object) -> list[float] | None:
-    """[x, y, width, height] around polygons or run lengths; None if there is nothing usable."""
+    """[x, y, width, height] around polygons or run lengths; None if the mask is not valid."""
     if is_run_lengths(mask):
         return _box_of_run_lengths(mask)
     if isinstance(mask, list) and all(isinstance(value, Real) for value in mask):
-        mask = [mask]  # a polygon without the list around it
+        mask = [mask]  # a polygon that is not in a list
     if not is_polygons(mask):
         return None
     polygons = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
@@ -231,10 +231,10 @@ def _box_of_run_lengths(mask: dict) -> list[float] | None:
 
 
 def usable_flag(value: object, repaired: Counter) -> int:
-    """``iscrowd`` as 0 or 1; nothing at all is 0.
+    """``iscrowd`` as 0 or 1; None is 0.
 
     Raises:
-        Unusable: it is neither.
+        Unusable: another value.
     """
     if value is None:
         return 0
@@ -253,7 +253,7 @@ FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
 
 
 def usable_side(value: object) -> int | None:
-    """A width or height, also if it is written as text or as a float; None if it is neither."""
+    """A width or height as an integer, also if it is a string or float; None if it is not valid."""
     number = _number(value)
     if number is None or isinstance(value, bool) or not 1 <= number < 2**31:
         return None
@@ -266,19 +266,19 @@ def true_size(
     stored: tuple[int, int],
     corners: Iterable[tuple[float, float]],
 ) -> tuple[int, int]:
-    """The size of an image whose annotations may say another.
+    """The size of an image, which may differ from the annotated size if the boxes fit.
 
     Args:
-        annotated: width and height by the annotations.
-        actual: those of the image as it is read.
-        stored: those of the pixels as they lie in the file, before they are turned upright.
+        annotated: width and height in the annotations.
+        actual: width and height of the image as it is read.
+        stored: width and height before the EXIF orientation is applied.
         corners: x2, y2 of every box.
 
     Returns:
-        ``actual``, where that is what the annotations mean.
+        ``actual``.
 
     Raises:
-        Unusable: the boxes belong to another size.
+        Unusable: the boxes may refer to another size.
     """
     if actual == annotated:
         return actual

@@ -1,4 +1,4 @@
-"""Where the images of an annotation file lie, whatever their paths were where it was written."""
+"""Finds the images of an annotation file, even if they have moved since it was written."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from urllib.parse import unquote
 
 from ..errors import format_value
 
-MOST_FOLDERS = 1000  # that are listed; of more, every file is asked for
-MOST_SEARCHED = 20_000  # files that are looked through for a place to suggest
+MOST_FOLDERS = 1000  # to list; if there are more, each file is tested
+MOST_SEARCHED = 20_000  # files to look at for a suggestion
 
 
 class Located(NamedTuple):
-    """What came of a list of file names."""
+    """The result of ``locate_images``."""
 
-    paths: list[str | None]  # relative to the folder, as they are on disk; None for a missing file
-    missing: dict[int, str]  # place in the list -> why it is missing
+    paths: list[str | None]  # relative to the folder; None for a missing file
+    missing: dict[int, str]  # index of each missing file -> reason
 
 
 def locate_images(root: str, names: Sequence[str]) -> Located:
     """Finds image files under ``root``.
 
-    A name that is no path under ``root`` becomes the longest tail of it that is one, whatever its
-    slashes, case and URL encoding; else the one file under ``root`` whose path ends most like it.
+    If a name is not a path under ``root``, the longest tail of it that is one is used, ignoring
+    case, URL encoding and the kind of slashes; otherwise the file under ``root`` whose path has the
+    most folders in common with it, counted from the end.
 
     Args:
-        root: the folder that names start from. One with "://" is not looked into.
-        names: as they are in the annotation file.
+        root: the folder to which names are relative. URLs are not searched.
+        names: as in the annotation file.
     """
     if "://" in root:
         return Located(list(names), {})
@@ -58,7 +59,7 @@ def _reason(found: list[str]) -> str:
 
 
 def _present(root: str, names: Sequence[str]) -> list[bool]:
-    """Lists folders instead of asking for every file: a fraction of a second for 118,000 images."""
+    """Lists folders instead of testing each file, which is much faster for 118,000 images."""
     split = [os.path.split(os.path.join(root, name)) for name in names]
     folders = {folder for folder, _ in split}
     if len(folders) > MOST_FOLDERS:
@@ -70,12 +71,12 @@ def _present(root: str, names: Sequence[str]) -> list[bool]:
 def _listed(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder or "."))
-    except (OSError, ValueError):  # ValueError: the name of no folder at all
+    except (OSError, ValueError):  # ValueError: not a valid path
         return frozenset()
 
 
 class _Tree:
-    """All files under a folder, by their paths in lower case."""
+    """All files under a folder, by path in lower case."""
 
     def __init__(self, root: str):
         self._by_path: dict[str, list[str]] = {}
@@ -85,7 +86,7 @@ class _Tree:
             self._by_name.setdefault(path.lower().rpartition("/")[2], []).append(path)
 
     def find(self, name: str) -> list[str]:
-        """The files that ``name`` may mean: one, or none, or several that it fits equally well."""
+        """The files that ``name`` may refer to; several if it is ambiguous."""
         written = _plain(name)
         for text in dict.fromkeys((written, unquote(written))):
             parts = [part for part in text.split("/") if part not in ("", ".", "..")]
@@ -99,7 +100,7 @@ class _Tree:
 
 
 def _most_alike(parts: list[str], paths: list[str]) -> list[str]:
-    """Those of ``paths`` that agree with ``parts`` on most folders, counted from the end."""
+    """Those of ``paths`` that have the most components in common with ``parts`` at the end."""
     wanted = [part.lower() for part in reversed(parts)]
 
     def agreement(path: str) -> int:
@@ -111,7 +112,7 @@ def _most_alike(parts: list[str], paths: list[str]) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A path with slashes, out of one of Windows, a URL, or one of Label Studio's local files."""
+    """Converts paths of Windows, URLs and Label Studio's local files to a path with slashes."""
     text = name.replace("\\", "/")
     if "?d=" in text:
         return text.partition("?d=")[2]
@@ -135,12 +136,12 @@ def _files(root: str) -> Iterator[str]:
 
 
 def suggest_folder(root: str, names: Sequence[str], more: Sequence[str] = ()) -> str | None:
-    """A folder near ``root`` in which the first of ``names`` lies; None if it is not found soon.
+    """A folder near ``root`` that contains the first of ``names``; None if none is found soon.
 
     Args:
-        root: where the images are not.
+        root: the folder without the images.
         names: of the images.
-        more: further folders to look into, like that of the annotation file.
+        more: further folders to search, such as that of the annotation file.
     """
     wanted = {_plain(name).rpartition("/")[2].lower() for name in names[:1]}
     near = [Path(root), *Path(root).absolute().parents[:2]]

@@ -1,7 +1,7 @@
-"""Image files: which there are, how one is read, and what several of them are called elsewhere.
+"""Reads image files, and finds names for copies of them.
 
-detectron2's reader turns TIFFs twice, and cuts numbers off at 255, so that an image of 16 bits
-becomes white and one of floats black without a word; here such files are refused.
+detectron2's reader applies the orientation of TIFFs twice and clips values at 255, which turns
+16-bit images white and float images black; such images are rejected here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ..errors import InputError
 
 NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
-# From the orientation that a file asks for to an upright image.
+# EXIF orientation -> how to turn the stored image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,8 +63,8 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
     Args:
         file_name: its path.
         image_format: "RGB", "BGR", or another that detectron2 knows.
-        upright: turn the image as its EXIF or TIFF orientation says. False for boxes that were
-            drawn on the pixels as they are stored.
+        upright: apply the EXIF or TIFF orientation. False for boxes that were drawn on the pixels
+            as stored.
 
     Returns:
         uint8 [H, W, C].
@@ -82,7 +82,7 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
 
 
 def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of an image, upright and as stored; reads no more than its head.
+    """Width and height of an image, upright and as stored; reads only the header.
 
     Raises:
         InputError: the pixels have more than 8 bits.
@@ -92,31 +92,31 @@ def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         image = Image.open(file)
         _check_depth(image)
         size = image.size
-        # Pillow decodes a PNG to look for a tag behind its pixels, where it hardly ever is.
+        # Pillow would decode a PNG to search for a tag after its pixels.
         orientation = 1 if image.format == "PNG" and "exif" not in image.info else _tag(image)
     if orientation < 5:
         return size, size
-    # Pillow has turned the size of a TIFF already.
+    # Pillow reports the upright size of TIFFs.
     return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
 
 
 def _oriented(image: Image.Image, upright: bool) -> Image.Image:
-    """``image`` upright or as stored, whichever of the two its decoder made of it."""
+    """The image upright or as stored; its decoder may have applied the orientation."""
     stored = _tag(image)
     image.load()
     left = _tag(image)
     if upright:
         return image.transpose(TURNS[left]) if left in TURNS else image
-    if stored in TURNS and left != stored:  # Pillow turns TIFFs while it reads them
+    if stored in TURNS and left != stored:  # Pillow applies the orientation of TIFFs
         return image.transpose(TURNS[{6: 8, 8: 6}.get(stored, stored)])
     return image
 
 
 def _tag(image: Image.Image) -> int:
-    """The orientation that the file asks for, 1 to 8; 1 is upright."""
+    """The EXIF orientation, 1 to 8; 1 is upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a broken tag must not cost the image
+    except Exception:  # a broken tag does not make the image unusable
         return 1
     return orientation if orientation in TURNS else 1
 

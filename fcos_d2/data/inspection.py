@@ -1,7 +1,4 @@
-"""A whole dataset looked through before training: everything broken in it, and what it holds.
-
-Training stops at the first thing that it cannot use; this names all of them.
-"""
+"""Checks a whole dataset before training: lists all defects and counts its contents."""
 
 from __future__ import annotations
 
@@ -36,35 +33,35 @@ READERS = 8  # threads that read images; decoding lets go of Python's lock
 
 
 class Inspection(NamedTuple):
-    """What is in a dataset."""
+    """The result of checking a dataset."""
 
     name: str
     class_names: list[str]
-    records: list[dict]  # one per image, with its usable annotations, as detectron2 has them
-    problems: list[Problem]  # what training would stop at
-    repaired: Counter  # by key of DEFECTS: what training would repair
+    records: list[dict]  # one per usable image, in detectron2's format
+    problems: list[Problem]  # at which training would stop
+    repaired: Counter  # by key of DEFECTS
     image_problems: dict[str, str]  # file name -> what is wrong with the file
-    unusable: frozenset[str]  # file names of all images that are left out
-    files: list[str]  # its annotation files; of data registered in Python there is none
+    unusable: frozenset[str]  # file names of all images without a record
+    files: list[str]  # annotation files; none for records registered in Python
 
     @property
     def num_problems(self) -> int:
-        """How many things training would stop at."""
+        """The number of defects at which training would stop."""
         return len(self.problems) + len(self.image_problems)
 
 
 class Contents(NamedTuple):
-    """What is worth knowing about annotations that can be used."""
+    """Counts of usable annotations."""
 
     boxes_per_class: list[int]
     images_per_class: list[int]
     num_boxes: int
-    num_empty: int  # images without any box that is not a crowd
+    num_empty: int  # images without boxes other than crowd regions
     num_crowds: int
     num_flat: int  # boxes of zero width or height
-    num_over: int  # boxes that reach more than a pixel over the border of their image
-    num_outside: int  # boxes that do not touch their image at all
-    num_repeated: int  # boxes that are there twice, with the same class
+    num_over: int  # boxes that exceed their image by more than a pixel
+    num_outside: int  # boxes completely outside their image
+    num_repeated: int  # duplicate boxes of the same class
 
 
 def inspect_dataset(
@@ -73,18 +70,18 @@ def inspect_dataset(
     progress: Callable[[Iterable, int], Iterable] | None = None,
     masks: bool = False,
 ) -> Inspection:
-    """Looks at every annotation and, unless told otherwise, reads every image.
+    """Checks all annotations and images of a dataset.
 
     Args:
         name: registered dataset.
-        read_images: decode the images too; else their files only have to be there, where the data
-            set knows their sizes.
-        progress: wraps the iteration over the images; gets it and their number.
-        masks: look at ``segmentation`` too, for a model that needs it.
+        read_images: decode the images; otherwise only check that the files exist, unless their
+            sizes are unknown.
+        progress: wraps the iteration over the images; called with it and the number of images.
+        masks: also check ``segmentation``.
 
     Raises:
-        InputError: the name is unknown, the annotation file cannot be read at all, or the data is
-            a stream, which may have no end.
+        InputError: the name is unknown, the annotation file cannot be read, or the dataset is an
+            iterable-style torch dataset.
     """
     prepare(name)
     files, missing, unusable = [], {}, {}
@@ -115,7 +112,7 @@ def inspect_dataset(
 
 
 def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
-    """Copies of the records of a dataset that somebody registered in Python."""
+    """Reviewed copies of the records of a dataset registered in Python."""
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
         raise InputError(
@@ -128,16 +125,13 @@ def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
 
 
 def _problem_in_path(record: dict) -> str | bool:
-    if not {"width", "height"} <= record.keys():  # then the image alone says how large it is
+    if not {"width", "height"} <= record.keys():  # then only the image tells its size
         return _problem_in_image(record)
     return False if os.path.isfile(record["file_name"]) else "no such file"
 
 
 def _problem_in_image(record: dict) -> str | bool:
-    """Why the image of ``record`` cannot be used, found by reading it as training does.
-
-    A record without the size of its image, or with a wrong one, gets it; true if it was wrong.
-    """
+    """Why the image of ``record`` is unusable, or whether its size in the record was corrected."""
     upright = record.get("upright", True)
     try:
         image = read_image(record["file_name"], "RGB", upright)
@@ -164,7 +158,7 @@ def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
 
 
 def describe_contents(inspection: Inspection) -> Contents:
-    """Counts what can be used."""
+    """Counts the usable annotations."""
     boxes_per_class, images_per_class = Counter(), Counter()
     counts = Counter()
     for record in inspection.records:
@@ -192,7 +186,7 @@ def describe_contents(inspection: Inspection) -> Contents:
 
 
 def why_nothing_is_learned(inspection: Inspection, contents: Contents) -> str | None:
-    """Why a dataset without defects teaches and measures nothing; None if it does."""
+    """The likely cause if there is nothing to learn or to evaluate; None if there is."""
     if contents.num_boxes > contents.num_flat + contents.num_outside:
         return None
     if not inspection.records:
@@ -212,13 +206,13 @@ def why_nothing_is_learned(inspection: Inspection, contents: Contents) -> str | 
 
 
 class Cleaned(NamedTuple):
-    """An annotation file without what cannot be used, and with everything else repaired."""
+    """The repaired content of an annotation file, without unusable entries."""
 
     file: str
     content: dict
-    num_before: int  # annotations, repetitions aside
+    num_before: int  # annotations in the original, without duplicates
     repaired: Counter
-    removed: list[str]  # what is not in it any more, with numbers
+    removed: list[str]  # one line for each kind of defect
 
 
 def clean(
@@ -228,8 +222,8 @@ def clean(
 
     Args:
         inspections: of all datasets; several may use parts of the same file.
-        broken: those whose files are wanted.
-        masks: leave out what has a broken ``segmentation`` too.
+        broken: inspections of the datasets whose files are to be repaired.
+        masks: also drop annotations with an invalid ``segmentation``.
     """
     unusable = frozenset().union(*(inspection.unusable for inspection in inspections))
     sizes = {r["file_name"]: r for inspection in inspections for r in inspection.records}

@@ -1,4 +1,4 @@
-"""How well the pyramid levels fit a dataset: what each of them serves, and which would serve more.
+"""How well pyramid levels fit a dataset: what each level learns, and which would learn more.
 
 A level of stride s has a point every s pixels and learns boxes whose largest distance from a point
 lies in its size range (1904.01355 section 3.2). Boxes are in pixels of the network input.
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 def sample_of(record: dict, size: int, max_size: int) -> Sample:
-    """The image of a record after INPUT.MIN_SIZE_* and MAX_SIZE_*, with its objects."""
+    """The size of the image of a record after INPUT.MIN_SIZE_* and MAX_SIZE_*, and its boxes."""
     height, width = record["height"], record["width"]
     new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
     boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
@@ -43,7 +43,7 @@ def sample_of(record: dict, size: int, max_size: int) -> Sample:
 
 
 class LevelFit(NamedTuple):
-    """What the points of a pyramid make of a dataset."""
+    """The result of assigning the boxes of a dataset to the points of a pyramid."""
 
     num_images: int
     num_boxes: int
@@ -60,7 +60,7 @@ class LevelFit(NamedTuple):
 
 
 def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) -> LevelFit:
-    """Assigns the boxes of every sample as training would, and counts.
+    """Assigns the boxes of all samples as in training, and counts.
 
     Args:
         samples: images of the dataset.
@@ -85,7 +85,7 @@ def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) ->
 
 
 def image_levels(size: tuple[int, int], grid: PointGrid) -> Levels:
-    """The points of an image that is not padded further than its coarsest level needs."""
+    """The points of an image that is padded only as its coarsest level requires."""
 
     def empty(stride: int) -> Tensor:
         return torch.empty(1, 1, *(math.ceil(side / stride) for side in size), device="meta")
@@ -144,7 +144,7 @@ def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyram
 
 
 def pyramid_keys(pyramid: Pyramid) -> list[str]:
-    """The lines of a config that make its levels those of ``pyramid``."""
+    """Config lines that set the levels of ``pyramid``."""
     numbers = [stride.bit_length() - 1 for stride in pyramid.strides]
     stages = json.dumps([f"res{n}" for n in numbers if n <= 5] or ["res5"])
     return [

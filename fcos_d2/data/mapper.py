@@ -1,6 +1,7 @@
-"""From a record to the model's input: detectron2's mapper, with the reading of images replaced.
+"""Maps records to the model's input: detectron2's DatasetMapper with our image reader.
 
-An image that cannot be read is named, and crowd regions can be kept as ground truth to ignore.
+Unreadable images are named, crowd regions can be kept as ground truth to ignore, and crops contain
+objects.
 """
 
 from __future__ import annotations
@@ -24,18 +25,15 @@ from .images import image_sizes, read_image, why_unreadable
 from .inspection import boxes_of
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
-VISIBLE = 0.4  # share of an object that a crop has to show for it to be learned
-BACKGROUND = 0.2  # share of the crops that may lie anywhere
+VISIBLE = 0.4  # share of its area that a cropped object must show to be learned
+BACKGROUND = 0.2  # share of the crops at random positions
 
 
 class ObjectCrop(T.RandomCrop):
-    """A crop around one of the objects, for images whose objects are small: a tile of training.
-
-    Sizes are those of ``RandomCrop``. Most crops of an aerial photo would show nothing.
-    """
+    """``RandomCrop`` that mostly contains an object; random crops of aerial photos rarely do."""
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
-        """The crop: mostly one that contains the centre of a box, xyxy [n, 4]."""
+        """A crop that contains the center of one of the boxes, xyxy [n, 4], or a random one."""
         size = self.get_crop_size(image.shape[:2])
         centers = boxes.reshape(-1, 2, 2).mean(1)
         inside = ((centers >= 0) & (centers <= image.shape[1::-1])).all(1)
@@ -47,16 +45,16 @@ class ObjectCrop(T.RandomCrop):
 
 
 class FCOSDatasetMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper``, with crowd regions and a name for every unreadable image.
+    """detectron2's ``DatasetMapper`` with crowd regions, object crops and names of broken images.
 
-    With INPUT.CROP, crops lie around objects. Of an object that a crop cuts, the visible part is
-    learned; less than 40 percent of it is neither object nor background.
+    With INPUT.CROP, crops contain objects. The visible part of a cropped object is learned; if it
+    is less than 40 percent, it is neither object nor background.
 
     Args:
         is_train, options: those of ``DatasetMapper``.
         keep_crowd: keep ``iscrowd`` annotations, which detectron2 drops (and so teaches as
             background), as boxes with ``gt_classes`` = -1. They are transformed like all others.
-        ignore_cut: keep objects that a crop cuts off as such boxes too, instead of dropping them.
+        ignore_cut: keep objects that are mostly cut off as such boxes instead of dropping them.
 
     Raises:
         InputError: ``keep_crowd`` together with masks; on a call, when the image is missing, cut
@@ -108,7 +106,7 @@ class FCOSDatasetMapper(DatasetMapper):
         return sample
 
     def _kept(self, annotations: Iterable[dict], cut: set[int]) -> Iterator[dict]:
-        """Annotations without those that are not kept; to be ignored if they are to be."""
+        """The annotations to learn or to ignore."""
         for annotation in annotations:
             if id(annotation) in cut:
                 if self.ignore_cut:
@@ -119,7 +117,7 @@ class FCOSDatasetMapper(DatasetMapper):
                 yield annotation
 
     def _read(self, sample: dict) -> np.ndarray:
-        """The image of ``sample``, which gets its true size."""
+        """Reads the image of ``sample`` and sets its true size."""
         file_name, upright = sample["file_name"], sample.get("upright", True)
         try:
             image = read_image(file_name, self.image_format, upright)
@@ -136,15 +134,15 @@ class FCOSDatasetMapper(DatasetMapper):
                 true_size(annotated, (width, height), image_sizes(file_name)[1], corners)
             except Unusable as error:
                 raise InputError(f"image {file_name}: {error}") from error
-            text = "images of another size than the annotations say keep their own, as their boxes"
-            text += f" fit: {file_name} is {width} x {height}, not {annotated[0]} x {annotated[1]}"
+            text = f"image {file_name} is {width} x {height}, but annotated as {annotated[0]} x "
+            text += f"{annotated[1]}: using the size of the image, as the boxes fit"
             log_first_n(logging.WARNING, text, name=__name__)
             sample["width"], sample["height"] = width, height
         return image
 
 
 def _cut_off(objects: list[dict], boxes: np.ndarray, size: tuple[int, int]) -> set[int]:
-    """Identities of the objects of which an augmented image shows too little."""
+    """Ids (in Python) of the objects of which the augmented image shows too little."""
     height, width = size
     shown = boxes.reshape(-1, 2, 2).clip(0, (width, height))
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -153,6 +151,6 @@ def _cut_off(objects: list[dict], boxes: np.ndarray, size: tuple[int, int]) -> s
 
 
 def _as_ignored(annotation: dict) -> dict:
-    """An annotation in the guise of an object of class -1, which all versions' mappers let pass."""
+    """An annotation as an object of class -1, which the mappers of all versions keep."""
     box_only = {key: annotation[key] for key in ("bbox", "bbox_mode")}
     return {**box_only, "category_id": IGNORED, "iscrowd": 0}

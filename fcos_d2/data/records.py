@@ -1,4 +1,4 @@
-"""Records in detectron2's standard format: made of a COCO file, or made by others and reviewed."""
+"""Records in detectron2's standard format: from COCO files, and reviews of other records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .defects import HUGE, Problem, Unusable, usable_box, usable_flag
 
 
 def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
-    """Puts the classes of a COCO file into the metadata of dataset ``name``, ordered by id.
+    """Sets the classes of a COCO file, ordered by id, in the metadata of a dataset.
 
     Returns:
         class index by category id.
 
     Raises:
-        InputError: the metadata declares other classes.
+        InputError: the metadata has other classes.
     """
     categories = sorted(categories, key=lambda category: category["id"])
     names = [category["name"] for category in categories]
@@ -42,10 +42,9 @@ def coco_records(content: dict, indices: dict[object, int], masks: bool = False)
     """One record per image, ordered by image id, as ``load_coco_json`` makes them.
 
     Args:
-        content: of a ``Review``; its lists end up in the records.
+        content: of a ``Review``; its boxes become part of the records.
         indices: class index by category id.
-        masks: keep ``segmentation`` in detectron2's form, and leave out objects without one polygon
-            of three points. Without it, no object is lost for its mask.
+        masks: keep ``segmentation`` and drop objects without a polygon of at least three points.
     """
     annotations: dict[object, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content.get("annotations", ()):
@@ -85,21 +84,20 @@ def _mask(segmentation: dict | list) -> dict | list:
 
 
 def _pixel_centers(keypoints: list) -> list:
-    """COCO counts keypoints in whole pixels, detectron2 from the corner of the image."""
+    """COCO's keypoints are pixel indices, detectron2's coordinates are continuous."""
     return [value + 0.5 if i % 3 != 2 else value for i, value in enumerate(keypoints)]
 
 
-# ---- records of somebody's own function ----
+# ---- records of other functions ----
 
 
 def review_records(
     records: Sequence[dict], num_classes: int | None
 ) -> tuple[list[dict], Counter, list[Problem]]:
-    """Records in detectron2's form that somebody's own function made.
+    """Reviews records that were not made from a COCO file.
 
     Returns:
-        the same records, or copies with what could be used of their annotations; what was repaired;
-        what could not be.
+        the records, copied where annotations were repaired or dropped; the repairs; the problems.
     """
     repaired, problems, kept = Counter(), [], []
     for record in records:

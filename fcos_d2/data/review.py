@@ -1,4 +1,4 @@
-"""Looks for the defects of ``defects.py`` in the content of a COCO file; repairs what it can."""
+"""Finds and repairs the defects of ``defects.py`` in the content of a COCO file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .image_files import locate_images
 from .images import image_sizes, why_unreadable
 
 PLAIN = (None, 0, 1)  # values of iscrowd that need no repair
-SAMPLE = 20_000  # boxes that tell how all are written
+SAMPLE = 20_000  # boxes that are tested for being corners
 
 
 class Review(NamedTuple):
-    """What there is to say about annotations."""
+    """The result of a review."""
 
-    content: dict  # of a COCO file: what can be used, repaired. Images have their ``path``
+    content: dict  # of a COCO file: its valid part, repaired; images have a ``path``
     repaired: Counter  # by key of DEFECTS
     problems: list[Problem]
-    missing: dict[str, str]  # path of an image that cannot be found -> why
-    num_annotations: int  # that there were, repetitions aside
+    missing: dict[str, str]  # path of each missing image -> reason
+    num_annotations: int  # in the file, without duplicates
 
 
 def review_coco(
@@ -46,17 +46,17 @@ def review_coco(
     upright: bool = True,
     part: Callable[[str], bool] | None = None,
 ) -> Review:
-    """Looks through the content of a COCO file.
+    """Reviews the content of a COCO file.
 
     Args:
-        content: what the file holds; its entries may be changed and end up in the result.
-        image_root: the folder that its file names start from.
-        masks: look at ``segmentation`` too, which boxes do without.
-        upright: images are turned as their orientation says.
-        part: whether an image is wanted, by its file name; all are where None.
+        content: may be changed; its entries become part of the result.
+        image_root: the folder to which file names are relative.
+        masks: also check ``segmentation``.
+        upright: the EXIF orientation of images is applied.
+        part: tells by its file name whether an image is wanted; None: all are.
 
     Raises:
-        InputError: it has no images, or no categories that could be numbered.
+        InputError: there are no images, or the categories are ambiguous.
     """
     for key in ("images", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
@@ -78,10 +78,10 @@ def review_coco(
 
 
 def usable_categories(entries: list, repaired: Counter) -> list[dict]:
-    """Categories that have an id and a name each.
+    """Categories without duplicates, with clean names.
 
     Raises:
-        InputError: one has not, or the id of another.
+        InputError: a category has no id or name, or two share an id.
     """
     kept: dict[object, dict] = {}
     for index, entry in enumerate(entries):
@@ -114,11 +114,11 @@ def _check_sortable(key: str, ids: Iterable[object]) -> None:
 
 
 class _Unwanted(Exception):
-    """An annotation belongs to an image that is not wanted."""
+    """The image of an annotation is not wanted."""
 
 
 class _Ids:
-    """Entries by their ids, also by those that are text for a number, or the reverse."""
+    """The ids of entries; references may write a number as a string, or vice versa."""
 
     def __init__(self, ids: Iterable[object]):
         self._ids = dict.fromkeys(ids)
@@ -127,10 +127,10 @@ class _Ids:
             self._aliases.setdefault(_alias(number), []).append(number)
 
     def match(self, annotation: dict, key: str, repaired: Counter) -> None:
-        """Makes the reference of ``annotation`` the id of an entry.
+        """Replaces the reference ``key`` of an annotation by the id of the entry it refers to.
 
         Raises:
-            Unusable: there is no such entry, or there are several.
+            Unusable: there is no such entry, or several.
         """
         if key not in annotation:
             raise Unusable("entry", f"{key!r} is missing; add it")
@@ -148,19 +148,19 @@ class _Ids:
 
 
 def _alias(number: int | float | str) -> str:
-    """The same text for a number and for the text that it is written as."""
+    """The same string for a number and for the string that represents it."""
     return number.strip() if isinstance(number, str) else format_value(number)
 
 
 class _Reviewer:
-    """Looks through one file and remembers what it met."""
+    """Reviews one file and collects what it finds."""
 
     def __init__(self, masks: bool, upright: bool):
         self._masks, self._upright = masks, upright
         self.repaired, self.problems = Counter(), []
         self.missing: dict[str, str] = {}
-        self.num_annotations = 0  # of images that are wanted, or of none
-        self._broken: set = set()  # ids of images that cannot be used
+        self.num_annotations = 0  # of wanted or unknown images
+        self._broken: set = set()  # ids of unusable images
         self._unwanted: set = set()  # ids of images of other parts
 
     # ---- images ----
@@ -168,7 +168,7 @@ class _Reviewer:
     def usable_images(
         self, content: dict, root: str, part: Callable[[str], bool] | None
     ) -> list[dict]:
-        """The images that are wanted and have an id of their own, a path and a size."""
+        """The wanted images with a unique id, a path and a size."""
         kept: dict[object, dict] = {}
         for index, entry in enumerate(content["images"]):
             try:
@@ -193,18 +193,18 @@ class _Reviewer:
                 self.missing[image["path"]] = located.missing[place]
             if image["width"] is None:
                 self._read_size(image)
-        if content.pop(NO_SIZES, False):  # then it is no defect that there are none
+        if content.pop(NO_SIZES, False):  # then missing sizes are no defect
             del self.repaired["no size"]
         left_out = self._broken | self._unwanted
         return [image for image in images if image["id"] not in left_out]
 
     def _image(self, entry: object, index: int, kept: dict) -> dict:
-        """An image, whose size may be None; one of ``kept`` if it is listed again."""
+        """An image, whose size may be None; a duplicate is the one in ``kept``."""
         if not isinstance(entry, dict):
             raise Unusable(
                 "entry", f"entry {index} of 'images' is not an object; export it as COCO"
             )
-        if "broken" in entry:  # by a reader of another format
+        if "broken" in entry:  # set by a reader of another format
             raise Unusable("entry", entry["broken"])
         number, name = entry.get("id"), entry.get("file_name")
         if not _is_id(number):
@@ -243,7 +243,7 @@ class _Reviewer:
     def usable_annotations(
         self, annotations: list, images: list[dict], categories: list[dict]
     ) -> list[dict]:
-        """Those that can be used; copies of those that had to be repaired."""
+        """The valid annotations, and repaired copies of others."""
         self._sizes = {image["id"]: (image["width"], image["height"]) for image in images}
         self._images = _Ids([*self._sizes, *self._unwanted, *self._broken])
         self._categories = _Ids(category["id"] for category in categories)
@@ -251,7 +251,7 @@ class _Reviewer:
         unwanted, masks, kept, seen = self._unwanted, self._masks, [], {}
         self.num_annotations = len(annotations)
         for index, annotation in enumerate(annotations):
-            try:  # a microsecond for one without a defect
+            try:  # about a microsecond for an annotation without defects
                 if annotation["image_id"] in unwanted:
                     self.num_annotations -= 1
                     continue
@@ -284,7 +284,7 @@ class _Reviewer:
         return kept
 
     def _repair(self, annotation: object, index: int, all_: list, seen: dict) -> dict | None:
-        """A repaired copy; None if there is none, or there is one already."""
+        """A repaired copy; None if it is unusable, unwanted or a duplicate."""
         number = annotation.get("id") if isinstance(annotation, dict) else None
         has_id = _is_id(number) and number not in seen
         if not has_id and _is_id(number) and all_[seen[number]] == annotation:
@@ -311,7 +311,7 @@ class _Reviewer:
     def _fixed(self, annotation: object, repaired: Counter) -> dict:
         if not isinstance(annotation, dict):
             raise Unusable("entry", "it is not an object; remove it")
-        if "broken" in annotation:  # by a reader of another format
+        if "broken" in annotation:  # set by a reader of another format
             raise Unusable("box", annotation["broken"])
         fixed = dict(annotation)
         self._images.match(fixed, "image_id", repaired)
@@ -335,7 +335,7 @@ class _Reviewer:
         return fixed
 
     def _undo_corners(self, annotations: list[dict]) -> None:
-        """Makes [x, y, width, height] of boxes that all were written as corners, and says so."""
+        """Converts boxes that are all written as corners, and reports it."""
         sample = annotations[:: max(1, len(annotations) // SAMPLE)]
         boxes = np.array([a["bbox"] for a in sample], float).reshape(-1, 4)
         sizes = np.array([self._sizes[a["image_id"]] for a in sample], float).reshape(-1, 2)

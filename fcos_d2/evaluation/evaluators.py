@@ -51,10 +51,10 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
 
 
 def _coco_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
-    """detectron2's, over the annotations that were checked and repaired, not over the file.
+    """COCOEvaluator with the reviewed annotations instead of the file.
 
-    It would convert data that is registered in Python once for all times, and read a COCO file with
-    all its defects. So it is made over an empty file and gets the annotations afterwards.
+    COCOEvaluator caches annotations of datasets registered in Python across runs, and reads COCO
+    files with all their defects. So it is created with an empty file and gets the annotations here.
     """
     content = coco_content(dataset_name)
     known = MetadataCatalog.get(dataset_name)

@@ -218,7 +218,7 @@ def test_cleaned_file_is_taken_for_its_original(data):
 @pytest.mark.parametrize(
     "files, text",
     [
-        ({}, "data holds no annotations of a known format, but 0 files"),
+        ({}, "data contains no annotations of a known format, but 0 files"),
         ({"a.csv": "", "b.csv": ""}, "but 2 files (2 .csv)"),
         ({"a.json": '{"type": 1, "features": 2}'}, "data/a.json: GeoJSON"),
     ],
@@ -244,7 +244,7 @@ def test_nothing_is_written_over(data, capsys):
     one_coco_file(data)
     Path("mine.yaml").write_text("mine")
     assert write_config() == 2 and Path("mine.yaml").read_text() == "mine"
-    assert "mine.yaml is there already" in capsys.readouterr().err
+    assert "mine.yaml exists" in capsys.readouterr().err
 
 
 # ---- the validation set ----
@@ -290,7 +290,7 @@ def test_list_of_validation_images_is_kept_and_new_images_are_trained_on(data, c
     read_cfg("mine.yaml")
     assert loaded("mine_val") == before and len(loaded("mine_train")) == 50 - len(before)
     Path("mine.yaml").unlink()
-    assert write_config() == 0 and "mine_val.txt was there" in Path("mine.yaml").read_text()
+    assert write_config() == 0 and "mine_val.txt, which existed" in Path("mine.yaml").read_text()
     assert loaded("mine_val") == before
 
 

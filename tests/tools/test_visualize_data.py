@@ -146,7 +146,7 @@ def test_data_set_is_no_validation_of_itself(labels, capsys):
         config.read_text().replace(", part: [0, 0.5]", "").replace("[0.5, 1]", "[0, 1]")
     )
     status, out, _ = run(capsys, "--check", "--skip-images")
-    assert status == 1 and "20 of the 20 images of seen_val are trained on" in out
+    assert status == 1 and "20 of the 20 images of seen_val are also trained on" in out
 
 
 def test_training_and_validation_without_a_common_class_are_a_problem(labels, capsys):

@@ -1,4 +1,4 @@
-"""The content of a COCO file, put together by the readers of other formats."""
+"""Builds the content of a COCO file from other formats."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ...errors import format_value
 from ..defects import usable_side
 
 Boxes = list[float] | tuple[list[float], list[float] | None]  # a box; perhaps with a polygon
-NO_SIZES = "no sizes"  # key of a content whose format has no sizes of images
+NO_SIZES = "no sizes"  # key of a content in whose format images have no sizes
 
 
 class Source(NamedTuple):
-    """Annotations as they were written, in the form of a COCO file that nobody has checked."""
+    """An annotation file in the form of a COCO file, not yet reviewed."""
 
-    file: str  # what messages call it
-    image_root: str  # the folder that names of images start from
+    file: str  # name in messages
+    image_root: str  # the folder to which image names are relative
     content: dict
 
 
 class Builder:
-    """Collects images and objects; what is broken goes in as it is, for the check to list.
+    """Collects images and objects; broken ones are kept for the review to report.
 
     Args:
-        classes: names in their order; those that are met, sorted, where None.
+        classes: names in order; None: the names of all objects, sorted.
     """
 
     def __init__(self, classes: Iterable[str] | None = None):
@@ -33,7 +33,7 @@ class Builder:
         self._images, self._objects, self._met, self._has_sizes = [], [], set(), False
 
     def add_image(self, file_name: str, width: object = None, height: object = None) -> int:
-        """Adds an image, whose size may be read from its file later; its id."""
+        """Adds an image and returns its id; a missing size is read from the file later."""
         number = len(self._images) + 1
         sides = {"width": usable_side(width), "height": usable_side(height)}
         entry = {"id": number, "file_name": file_name, **sides}
@@ -42,11 +42,11 @@ class Builder:
         return number
 
     def add_classes(self, names: Iterable[str]) -> None:
-        """Adds classes of which there may be no object."""
+        """Adds classes that may have no objects."""
         self._met.update(names)
 
     def add_broken_image(self, problem: str) -> None:
-        """Adds an image of which nothing can be used."""
+        """Adds an unusable image."""
         self._images.append({"broken": problem})
 
     def add_object(
@@ -65,7 +65,7 @@ class Builder:
             image: id of its image.
             label: class name.
             box: [x, y, width, height]; None takes that of the polygon.
-            place: what messages call it.
+            place: position for messages.
             crowd: a region to ignore.
             polygon: x and y of its points, alternating.
         """
@@ -75,20 +75,20 @@ class Builder:
         self._objects.append(entry)
 
     def add_broken_object(self, image: int, problem: str, place: str) -> None:
-        """Adds an object of which nothing can be used."""
+        """Adds an unusable object."""
         self._objects.append({"image_id": image, "broken": problem, "place": place})
 
     def add_shape(
         self, image: int, label: object, shape: object, of: Callable[[object], Boxes], place: str
     ) -> None:
-        """Adds an object whose shape may make no sense.
+        """Adds an object whose shape may be invalid.
 
         Args:
             image: id of its image.
             label: class name.
-            shape: what the file says of it.
-            of: its box, or its box and polygon, from ``shape``.
-            place: what messages call it.
+            shape: its shape in the file.
+            of: computes the box, or box and polygon, from ``shape``.
+            place: position for messages.
         """
         try:
             found = of(shape)
@@ -99,7 +99,7 @@ class Builder:
         self.add_object(image, label, box, place, polygon=polygon)
 
     def content(self) -> dict:
-        """A COCO file of all that was added."""
+        """The content of a COCO file with everything added."""
         labels = {o["label"] for o in self._objects if isinstance(o.get("label"), str)}
         labels = {label.strip() for label in labels | self._met} - {""}
         names = sorted(labels) if self._classes is None else self._classes
@@ -130,12 +130,12 @@ def flat(points: Iterable[Sequence[float]]) -> list[float]:
 def rotated_box(
     box: Sequence[float], degrees: float, pivot: tuple[float, float] = (0.5, 0.5)
 ) -> list[float]:
-    """[x, y, width, height] around a box that is turned clockwise.
+    """[x, y, width, height] around a box that is rotated clockwise.
 
     Args:
-        box: [x, y, width, height] before it is turned.
-        degrees: how far.
-        pivot: the point it is turned around, as shares of width and height.
+        box: [x, y, width, height] before rotation.
+        degrees: angle.
+        pivot: center of rotation, as fractions of width and height.
     """
     x, y, width, height = box
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

@@ -1,4 +1,4 @@
-"""Text files of annotations, in whatever encoding they are written."""
+"""Reads JSON, XML, YAML and text files in various encodings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_json(path: str | os.PathLike):
     """The content of a JSON file: UTF-8, UTF-16 or UTF-32, with or without a BOM, also gzipped.
 
     Raises:
-        InputError: it cannot be read, or is no JSON.
+        InputError: it cannot be read or is not valid JSON.
     """
     path = os.fspath(path)
     try:
@@ -61,12 +61,12 @@ def read_xml(path: str | os.PathLike) -> ElementTree.Element:
     """The root of an XML file, in any encoding that Python knows.
 
     Raises:
-        InputError: it cannot be read, or is no XML.
+        InputError: it cannot be read or is not valid XML.
     """
     try:
         content = Path(path).read_bytes()
         declared = DECLARATION.match(content)
-        if declared:  # expat knows only a few encodings, and none of several bytes but Unicode's
+        if declared:  # expat supports no multi-byte encodings except Unicode
             text = content[declared.end() :].decode(declared[1].decode())
             return ElementTree.fromstring(text)
         return ElementTree.fromstring(content)
@@ -78,7 +78,7 @@ def read_yaml(path: str | os.PathLike) -> dict:
     """The mapping in a YAML file.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: it cannot be read or is not a mapping.
     """
     try:
         content = yaml.safe_load(read_text(path))

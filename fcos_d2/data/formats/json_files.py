@@ -1,4 +1,4 @@
-"""JSON of annotation tools, told apart by content: COCO, LabelMe, VIA, Label Studio, CreateML."""
+"""Reads COCO, LabelMe, VIA, Label Studio and CreateML JSON, told apart by content."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...errors import InputError, format_value
 from .builder import Boxes, Builder, Source, enclosing_box, flat, rotated_box
 from .files import read_json
 
-UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio puts eight digits before a file's name
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio prepends eight digits to uploaded files
 CLASS_KEYS = ("class", "label", "name", "category", "type", "object", "species")
 
 
 def read_annotations(path: str | Path, image_root: str) -> Source:
-    """A JSON file of any kind above, or a folder of LabelMe's, which has one for each image.
+    """Reads a JSON file, or a folder of LabelMe files.
 
     Raises:
-        InputError: it cannot be read, or is of another kind; it says which.
+        InputError: it cannot be read, or is of another format, which the message names.
     """
     path = Path(path)
     if path.is_dir():
@@ -37,7 +37,7 @@ def read_annotations(path: str | Path, image_root: str) -> Source:
 
 
 def kind_of(content: object) -> str:
-    """The name of a format, or words for what the content of a JSON file looks like."""
+    """The name of a format, or a description of the content of a JSON file."""
     first = content[0] if isinstance(content, list) and content else None
     if isinstance(content, dict):
         values = next((v for v in content.values() if isinstance(v, dict)), {})
@@ -57,7 +57,7 @@ def kind_of(content: object) -> str:
     return f"JSON of type {type(content).__name__}, which no format has"
 
 
-# The first row whose keys are all there.
+# The first row whose keys all exist.
 DICTS = (
     ({"shapes", "imagePath"}, "LabelMe"),
     ({"annotations", "categories", "segments_info"}, "COCO's panoptic format"),
@@ -143,7 +143,7 @@ def _regions(image: dict) -> list[dict]:
 
 
 def _class_key(regions: Iterable[dict]) -> str | None:
-    """The attribute that is the class; None where regions have none."""
+    """The attribute that holds the class; None if regions have no attributes."""
     keys = dict.fromkeys(key for r in regions for key in (r.get("region_attributes") or ()))
     named = [key for name in CLASS_KEYS for key in keys if key.lower() == name]
     return next(iter(named or keys), None)
@@ -195,7 +195,7 @@ def _task_image(task: dict) -> str | None:
 
 
 def _task_shapes(task: dict) -> Iterator[dict]:
-    """What was drawn in the last annotation that was not cancelled, or in a minimal export."""
+    """The shapes of the last annotation that was not cancelled, or of a minimal export."""
     done = [a for a in _dicts(task.get("annotations") or task.get("completions") or ())]
     done = [a for a in done if not a.get("was_cancelled") and not a.get("skipped")]
     if done:
@@ -210,7 +210,7 @@ def _has_size(shape: dict) -> bool:
 
 
 def _uploaded(name: str, image_root: str) -> str:
-    """The name of an image, without what uploading it added if only such a file is there."""
+    """The name of an image, without the prefix of uploads if only such a file exists."""
     folder, _, file = name.replace("\\", "/").rpartition("/")
     original = UPLOADED.fullmatch(file)
     if original and not os.path.exists(os.path.join(image_root, file)):
@@ -221,7 +221,7 @@ def _uploaded(name: str, image_root: str) -> str:
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
     value = shape.get("value", shape)
     labels = [v for k, v in value.items() if k.endswith("labels")] if _is_dict(value) else []
-    if labels:  # else it is a choice, or a text about the image
+    if labels:  # others are choices or texts
         label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
         builder.add_shape(image, label, shape, _task_box, place)
 

@@ -1,4 +1,4 @@
-"""Pascal VOC, in the layouts that people have, and CVAT's "for images"."""
+"""Reads Pascal VOC, in various folder layouts, and CVAT for images."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .files import read_text, read_xml
 XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of a list of one class
+FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # line in the list of a class
 
 
 # ---- Pascal VOC ----
 
 
 def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = True) -> Source:
-    """A Pascal VOC dataset, or a split of it.
+    """Reads a Pascal VOC dataset or one of its splits.
 
-    Objects marked difficult become crowds, which evaluation leaves out of account. Pixels of VOC
-    are counted from 1, those of COCO from 0.
+    Objects marked as difficult become crowd regions, which are excluded from evaluation. Pixels are
+    counted from 1 in VOC and from 0 in COCO.
 
     Args:
-        entry: the folder of both XML files and images, which may lie beside each other or in
-            folders of the usual names; or {xml: folder, images: folder}.
-        split: a file of ImageSets/Main without its suffix, or the path of a list; all XML files
-            where None.
-        all_classes: those of all splits, for the same numbers in each.
+        entry: the folder of XML files and images, which may be in the same folder or in subfolders
+            with common names; or {xml: folder, images: folder}.
+        split: a file in ImageSets/Main without its suffix, or the path of a list; None: all XML
+            files.
+        all_classes: use the classes of all splits, so that they agree.
 
     Raises:
         InputError: a folder or the list is missing or empty.
@@ -62,12 +62,12 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
 
 
 def _is_seen(path: Path) -> bool:
-    """Whether it is no file that a system hides, like macOS's ``._1.xml``."""
+    """Whether it is not a hidden file such as macOS's ``._1.xml``."""
     return not path.name.startswith(".")
 
 
 def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
-    """The folders of the dataset, of its XML files and of its images."""
+    """The folders of the dataset, its XML files and its images."""
     if isinstance(entry, dict):
         xml, images = Path(entry["xml"]), Path(entry["images"])
         root = xml
@@ -83,7 +83,7 @@ def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path:
-    """The folder in ``root`` of one of ``names`` in any case; ``root`` itself if there is none."""
+    """The folder in ``root`` with one of ``names``, in any case; ``root`` if there is none."""
     found = {path.name.lower(): path for path in root.glob("*") if path.is_dir()}
     return next((found[name] for name in names if name in found), root)
 
@@ -100,7 +100,7 @@ def _list_file(root: Path, split: str) -> Path:
 
 
 def _stems(path: Path, known: set[str]) -> Iterator[str]:
-    """Names of images in a list, without folder and suffix."""
+    """The names in a list, without folder and suffix."""
     for line in read_text(path).splitlines():
         name = line.strip().strip("\"'").strip().replace("\\", "/").rpartition("/")[2]
         if name:
@@ -118,7 +118,7 @@ def _stem(name: str, known: set[str]) -> str:
 
 
 def _classes(path: Path) -> list[str]:
-    """Names in a file of another split, which need not be readable."""
+    """Class names in a file of another split, which may be broken."""
     try:
         return [item.findtext("name") or "" for item in read_xml(path).iter("object")]
     except InputError:
@@ -166,10 +166,10 @@ def _number(text: str | None) -> float | str:
 
 
 def read_cvat(path: str | Path, image_root: str) -> Source:
-    """The annotations.xml of "CVAT for images".
+    """Reads the annotations.xml of "CVAT for images".
 
     Raises:
-        InputError: it cannot be read, or is of another kind.
+        InputError: it cannot be read, or contains tracks.
     """
     root = read_xml(path)
     if root.find("track") is not None:
@@ -179,7 +179,7 @@ def read_cvat(path: str | Path, image_root: str) -> Source:
     for item in root.iter("image"):
         image = builder.add_image(item.get("name"), item.get("width"), item.get("height"))
         for number, shape in enumerate(item):
-            if shape.tag != "tag":  # which is about the whole image
+            if shape.tag != "tag":  # of the whole image
                 place, values = (
                     f"{number} of {item.get('name')}",
                     {"tag": shape.tag, **shape.attrib},

@@ -1,7 +1,7 @@
-"""YOLO: a ``data.yaml``, and for every image under ``images/`` a text file under ``labels/``.
+"""Reads YOLO datasets: ``data.yaml``, and a text file in ``labels/`` for each one in ``images/``.
 
-A line is a class number and x, y of the centre, width and height, or the points of a polygon, all
-as shares of the image.
+Each line has a class number and x and y of the center, width and height, or the points of a
+polygon, relative to the size of the image.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ..images import image_sizes, is_image, why_unreadable
 from .builder import Builder, Source, enclosing_box
 from .files import read_text, read_yaml
 
-PIXELS = 2.0  # a share beyond this is none
+PIXELS = 2.0  # larger values are pixels, not fractions
 
 
 def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) -> Source:
-    """A YOLO dataset, or a split of it.
+    """Reads a YOLO dataset or one of its splits.
 
     Args:
         path: data.yaml, its folder, or a folder of images and labels with a classes.txt.
-        split: "train", "val" or "test"; everything under the folder where None.
-        upright: images are turned as their orientation says before their sizes are measured.
+        split: "train", "val" or "test"; None: all images under the folder.
+        upright: the EXIF orientation of images is applied.
 
     Raises:
         InputError: a file or folder is missing, or there are no classes.
@@ -52,7 +52,7 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
 
 
 def yolo_splits(path: str | Path) -> list[str]:
-    """Those of "train", "val" and "test" that a data.yaml names and whose images are there."""
+    """Those of "train", "val" and "test" in a data.yaml whose images exist."""
     path, found = Path(path), []
     settings = read_yaml(path)
     for split in ("train", "val", "test"):
@@ -82,7 +82,7 @@ def _names(settings: dict, root: Path, config: Path) -> list[str]:
 
 
 def _split_places(settings: dict, root: Path, split: str, config: Path) -> list[Path]:
-    """Folders of images, or lists of them."""
+    """Folders or lists of images."""
     value = settings.get(split, settings.get("valid") if split == "val" else None)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(value, str) for value in values):
@@ -97,7 +97,7 @@ def _split_places(settings: dict, root: Path, split: str, config: Path) -> list[
 
 def _place(value: str, beginnings: list[Path], config: Path) -> Path:
     text = value.replace("\\", "/")
-    # Roboflow writes ../train/images and means train/images.
+    # Roboflow writes ../train/images for train/images.
     tails = (text, text.removeprefix("../"))
     for tail in tails:
         for beginning in beginnings:
@@ -118,7 +118,7 @@ def _images(place: Path, config: Path) -> Iterator[Path]:
 
 
 def _label_file(image: Path) -> Path:
-    """Where the labels of an image are: the last folder ``images`` of its path is ``labels``."""
+    """The labels of an image: its path with the last ``images`` replaced by ``labels``."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index].lower() == "images":
@@ -133,7 +133,7 @@ def _label_file(image: Path) -> Path:
 def _add_image(
     builder: Builder, image: Path, name: str, names: list[str], upright: bool, has_points: bool
 ) -> bool:
-    """Adds an image with its objects; whether it has a label file."""
+    """Adds an image with its objects; returns whether it has a label file."""
     labels = _label_file(image)
     try:
         width, height = image_sizes(str(image))[0 if upright else 1]
