@@ -226,9 +226,9 @@ INPUT:
 {solver}
   MAX_ITER: {iterations}  # every image {epochs:.0f} times, and at least 1500 iterations
   CHECKPOINT_PERIOD: {period}
-TEST: {{EVAL_PERIOD: {period}}}
+TEST: {{EVAL_PERIOD: {period}}}  # three evaluations
 VIS_PERIOD: {period}
-DATALOADER: {{NUM_WORKERS: {workers}}}
+DATALOADER: {{NUM_WORKERS: {workers}}}  # for the CPU cores of this machine
 OUTPUT_DIR: output/{name}
 """
 SIZES = """\
@@ -333,10 +333,13 @@ def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: i
     pyramid = suggest_pyramid(samples, found.small * size / found.short)
     head, *keys = pyramid_keys(pyramid)
     weights = PUBLISHED.format(weights=model_zoo.PREFIX + base) if has_gpu else RANDOM
+    strides = ", ".join(map(str, pyramid.strides))
+    reason = f"  # Levels of strides {strides} fit the measured boxes."
     if has_gpu and pyramid.strides[0] >= 8:
-        keys = ["  FCOS:"]
+        reason, keys = "  # The levels P3 to P7 of the weights fit the measured boxes.", ["  FCOS:"]
     at = keys.index("  FCOS:") + 1
-    return "\n".join([head, weights, *keys[:at], "    NUM_CLASSES: null  # counted", *keys[at:]])
+    classes = "    NUM_CLASSES: null  # as many as in the data"
+    return "\n".join([head, weights, reason, *keys[:at], classes, *keys[at:]])
 
 
 # ---- the file ----

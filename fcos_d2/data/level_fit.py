@@ -111,11 +111,11 @@ class Pyramid(NamedTuple):
 
 
 def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyramid:
-    """Levels for the boxes of a dataset, by the proportions of the paper.
+    """Suggests levels for the boxes of a dataset, by the proportions of the paper.
 
-    The finest stride is the largest for which hardly any box, wherever it lies, falls between the
-    points; a level ends at 8 strides, and levels are added until nearly all boxes are reached.
-    Where one level would do, a second one takes the largest half octave.
+    The finest stride is the largest at which hardly any box can fall between the points. A level
+    ends at 8 strides, and levels are added until they reach nearly all boxes. If one level is
+    enough, a second one takes the largest octave.
 
     Args:
         samples: images with boxes.
@@ -138,8 +138,8 @@ def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyram
     strides = list(STRIDES[first : max(last, first + 1) + 1])
     bounds = [REACH * stride for stride in strides[:-1]]
     if last <= first:
-        # What reaches beyond two strides is wider than the next stride, so it holds a point there.
-        bounds = [max(2 * strides[0], round(far / math.sqrt(2)))]
+        # A box that extends beyond two strides from its center contains a point of the next level.
+        bounds = [max(2 * strides[0], round(far / 2))]
     return Pyramid(strides, bounds)
 
 
