@@ -36,7 +36,8 @@ FCOS_HD float longest(const Ltrb<float>& d) {
   return max_of(max_of(d.left, d.top), max_of(d.right, d.bottom));
 }
 
-FCOS_HD float area(const float* box, float pixel_extent = 0) {
+FCOS_HD float area(const float* box) { return mul_rn(box[2] - box[0], box[3] - box[1]); }
+FCOS_HD float area(const float* box, float pixel_extent) {
   return mul_rn(box[2] + pixel_extent - box[0], box[3] + pixel_extent - box[1]);
 }
 

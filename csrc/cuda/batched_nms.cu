@@ -286,7 +286,7 @@ __device__ float lower(const PaddedNms& args, float score, const Overlap& o) {
   return o.exceeds(args.iou_threshold) ? mul_rn(score, 1 - o.iou()) : score;
 }
 
-__global__ void __launch_bounds__(kPaddedThreads)
+__global__ void __launch_bounds__(kPaddedThreads, 1)
     soft_kernel(const __grid_constant__ PaddedNms args, float* all_scores) {
   __shared__ uint64_t of_warps[kPaddedThreads / 32];
   Image image(args, blockIdx.x);
