@@ -154,7 +154,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       (d_inter.right - iou * d_union.right) / denominator,
       (d_inter.bottom - iou * d_union.bottom) / denominator};
   if (type == LossType::kIou) {
-    bool flat = smoothing == 0 && iou <= T(kMinIou);
+    bool flat = iou <= (smoothing == 0 ? T(kMinIou) : T(0)); // not positive: a box inside out
     return {
         flat ? T(-kLogMinIou) : std::log1p((different + eps) / (inter + smoothing)),
         iou,

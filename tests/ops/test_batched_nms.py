@@ -148,9 +148,17 @@ def test_linear_soft_nms_lowers_scores_of_overlapping_boxes():
     assert detections.scores[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * 0.4 * 0.4], rel=1e-5)
 
 
-def test_gaussian_soft_nms_lowers_all_scores_and_drops_the_least():
-    detections = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", sigma=0.5)
-    lowered = 0.8 * math.exp(-((3 / 5) ** 2) / 0.5)
+@pytest.mark.parametrize("min_score, kept", [(0.249, 2), (0.25, 1)])
+def test_soft_nms_drops_scores_that_fell_to_the_least_or_below(min_score, kept):
+    boxes, scores = torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]]), torch.tensor([1.0, 0.5])
+    options = {"method": "linear", "min_score": min_score}  # 0.5 falls to 0.25
+    assert padded(boxes, scores, ONE_CLASS[:2], 0.4, **options).counts.tolist() == [kept]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.1])
+def test_gaussian_soft_nms_lowers_all_scores_and_drops_the_least(sigma):
+    detections = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", sigma=sigma)
+    lowered = 0.8 * math.exp(-((3 / 5) ** 2) / sigma)
     assert detections.scores[0, :2].tolist() == pytest.approx([0.9, lowered], rel=1e-5)
     dropped = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", min_score=0.5)
     assert dropped.counts.tolist() == [1]

@@ -113,6 +113,12 @@ def test_iou_loss_of_a_prediction_far_too_large_is_flat_only_without_smoothing()
     assert found[1] == pytest.approx((-math.log(1e-6), 0))
 
 
+def test_iou_loss_of_a_box_inside_out_is_finite():
+    assert one_point([-3.0, 5.0, -3.0, 5.0], LARGE, loss_type="iou", smoothing=1.0)[0] == (
+        pytest.approx(-math.log(1e-6))
+    )
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_nan_is_never_hidden(loss_type, smoothing):

@@ -23,6 +23,8 @@ def test_floor_pitch_follows_the_image_where_rounding_made_the_map_larger():
     levels = make_levels([(13, 21), (7, 11)], [64, 128], offset=0.0, image_shape=(800, 1344))
     assert levels.pitches == ((61, 64), (114, 122))
     assert point_coordinates(levels)[22].tolist() == [64, 61]
+    centred = levels._replace(offset=0.5)  # a fraction of the stride all the same
+    assert point_coordinates(centred)[22].tolist() == [64 + 32, 61 + 32]
 
 
 def test_empty_level_has_no_points():

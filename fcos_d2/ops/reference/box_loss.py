@@ -97,7 +97,7 @@ def iou_loss(
     iou = (overlap.inter + smoothing) / denominator
     d_iou = (overlap.d_inter - iou[..., None] * overlap.d_union) / denominator[..., None]
     if loss_type == "iou":
-        flat = (iou <= MIN_IOU) & (smoothing == 0)
+        flat = iou <= MIN_IOU * (smoothing == 0)  # not positive: a box inside out
         loss = ((overlap.different + EPS) / (overlap.inter + smoothing)).log1p()  # -log(iou)
         loss = torch.where(flat, -math.log(MIN_IOU), loss)
         return loss, iou, torch.where(flat[..., None], 0.0, -d_iou / iou[..., None])
