@@ -34,12 +34,12 @@ def losses_of(batch: Batch) -> Callable:
     def run():
         truth = (batch.boxes, batch.classes, batch.offsets)
         targets = assign_targets(*truth, LEVELS, RANGES, num_classes=CLASSES)
-        positives = targets.counts[..., 0].sum().clamp(min=1)
+        positives = targets.totals[0].clamp(min=1)
         cls = sigmoid_focal_loss(
             batch.logits, targets.labels, scale=1 / positives, save_gradient=True
         )
         box, quality = box_loss(batch.ltrb, batch.quality, targets)
-        total = cls + quality / positives + box / targets.centerness.sum().clamp(min=1e-6)
+        total = cls + quality / positives + box / targets.totals[1].clamp(min=1e-6)
         return torch.autograd.grad(total, maps)
 
     return run

@@ -64,7 +64,11 @@ struct Cuda {
   // Kernels take any strides.
   static bool can_walk(const Tensor&, const Tensor&) { return true; }
 
-  void run(const AssignTargets& args) { check(cuda::launch_assign_targets(args, stream)); }
+  void run(const AssignTargets& args) {
+    double* state;
+    Tensor memory = output(tensor, {cuda::assign_targets_state(args)}, state);
+    check(cuda::launch_assign_targets(args, state, stream));
+  }
 
   void run(const FocalLoss& args) {
     Tensor memory;

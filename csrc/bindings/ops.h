@@ -89,7 +89,7 @@ Choice choose(
 template <class Device>
 class Ops {
  public:
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> assign_targets(
       const Tensor& gt_boxes, const Tensor& gt_classes, const Tensor& gt_offsets, Integers shapes,
       Integers strides, Integers pitches, double offset, Numbers size_ranges, int64_t num_classes,
       double center_radius, bool inclusive, int64_t pixel_extent) {
@@ -111,8 +111,9 @@ class Ops {
     Tensor ltrb = output(boxes, {b, p, 4}, args.ltrb);
     Tensor centerness = output(boxes, {b, p}, args.centerness);
     Tensor counts = output(boxes, {b, args.levels.count, 2}, args.counts);
+    Tensor totals = output(boxes, {2}, args.totals);
     Device(op, boxes).run(args);
-    return {labels, matched, ltrb, centerness, counts};
+    return {labels, matched, ltrb, centerness, counts, totals};
   }
 
   static Tensor sigmoid_focal_loss(

@@ -53,6 +53,7 @@ struct AssignTargets {
   float* ltrb;       // [B, P, 4], aligned to 16 bytes
   float* centerness; // [B, P]
   int32_t* counts;   // [B, L, 2]
+  float* totals;     // [2]: positive points, and their centerness
 };
 
 // Losses and their incoming gradients are float, or double where the maps are.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "ops.h"
@@ -128,20 +129,23 @@ void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
   }
 }
 
-void write_positives(const LevelOfImage& on) {
+// Returns their centerness together.
+double write_positives(const LevelOfImage& on) {
   int32_t ambiguous = 0;
+  double total = 0;
   for (int32_t point : on.positives) {
     int64_t box = on.matched[point];
     Ltrb<float> d = on.sides_of(point, on.args.boxes + 4 * box);
     float stride = on.level.stride;
     d = {d.left / stride, d.top / stride, d.right / stride, d.bottom / stride};
     on.labels[point] = int32_t(on.args.classes[box]);
-    on.centerness[point] = centerness(d);
+    total += on.centerness[point] = centerness(d);
     float* ltrb = on.ltrb + 4 * int64_t(point);
     ltrb[0] = d.left, ltrb[1] = d.top, ltrb[2] = d.right, ltrb[3] = d.bottom;
     ambiguous += on.candidates[point] > 1;
   }
   on.counts[0] = int32_t(on.positives.size()), on.counts[1] = ambiguous;
+  return total;
 }
 
 } // namespace
@@ -149,6 +153,7 @@ void write_positives(const LevelOfImage& on) {
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for) {
   int64_t levels = args.levels.count, items = args.num_images * levels;
   int64_t work = args.num_images * args.levels.num_points + kPointsPerBox * args.num_boxes;
+  std::vector<double> centerness(items); // so the order of adding is fixed
   parallel_for(items, 1 + kGrain * items / (work + 1), [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       int64_t image = item / levels;
@@ -159,9 +164,15 @@ void assign_targets(const AssignTargets& args, ParallelFor parallel_for) {
           visit(i, box, &on);
         }
       }
-      write_positives(on);
+      centerness[item] = write_positives(on);
     }
   });
+  int64_t positives = 0;
+  for (int64_t item = 0; item < items; ++item) {
+    positives += args.counts[2 * item];
+  }
+  args.totals[0] = float(positives);
+  args.totals[1] = float(std::accumulate(centerness.begin(), centerness.end(), 0.0));
 }
 
 } // namespace fcos::cpu

@@ -3,14 +3,18 @@
 // A block owns a tile of 32 x 8 points of one level of one image. First each thread looks at a box
 // of the image, and those that may serve a point of the tile (2 of 100 on average) go to shared
 // memory. Then each thread owns a point and applies the rule to these. The order in which boxes come
-// to shared memory is up to the hardware; the winner, smallest (area, index), is not.
+// to shared memory is up to the hardware; the winner, smallest (area, index), is not. The last block to
+// end adds what all have counted.
 //
 // Every product that is added to something here is exact, so it does not matter that the compiler
 // fuses the two: results have the bits of the reference.
 
 #include "ops.h"
 
+#include <algorithm>
+
 #include "launch.h"
+#include "sums.h"
 
 namespace fcos::cuda {
 namespace {
@@ -38,6 +42,12 @@ struct Choice {
   int index = -1;
   int candidates = 0;
   bool in_ignored = false;
+};
+
+// What a tile adds to the sums.
+struct Tally {
+  int positive, ambiguous; // points
+  double centerness;
 };
 
 __device__ Tile find_tile(const AssignTargets& args, const BlocksOfLevels& tiles, unsigned block) {
@@ -118,7 +128,8 @@ __device__ void consider(
   }
 }
 
-__device__ void write(
+// Returns the centerness of the point.
+__device__ float write(
     const AssignTargets& args, const Level& level, int64_t to, float x, float y, Choice choice) {
   Ltrb<float> d = {0, 0, 0, 0};
   int label = choice.in_ignored ? -1 : args.num_classes;
@@ -135,6 +146,7 @@ __device__ void write(
   args.matched[to] = choice.index;
   reinterpret_cast<float4*>(args.ltrb)[to] = make_float4(d.left, d.top, d.right, d.bottom);
   args.centerness[to] = quality;
+  return quality;
 }
 
 __device__ void check_offsets(const AssignTargets& args, int image, int64_t begin, int64_t end) {
@@ -145,8 +157,9 @@ __device__ void check_offsets(const AssignTargets& args, int image, int64_t begi
       rises && first && last, "assign_targets: gt_offsets must rise from 0 to the number of boxes");
 }
 
-__global__ void __launch_bounds__(kThreads, kMinBlocks) assign_kernel(
-    const __grid_constant__ AssignTargets args, const __grid_constant__ BlocksOfLevels tiles) {
+// Right in thread 0.
+__device__ Tally
+assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles, double* of_warps) {
   __shared__ Survivor survivors[kThreads];
   __shared__ int count;
   Tile tile = find_tile(args, tiles, blockIdx.x);
@@ -175,45 +188,91 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) assign_kernel(
     __syncthreads();
   }
 
+  double quality = 0;
   if (on_map) {
     int64_t point = level.first_point + int64_t(row) * level.width + column;
-    write(args, level, tile.image * args.levels.num_points + point, x, y, choice);
+    quality = write(args, level, tile.image * args.levels.num_points + point, x, y, choice);
   }
   int positive = __syncthreads_count(choice.candidates > 0);
-  int ambiguous = __syncthreads_count(choice.candidates > 1);
-  if (threadIdx.x == 0 && positive > 0) {
-    int32_t* counts = args.counts + 2 * (tile.image * args.levels.count + tile.level);
-    atomicAdd(counts, positive);
-    atomicAdd(counts + 1, ambiguous);
+  if (positive == 0) {
+    return {0, 0, 0};
   }
+  int ambiguous = __syncthreads_count(choice.candidates > 1);
+  return {positive, ambiguous, block_sum(quality, of_warps)};
+}
+
+// A warp takes a level of an image.
+__device__ void add_tallies(
+    const AssignTargets& args, const BlocksOfLevels& tiles, const Tally* tallies,
+    double* of_warps) {
+  int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, levels = args.levels.count;
+  double positive = 0, centerness = 0;
+  for (int64_t i = warp; i < args.num_images * levels; i += kThreads / 32) {
+    const Tally* of_image = tallies + i / levels * tiles.total();
+    int level = int(i % levels), of_level[2] = {0, 0};
+    for (int tile = tiles.first[level] + lane; tile < tiles.first[level + 1]; tile += 32) {
+      const Tally& tally = of_image[tile];
+      of_level[0] += tally.positive, of_level[1] += tally.ambiguous;
+      centerness += tally.centerness;
+    }
+    positive += of_level[0];
+    for (int step = 16; step > 0; step /= 2) {
+      of_level[0] += __shfl_down_sync(0xffffffff, of_level[0], step);
+      of_level[1] += __shfl_down_sync(0xffffffff, of_level[1], step);
+    }
+    if (lane == 0) {
+      args.counts[2 * i] = of_level[0], args.counts[2 * i + 1] = of_level[1];
+    }
+  }
+  positive = block_sum(positive, of_warps);
+  __syncthreads();
+  centerness = block_sum(centerness, of_warps);
+  if (threadIdx.x == 0) {
+    args.totals[0] = float(positive), args.totals[1] = float(centerness);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kMinBlocks) assign_kernel(
+    const __grid_constant__ AssignTargets args, const __grid_constant__ BlocksOfLevels tiles,
+    Tally* tallies, unsigned ticket) {
+  __shared__ double of_warps[kThreads / 32];
+  if (blockIdx.x < args.num_images * tiles.total()) { // there may be none
+    Tally tally = assign_tile(args, tiles, of_warps);
+    if (threadIdx.x == 0) {
+      tallies[blockIdx.x] = tally;
+    }
+  }
+  if (is_last_block(ticket)) {
+    add_tallies(args, tiles, tallies, of_warps);
+  }
+}
+
+BlocksOfLevels tiles_of(const Levels& levels) {
+  BlocksOfLevels tiles;
+  for (int l = 0; l < levels.count; ++l) {
+    const Level& level = levels.level[l];
+    tiles.append(divide_up(level.width, kTileWidth) * divide_up(level.height, kTileHeight));
+  }
+  return tiles;
 }
 
 } // namespace
 
-cudaError_t launch_assign_targets(const AssignTargets& args, cudaStream_t stream) {
-  if (args.levels.num_points > kMaxBlocks) {
-    return cudaErrorInvalidConfiguration;
+int64_t assign_targets_state(const AssignTargets& args) {
+  constexpr int64_t kDoubles = sizeof(Tally) / sizeof(double);
+  return kDoubles * args.num_images * tiles_of(args.levels).total();
+}
+
+cudaError_t launch_assign_targets(const AssignTargets& args, double* state, cudaStream_t stream) {
+  unsigned ticket;
+  cudaError_t error = take_ticket(stream, &ticket);
+  BlocksOfLevels tiles = tiles_of(args.levels);
+  int64_t blocks = std::max<int64_t>(args.num_images * tiles.total(), 1);
+  if (error != cudaSuccess || args.levels.num_points > kMaxBlocks || blocks > kMaxBlocks) {
+    return error != cudaSuccess ? error : cudaErrorInvalidConfiguration;
   }
-  size_t counts = size_t(args.num_images) * args.levels.count * 2;
-  if (counts > 0) {
-    cudaError_t error = cudaMemsetAsync(args.counts, 0, counts * sizeof(int32_t), stream);
-    if (error != cudaSuccess) {
-      return error;
-    }
-  }
-  BlocksOfLevels tiles;
-  for (int l = 0; l < args.levels.count; ++l) {
-    const Level& level = args.levels.level[l];
-    tiles.append(divide_up(level.width, kTileWidth) * divide_up(level.height, kTileHeight));
-  }
-  int64_t blocks = args.num_images * tiles.total();
-  if (blocks == 0) {
-    return cudaSuccess;
-  }
-  if (blocks > kMaxBlocks) {
-    return cudaErrorInvalidConfiguration;
-  }
-  assign_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(args, tiles);
+  assign_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(
+      args, tiles, reinterpret_cast<Tally*>(state), ticket);
   return cudaGetLastError();
 }
 

@@ -10,7 +10,9 @@
 
 namespace fcos::cuda {
 
-cudaError_t launch_assign_targets(const AssignTargets& args, cudaStream_t stream);
+// How many numbers `state` must hold.
+int64_t assign_targets_state(const AssignTargets& args);
+cudaError_t launch_assign_targets(const AssignTargets& args, double* state, cudaStream_t stream);
 
 // How many numbers `partials` must hold; negative where the maps are too large for one launch.
 int64_t focal_loss_partials(const FocalLoss& args);

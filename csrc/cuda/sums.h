@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace fcos::cuda {
@@ -25,6 +26,36 @@ __device__ __forceinline__ double block_sum(double value, double* of_warps) {
     }
   }
   return sum;
+}
+
+// Counters of blocks that have ended, zero whenever no kernel that counts there runs.
+constexpr unsigned kTickets = 4096;
+static __device__ unsigned tickets[2 * kTickets];
+
+// Of a launch: the one used longest ago. What a graph has captured may run at any time, so it counts
+// elsewhere than what is launched at once.
+inline cudaError_t take_ticket(cudaStream_t stream, unsigned* ticket) {
+  static std::atomic<unsigned> launched = 0, captured = 0;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  *ticket = status == cudaStreamCaptureStatusNone ? launched++ % kTickets
+                                                  : kTickets + captured++ % kTickets;
+  return error;
+}
+
+// Whether this block is the last to come here, and so sees what thread 0 of each other has written.
+__device__ __forceinline__ bool is_last_block(unsigned ticket) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&tickets[ticket], 1u) + 1 == gridDim.x;
+    __threadfence();
+    if (is_last) {
+      tickets[ticket] = 0;
+    }
+  }
+  __syncthreads();
+  return is_last;
 }
 
 // One or two sums over [count] numbers each, which the blocks of a kernel have left.

@@ -187,7 +187,7 @@ class FCOSLoss(nn.Module):
     @torch.no_grad()
     def _normalizers(self, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Divisors of the classification, box and quality loss."""
-        totals = [targets.counts[..., 0].sum().float(), targets.centerness.sum()]
+        totals = list(targets.totals.unbind())
         if self.cls_normalizer == "all":
             totals.append(totals[0].new_full((), float(targets.labels.numel())))
         if self.sync_normalizer and comm.get_world_size() > 1:

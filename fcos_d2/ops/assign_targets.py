@@ -36,6 +36,8 @@ class Targets(NamedTuple):
         centerness: float32 Tensor[B, P] in (0, 1]; 0 for none.
         counts: int32 Tensor[B, L, 2]; per image and level the number of positive points, and of
             ambiguous points (more than one box qualified).
+        totals: float32 Tensor[2]; the number of positive points of the batch and the sum of their
+            centerness, by which losses are divided. ``box_loss`` does not need them.
     """
 
     labels: Tensor
@@ -43,6 +45,7 @@ class Targets(NamedTuple):
     ltrb: Tensor
     centerness: Tensor
     counts: Tensor
+    totals: Tensor | None = None
 
 
 def assign_targets(
@@ -151,6 +154,7 @@ def _fake(gt_boxes, gt_classes, gt_offsets, shapes, *_):
         gt_boxes.new_empty(images, points, 4),
         gt_boxes.new_empty(images, points),
         gt_boxes.new_empty(images, levels, 2, dtype=torch.int32),
+        gt_boxes.new_empty(2),
     )
 
 
@@ -158,7 +162,7 @@ _op = define_op(
     "assign_targets(Tensor gt_boxes, Tensor gt_classes, Tensor gt_offsets, SymInt[] shapes, "
     "int[] strides, SymInt[] pitches, float offset, float[] size_ranges, int num_classes, "
     "float center_radius, bool inclusive, int pixel_extent=0) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.assign_targets,
     _fake,
 )

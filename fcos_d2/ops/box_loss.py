@@ -78,7 +78,7 @@ def box_loss(
     )
     shape = [ltrb[0].shape[0], sum(level.shape[2] * level.shape[3] for level in ltrb)]
     check(isinstance(targets, Targets), name, "targets must be fcos_d2.ops.Targets", targets)
-    _, matched, target_ltrb, centerness, _ = targets
+    _, matched, target_ltrb, centerness, *_ = targets
     check_tensor(name, "targets.matched", matched, shape, [torch.int32], "cast with .int()")
     check_tensor(name, "targets.ltrb", target_ltrb, [*shape, 4], [torch.float32])
     check_tensor(name, "targets.centerness", centerness, shape, [torch.float32])

@@ -84,8 +84,9 @@ class _WithSavedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, labels, scale, alpha, gamma, *logits):
-        one = torch.ones((), dtype=reference.accumulate_dtype(logits[0]), device=labels.device)
-        ctx.scale, ctx.alpha, ctx.gamma = one if scale is None else scale, alpha, gamma
+        ctx.scale, ctx.alpha, ctx.gamma = scale, alpha, gamma
+        if scale is None:
+            ctx.scale = logits[0].new_ones((), dtype=reference.accumulate_dtype(logits[0]))
         ctx.save_for_backward(labels, *logits)
         loss, ctx.gradient = _op_with_gradient(list(logits), labels, ctx.scale, alpha, gamma)
         return loss if scale is None else loss * scale

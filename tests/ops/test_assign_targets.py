@@ -37,6 +37,7 @@ def test_points_inside_a_box_are_positive_with_distances_in_strides():
     assert targets.centerness[0, :3].tolist() == pytest.approx([math.sqrt(1 / 3)] * 2 + [0])
     assert targets.ltrb[0, 2:].abs().sum() == 0
     assert targets.counts.tolist() == [[[2, 0]]]
+    assert targets.totals.tolist() == pytest.approx([2, 2 * math.sqrt(1 / 3)])
 
 
 def test_point_on_the_side_of_a_box_is_outside():
@@ -115,6 +116,7 @@ def test_images_see_only_their_own_boxes():
     assert (targets.labels != K).sum(dim=1).tolist() == [1, 0, 1]
     assert targets.matched[2, 15] == 1
     assert targets.counts[:, 0, 0].tolist() == [1, 0, 1]
+    assert targets.totals.tolist() == [2, 2]
 
 
 def test_no_boxes_at_all_gives_background():
@@ -123,6 +125,7 @@ def test_no_boxes_at_all_gives_background():
     assert targets.counts.sum() == 0
     empty_batch = assign([], offsets=[0])
     assert empty_batch.labels.shape == (0, 16)
+    assert targets.totals.tolist() == empty_batch.totals.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

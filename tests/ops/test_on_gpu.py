@@ -66,7 +66,7 @@ def losses_and_gradients(maps, truth):
     maps = [[x.detach().requires_grad_() for x in level] for level in maps]
     ranges = inputs.ranges(len(LEVELS.strides))
     targets = assign_targets(*truth, LEVELS, ranges, num_classes=CLASSES)
-    scale = 1 / targets.counts[..., 0].sum().clamp(min=1)
+    scale = 1 / targets.totals[0].clamp(min=1)
     cls = sigmoid_focal_loss(maps[0], targets.labels, scale=scale, save_gradient=True)
     box, quality = box_loss(maps[1], maps[2], targets)
     return [cls, box, quality, *torch.autograd.grad(cls + (box + quality) * scale, flat(maps))]

@@ -168,6 +168,11 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError() { return std::exchange(ptx::error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t) { return ptx::message.c_str(); }
 

@@ -26,7 +26,7 @@ def assign_targets(
     center_radius: float,
     inclusive: bool,
     pixel_extent: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``fcos_d2.ops.assign_targets``; the lists of pairs come flattened."""
     _check_ground_truth(gt_boxes, gt_classes, gt_offsets, num_classes)
     levels = levels_of(shapes, strides, pitches, offset)
@@ -101,7 +101,7 @@ def _describe(
     ambiguous: Tensor,
     points: Tensor,
     levels: Levels,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Targets."""
     positive = matched < len(gt_boxes)
     boxes = torch.cat((gt_boxes, gt_boxes.new_zeros(1, 4)))[matched]
@@ -109,12 +109,15 @@ def _describe(
     stride = spread_over_points(levels.strides, levels, points.device)
     ltrb = torch.where(positive[..., None], _sides(points, boxes) / stride[:, None], 0.0)
     counts = torch.stack((positive, ambiguous), dim=-1).split(levels.points_per_level, 1)
+    quality = torch.where(positive, centerness(ltrb), 0.0)
+    totals = torch.stack((positive.double().sum(), quality.double().sum()))
     return (
         torch.where(positive, classes, background).int(),
         torch.where(positive, matched, -1).int(),
         ltrb,
-        torch.where(positive, centerness(ltrb), 0.0),
+        quality,
         torch.stack([level.sum(dim=1) for level in counts], dim=1).int(),
+        totals.float(),
     )
 
 
