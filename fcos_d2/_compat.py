@@ -1,6 +1,6 @@
-"""The only file that knows that detectron2 0.6 and its main branch differ.
+"""Differences between detectron2 0.6 and its main branch, which no other file knows about.
 
-Both call themselves 0.6, so nothing here asks for a version.
+Both report version 0.6, so features are detected instead of versions.
 """
 
 import logging
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(DefaultTrainer):
-    """DefaultTrainer whose checkpoints hold what ``_trainer`` saves, like the optimizer.
+    """DefaultTrainer whose checkpoints contain the state of ``_trainer``, such as the optimizer.
 
-    0.6 leaves it out, so that ``--resume`` starts with empty momenta; main cannot resume from a
-    checkpoint without it. This writes what main writes and reads both.
+    0.6 omits it, so that ``--resume`` starts with empty momenta; main cannot resume from a
+    checkpoint without it. This writes the format of main and reads both.
     """
 
     def state_dict(self) -> dict:
@@ -31,9 +31,9 @@ class ResumableTrainer(DefaultTrainer):
 
 
 def create_local_process_group(size: int) -> None:
-    """Tells ``detectron2.utils.comm`` which processes are on this machine: ``size`` on each.
+    """Tells ``detectron2.utils.comm`` that every machine runs ``size`` processes.
 
-    0.6 does that in its own launch() only; main has a function of this name for all others.
+    0.6 only does so in its own launch(); main has a function of this name for everyone else.
     """
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(size)

@@ -1,7 +1,7 @@
-"""What an issue report needs: ``python -m fcos_d2.collect_env``.
+"""Information for issue reports: ``python -m fcos_d2.collect_env``.
 
-Versions of everything, which implementation of each op is in use, and how it was built. A part that
-fails says so and does not take the others with it: this has to work where nothing else does.
+Prints versions, which implementation of each op is in use, and how it was built. A section that
+fails reports its error and does not affect the others: this must work where nothing else does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def collect_env_info() -> str:
-    """The whole report, as text of several lines."""
+    """The whole report as a multi-line string."""
     parts = (_detectron2_report, _package_report, _ops_report)
     return "\n".join(_attempt(part) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Config files and command-line overrides; every mistake in them is one line with the remedy."""
+"""Reads config files and command-line overrides; mistakes are one-line errors with a remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .lazy_config import cfg_of_lazy, is_lazy
 
 
 def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """A config with every key filled in and its own data sets registered; it can still be changed.
+    """Reads a config, fills in every key, and registers its datasets; the result is not frozen.
 
     Args:
         config_file: YAML, LazyConfig, the name of a config in the model zoo, or "" for the
@@ -29,8 +29,8 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         opts: KEY VALUE pairs that override it; of a LazyConfig also ``key=value``.
 
     Raises:
-        InputError: file, key or value that cannot be used; a data set that is needed for
-            MODEL.FCOS.NUM_CLASSES and cannot be read.
+        InputError: an invalid file, key or value; a dataset that MODEL.FCOS.NUM_CLASSES depends on
+            cannot be read.
     """
     check_opts(opts)
     cfg = get_cfg()
@@ -53,7 +53,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def check_opts(opts: Sequence[object] | None) -> None:
-    """Raises an InputError if a flag is among the overrides, where argparse leaves it."""
+    """Raises an InputError if argparse left a flag among the overrides."""
     for word in opts or ():
         if str(word).startswith("--"):
             raise InputError(f"{word} must come before the overrides, got it after {opts[0]}")
@@ -78,7 +78,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     check_config_file(path)
     try:
         with _config_errors(cfg, f"in {path}"):
-            # Not cfg.merge_from_file, which lets a YAML file call Python functions.
+            # cfg.merge_from_file would let a YAML file call Python functions.
             cfg.merge_from_other_cfg(CfgNode(_CheckedYaml.load_yaml_with_base(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -119,7 +119,7 @@ def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
 def _suggest_key(cfg: CfgNode, key: str) -> str:
     known = list(_keys(cfg))
     last = key.rpartition(".")[2]
-    # The same name in another section is a likelier mistake than a section with a similar name.
+    # The same name in another section is a more likely mistake than a similar section name.
     moved = [name for name in known if name.rpartition(".")[2] == last]
     close = [*moved, *difflib.get_close_matches(key, known, n=3, cutoff=0.75)]
     if close:
@@ -155,7 +155,7 @@ def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
 
 
 def choose_device(cfg: CfgNode) -> str | None:
-    """Sets the CPU where a GPU is asked for and there is none; what to tell the user then."""
+    """Selects the CPU if a GPU is requested but missing; returns what to tell the user."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return None
     notice = f"no GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu"

@@ -1,4 +1,4 @@
-"""Checkpoints of every FCOS: read without running what is in a file, recognized, converted."""
+"""Checkpoints of every FCOS implementation: safe reading, recognition and conversion."""
 
 from .checkpointer import Checkpointer
 

@@ -1,6 +1,6 @@
-"""Adjustments of weights, named as ours, where other implementations keep other tensors or values.
+"""Adjustments of renamed weights where implementations differ in tensors or values.
 
-Each takes weights by name and returns others that detect the same.
+Each takes weights by name and returns weights that give the same detections.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ..errors import InputError
 Weights = dict[str, Tensor]
 
 CLASS_LAYER = "head.cls_logits."
-# COCO's category ids that no category has, and 0; torchvision's class layer has rows for them.
+# Category ids that COCO does not use, and 0; torchvision's class layer has rows for them.
 COCO_GAPS = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-NEVER = -1e4  # logit of a class that is never found
+NEVER = -1e4  # logit of a class that is never detected
 
 
 def count_classes(weights: Weights) -> int:
-    """K of weights that are named as ours."""
+    """K of renamed weights."""
     return len(weights[f"{CLASS_LAYER}weight"])
 
 
 def is_scale(key: str) -> bool:
-    """Whether ``key`` is the factor of a level."""
+    """Whether ``key`` is the scale of a level."""
     return re.fullmatch(r"head\.scales\.\d+\.scale", key) is not None
 
 
@@ -34,9 +34,9 @@ def is_scale(key: str) -> bool:
 
 
 def subtract_epsilon(weights: Weights) -> Weights:
-    """tianzhi0549/FCOS divides by the root of the variance alone, all others add 1e-5 to it.
+    """Subtracts the 1e-5 that tianzhi0549/FCOS does not add to the variance of frozen batch norms.
 
-    Only in its FrozenBatchNorm2d, which unlike BatchNorm2d counts no batches.
+    Its BatchNorm2d, recognized by its counter of batches, does add it.
     """
     adjusted = dict(weights)
     for key, value in weights.items():
@@ -47,14 +47,14 @@ def subtract_epsilon(weights: Weights) -> Weights:
 
 
 def drop_unused_projections(weights: Weights) -> Weights:
-    """AdelaiDet's DLA has projections that nothing uses, in trees of more than one level."""
+    """Drops the unused projections in AdelaiDet's DLA trees of more than one level."""
     suffix = ".tree1.tree1.conv1.weight"
     unused = tuple(f"{k.removesuffix(suffix)}.project." for k in weights if k.endswith(suffix))
     return {key: value for key, value in weights.items() if not key.startswith(unused)}
 
 
 def nest_deformable_convs(weights: Weights) -> Weights:
-    """In mmdetection, a deformable convolution is beside its offsets, in our head inside."""
+    """Moves mmdetection's deformable convolutions into the module that predicts their offsets."""
     deformable = {key.rpartition(".offset.")[0] for key in weights if ".offset." in key}
     return {
         f"{module}.conv.{leaf}" if module in deformable else key: value
@@ -64,7 +64,7 @@ def nest_deformable_convs(weights: Weights) -> Weights:
 
 
 def rename_paddle_leaves(weights: Weights) -> Weights:
-    """PaddleDetection has its own names for tensors inside a module."""
+    """Renames the tensors inside PaddleDetection's modules."""
     leaves = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
     return {
         f"{module}.{leaves.get(leaf, leaf)}": value
@@ -74,7 +74,7 @@ def rename_paddle_leaves(weights: Weights) -> Weights:
 
 
 def add_zero_biases(weights: Weights) -> Weights:
-    """The convolutions of our towers have biases; where theirs have none these are zero."""
+    """Adds zero biases to tower convolutions that have none."""
     added = {}
     for key, value in weights.items():
         bias = key.removesuffix("weight") + "bias"
@@ -84,7 +84,7 @@ def add_zero_biases(weights: Weights) -> Weights:
 
 
 def copy_norms_to_levels(weights: Weights) -> Weights:
-    """Gives every level its copy of batch norms that levels share, in part or as a whole."""
+    """Copies batch norms that levels share, in part or as a whole, to every level."""
     levels = range(_count_levels(weights))
     copied: Weights = {}
     for key, value in weights.items():
@@ -98,7 +98,7 @@ def copy_norms_to_levels(weights: Weights) -> Weights:
 
 
 def select_classes(weights: Weights, wanted: int | None) -> Weights:
-    """Leaves out rows of torchvision's class layer that are no classes, if K is ``wanted``."""
+    """Drops the rows of torchvision's class layer that are not classes if K is ``wanted``."""
     count = count_classes(weights)
     rows = list(range(1 if wanted == count - 1 else 0, count))  # 0 is background
     if count == 91 != wanted:
@@ -110,7 +110,7 @@ def select_classes(weights: Weights, wanted: int | None) -> Weights:
     }
 
 
-# For all formats; each leaves alone what is as here.
+# Apply to all formats; they leave weights that match already unchanged.
 IMPORTING = (drop_unused_projections, nest_deformable_convs, rename_paddle_leaves)
 IMPORTING += (add_zero_biases, copy_norms_to_levels)
 
@@ -118,7 +118,7 @@ IMPORTING += (add_zero_biases, copy_norms_to_levels)
 
 
 def add_scales(weights: Weights) -> Weights:
-    """Factors of levels that are 1, where the weights have none."""
+    """Adds level scales of 1 to weights that have none."""
     if any(map(is_scale, weights)):
         return weights
     levels = range(_count_levels(weights))
@@ -126,7 +126,7 @@ def add_scales(weights: Weights) -> Weights:
 
 
 def fold_scales(weights: Weights) -> Weights:
-    """Multiplies a factor that all levels share into the box prediction."""
+    """Folds a scale that all levels share into the box prediction."""
     scales = [float(value) for key, value in weights.items() if is_scale(key)]
     if len(set(scales)) > 1:
         raise InputError(
@@ -157,7 +157,7 @@ def merge_norms_of_levels(weights: Weights) -> Weights:
 
 
 def check_group_norms(weights: Weights) -> Weights:
-    """Refuses batch norms in the head, which torchvision's has not."""
+    """Refuses batch norms in the head, which torchvision's head does not have."""
     if any(re.fullmatch(r"head\.\w+_tower\..*running_var", key) for key in weights):
         raise InputError(
             "torchvision's FCOS has group norms in its head and these weights have batch norms; "

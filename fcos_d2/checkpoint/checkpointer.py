@@ -1,4 +1,4 @@
-"""Reading weights: of any FCOS, and what does not fit is refused before anything is changed."""
+"""Loads the weights of any FCOS, and refuses weights that do not fit before changing the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .reading import check_url, load_safely
 from .requirements import Requirements
 from .saving import AtomicSaving
 
-MOST_SHOWN = 5  # tensors named in an error, the others are counted
-# State that a detector has or lacks without detecting anything else.
+MOST_SHOWN = 5  # tensors named in an error; the others are counted
+# State without influence on detections.
 NEGLIGIBLE = ("losses.moving_fg", "num_batches_tracked", "pixel_mean", "pixel_std", "cell_anchors")
 
 logger = logging.getLogger(__name__)
@@ -31,16 +31,16 @@ Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the file
 
 
 class Checkpointer(AtomicSaving, DetectionCheckpointer):
-    """DetectionCheckpointer for weights of every FCOS that refuses what does not fit.
+    """DetectionCheckpointer that reads every FCOS and refuses weights that do not fit.
 
-    Files are read without running what is in them. Weights of other implementations are recognized,
-    renamed and converted, and one line tells what they require of the config.
+    No code in a file is run. Weights of other implementations are recognized, renamed and
+    converted, and one log line reports what they require of the config.
 
-    With ``reset_class_layer`` the weights start a training run: they may be those of a backbone
-    alone, and of another number of classes; the class layer keeps its initial values then. Without,
-    they must be those of the model, all of them.
+    With ``reset_class_layer``, the weights initialize a training run: they may belong to a backbone
+    only, or to a detector with another number of classes, whose class layer then keeps its initial
+    values. Otherwise they must match the model completely.
 
-    With ``averaged`` the average of the weights is taken (MODEL_EMA) where a checkpoint has one.
+    With ``averaged``, the EMA (MODEL_EMA) is loaded from checkpoints that contain one.
     """
 
     reset_class_layer = False
@@ -51,8 +51,8 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         """Loads a file or URL; see DetectionCheckpointer.
 
         Raises:
-            InputError: no such file, a file that is no checkpoint, or weights that do not fit. The
-                model is as it was then.
+            InputError: the file is missing, is not a checkpoint, or does not fit. The model is
+                unchanged then.
         """
         self._source = path
         check_url(path)
@@ -113,7 +113,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         return incompatible
 
     def _check(self, weights: Weights, state: Weights, wrong: list[Misfit]) -> list[str]:
-        """Refuses weights that do not fit; names of the class layer if it is to be left alone."""
+        """Refuses weights that do not fit; names of the class layer if it keeps its values."""
         names = [name for name, _ in self.model.named_parameters()]
         if names and not set(names) & set(weights) and not wrong:
             found = ", ".join(map(format_value, list(weights)[:2]))
@@ -162,11 +162,11 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         return [name for name, _, _ in other]
 
     def _describe_recognized(self, what: str) -> tuple[str, bool]:
-        """One line about the weights, and whether the model is what they require."""
+        """One line about the weights, and whether the model meets their requirements."""
         name, _, required = self._recognized
         text = f"recognized as {name}, convention {' or '.join(required.conventions)}, {what}; "
         convention, different = differences(self.model, required)
-        if self.reset_class_layer:  # told already
+        if self.reset_class_layer:  # reported already
             different.pop("MODEL.FCOS.NUM_CLASSES", None)
         if not different:
             return f"{text}the config agrees with it", True
@@ -181,9 +181,9 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
 def differences(
     model: nn.Module, required: Requirements
 ) -> tuple[str, dict[str, tuple[object, object]]]:
-    """Where ``model`` is not what weights require: (convention, key -> (required, in use)).
+    """Where ``model`` differs from the requirements: (convention, key -> (required, in use)).
 
-    Of several conventions that the weights may follow it is the one closest to the model's.
+    If the weights may follow several conventions, the one closest to the model's is compared.
     """
     if not isinstance(model, FCOS):
         return required.conventions[0], {}
@@ -202,7 +202,7 @@ def differences(
 
 
 def _settings_in_use(model: FCOS) -> dict[str, object]:
-    """What of the config decides about detections, by key, read from the model itself."""
+    """The settings that affect detections, by config key, read from the model itself."""
     head, grid, post = model.head, model.grid, model.postprocess
     fcos = {
         "NUM_CLASSES": head.cls_logits.out_channels,
@@ -228,7 +228,7 @@ def _settings_in_use(model: FCOS) -> dict[str, object]:
     for module in model.backbone.modules():
         if isinstance(module, CNNBlockBase) and module.stride == 2 and hasattr(module, "conv3"):
             settings["MODEL.RESNETS.STRIDE_IN_1X1"] = max(module.conv1.stride) == 2
-        if type(module).__name__ == "OsaBlock":  # of timm's VoVNets; the last one tells
+        if type(module).__name__ == "OsaBlock":  # of timm's VoVNets; the last block tells
             options = ["residual=True"] if module.residual else []
             settings["MODEL.TIMM.OPTIONS"] = options
     return settings | {f"MODEL.FCOS.{key}": value for key, value in fcos.items()}
@@ -241,7 +241,7 @@ def _equal(wanted: object, used: object) -> bool:
 
 
 def _unplaced_by_shape(weights: Weights, state: Weights) -> list[Misfit]:
-    """What detectron2's matching of names left where it was, because of its shape alone."""
+    """Tensors that detectron2's matching of names skipped only because of their shape."""
     return [
         (name, tuple(value.shape), tuple(state[name].shape))
         for ending, value in weights.items()

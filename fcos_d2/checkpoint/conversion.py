@@ -1,6 +1,6 @@
-"""Weights of every other FCOS as weights of this one, and back: dict -> dict, no model needed.
+"""Converts the weights of other FCOS implementations, and back: dict -> dict, without a model.
 
-What is particular to an implementation stands in formats.py.
+formats.py holds what is specific to an implementation.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .adjustments import CLASS_LAYER, IMPORTING, Weights, count_classes, is_scal
 from .formats import FORMATS, CheckpointFormat, Names
 from .requirements import Requirements
 
-# Where checkpoints keep the weights, averaged ones first: published results are theirs. What
-# mmengine calls ema_state_dict is not in the list: it swaps the two when it saves.
+# Where checkpoints keep the weights, averaged ones first, which published results come from.
+# mmengine's ema_state_dict is not listed: it swaps the two when it saves.
 WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state", "blobs")
-# Put before every name by DistributedDataParallel, torch.compile and Lightning.
+# Prefixes of DistributedDataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# Tensors beside the weights of a detector.
+# Tensors that are not weights of a detector.
 NO_WEIGHTS = re.compile(r"pixel_(mean|std)|((rpn\.)?anchor_generator|data_preprocessor)\..*")
 
 OURS = "fcos_d2"
 PREDICTIONS = {f"{CLASS_LAYER}weight", "head.ctrness.weight"}  # in all weights of a detector
-MOST_REPEATED = 2**26  # numbers of a tensor that its file does not hold
+MOST_REPEATED = 2**26  # elements of a tensor that are not in its file
 WRITABLE = tuple(known.name for known in FORMATS if known.exporting is not None)
-# What makes boxes and qualities of predictions, and is no option elsewhere.
+# How boxes and qualities are predicted, which other implementations cannot change.
 BOX_KEYS = (
     *("USE_RELU", "NORM_REG_TARGETS", "CENTERNESS_ON_REG"),
     *("LOCATION_OFFSET", "LOCATION_PITCH"),
@@ -43,9 +43,9 @@ class Recognized(NamedTuple):
 
     Attributes:
         format: name of its CheckpointFormat.
-        weights: by the names of this package's model; a tensor that the format does not know keeps
-            its own name.
-        requirements: what it requires of the config.
+        weights: by the names of this package's model. Tensors unknown to the format keep their
+            names.
+        requirements: what the weights require of the config.
     """
 
     format: str
@@ -54,13 +54,13 @@ class Recognized(NamedTuple):
 
 
 def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
-    """Takes off what wrappers put around weights and before their names.
+    """Removes wrappers around the weights and prefixes of their names.
 
     Returns:
-        The weights, and whatever else the checkpoint holds.
+        The weights, and everything else in the checkpoint.
 
     Raises:
-        InputError: there is no dict of tensors or arrays in it.
+        InputError: the checkpoint contains no dict of tensors or arrays.
     """
     rest: dict = {}
     found = _find_weights(checkpoint, rest) if isinstance(checkpoint, Mapping) else None
@@ -81,7 +81,7 @@ def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
 
 
 def _find_weights(mapping: Mapping, rest: dict) -> Mapping | None:
-    """The innermost dict of tensors; what lies beside it goes into ``rest``."""
+    """The innermost dict of tensors; its siblings go into ``rest``."""
     for key in WRAPPERS:
         inner = mapping.get(key)
         found = _find_weights(inner, rest) if isinstance(inner, Mapping) else None
@@ -113,7 +113,7 @@ def _to_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
 
 
 def recognize(weights: Collection[str]) -> CheckpointFormat | None:
-    """The format that these names are of; None if of no known FCOS, or of this package."""
+    """The format with these names; None if they belong to no known FCOS, or to this package."""
     for known in FORMATS:
         if {rename(key, known.modules) for key in weights} >= PREDICTIONS:
             return known
@@ -121,12 +121,12 @@ def recognize(weights: Collection[str]) -> CheckpointFormat | None:
 
 
 def is_ours(weights: Collection[str]) -> bool:
-    """Whether these names are those of this package's detector."""
+    """Whether the names are those of this package's detector."""
     return set(weights) >= PREDICTIONS
 
 
 def rename(key: str, modules: Names) -> str | None:
-    """Renames ``key`` by the entry for its longest beginning; None if there is none."""
+    """Renames ``key`` by the entry for its longest prefix; None if there is none."""
     module = key
     while "." in module:
         module = module.rpartition(".")[0]
@@ -139,15 +139,15 @@ def import_weights(checkpoint: Mapping, num_classes: int | None = None) -> Recog
     """Converts a checkpoint of any known format to this package's weights.
 
     Args:
-        checkpoint: as it was saved, wrappers included.
-        num_classes: K of the model that the weights are for, if it is known. It decides what
-            becomes of torchvision's rows for classes that do not exist.
+        checkpoint: as it was saved, including wrappers.
+        num_classes: K of the model that will use the weights, if known. It decides whether
+            torchvision's rows for unused category ids are dropped.
 
     Returns:
-        None if no format fits: weights of this package, of a backbone alone, or of something else.
+        None if no format matches: weights of this package, of a backbone only, or of another model.
 
     Raises:
-        InputError: there is no dict of tensors in it.
+        InputError: the checkpoint contains no dict of tensors.
     """
     theirs, rest = extract_weights(checkpoint)
     known = recognize(theirs)
@@ -178,21 +178,21 @@ def export_weights(
     Args:
         weights: by the names of this package's model.
         name: one of ``WRITABLE``.
-        requirements: what is known about how the weights must be used.
+        requirements: what the weights are known to require.
 
     Raises:
-        InputError: that format cannot be written, or cannot hold these weights exactly.
+        InputError: the format cannot be written, or cannot represent these weights exactly.
     """
     known = next((known for known in FORMATS if known.name == name), None)
     if known is None or known.exporting is None:
         raise InputError(f"weights cannot be written as {name}; choose {', '.join(WRITABLE)}")
     if requirements:
         _check_same_boxes(requirements, name)
-    # The moving average of the positives belongs to the training run, not to the detector.
+    # The moving normalizer belongs to the training run, not to the detector.
     weights = {key: value for key, value in weights.items() if not key.startswith("losses.")}
     for adjust in known.exporting:
         weights = adjust(weights)
-    # Of two modules with one name here the first is today's.
+    # If two modules map to one of ours, the first is the current one.
     modules = {ours: theirs for theirs, ours in reversed(known.modules.items())}
     renamed = {key: rename(key, modules) for key in weights}
     homeless = [key for key, new in renamed.items() if new is None]
@@ -206,7 +206,7 @@ def export_weights(
 
 
 def _check_same_boxes(required: Requirements, name: str) -> None:
-    """Refuses what no option of the other implementation could make up for."""
+    """Refuses weights that no option of the other implementation could reproduce."""
     theirs = CONVENTIONS[name]
     settings = {key.removeprefix("MODEL.FCOS."): value for key, value in required.settings.items()}
     choices = [{**CONVENTIONS[convention], **settings} for convention in required.conventions]
@@ -220,9 +220,9 @@ def _check_same_boxes(required: Requirements, name: str) -> None:
 
 
 def adapt_weights(weights: Weights, names: Collection[str]) -> Weights:
-    """Makes weights fit a model that has tensors of these ``names``, without changing any result.
+    """Fits weights to a model with tensors of these ``names`` without changing any result.
 
-    A factor per level that is 1 is added or left out; counters of batches are left out.
+    Level scales of 1 are added or dropped, and counters of batches are dropped.
     """
 
     def is_needed(key: str) -> bool:

@@ -1,13 +1,14 @@
-"""How every other FCOS names its weights: one ``CheckpointFormat`` each.
+"""The names of weights in every other FCOS implementation, one ``CheckpointFormat`` each.
 
-To read another implementation, write its table of names and a function for what its weights require
-(requirements.py), and append both to ``FORMATS``; conversion.py does the rest.
+To support another implementation, write its table of names and a function that returns its
+requirements (requirements.py), and append both to ``FORMATS``; conversion.py does the rest.
 
-A row of a table is a module of theirs and the same module here. ``{s}``, ``{s-1}`` and ``{3*n+1}``
-stand for numbers: stages (s), blocks in a stage (b), convolutions in a block (c), convolutions of a
-tower or levels (n); ``{b:a}`` for a letter; ``<a|b>`` for the first alternative on both sides, then
-the second. The row of the longest beginning of a tensor's name applies, and what follows stays as
-it is: by ``head.cls_score head.cls_logits``, ``head.cls_score.bias`` is ``head.cls_logits.bias``.
+Each row of a table maps a module of theirs to the same module here. ``{s}``, ``{s-1}`` and
+``{3*n+1}`` stand for numbers: stages (s), blocks in a stage (b), convolutions in a block (c),
+convolutions of a tower or levels (n); ``{b:a}`` stands for a letter, and ``<a|b>`` for the first
+alternative on both sides, then the second. The row with the longest matching prefix applies, and
+the rest of the name is kept: with ``head.cls_score head.cls_logits``, ``head.cls_score.bias``
+becomes ``head.cls_logits.bias``.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Adjustment = Callable[[Weights], Weights]
 
 
 class CheckpointFormat(NamedTuple):
-    """How an implementation names its weights.
+    """The names that an implementation gives its weights.
 
     Attributes:
-        name: for people and the command line.
-        modules: names of modules, theirs to ours.
-        requirements: our weights and the rest of the checkpoint -> Requirements.
-        importing: adjustments after the weights are renamed, beside those of all formats.
-        exporting: adjustments before they are renamed back; None if that is not offered.
-        has_unused_classes: the class layer has rows that are no classes.
+        name: as shown in messages and given on the command line.
+        modules: module names, theirs to ours.
+        requirements: (renamed weights, rest of the checkpoint) -> Requirements.
+        importing: adjustments after renaming, in addition to those of all formats.
+        exporting: adjustments before renaming back; None if the format cannot be written.
+        has_unused_classes: the class layer has rows that are not classes.
     """
 
     name: str
@@ -47,12 +48,12 @@ class CheckpointFormat(NamedTuple):
 
 SLOT = re.compile(r"\{(?:(\d)\*)?(\w)([+-]\d)?(:a)?\}")
 CHOICE = re.compile(r"<([^>]*)>")
-# ResNet-152 has a stage of 36 blocks.
+# ResNet-152 has a stage with 36 blocks.
 NUMBERS = {"s": range(2, 6), "b": range(36), "c": range(1, 4), "n": range(8)}
 
 
 def _table(text: str) -> Names:
-    """Every row with all its numbers; of two for the same module the first counts."""
+    """Expands every row to all its numbers; the first row for a module wins."""
     names: Names = {}
     words = text.split()
     for row in zip(words[::2], words[1::2], strict=True):
@@ -85,7 +86,7 @@ RESNET = _table("""
     layer{s-1}.{b}.bn{c}             res{s}.{b}.conv{c}.norm
     layer{s-1}.{b}.downsample.<0|1>  res{s}.{b}.shortcut<|.norm>
 """)
-# Backbones that are timm's here; VoVNet by the names of youngwanLEE/vovnet-detectron2.
+# Backbones that come from timm here; VoVNet has the names of youngwanLEE/vovnet-detectron2.
 DLA = {name: name for name in ("base_layer", *(f"level{i}" for i in range(6)))}
 VOVNET = _table("""
     stem.stem_{c}/<conv|norm>                                   stem_{c-1}.<conv|bn>

@@ -1,8 +1,8 @@
-"""Reads files of weights without running what may be in them.
+"""Reads checkpoint files without running code in them.
 
-``torch.load(weights_only=True)`` reads what ``torch.save`` wrote, the safetensors library reads its
-own format, and anything else is a plain pickle of NumPy arrays. A pickle is a program: whichever
-way it comes, it may name ``ALLOWED`` and what torch allows, and nothing else.
+``torch.load(weights_only=True)`` reads files of ``torch.save``, the safetensors library reads its
+own format, and anything else must be a plain pickle of NumPy arrays. A pickle is a program, so it
+may only name what is in ``ALLOWED`` and what torch allows.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, format_value, one_line_cause
 
-# How the files of torch.save begin: as a zip file, or with a pickled magic number (before 1.6).
+# torch.save files begin like a zip file, or with a pickled magic number (before torch 1.6).
 ZIP = b"PK\x03\x04"
 LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
 
 class Ignored:
-    """Stands for an object beside the weights that nothing here needs, whatever it holds."""
+    """Replaces an object that is not a weight and is not needed, whatever it contains."""
 
     def __init__(self, *args: object):
         pass
 
 
 class DType:
-    """Stands for numpy.dtype, whose own unpickling lets a file pass bytes off as objects."""
+    """Replaces numpy.dtype, whose unpickling would let a file pass off bytes as objects."""
 
     def __init__(self, code: str, *flags: object):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):  # what torch has
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):  # those that torch has
             raise ValueError(f"it holds an array of dtype {format_value(code)}, not of numbers")
         self.value = np.dtype(code)
 
@@ -43,7 +43,7 @@ class DType:
 
 
 class Array(np.ndarray):
-    """An array whose unpickling takes a DType of numbers and no other."""
+    """An array that unpickles only with a numeric DType."""
 
     def __setstate__(self, state: tuple):
         _, shape, dtype, is_fortran, data = state
@@ -64,7 +64,7 @@ def _number(dtype: DType, data: bytes | str) -> float:
     return np.frombuffer(data, dtype.value, count=1)[0].item()
 
 
-# What a pickle may name, and what it gets; torch.load allows its own names besides.
+# What a pickle may name, and what it gets instead; torch.load also allows its own names.
 ALLOWED: dict[str, object] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
@@ -74,14 +74,14 @@ ALLOWED: dict[str, object] = {
     "numpy.ndarray": Array,
     **{
         f"numpy.{core}.{name}": stub
-        for core in ("core", "_core")  # before NumPy 2, and since
+        for core in ("core", "_core")  # before NumPy 2, and since then
         for name, stub in (
             ("multiarray._reconstruct", _empty_array),
             ("multiarray.scalar", _number),
             ("numeric._frombuffer", _array),
         )
     },
-    # What the training scripts of torchvision and mmdetection save with the weights.
+    # What the training scripts of torchvision and mmdetection save along with the weights.
     "argparse.Namespace": Ignored,
     "mmengine.logging.history_buffer.HistoryBuffer": Ignored,
     "builtins.getattr": Ignored,  # how a HistoryBuffer refers to its own methods
@@ -91,7 +91,7 @@ ALLOWED: dict[str, object] = {
 
 
 def check_url(path: str) -> None:
-    """Refuses a URL that iopath would store outside its cache, wherever ``..`` lead.
+    """Refuses a URL that iopath would store outside its cache because of ``..``.
 
     Raises:
         InputError: it has ``..`` in its path.
@@ -101,17 +101,17 @@ def check_url(path: str) -> None:
 
 
 def load_safely(path: str) -> object:
-    """Loads a file of torch.save, of safetensors, or a pickle of arrays, without running any of it.
+    """Loads a torch.save file, a safetensors file or a pickle of arrays without running code in it.
 
     Args:
         path: may be a URL.
 
     Returns:
-        What was saved. Dicts of any kind are plain dicts, and objects of other classes than those
-        of tensors and plain data are ``Ignored``.
+        The saved object. Dicts of any kind become plain dicts, and objects other than tensors and
+        plain data become ``Ignored``.
 
     Raises:
-        InputError: the file is cut off, is something else, or would run code.
+        InputError: the file is truncated, is not a checkpoint, or would run code.
         OSError: it cannot be opened.
     """
     local = PathManager.get_local_path(path)
@@ -119,12 +119,12 @@ def load_safely(path: str) -> object:
         start = file.read(40)
     try:
         return _plain(_load(local, start))
-    except Exception as error:  # what a broken file makes of these libraries has many names
+    except Exception as error:  # these libraries raise many types of errors for a broken file
         raise _refusal(path, error) from error
 
 
 def load_trusted(path: str) -> object:
-    """Loads a file by running whatever is in it: only if its author is trusted."""
+    """Loads a file by running whatever code it contains, for files from trusted authors."""
     with open(path, "rb") as file:
         if _is_torch(file.read(40)):
             return torch.load(path, map_location="cpu", weights_only=False)
@@ -159,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: object) -> object:
-    """Dicts without attributes, which a file could have put in the places of their methods."""
+    """Copies dicts without their attributes, with which a file could replace their methods."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in dict.items(value)}
     return value

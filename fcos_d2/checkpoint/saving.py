@@ -1,7 +1,7 @@
-"""Files that are complete or not there at all: written under another name, flushed, renamed.
+"""Atomic writes: files are written under a temporary name, flushed and renamed.
 
-Whatever happens while a checkpoint is written (kill -9, a full disk, a power cut), the previous one
-and ``last_checkpoint``, which names it, are as they were.
+Whatever interrupts the writing of a checkpoint (kill -9, a full disk, a power cut), the previous
+checkpoint and ``last_checkpoint``, which names it, stay intact.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name ``path`` when the block ends without an exception.
+    """Opens a binary file that is renamed to ``path`` when the block ends without an exception.
 
-    Readers see the old content or the new one, and after a power cut one of the two as well.
+    Readers see either the old content or the new one, even after a power cut.
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
@@ -41,10 +41,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Flushes a folder, and so the renames in it, to disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -53,11 +53,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 class AtomicSaving:
-    """Saving for a subclass of fvcore's Checkpointer, to be named before it among the bases.
+    """Atomic saving for subclasses of fvcore's Checkpointer; must precede it among the bases.
 
-    A ``save_dir`` that only a handler of PathManager can reach ("s3://...") is as atomic as that
-    handler. All methods raise an InputError where a file cannot be written; the previous checkpoint
-    is untouched then.
+    With a ``save_dir`` behind a handler of PathManager ("s3://..."), it is as atomic as that
+    handler. All methods raise an InputError if a file cannot be written; the previous checkpoint
+    then stays intact.
     """
 
     def save(self, name: str, **extra) -> None:
@@ -68,18 +68,18 @@ class AtomicSaving:
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, model: nn.Module) -> None:
-        """Saves the weights of ``model`` alone, not as a checkpoint to resume from."""
+        """Saves only the weights of ``model``, which is not enough to resume from."""
         if self.save_dir and self.save_to_disk:
             self._write(name, {"model": model.state_dict()})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Makes ``last_checkpoint`` name the checkpoint from which --resume continues."""
+        """Makes ``last_checkpoint`` name the checkpoint that --resume continues from."""
         with self._saving("last_checkpoint") as file:
             file.write(last_filename_basename.encode())
 
     def _write(self, name: str, content: dict) -> None:
         for left_behind in Path(self.save_dir).glob(f"*{PARTIAL}"):
-            left_behind.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            left_behind.unlink(missing_ok=True)  # left by a process that was killed while writing
         self.logger.info(f"Saving checkpoint to {self.save_dir}/{name}.pth")
         with self._saving(f"{name}.pth") as file:
             torch.save(content, file)
@@ -101,7 +101,7 @@ class AtomicSaving:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, wherever in the chain of exceptions."""
+    """The operating system's error, wherever it is in the chain of exceptions."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,4 +1,4 @@
-"""Faster networks with the same detections: folded batch norms, memory format, low precision."""
+"""Faster inference with the same detections: folded batch norms, memory format, precision."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class InFloat32(nn.Module):
 def accelerate(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Makes a detector fast for inference, in place; it can no longer be trained or saved.
 
-    Batch norms that follow a convolution become part of it, which changes results by rounding
-    alone, and feature maps are channels_last. In a lower ``dtype`` the network computes in it, save
-    for the distances to the sides of boxes and the box quality: they are few, and bfloat16 has 8
-    bits for them. Candidates and detections are float32 in any case.
+    Batch norms are folded into the preceding convolutions, which only changes rounding, and feature
+    maps are channels_last. With a lower ``dtype``, the network computes in it, except the layers
+    that predict distances and box quality: they are small, and bfloat16 is too coarse for them.
+    Candidates and detections are always float32.
 
     Args:
         model: in evaluation mode; below float32 an FCOS.
@@ -49,7 +49,7 @@ def accelerate(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
 
 
 def fold_batch_norms(model: nn.Module) -> None:
-    """Merges the norms of detectron2's convolutions into their weights, in place."""
+    """Folds the norms of detectron2's convolutions into their weights, in place."""
     for layer in model.modules():
         norm = getattr(layer, "norm", None)
         if isinstance(layer, Conv2d) and isinstance(norm, NORMS):
@@ -61,7 +61,7 @@ def fold_batch_norms(model: nn.Module) -> None:
 
 
 def use_channels_last(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Makes convolutions read and write channels_last; the input is cast to ``dtype``."""
+    """Converts convolutions to channels_last and casts their input to ``dtype``."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.to(memory_format=torch.channels_last)

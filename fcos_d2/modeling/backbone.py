@@ -1,6 +1,6 @@
 """Backbones of FCOS: an FPN with extra levels computed from P5 or C5 (1904.01355 section 3.2).
 
-Under it detectron2's ResNets, whose deformable convolutions run on torchvision's kernel.
+The bottom-up part is detectron2's ResNet, with deformable convolutions on torchvision's kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..config import fcos_settings
 class DeformConv2d(nn.Module):
     """A deformable convolution of a detectron2 ResNet (DCN or DCNv2) on torchvision's kernel.
 
-    detectron2's own needs its compiled extension, and the modulated one a GPU. Names of weights
-    are the same.
+    detectron2's own layer needs its compiled extension, and for DCNv2 a GPU. The weights have the
+    same names.
 
     Args:
-        conv: whose weight, normalisation and geometry to take over.
+        conv: layer whose weight, norm and geometry are taken over.
     """
 
     def __init__(self, conv: DeformConv | ModulatedDeformConv):
@@ -62,7 +62,7 @@ def use_torchvision_deform_conv(module: nn.Module) -> nn.Module:
 
 
 class LastLevelP6(nn.Module):
-    """P6 alone: a 3x3 convolution of stride 2 on P5 or C5."""
+    """Adds only P6: a 3x3 convolution with stride 2 on P5 or C5."""
 
     num_levels = 1
 
@@ -81,7 +81,7 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
     """FPN over ``bottom_up`` with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
 
     Raises:
-        ValueError: MODEL.FPN.IN_FEATURES, TOP_LEVELS or TOP_LEVELS_FROM that cannot be.
+        ValueError: invalid MODEL.FPN.IN_FEATURES, TOP_LEVELS or TOP_LEVELS_FROM.
     """
     fcos = fcos_settings(cfg)
     top_levels, source, channels = fcos.TOP_LEVELS, fcos.TOP_LEVELS_FROM, cfg.MODEL.FPN.OUT_CHANNELS
@@ -117,7 +117,7 @@ def build_fcos_d2_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     return build_fpn(cfg, use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape)))
 
 
-# What AdelaiDet calls its backbones: here they mean ours, unless it is imported and has them.
+# AdelaiDet's names of its backbones; they mean ours unless AdelaiDet has registered them.
 ADELAIDET_NAMES = {
     "build_fcos_resnet_fpn_backbone": "build_fcos_d2_resnet_fpn_backbone",
     "build_fcos_vovnet_fpn_backbone": "build_fcos_d2_vovnet_fpn_backbone",
@@ -125,7 +125,7 @@ ADELAIDET_NAMES = {
 
 
 def build_named_backbone(cfg) -> Backbone:
-    """The backbone MODEL.BACKBONE.NAME, which may be a name of AdelaiDet's YAML files."""
+    """Builds MODEL.BACKBONE.NAME, which may be a name from AdelaiDet's YAML files."""
     name = cfg.MODEL.BACKBONE.NAME
     if name in ADELAIDET_NAMES and name not in BACKBONE_REGISTRY:
         cfg = cfg.clone()

@@ -1,4 +1,4 @@
-"""FCOS as a detectron2 meta-architecture (1904.01355 figure 2): glue between the parts."""
+"""FCOS as a detectron2 meta-architecture (1904.01355 figure 2), connecting its parts."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ class FCOS(DenseDetector):
     def dense_predictions(
         self, batched_inputs: Sequence[dict]
     ) -> tuple[ImageList, list[Tensor], Predictions]:
-        """The batch, padded and normalised, its feature maps, and what the head says about them."""
+        """The padded and normalized batch, its feature maps, and the head's predictions."""
         images = self.preprocess_image(batched_inputs)
         return images, *self.network(images.tensor)
 
     def preprocess_image(self, batched_inputs: Sequence[dict]) -> ImageList:
-        """The batch, padded and normalised, in the type of the weights."""
+        """The padded and normalized batch, in the dtype of the weights."""
         images = super().preprocess_image(batched_inputs)
         return ImageList(images.tensor.to(self.pixel_mean.dtype), images.image_sizes)
 
     def network(self, images: Tensor) -> tuple[list[Tensor], Predictions]:
-        """Normalised Tensor[B, C, H, W] -> feature maps and predictions, by ascending stride."""
+        """Normalized Tensor[B, C, H, W] -> feature maps and predictions, by ascending stride."""
         maps = self.backbone(images)
         features = [maps[name] for name in self.head_in_features]
         return features, self.head(features)
@@ -118,19 +118,19 @@ class FCOS(DenseDetector):
     def detect(
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> Detections:
-        """Detections of the whole batch in fixed shapes, without waiting for the device."""
+        """Detections of the whole batch in fixed shapes, without host synchronization."""
         return self.postprocess.suppress(self.select(images, features, predictions))
 
     def select(
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> Candidates:
-        """What NMS chooses the detections from."""
+        """The candidates that NMS selects the detections from."""
         sizes = torch.tensor([tuple(size) for size in images.image_sizes])
         sizes = sizes.to(self.device, non_blocking=True)
         return self.postprocess.select(predictions, self.levels(features, images), sizes)
 
     def levels(self, features: list[Tensor], images: ImageList) -> Levels:
-        """Where the points of ``features`` lie in ``images``."""
+        """Positions of the points of ``features`` in ``images``."""
         return self.grid.levels(features, images.tensor)
 
 

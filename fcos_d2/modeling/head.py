@@ -1,7 +1,7 @@
 """FCOSHead: the fully convolutional head shared by all levels (1904.01355 figure 2).
 
 Parameter names are those of AdelaiDet's head (``cls_tower``, ``bbox_tower``, ``cls_logits``,
-``bbox_pred``, ``ctrness``, ``scales``), so that its checkpoints differ by a prefix alone.
+``bbox_pred``, ``ctrness``, ``scales``), so that its checkpoints differ only by a prefix.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class DeformableConv(nn.Module):
 
 
 class Tower(nn.Sequential):
-    """3x3 convolutions, each followed by normalisation and ReLU, applied to every level.
+    """3x3 convolutions, each followed by a norm and ReLU, applied to every level.
 
-    Batch norms keep statistics and weights of their own per level: features of different levels
-    differ in distribution, and only the convolutions are shared.
+    Convolutions are shared between levels. Batch norms have separate statistics and weights for
+    each level, because features of different levels differ in distribution.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tower(nn.Sequential):
 
 
 class FCOSHead(nn.Module):
-    """Predicts class logits, distances to the box's sides and box quality at every point.
+    """Predicts class logits, distances to the sides of the box and box quality at every point.
 
     Args:
         in_channels: channels of every input feature map.
@@ -189,7 +189,7 @@ class FCOSHead(nn.Module):
             ltrb = self._distances(self.bbox_pred(box_feature), level)
             predictions.logits.append(self.cls_logits(cls_feature))
             predictions.ltrb.append(ltrb)
-            # Under autocast the scale and exp give float32, which box_loss then asks of both.
+            # Under autocast, scale and exp return float32, and box_loss expects equal dtypes.
             predictions.quality.append(self.ctrness(quality_feature).to(ltrb.dtype))
             if self.yield_box_features:
                 predictions.box_features.append(box_feature)

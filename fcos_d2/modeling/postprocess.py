@@ -14,7 +14,7 @@ from .structures import Predictions, check_choice, check_number
 
 
 class PostProcessor:
-    """Selects candidates and suppresses duplicates; every step in fixed shapes, none waits.
+    """Selects candidates and suppresses duplicates, in fixed shapes, without host synchronization.
 
     Args:
         score_threshold: on the class probability, or with ``threshold_with_quality`` on its product
@@ -54,7 +54,7 @@ class PostProcessor:
         class_agnostic: bool = False,
         max_detections: int = 100,
     ):
-        # Here, and not when the first evaluation comes, after hours of training.
+        # Checked here rather than at the first evaluation, after hours of training.
         check_choice("SCORE_RULE", score_rule, SCORE_RULES)
         check_choice("NMS_METHOD", nms_method, NMS_METHODS)
         check_choice("PIXEL_EXTENT", pixel_extent, (0, 1))
@@ -107,7 +107,7 @@ class PostProcessor:
 
     @torch.no_grad()
     def select(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Candidates:
-        """What NMS chooses from; arguments as above."""
+        """The candidates for NMS; arguments as above."""
         logits, ltrb, quality, _ = predictions
         return select_candidates(logits, ltrb, quality, levels, image_sizes, **self.selection)
 

@@ -18,15 +18,15 @@ from .structures import PointGrid, pack_ground_truth, to_instances
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class FCOSProposals(nn.Module):
-    """Proposes FCOS's detections, class-aware, ``objectness_logits`` being the logit of the score.
+    """Proposes FCOS's class-aware detections; ``objectness_logits`` are the logits of their scores.
 
     Args:
         head: feature maps -> Predictions.
         losses: Predictions and ground truth -> losses.
         grid: lays points over the feature maps.
         in_features: names of the feature maps the head reads.
-        train_postprocess: makes the proposals of training; None to train FCOS alone.
-        test_postprocess: makes the proposals of evaluation.
+        train_postprocess: selects the proposals for training; None trains only FCOS.
+        test_postprocess: selects the proposals for evaluation.
     """
 
     @configurable
@@ -49,8 +49,7 @@ class FCOSProposals(nn.Module):
         """Arguments from ``cfg`` and the backbone's output shape.
 
         Raises:
-            ValueError: ROI heads are to be trained, and without YIELD_PROPOSAL there is nothing to
-                train them on.
+            ValueError: ROI heads need proposals to train on, but YIELD_PROPOSAL is False.
         """
         fcos = fcos_settings(cfg)
         if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and not fcos.YIELD_PROPOSAL:

@@ -1,4 +1,4 @@
-"""What flows between the parts of the detector.
+"""Data passed between the parts of the detector.
 
 Shapes: B images, L levels, K classes, M ground-truth boxes of the whole batch, D detections per
 image.
@@ -48,10 +48,10 @@ class GroundTruth(NamedTuple):
 
 
 class PointGrid:
-    """The rule by which points are laid over feature maps; see ``fcos_d2.ops.make_levels``.
+    """How points are placed on feature maps; see ``fcos_d2.ops.make_levels``.
 
     Args:
-        strides: pixels between neighbouring points, one per level.
+        strides: pixels between adjacent points, one per level.
         offset: position of the first point as a fraction of the stride.
         pitch: "stride", or "floor": the spacing is padded image size // feature size.
     """
@@ -95,7 +95,7 @@ def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
 def to_instances(detections: Detections, image_sizes: Sequence[tuple[int, int]]) -> list[Instances]:
     """Detections -> Instances(pred_boxes, scores, pred_classes) per image.
 
-    The only point of inference that waits for the device: it must know how many there are.
+    The only host synchronization of inference: it needs the number of detections.
     """
     counts = detections.counts.tolist()
     return [

@@ -19,8 +19,8 @@ PARAMETERS = "backbone.bottom_up.body."  # of a TimmBackbone in the detector
 class TimmWeights(PathHandler):
     """Makes a checkpoint of the detector's backbone from the weights that timm downloads.
 
-    Nothing is downloaded before a checkpoint is read, and nothing twice: the file stays in
-    iopath's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache).
+    Weights are downloaded when the checkpoint is read, and only once: the file stays in iopath's
+    cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache).
     """
 
     def _get_supported_prefixes(self) -> list[str]:

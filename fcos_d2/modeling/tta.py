@@ -22,9 +22,9 @@ from .structures import to_instances
 
 
 class FCOSWithTTA(nn.Module):
-    """FCOS that looks at every image several times; takes and returns what ``FCOS`` does.
+    """FCOS applied to several views of every image; same inputs and outputs as ``FCOS``.
 
-    Give it images in their original size: a view enlarged from a reduced image shows no more.
+    Pass images at their original size: enlarging a reduced image adds no detail.
 
     Args:
         model: the detector.

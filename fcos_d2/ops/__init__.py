@@ -1,8 +1,8 @@
-"""The five ops of FCOS that are not convolutions. Needs torch alone.
+"""The five ops of FCOS that are not convolutions; they need only torch.
 
-Each op validates its arguments, documents shapes, dtypes and units, traces under ``torch.compile``,
-never waits for the device, and runs as a compiled kernel where one is registered and as the plain
-PyTorch of ``reference`` everywhere else.
+Each op validates its arguments, documents shapes, dtypes and units, traces under ``torch.compile``
+and does not synchronize with the device. Where a compiled kernel is registered, it runs; otherwise
+the plain PyTorch in ``reference`` does.
 """
 
 from ._library import backend, build_info

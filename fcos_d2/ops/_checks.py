@@ -1,6 +1,6 @@
 """Argument checks of the public op wrappers.
 
-Every message names the function, the argument, what was expected, what was given, and what to do.
+Every message names the function, the argument, what was expected, what was given, and the remedy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from .levels import Levels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LONGEST = 300  # characters of what a message quotes
-MOST_POINTS = 2**31 - 1  # of a level: kernels count points in 32 bits, all else in 64
+LONGEST = 300  # characters of a quoted value
+MOST_POINTS = 2**31 - 1  # of a level: kernels count points in 32 bits, everything else in 64
 
 
 def describe(value: object) -> str:
@@ -33,7 +33,7 @@ def format_value(value: object) -> str:
     """``repr(value)``, shortened."""
     try:
         text = reprlib.repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python does not format integers of more than 4300 digits
         return "of thousands of digits"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
@@ -81,7 +81,7 @@ def check_tensor(
 
 
 def check_same_device(function: str, **tensors: Tensor) -> None:
-    """Checks that all tensors are on the device of the first."""
+    """Checks that all tensors are on the same device."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check(
@@ -96,9 +96,9 @@ def check_same_device(function: str, **tensors: Tensor) -> None:
 def check_maps(
     function: str, name: str, maps: object, channels: int | str, like: Sequence[Tensor] = ()
 ) -> None:
-    """Checks one floating-point [B, channels, H, W] tensor per level, alike in all but H and W.
+    """Checks one floating-point [B, channels, H, W] tensor per level, equal in all but H and W.
 
-    Where ``like`` is given, ``maps`` must match it in number, batch, height, width, device.
+    If ``like`` is given, ``maps`` must match its number, batch, heights, widths and device.
     """
     good = isinstance(maps, (list, tuple)) and len(maps) > 0
     check(good, function, f"{name} must be a non-empty list of Tensor[B, {channels}, H, W]", maps)
@@ -126,7 +126,7 @@ def check_maps(
 
 
 def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> None:
-    """Checks ``levels`` and, where given, that ``maps`` have the heights and widths it states."""
+    """Checks ``levels`` and, if ``maps`` are given, that they have its heights and widths."""
     remedy = "build it with fcos_d2.ops.make_levels"
     check(isinstance(levels, Levels), function, "levels must be fcos_d2.ops.Levels", levels, remedy)
     check(

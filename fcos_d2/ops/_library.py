@@ -2,10 +2,10 @@
 
 Every op is declared once, in Python, with its reference as the implementation for all devices
 (``CompositeExplicitAutograd``). A compiled library adds kernels for ``CPU`` and ``CUDA``, which the
-dispatcher prefers: nothing else in the package knows or asks which of the two runs.
+dispatcher prefers; nothing else in the package knows which of the two runs.
 
-Where the library for a device is not built, the first op that runs there says so in one warning per
-process; with ``FCOS_D2_STRICT=1`` in the environment every such op is an error instead.
+If the library for a device is not built, the first op on that device emits a warning, once per
+process. With ``FCOS_D2_STRICT=1`` in the environment, every such op raises an error instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parents[1]  # of the compiled libraries
 
 
 class Definition(NamedTuple):
-    """What defines an op: see ``define_op`` and ``define_autograd``."""
+    """The definition of an op; see ``define_op`` and ``define_autograd``."""
 
     schema: str
     reference: Callable
@@ -82,7 +82,7 @@ def forbid_double_backward(name: str) -> None:
 
 
 def _announced(name: str, reference: Callable) -> Callable:
-    """Wraps ``reference`` to say so where it stands in for a library that is not built."""
+    """Wraps ``reference`` to report that it runs because a library is not built."""
 
     @functools.wraps(reference)
     def announced(*args):
@@ -93,7 +93,7 @@ def _announced(name: str, reference: Callable) -> Callable:
 
 
 def _device_type(args: tuple) -> str:
-    """Device type of the first tensor, alone or in a list."""
+    """Device type of the first tensor, also inside a list."""
     values = (value for arg in args for value in (arg if isinstance(arg, list) else [arg]))
     return next(value.device.type for value in values if isinstance(value, torch.Tensor))
 
@@ -128,7 +128,7 @@ def backend() -> dict[str, dict[str, str]]:
 
 
 def build_info() -> dict | None:
-    """What the compiled library was built with (torch, compiler, ...); None without one."""
+    """How the compiled library was built (torch, compiler, ...); None if there is none."""
     if not _compiled_libraries():
         return None
     return json.loads(getattr(torch.ops, NAMESPACE).build_info())
@@ -149,7 +149,7 @@ def _load_compiled_libraries() -> None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            cause = error.__cause__ or error  # torch itself names the file only
+            cause = error.__cause__ or error  # torch itself only names the file
             raise ImportError(
                 f"fcos_d2: the compiled library {path} does not load with torch "
                 f"{torch.__version__}: {cause}; rebuild it {_HOW_TO_BUILD.format('', '')}"

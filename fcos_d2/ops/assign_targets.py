@@ -1,4 +1,4 @@
-"""assign_targets: which ground-truth box each point of the pyramid must predict, and how."""
+"""assign_targets: the ground-truth box that each point of the pyramid must predict."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def assign_targets(
 ) -> Targets:
     """Assigns ground truth to points, all images and levels at once (1904.01355 section 3).
 
-    A point is positive for a box when it lies strictly inside the box, closer than
-    ``center_radius`` strides to its centre in x and in y, and the largest of its four distances to
-    the sides is in the size range of the point's level. Where several boxes qualify, the one of the
-    smallest area wins, and among equal areas the one with the lowest index. Boxes without area or
-    with a coordinate that is not finite match no point. A point that is not positive and lies
-    strictly inside an ignored region is ignored.
+    A point is positive for a box if it lies strictly inside the box, is closer than
+    ``center_radius`` strides to its center in x and in y, and the largest of its four distances to
+    the sides is in the size range of the point's level. If several boxes qualify, the one with the
+    smallest area wins, then the one with the lowest index. Boxes without area and boxes with a
+    non-finite coordinate match no point. A point that is not positive and lies strictly inside an
+    ignored region is ignored.
 
     Args:
         gt_boxes: float32 Tensor[M, 4], boxes of all images one after the other, xyxy in pixels of
@@ -77,7 +77,7 @@ def assign_targets(
         levels: geometry of the pyramid's points (``make_levels``).
         size_ranges: (low, high) in pixels per level; use -1 and ``math.inf`` for the open ends.
         num_classes: K.
-        center_radius: in strides; 0 turns center sampling off (any point inside the box).
+        center_radius: in strides; 0 disables center sampling (any point inside the box).
         inclusive: whether a distance equal to low or high is in the range.
         pixel_extent: added to width and height when areas are compared: 1 if x2 and y2 are the last
             pixels of a box (the original FCOS), 0 if they are its ends.
@@ -87,8 +87,8 @@ def assign_targets(
 
     Raises:
         ValueError: an argument of wrong dtype, shape, device or value.
-        RuntimeError: a class outside [-1, num_classes), or offsets that do not rise from 0 to M
-            (checked on the device, so that nothing waits for it).
+        RuntimeError: a class outside [-1, num_classes), or offsets that do not ascend from 0 to M
+            (checked on the device, asynchronously on GPUs).
 
     Example:
         >>> levels = make_levels([(2, 2)], [8])

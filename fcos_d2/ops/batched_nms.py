@@ -1,4 +1,4 @@
-"""batched_nms: greedy non-maximum suppression among boxes of the same class, exact."""
+"""batched_nms: exact greedy non-maximum suppression among boxes of the same class."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class Detections(NamedTuple):
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Greedy NMS among boxes of equal ``idxs``; a drop-in for ``torchvision.ops.batched_nms``.
 
-    Groups are compared by id, never by shifting coordinates, so negative coordinates and any number
-    of groups are exact. A box is suppressed when ``intersection > iou_threshold * union`` with a
-    box of its group that was kept before it, in float32. Boxes without area and boxes with NaN
-    coordinates suppress nothing and are never suppressed. Unlike torchvision's it cannot be
-    scripted; ``torch.compile`` and ``torch.export`` take it.
+    Groups are compared by id, never by shifting coordinates, so results are exact for negative
+    coordinates and any number of groups. A box is suppressed if ``intersection > iou_threshold *
+    union``, computed in float32, with a box of its group that was kept before. Boxes without area
+    and boxes with NaN coordinates suppress nothing and are never suppressed. Unlike torchvision's,
+    this function cannot be scripted; ``torch.compile`` and ``torch.export`` support it.
 
     Args:
-        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``. Where it has
-            no elements, whatever its shape, the other arguments may be anything.
+        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``. If it is
+            empty, in whatever shape, the other arguments are not looked at.
         scores: floating-point Tensor[N]; equal scores keep their order, NaN sorts first.
         idxs: integer or floating-point Tensor[N], group (class, or class and image) of each box.
         iou_threshold: in [0, 1].
 
     Returns:
-        int64 Tensor of the indices that were kept, by descending score.
+        int64 Tensor of the indices of kept boxes, by descending score.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, device or value.
@@ -93,10 +93,10 @@ def batched_nms_padded(
     min_score: float = 0.001,
     pixel_extent: int = 0,
 ) -> Detections:
-    """Greedy NMS of a whole batch in fixed shapes, without waiting for the device.
+    """Greedy NMS of a whole batch in fixed shapes, without synchronizing with the device.
 
-    Per image, boxes are visited by descending score (equal scores: lower index first) and the first
-    ``max_detections`` that survive are returned: exactly the head of the full greedy result.
+    Boxes of each image are visited by descending score (lower index first for equal scores), and
+    the first ``max_detections`` that survive are returned: a prefix of the full greedy result.
 
     Args:
         boxes: float32 Tensor[B, N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``.

@@ -1,4 +1,4 @@
-"""box_loss: regression loss of the IoU family and box-quality loss of the positive points."""
+"""box_loss: IoU-based regression loss and box-quality loss of the positive points."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def box_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sums over the positive points of the box loss and of the box-quality loss.
 
-    The two boxes of a point share that point, so their IoU follows from the distances alone
+    The predicted and the true box of a point contain it, so the distances determine their IoU
     (1904.01355 section 3.1). The quality loss is the binary cross-entropy between the predicted
-    quality and the centerness of the point (equation 3) or the IoU of its prediction, a constant to
-    the gradient (2006.09214 section 3).
+    quality and the centerness of the point (equation 3) or the IoU of its prediction, which is
+    treated as a constant (2006.09214 section 3).
 
     Args:
         ltrb: one Tensor[B, 4, H, W] per level, predicted distances in strides, >= 0; float32,
             float16, bfloat16 or float64, in any memory format; computed in float32 (float64 for
             float64).
         quality: one Tensor[B, 1, H, W] of logits per level.
-        targets: what ``assign_targets`` returned for these levels.
+        targets: the result of ``assign_targets`` for these levels.
         loss_type: "iou" (-log IoU), "linear_iou" (1 - IoU), "giou" (1902.09630), "diou" or "ciou"
             (1911.08287).
         quality_type: "centerness" or "iou".
@@ -57,7 +57,7 @@ def box_loss(
 
     Returns:
         box loss and quality loss, float32 (float64 for float64 predictions) scalars, differentiable
-        once in ``ltrb`` and ``quality``. Zero where there are no positive points.
+        once in ``ltrb`` and ``quality``; zero if there are no positive points.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, device or value.

@@ -48,21 +48,21 @@ def make_levels(
     offset: float = 0.5,
     image_shape: tuple[int, int] | None = None,
 ) -> Levels:
-    """Levels of a pyramid whose point spacing is the stride, or is derived from the image.
+    """Levels of a pyramid whose points are spaced by the stride, or as derived from the image.
 
     Args:
         shapes: (height, width) of each level's feature map.
         strides: pixels between neighbouring points of each level.
         offset: position of the first point as a fraction of the stride; 0.5 is the centre of the
             cell (FCOS, AdelaiDet, detectron2), 0 its corner (torchvision, cvpods).
-        image_shape: (height, width) in pixels of the padded input. Where given, the spacing is
-            ``image size // feature size`` as in torchvision, which differs from the stride where
+        image_shape: (height, width) in pixels of the padded input. If given, the spacing is
+            ``image size // feature size`` as in torchvision, which differs from the stride if
             rounding made the feature map larger than the image divided by the stride.
 
     Raises:
         ValueError: shapes and strides differ in length, or one of them is not positive.
     """
-    # Sizes stay symbols where torch.export traces: int() would make them constants.
+    # Under torch.export, sizes must stay symbolic: int() would make them constants.
     shapes, strides = tuple((h, w) for h, w in shapes), tuple(int(s) for s in strides)
     if len(shapes) != len(strides):
         raise ValueError(
@@ -101,7 +101,7 @@ def point_coordinates(levels: Levels, device: torch.device | str = "cpu") -> Ten
 
 
 def spread_over_points(values: Sequence[float], levels: Levels, device: torch.device) -> Tensor:
-    """One value per level -> float32 Tensor[P], each point carrying its level's value."""
+    """One value per level -> float32 Tensor[P] with the value of each point's level."""
     return torch.cat(
         [torch.empty(0, device=device)]
         + [

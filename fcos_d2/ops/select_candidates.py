@@ -61,12 +61,12 @@ def select_candidates(
     pixel_extent: int = 0,
     drop_empty: bool = False,
 ) -> Candidates:
-    """Thresholds, ranks and decodes the predictions of a batch, without waiting for the device.
+    """Thresholds, ranks and decodes the predictions of a batch, without host synchronization.
 
-    A (point, class) pair is a candidate when its class probability, or the product of class
-    probability and quality, exceeds the threshold; per level and image the ``topk`` best candidates
-    are kept, equal ones in the order of (point, class). A NaN score never passes, and a candidate
-    whose box is not finite is dropped. The slots of dropped candidates stay empty.
+    A (point, class) pair is a candidate if its class probability, or the product of class
+    probability and quality, exceeds the threshold. The ``topk`` best candidates of each level and
+    image are kept, equal ones in the order of (point, class). NaN scores never pass, and candidates
+    with a non-finite box are dropped. The slots of dropped candidates stay empty.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, class logits; float32, float16, bfloat16, float64.
@@ -100,7 +100,7 @@ def select_candidates(
     """
     name = "select_candidates"
     check_maps(name, "logits", logits, "K")
-    for level in logits:  # the kernels number the pairs of point and class
+    for level in logits:  # kernels number the (point, class) pairs
         good = level[:1].numel() < 2**32
         check(good, name, "logits[l] must have less than 2^32 elements per image", level)
     check_maps(name, "ltrb", ltrb, 4, like=logits)

@@ -1,8 +1,8 @@
 """All ops in plain PyTorch: the specification that every kernel must match.
 
-Written to be read beside the papers, not to be fast. Used wherever no compiled kernel is
-registered. No function waits for the device (no ``item``, no ``nonzero``), except ``batched_nms``,
-whose result has a data-dependent length.
+Written to be read alongside the papers, not to be fast, and used where no compiled kernel is
+registered. Except ``batched_nms``, whose result has a data-dependent length, no function
+synchronizes with the device (no ``item``, no ``nonzero``).
 
 Shapes: B images, L levels, P points of all levels (level-major, row-major inside a level), M
 ground-truth boxes of the whole batch, K classes, N candidates per image, D detections per image.

@@ -1,4 +1,4 @@
-"""What the references of several ops share."""
+"""Helpers that several references share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..levels import Levels
 
 
 def levels_of(shapes: list[int], strides: list[int], pitches: list[int], offset: float) -> Levels:
-    """The levels whose pairs come flattened."""
+    """Levels from flattened pairs."""
     pairs = (tuple(zip(flat[0::2], flat[1::2], strict=True)) for flat in (shapes, pitches))
     shapes, pitches = pairs
     return Levels(shapes, tuple(strides), pitches, offset)
@@ -22,7 +22,7 @@ def area(boxes: Tensor, pixel_extent: int = 0) -> Tensor:
 
 
 def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for all others."""
+    """float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..levels import Levels, point_coordinates, spread_over_points
 from ._common import area, levels_of
 
-BOXES_PER_CHUNK = 64  # bounds the memory: O(P), whatever M is
+BOXES_PER_CHUNK = 64  # bounds memory to O(P), independent of M
 
 
 def assign_targets(
@@ -69,7 +69,7 @@ def _qualify(
     center_radius: float,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Which points [P, 2] lie inside boxes [m, 1, 4], and which fit their sizes and centres."""
+    """Which points [P, 2] lie inside boxes [m, 1, 4], and which fit their sizes and centers."""
     sides = _sides(points, boxes)  # [m, P, 4] in pixels
     longest = sides.amax(dim=-1)
     not_below, not_above = (torch.ge, torch.le) if inclusive else (torch.gt, torch.lt)
@@ -83,7 +83,7 @@ def _qualify(
 def _choose(areas: Tensor, image: Tensor, first: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest of the areas [m, P] per image and point, and its lowest index; ``first`` is row 0's.
 
-    Two minima that no order of boxes changes, so the result is deterministic.
+    Two minima that do not depend on the order of boxes, so the result is deterministic.
     """
     smallest = torch.full_like(like, math.inf).scatter_reduce(0, image, areas, "amin")
     index = torch.arange(first, first + len(areas), device=areas.device)[:, None]
@@ -128,12 +128,12 @@ def centerness(ltrb: Tensor) -> Tensor:
         ltrb: Tensor[..., 4] of positive distances.
 
     Returns:
-        Tensor[...] in (0, 1]: 1 at the middle of the box, towards 0 at its sides.
+        Tensor[...] in (0, 1]: 1 in the center of the box, approaching 0 at its sides.
     """
     left, top, right, bottom = ltrb.unbind(dim=-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
-    # Through float64, so that it is rounded as IEEE 754 says, which torch's root of float32 is not.
+    # Through float64 for the correctly rounded result of IEEE 754, unlike torch's float32 sqrt.
     return (horizontal * vertical).double().sqrt().to(ltrb.dtype)
 
 

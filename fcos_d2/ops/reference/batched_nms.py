@@ -19,8 +19,8 @@ def batched_nms_padded(
     max_detections: int,
     *rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``fcos_d2.ops.batched_nms_padded``; the rest of the rule is that of ``nms_step``."""
-    # One empty slot more, so that there is one to point at.
+    """See ``fcos_d2.ops.batched_nms_padded``; ``nms_step`` has the rest of the rule."""
+    # One more empty slot, for indices of empty detections to point to.
     boxes, scores = F.pad(boxes, (0, 0, 0, 1)), F.pad(scores, (0, 1))
     classes = F.pad(classes, (0, 1), value=-1)
     alive, kept = nms_start(scores, classes), []
@@ -48,7 +48,7 @@ def nms_step(
     min_score: float,
     pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score and index [B, 1] of the best box, and the scores [B, N] that it leaves (1704.04503)."""
+    """Score and index [B, 1] of the best box, and the remaining scores [B, N] (1704.04503)."""
     position = torch.arange(alive.shape[1], device=alive.device)
     best = alive.amax(dim=1, keepdim=True)
     index = torch.where(alive == best, position, alive.shape[1]).amin(dim=1, keepdim=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._common import accumulate_dtype, maps_to_points
 
 EPS = 1e-7  # keeps denominators of the IoU family away from zero
-MIN_IOU = 1e-6  # below it the unsmoothed -log(IoU) is flat: disjoint boxes have a finite loss
+MIN_IOU = 1e-6  # the unsmoothed -log(IoU) is flat below: disjoint boxes have a finite loss
 
 
 def box_loss(*inputs, **options) -> tuple[Tensor, Tensor]:
@@ -43,14 +43,14 @@ def box_loss_backward(
 
 
 class _Terms(NamedTuple):
-    """What box_loss and its gradient need of all B x P points, positive or not."""
+    """The terms of box_loss and its gradient for all B x P points, positive or not."""
 
     positive: Tensor  # [B, P]
     weight: Tensor  # [B, P], of the box loss
     loss: Tensor  # [B, P]
     slope: Tensor  # [B, P, 4], d loss / d ltrb
     logit: Tensor  # [B, P], of the quality
-    quality: Tensor  # [B, P], what the quality must be
+    quality: Tensor  # [B, P], target of the quality
 
 
 def _terms_of_points(
@@ -67,7 +67,7 @@ def _terms_of_points(
     dtype = accumulate_dtype(ltrb[0])
     pred, logit = maps_to_points(ltrb).to(dtype), maps_to_points(quality).to(dtype)[..., 0]
     positive = matched >= 0
-    # A background point compares its prediction with itself: finite numbers that are masked later.
+    # Background points compare their prediction with itself: finite values that are masked later.
     target = torch.where(positive[..., None], target_ltrb.to(dtype), pred.abs() + 1)
     smooth = [level.shape[2] * level.shape[3] for level in ltrb]
     smooth = torch.cat([pred.new_full((n,), s) for n, s in zip(smooth, smoothing, strict=True)])
@@ -80,14 +80,14 @@ def _terms_of_points(
 def iou_loss(
     pred: Tensor, target: Tensor, loss_type: str, smoothing: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU of two boxes that share a reference point, a loss made of it, and the loss's gradient.
+    """IoU of two boxes that share a reference point, a loss based on it, and its gradient.
 
     Args:
         pred: Tensor[..., 4], ltrb of the predicted box.
         target: Tensor[..., 4], ltrb of the true box, all positive.
         loss_type: "iou" (-log IoU), "linear_iou" (1 - IoU), "giou", "diou" or "ciou".
         smoothing: added to intersection and union, in squared units of ltrb (the authors use 1).
-            Where it is 0, "iou" is flat below an IoU of 1e-6.
+            If it is 0, "iou" is flat below an IoU of 1e-6.
 
     Returns:
         loss Tensor[...], IoU Tensor[...], d loss / d pred Tensor[..., 4].
@@ -113,12 +113,12 @@ def iou_loss(
 
 
 class _Overlap(NamedTuple):
-    """Areas [...] of two boxes, and their slopes [..., 4] in the predicted one."""
+    """Areas [...] of two boxes, and their derivatives [..., 4] in the predicted one."""
 
     inter: Tensor
     union: Tensor
-    different: Tensor  # what is in one box alone: union - inter
-    corners: Tensor  # what two boxes that overlap leave of their cover
+    different: Tensor  # area in only one box: union - inter
+    corners: Tensor  # area of the enclosing box that neither box covers
     overlaps: Tensor
     d_inter: Tensor
     d_union: Tensor
@@ -132,8 +132,8 @@ def _overlap(pred: Tensor, target: Tensor) -> _Overlap:
     d_inter = _interleave(d_width * height[..., None], d_height * width[..., None])
     d_inter = torch.where(overlaps[..., None], d_inter, 0.0)
     (pred_w, pred_h), (target_w, target_h) = _size(pred), _size(target)
-    # The symmetric difference, from the extents beyond the overlap: subtracting areas would cancel
-    # all digits of the loss where the boxes nearly coincide.
+    # The symmetric difference is computed from the extents beyond the overlap: subtracting areas
+    # would cancel all digits of the loss if the boxes nearly coincide.
     more_w, more_h = _size((pred - target).clamp(min=0))
     less_w, less_h = _size((target - pred).clamp(min=0))
     different = width * (more_h + less_h) + height * (more_w + less_w)
@@ -145,7 +145,7 @@ def _overlap(pred: Tensor, target: Tensor) -> _Overlap:
 
 
 def _empty_share(pred: Tensor, target: Tensor, overlap: _Overlap) -> tuple[Tensor, Tensor]:
-    """Share of the enclosing box that neither box covers (1902.09630), and its slope."""
+    """Share of the enclosing box that neither box covers (1902.09630), and its derivative."""
     width, d_width = _extent(pred[..., 0::2], target[..., 0::2], torch.maximum)
     height, d_height = _extent(pred[..., 1::2], target[..., 1::2], torch.maximum)
     cover = width * height
@@ -156,20 +156,20 @@ def _empty_share(pred: Tensor, target: Tensor, overlap: _Overlap) -> tuple[Tenso
 
 
 def _center_distance(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of the centres over that of the cover's corners (1911.08287), and slope."""
+    """Squared distance of centers over squared diagonal (1911.08287), and its derivative."""
     width, d_width = _extent(pred[..., 0::2], target[..., 0::2], torch.maximum)
     height, d_height = _extent(pred[..., 1::2], target[..., 1::2], torch.maximum)
     diagonal = width**2 + height**2 + EPS
     d_diagonal = _interleave(2 * width[..., None] * d_width, 2 * height[..., None] * d_height)
     difference = pred - target
-    shift = (difference[..., 2:] - difference[..., :2]) / 2  # between the centres, (x, y)
+    shift = (difference[..., 2:] - difference[..., :2]) / 2  # between the centers, (x, y)
     distance = (shift**2).sum(dim=-1) / diagonal
     slope = torch.cat((-shift, shift), dim=-1) - distance[..., None] * d_diagonal
     return distance, slope / diagonal[..., None]
 
 
 def _aspect_ratio(pred: Tensor, target: Tensor, distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """Difference of the aspect ratios by its weight, a constant to the gradient (1911.08287)."""
+    """Weighted difference of aspect ratios; the weight is a constant (1911.08287)."""
     (pred_w, pred_h), (target_w, target_h) = _size(pred), _size(target)
     angle = torch.atan2(pred_w, pred_h) - torch.atan2(target_w, target_h)
     aspect = 4 / math.pi**2 * angle**2
@@ -186,10 +186,10 @@ def _size(ltrb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extent(pred: Tensor, target: Tensor, bound) -> tuple[Tensor, Tensor]:
-    """Length [...] of what two intervals share (bound = minimum) or span (maximum), and its slope.
+    """Length [...] of the intersection (bound = minimum) or hull (maximum) of two intervals.
 
-    The intervals contain one point and are given as distances [..., 2] from it to their ends; the
-    slope [..., 2] is d length / d pred.
+    Both intervals contain a common point and are given as distances [..., 2] from it to their ends.
+    Also returns the derivative [..., 2], d length / d pred.
     """
     ends = bound(pred, target)
     return ends.sum(dim=-1), ((ends == pred) & (pred != target)).to(pred.dtype)

@@ -66,8 +66,8 @@ def select_candidates(
 def top_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Like torch.topk on [B, n] of values >= 0 or == -1, but ties always go to the lower index.
 
-    The bits of a non-negative float order like the float, so (bits, -index) packed into one
-    integer makes every key unique: any correct selection returns the same result.
+    The bits of non-negative floats have the order of the floats, so packing (bits, -index) into one
+    integer gives unique keys, and any correct selection returns the same result.
     """
     n = values.shape[1]
     bits = torch.where(values >= 0, values, 0.0).contiguous().view(torch.int32).long() + 1

@@ -50,9 +50,10 @@ def sigmoid_focal_loss_correct_gradient(
     alpha: float,
     gamma: float,
 ) -> None:
-    """Makes of ``scale`` times the gradient ``factor * scale`` times the gradient, in place.
+    """Replaces ``scale`` times the gradient by ``factor * scale`` times the gradient, in place.
 
-    Multiplying would round half precision twice. Kernels do nothing where ``factor`` is 1.
+    Recomputes it, because multiplying would round half precision twice. Kernels do nothing if
+    ``factor`` is 1.
     """
     exact = sigmoid_focal_loss_backward(factor * scale, logits, labels, alpha, gamma)
     for level, values in zip(gradient, exact, strict=True):
@@ -60,9 +61,9 @@ def sigmoid_focal_loss_correct_gradient(
 
 
 def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit of being wrong z = -x for the true class and x for others, dz/dx, and the weight.
+    """Logit z of being wrong (-x for the true class, x for others), dz/dx, and the weight.
 
-    Seen so, both halves of the loss are one formula: ``weight * sigmoid(z)^gamma * softplus(z)``.
+    In z, both halves of the loss are one formula: ``weight * sigmoid(z)^gamma * softplus(z)``.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     is_true_class, is_ignored = labels[:, None] == classes, labels[:, None] == -1
