@@ -1,6 +1,6 @@
-"""Every op beside its peers, in one run: ``python -m benchmarks [--device cuda] [op ...]``.
+"""Benchmarks every op beside its peers: ``python -m benchmarks [--device cuda] [op ...]``.
 
-Writes benchmarks/results/<machine>.md, unless only some ops are asked for.
+Writes benchmarks/results/<machine>.md unless only some ops are selected.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", choices=[*OPS, []], default=[])
     parser.add_argument("--device", choices=IMAGES, default="cpu")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")  # the peers' deprecations
+    warnings.filterwarnings("ignore")  # deprecations in peers
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     used = {kinds[arguments.device.upper()] for kinds in backend().values()}

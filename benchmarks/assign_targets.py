@@ -12,7 +12,7 @@ from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """8, 100 and 1000 objects per image."""
+    """Rows for 8, 100 and 1000 objects per image."""
     rows = []
     for boxes in (8, 100, 1000):
         batch = make_batch(images, boxes, device)

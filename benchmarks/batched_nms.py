@@ -1,4 +1,4 @@
-"""batched_nms beside both strategies of torchvision."""
+"""batched_nms beside both strategies of torchvision's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ THRESHOLD = 0.6
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """1,000, 5,000 and 20,000 boxes of 80 classes, all kept that survive; a batch of 1,000 each."""
+    """Rows for 1,000, 5,000 and 20,000 boxes of 80 classes, and a batch of 1,000 boxes each."""
     rows = []
     for count in (1000, 5000, 20000):
         boxes, scores, classes = _detections(count, device)
@@ -27,7 +27,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _batch(images: int, count: int, device: torch.device) -> list[Row]:
-    """All images in one call; to the peers an image is a group of classes more."""
+    """All images in one call; for peers, every image adds a group of classes."""
     boxes, scores, classes = _detections(images * count, device)
     groups = classes + CLASSES * (torch.arange(images * count, device=device) // count)
     padded = boxes.view(images, count, 4), scores.view(images, count), classes.view(images, count)

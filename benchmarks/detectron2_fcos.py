@@ -19,7 +19,7 @@ class _Backbone(nn.Module):
 
 
 def make_model(device: torch.device) -> FCOS:
-    """The model, of which only what comes after the convolutions is used."""
+    """The model, of which only the part after the convolutions is used."""
     backbone = _Backbone()
     shapes = list(backbone.output_shape().values())
     head = FCOSHead(
@@ -32,7 +32,7 @@ def make_model(device: torch.device) -> FCOS:
 
 
 def make_images(images: int, device: torch.device) -> ImageList:
-    """Images without pixels: only their sizes are looked at."""
+    """Images without pixels; only their sizes are used."""
     tensor = torch.empty(images, 3, HEIGHT, WIDTH, device=device)
     return ImageList(tensor, [(HEIGHT, WIDTH)] * images)
 

@@ -1,8 +1,8 @@
 """Whole detectors on whole images: R-50-FPN with 80 classes, inference and a training step.
 
 Ours beside Detectron2's and torchvision's FCOS with the same convolutions, and beside the runtimes
-that it is exported to. Detections depend on weights; these are random, so what comes after the head
-has nothing to do, and the convolutions are all that is compared.
+that it exports to. With random weights there are no detections, so post-processing has nothing to
+do, and mostly the convolutions are compared.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _detectron2_training(ours: nn.Module, batch) -> dict[str, Callable]:
 
 
 def _detectron2(ours: nn.Module) -> nn.Module:
-    """Its FCOS on a backbone like ours; its own GN has one group more than torch takes."""
+    """Its FCOS on the same backbone; torch refuses its own GN of one channel."""
     from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
     shapes = [ours.backbone.output_shape()[name] for name in ours.head_in_features]

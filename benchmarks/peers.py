@@ -1,4 +1,4 @@
-"""Peers are optional: each is measured where it is installed, and what is missing is said once."""
+"""Optional peers: each is measured if it is installed, and missing ones are reported once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., dict[str, Callable]]
 
 
 def needs(package: str) -> Callable[[Make], Make]:
-    """For a function that returns peers by name: it returns none where ``package`` is missing."""
+    """Decorates a function that returns peers by name: returns none if ``package`` is missing."""
 
     def decorate(make: Make) -> Make:
         @functools.wraps(make)
@@ -31,6 +31,6 @@ def needs(package: str) -> Callable[[Make], Make]:
 
 
 def missing() -> str:
-    """A line that names the peers which are not installed, and what installs them; else empty."""
+    """A line that names missing peers and how to install them; empty if there are none."""
     names = [f"{name} (`{how}`)" for name, how in INSTALL.items() if not find_spec(name)]
     return f"Not installed, so not measured: {', '.join(names)}." if names else ""

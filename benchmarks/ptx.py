@@ -1,7 +1,7 @@
 """Counts of the standard workload without a GPU: ``python -m benchmarks.ptx``.
 
-nvcc's PTX runs on the machine of tests/ptx, one block after the other, so the counts are the same
-on every run. Writes benchmarks/results/ptx-sm_90.md.
+The interpreter in tests/ptx executes nvcc's PTX, one block after the other, so the counts are
+reproducible. Writes benchmarks/results/ptx-sm_90.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .workload import CLASSES, LEVELS, RANGES, make_batch, name_of
 
 RESULTS = Path(__file__).parent / "results" / "ptx-sm_90.md"
 IMAGES = 16
-ISSUE_SLOTS = 132 * 4 * 1.98e9  # instructions of warps per second, of an H200
+ISSUE_SLOTS = 132 * 4 * 1.98e9  # warp instructions per second of an H200
 COLUMNS = (
     "workload", "kernel", "blocks", "threads", "shared bytes", "instructions", "us of issue",
     "longest warp", "its global accesses", "its barriers", "atomics",
@@ -65,7 +65,7 @@ def workloads() -> Iterator[tuple[str, Callable]]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts what torch would launch on a GPU besides our kernels."""
+    """Counts the kernels that torch would launch on a GPU in addition to ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def _short(kernel: str) -> str:
 
 
 def rows_of(name: str, call: Callable) -> list[tuple]:
-    """What the kernels of one call have executed."""
+    """Counts of the kernels of one call."""
     ptx.take_records()
     with _Operations() as operations:
         call()

@@ -10,12 +10,12 @@ from .measure import Row, compare, graph_of
 from .peers import needs
 from .workload import CLASSES, HEIGHT, LEVELS, STRIDES, WIDTH, make_batch, name_of, size_in_bytes
 
-SHIFT = 0.08  # of the logits, so that about 16.7k (point, class) pairs of an image pass
+SHIFT = 0.08  # of the logits: about 16.7k (point, class) pairs of an image pass
 RULE = {"score_threshold": 0.04, "threshold_with_quality": True}  # sqrt(cls * quality) > 0.2
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """A batch, and one image alone; float32 and bfloat16."""
+    """Rows for a batch and for a single image, in float32 and bfloat16."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows += [*_run(images, device, dtype), *_run(1, device, dtype)]
@@ -51,7 +51,7 @@ def _detectron2(logits, ltrb, quality, device):
 
     def inference():
         with torch.no_grad():
-            # It works in place, so it is given copies.
+            # It works in place, on copies.
             copies = [x.clone() for x in logits], ltrb, [x.clone() for x in quality]
             return model.forward_inference(pixels, logits, copies)
 

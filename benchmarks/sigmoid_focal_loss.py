@@ -45,7 +45,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _handing_on(logits, labels):
-    """What is left for the backward pass, where the incoming gradient is 1."""
+    """The backward pass after ``save_gradient``, if the incoming gradient is 1."""
     one = torch.ones((), device=labels.device)
     gradient = [torch.empty_like(x) for x in logits]
     arguments = (gradient, one, [x.detach() for x in logits], labels, one, 0.25, 2.0)
@@ -53,7 +53,7 @@ def _handing_on(logits, labels):
 
 
 def _peers(device):
-    """All that are installed, and the first of them compiled: the formula is the same in each."""
+    """All installed peers, and the first of them compiled; they share the formula."""
     losses = {name: _dense(loss) for name, loss in {**_fvcore(), **_torchvision()}.items()}
     for name, loss in list(losses.items())[:1]:
         losses[f"torch.compile of {name}"] = torch.compile(loss)
@@ -64,7 +64,7 @@ def _peers(device):
 
 
 def _dense(loss):
-    """The peers' way: permute and join the levels, form the one-hot target, one loss per logit."""
+    """How peers do it: permute and concatenate the levels, form one-hot targets, reduce."""
 
     def run(logits, labels):
         flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)

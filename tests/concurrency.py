@@ -10,10 +10,10 @@ from threading import Barrier
 
 
 def run_concurrently(calls: Sequence[Callable], rounds: int = 1) -> list[list]:
-    """Runs each call ``rounds`` times in a thread of its own; all threads start together.
+    """Runs each call ``rounds`` times in its own thread; all threads start together.
 
     Returns:
-        Results of every call, round by round.
+        Results of every call, by round.
     """
     start = Barrier(len(calls))
 

@@ -1,11 +1,11 @@
-"""Fixtures of all tests: the devices at hand, and random numbers that no test can disturb."""
+"""Fixtures for all tests: available devices, and random seeds."""
 
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests marked cuda where there is no GPU."""
+    """Skips tests marked cuda if there is no GPU."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -16,17 +16,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tensors are tiny here: two threads would spend their time waiting for each other."""
+    """Uses one thread: for tiny tensors, two would mostly wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same seed, so that it fails alone as it fails in the suite."""
+    """Seeds every test, so that it behaves the same alone and in the suite."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> torch.device:
-    """Each device in turn."""
+    """Every available device."""
     return torch.device(request.param)

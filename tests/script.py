@@ -1,6 +1,6 @@
-"""The fixture ``script``: train_net.py as a shell would call it, in this process, on tiny data.
+"""The fixture ``script``: runs train_net.py in this process, on tiny data.
 
-A test module that wants it says ``pytest_plugins = ["tests.script"]``.
+Test modules request it with ``pytest_plugins = ["tests.script"]``.
 """
 
 import logging
@@ -22,7 +22,7 @@ from .tiny_training import CONFIG, write_shapes
 
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory):
-    """The data set "tiny_shapes"."""
+    """The dataset "tiny_shapes"."""
     folder = tmp_path_factory.mktemp("tiny_shapes")
     register_coco_instances("tiny_shapes", {}, str(write_shapes(folder)), str(folder))
     yield
@@ -40,17 +40,17 @@ def fcos_cfg():
 
 @pytest.fixture
 def quiet_loggers():
-    """Takes detectron2's handlers away afterwards: they hold on to this test's captured stdout."""
+    """Removes detectron2's log handlers afterwards, which keep the captured stdout of this test."""
     yield
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()
     setup_logger.cache_clear()
-    _cached_log_stream.cache_clear()  # by a relative name, so that all tests would share one file
+    _cached_log_stream.cache_clear()  # by relative path, so all tests would share one file
 
 
 @pytest.fixture
 def script(tiny_shapes, quiet_loggers, tmp_path, monkeypatch, capsys):
-    """Calls train_net.py in an empty directory with a config file, as a shell would."""
+    """Calls train_net.py with a config file in an empty folder, as a shell would."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
 

@@ -1,7 +1,7 @@
-"""The tensors of every other FCOS, by their complete real names and shapes.
+"""Complete names and shapes of the tensors in every other FCOS.
 
-peer_tensors.json.gz was written by running the code of each: ``model.state_dict()`` of the models
-that its keys name. What differs between two models by a rule is derived (``VARIANTS``).
+peer_tensors.json.gz was written by running each implementation: it has ``model.state_dict()`` of
+the models that its keys name. Models that differ from these by a rule are derived (``VARIANTS``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DCN_HEAD = (
     (r"(.*_tower\.9)\.weight", r"\1.conv.weight", r"\1.offset.weight", r"\1.offset.bias"),
     (r"(.*_tower\.9)\.bias", r"\1.conv.bias"),
 )
-# Name -> (list that it is made from, rules: pattern of names, and the names that replace them).
+# Name -> (source list, rules: pattern of names -> replacements).
 VARIANTS = {
     "original_R_50_dcn": (
         "original_R_50",
@@ -66,7 +66,7 @@ VARIANTS = {
         (r".*\.gn\.bias",),
     ),
 }
-# A module of each kind, theirs and ours; @ is the backbone, <a|b> two modules.
+# One module of each kind, theirs and ours; @ is the backbone, <a|b> are two modules.
 ROWS = """
     @stem.conv1<|.norm>                         @stem.conv1<|.norm>
     @res3.2.conv2<|.norm>                       @res3.2.conv2<|.norm>
@@ -176,7 +176,7 @@ RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MO
 RGB += ([58.395, 57.12, 57.375], "MODEL.RESNETS.STRIDE_IN_1X1", False)
 PADDLE = (*RGB, "MODEL.FCOS.SCORE_RULE", "product", "MODEL.FCOS.THRESH_WITH_CTR", True)
 PADDLE += ("MODEL.FCOS.INFERENCE_TH_TEST", 0.025)
-# Model -> the config that it is for, and options of the command line.
+# Model -> its config, and command-line overrides.
 MODELS = {
     "original_R_50": ("original/fcos_R_50_FPN_1x",),
     "original_R_50_dcn": ("original/fcos_imprv_dcnv2_R_50_FPN_1x",),
@@ -206,7 +206,7 @@ MODELS = {
 
 
 def shapes_of(name: str) -> dict[str, list[int]]:
-    """All tensors of a model of ``LISTS`` or ``VARIANTS``."""
+    """All tensors of a model in ``LISTS`` or ``VARIANTS``."""
     if name in LISTS:
         return LISTS[name]
     source, *rules = VARIANTS[name]
@@ -222,7 +222,7 @@ def shapes_of(name: str) -> dict[str, list[int]]:
 
 
 def weights(name: str) -> dict[str, Tensor]:
-    """Random weights, each a number that is expanded to the shape, so that they cost nothing."""
+    """Random weights, each a single number expanded to the shape to save memory."""
     tensors = {}
     for key, shape in shapes_of(name).items():
         number = torch.rand(1) + 0.1 if key.endswith(("var", "variance")) else torch.randn(1)

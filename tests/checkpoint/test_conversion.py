@@ -1,4 +1,4 @@
-"""Weights of every other FCOS under our names: each format, its variants, and what they trap."""
+"""Conversion of weights of every other FCOS: each format, its variants and its pitfalls."""
 
 import re
 
@@ -18,7 +18,7 @@ from .peers import LEVELS, MODELS
 COCO = 80
 
 pytest_plugins = ["tests.script"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*which is a no-op")  # models without numbers
+pytestmark = pytest.mark.filterwarnings("ignore:.*which is a no-op")  # models on the meta device
 
 PADDLE_LEAVES = {"_mean": "running_mean", "_variance": "running_var", "scale_reg": "scale"}
 
@@ -32,7 +32,7 @@ def config(name: str, *options):
 
 
 def meta_model(name: str, *options) -> torch.nn.Module:
-    """The detector of a config, complete but for the numbers."""
+    """The detector of a config, on the meta device."""
     cfg = config(name, *options)
     with torch.device("meta"):
         model = build_model(cfg)
@@ -73,7 +73,7 @@ def test_every_published_model_is_read_completely_and_agrees_with_its_config(
     (line,) = [line for line in caplog.messages if "recognized as" in line]
     assert f"recognized as {format_name}, convention " in line
     assert f"{len(recognized.weights)} tensors loaded; the config agrees with it" in line
-    # The same names and shapes, but for counters, and factors where theirs has none.
+    # The same names and shapes, except counters, and level scales that theirs does not have.
     extra = {key for key in state if re.search(r"num_batches_tracked$|moving_fg$", key)}
     if format_name in ("detectron2", "torchvision"):
         extra |= {key for key in state if key.endswith(".scale")}
@@ -96,10 +96,10 @@ def test_every_kind_of_tensor_is_put_where_it_belongs(model):
             ours, leaf = peers.SAMPLES[module], PADDLE_LEAVES.get(leaf, leaf)
             ours = ours if f"{ours}.{leaf}" in weights else f"{ours}.1"  # of a level
             got = weights[f"{ours}.{leaf}"]
-            # The original's variances are without their epsilon.
+            # 1e-5 has been subtracted from the original's variances.
             torch.testing.assert_close(got.flatten(), value.flatten(), rtol=0, atol=1.1e-5)
             sampled.add(kind(module))
-    # All kinds but the projections of DLA that nothing uses.
+    # All modules except DLA's unused projections.
     kinds = {kind(key.rpartition(".")[0]) for key in theirs}
     assert {k for k in kinds - sampled if not k.startswith("backbone.bottom_up.level")} == set()
     assert len(kinds - sampled) <= 1
@@ -151,7 +151,7 @@ def test_frozen_norms_of_the_original_have_no_epsilon_and_batch_norms_have_one()
 
 
 def torchvision(rows: torch.Tensor) -> dict:
-    """Weights whose class layer has these values, one in each row."""
+    """Weights whose class layer has one of these values in each row."""
     layer = "head.classification_head.cls_logits"
     weight = rows.view(-1, 1, 1, 1).expand(-1, 256, 3, 3)
     theirs = peers.weights("torchvision_R_50")
@@ -252,7 +252,7 @@ def test_differences_from_the_config_are_named_with_the_keys_to_set(tmp_path, ca
     ):
         assert part in first
     assert "NUM_CLASSES" not in first and "\n" not in first
-    # Of two conventions the one closer to the model's is compared.
+    # Of two possible conventions, the one closer to the model's is compared.
     assert "convention original_imprv or original, " in second
     assert "CONVENTION original_imprv (CLIP_BEFORE_NMS True instead of False, NMS_TH" in second
 
@@ -269,7 +269,7 @@ def test_a_vovnet_without_residuals_does_not_agree_with_rosinalitys_weights(tmp_
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Weights of a tiny detector by AdelaiDet's names."""
+    """Weights of a tiny detector with AdelaiDet's names."""
     return export_weights(tiny_fcos().state_dict(), "adelaidet")
 
 
@@ -335,7 +335,7 @@ def test_a_checkpoint_without_tensors_is_refused(content, tmp_path):
 
 
 def imported(model: str, *scales: float) -> dict:
-    """Weights of a model under our names, with these factors if any are given."""
+    """Weights of a model with our names, and with these level scales if given."""
     factors = {f"head.scales.{i}.scale": torch.tensor([value]) for i, value in enumerate(scales)}
     return import_weights(peers.weights(model)).weights | factors
 
@@ -364,7 +364,7 @@ def test_classes_become_the_rows_of_torchvisions_class_layer():
     assert_same(import_weights(written).weights, ours)
     ours = import_weights(torchvision(torch.ones(5))).weights
     rows = export_weights(ours, "torchvision")[f"{layer}.weight"]
-    assert len(rows) == 6 and not rows[0].any() and rows[1:].any()  # the first is background
+    assert len(rows) == 6 and not rows[0].any() and rows[1:].any()  # the first row is background
 
 
 def test_batch_norms_are_written_where_their_weights_can_be_shared():

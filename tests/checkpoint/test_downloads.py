@@ -1,7 +1,4 @@
-"""Nothing reaches for the network unless a URL was given: neither an import nor what scripts do.
-
-What is downloaded stays in the cache.
-"""
+"""Neither imports nor scripts use the network unless a URL is given; downloads are cached."""
 
 import json
 from pathlib import Path
@@ -19,9 +16,9 @@ from fcos_d2.errors import InputError
 
 from ..tiny_training import ROOT, python, write_config
 
-# Python announces every use of a socket to audit hooks, whichever library it comes from. Sockets
-# between processes of one machine have a name (text) instead of an address. The file tells of uses
-# whose error was caught.
+# Python reports every use of a socket to audit hooks, from any library. Sockets between processes
+# of one machine have a path (str) instead of an address. The file also records uses whose error
+# was caught.
 GUARD = """
 import sys
 

@@ -1,4 +1,4 @@
-"""Weights of torchvision's and detectron2's own FCOS find here what they find there."""
+"""Weights of torchvision's and detectron2's own FCOS give the same detections here."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from fcos_d2.checkpoint import Checkpointer
 from fcos_d2.checkpoint.conversion import import_weights
 from fcos_d2.engine import Trainer
 
-# Short sides differ; most sizes are padded, and P6 and P7 of most have another spacing of points
-# than their stride with torchvision.
+# Short sides differ. Most sizes are padded, and with torchvision, the points of their P6 and P7 are
+# not spaced by the stride.
 SIZES = [[(160, 221), (160, 187)], [(97, 130)], [(256, 192), (192, 320)], [(128, 128)]]
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Random statistics and weights of batch norms, frozen or not, by which signals survive."""
+    """Random statistics and weights of batch norms that neither kill nor blow up signals."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
             module.running_mean.normal_(0, 0.1)
@@ -32,14 +32,14 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def enliven(logits: nn.Conv2d, box: nn.Conv2d, quality: nn.Conv2d, spread: float) -> None:
-    """Predictions that differ from point to point, some tens of which are detections."""
+    """Makes predictions differ from point to point, so that some tens of them are detections."""
     for conv, std, bias in ((logits, spread, -6.2), (box, 0.06, 1.0), (quality, 0.06, 1.0)):
         nn.init.normal_(conv.weight, std=std)
         nn.init.constant_(conv.bias, bias)
 
 
 def our_model(weights, *options) -> nn.Module:
-    """The detector of a config with these MODEL.WEIGHTS, set as the weights need it."""
+    """The detector of a config with these MODEL.WEIGHTS and the settings they require."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file("configs/fcos_R_50_FPN_1x.yaml")
@@ -53,7 +53,7 @@ def our_model(weights, *options) -> nn.Module:
 
 
 def detect(model: nn.Module, images: list) -> list[dict]:
-    """Detections of detectron2's kind of detector, in torchvision's form."""
+    """Detections of a detectron2 model in torchvision's format."""
     with torch.no_grad():
         outputs = model([{"image": image} for image in images])
     found = [output["instances"] for output in outputs]
@@ -63,7 +63,7 @@ def detect(model: nn.Module, images: list) -> list[dict]:
 
 
 def assert_same_detections(got: list[dict], expected: list[dict]) -> int:
-    """Every detection of one is one of the other; how many there are."""
+    """Asserts that both have the same detections; returns their number."""
     for ours, theirs in zip(got, expected, strict=True):
         assert len(ours["scores"]) == len(theirs["scores"])
         same = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(dim=-1) < 0.05
@@ -75,7 +75,7 @@ def assert_same_detections(got: list[dict], expected: list[dict]) -> int:
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """fcos_resnet50_fpn, and what it finds on images of several sizes."""
+    """fcos_resnet50_fpn and its detections in images of several sizes."""
     torch.manual_seed(0)
     model = randomise(fcos_resnet50_fpn(weights=None, weights_backbone=None))
     enliven(
@@ -88,7 +88,7 @@ def torchvision():
 
 
 def torchvision_detections(model: nn.Module, batch: list) -> list[dict]:
-    """Without a change of size: its resizing is not detectron2's, and is no matter of weights."""
+    """Without resizing, which differs from detectron2's and does not depend on weights."""
     model.transform.min_size = (min(min(image.shape[1:]) for image in batch),)
     model.transform.max_size = 10_000
     assert all(min(image.shape[1:]) == model.transform.min_size[0] for image in batch)
@@ -105,14 +105,14 @@ def test_torchvision_detects_the_same_with_all_its_91_classes(torchvision, tmp_p
         expected = torchvision_detections(torchvision, batch)
         found += assert_same_detections(detect(ours, [255 * image for image in batch]), expected)
     assert 20 < found < 300
-    # The comparison sees the half stride to where detectron2 has its points.
+    # The comparison notices the half stride by which detectron2's points are shifted.
     ours.grid.offset = 0.5
     with pytest.raises(AssertionError):
         assert_same_detections(detect(ours, [255 * image for image in batch]), expected)
 
 
 def test_torchvision_detects_the_same_with_cocos_80_classes(torchvision, tmp_path):
-    """Trained weights never find the 11 classes that do not exist; here that is arranged."""
+    """Trained weights never detect the 11 unused category ids; random ones are adjusted to."""
     weights = {key: value.clone() for key, value in torchvision.state_dict().items()}
     gaps = [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
     weights["head.classification_head.cls_logits.bias"][gaps] = -1e4
@@ -138,7 +138,7 @@ def test_detectron2_detects_the_same(norm, spread, tmp_path):
     config = model_zoo.get_config("common/models/fcos.py").model
     config.head.norm = {"GN": group_norm, "BN": "BN"}[norm]
     theirs = randomise(instantiate(config))
-    for p in (3, 4, 5):  # group norms would not mind features in the tens of thousands
+    for p in (3, 4, 5):  # group norms would hide features in the tens of thousands
         getattr(theirs.backbone, f"fpn_output{p}").weight.data /= 1e4
     enliven(theirs.head.cls_score, theirs.head.bbox_pred, theirs.head.ctrness, spread)
     torch.save({"model": theirs.state_dict()}, tmp_path / "detectron2.pth")

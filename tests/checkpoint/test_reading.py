@@ -1,4 +1,4 @@
-"""Files of weights are read without running what is in them, or are refused in one line."""
+"""Checkpoint files are read without running code in them, or are refused in one line."""
 
 import argparse
 import builtins
@@ -25,7 +25,7 @@ from ..modeling.tiny import tiny_fcos
 
 pytest_plugins = ["tests.script"]
 
-HOW = ["zip", "legacy", *range(6)]  # torch.save's two formats, and pickle's protocols
+HOW = ["zip", "legacy", *range(6)]  # torch.save's two formats, and all pickle protocols
 
 
 class Malicious:
@@ -39,7 +39,7 @@ class Malicious:
 
 
 def attacks(trace):
-    """Objects that run code when they are unpickled, in the ways that are in use."""
+    """Objects that run code when unpickled, by all known methods."""
     code = f"open({str(trace)!r}, 'w')"
     return {
         "system": Malicious(trace),
@@ -52,7 +52,7 @@ def attacks(trace):
 
 
 def saved(content, how) -> bytes:
-    """What torch.save or pickle.dumps makes of ``content``."""
+    """``content`` as serialized by torch.save or pickle.dumps."""
     if isinstance(how, int):
         return pickle.dumps(content, protocol=how)
     file = io.BytesIO()
@@ -61,7 +61,7 @@ def saved(content, how) -> bytes:
 
 
 def refused(path, load=load_safely) -> str:
-    """The one line with which a file is refused."""
+    """The one-line error for a file that is refused."""
     with pytest.raises(InputError) as caught:
         load(str(path))
     message = str(caught.value)
@@ -80,7 +80,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(how, attack,
         message = refused(tmp_path / name, Checkpointer(nn.Linear(2, 2)).load)
         assert not trace.exists()
         if name.endswith(".safetensors") and isinstance(how, str):
-            continue  # torch.load goes by the name of the file
+            continue  # torch.load looks at the file name
         assert f"{name} was not loaded because it would call " in message
         assert f"tools/convert_weights.py --trust-pickle {tmp_path / name} OUT" in message
 
@@ -119,7 +119,7 @@ def test_a_config_that_calls_python_is_refused_in_one_line(script, text):
     + ["fcos_d2.checkpoint.reading.load_trusted", "collections.OrderedDict.__init__.__globals__"],
 )
 def test_nothing_but_what_is_listed_can_be_named(name, tmp_path):
-    """By the opcodes GLOBAL and STACK_GLOBAL, which follows dots in names."""
+    """With the opcodes GLOBAL and STACK_GLOBAL; the latter resolves dots in names."""
     module, _, function = name.partition(".")
     texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, function))
     for program in (f"c{module}\n{function}\n.".encode(), b"\x80\x04" + texts + b"\x93."):
@@ -179,7 +179,7 @@ def test_arrays_come_back_as_they_were(how, tmp_path):
     ],
 )
 def test_arrays_of_other_than_numbers_are_refused(array, how, tmp_path):
-    """NumPy's own unpickling can be told that bytes are pointers to objects."""
+    """NumPy's own unpickling would take bytes for pointers to objects."""
     (tmp_path / "arrays.pkl").write_bytes(saved({"w": array}, how))
     message = refused(tmp_path / "arrays.pkl")
     assert "is not a checkpoint that can be read (it holds an array of dtype" in message
@@ -207,7 +207,7 @@ def test_what_torch_saved_comes_back(how, tmp_path):
 
 
 def test_what_training_scripts_save_beside_the_weights_is_ignored(tmp_path, monkeypatch):
-    """As torchvision's script and mmengine write it. Torch's own list of safe names stays."""
+    """As written by torchvision's script and mmengine. Torch's own safe globals are unchanged."""
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     buffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})

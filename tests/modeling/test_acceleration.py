@@ -1,4 +1,4 @@
-"""Accelerated detectors find what the plain ones find."""
+"""Accelerated detectors give the detections of the plain ones."""
 
 import copy
 

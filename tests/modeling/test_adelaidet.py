@@ -1,4 +1,4 @@
-"""AdelaiDet in the same process: it registers backbones, and changes detectron2's defaults."""
+"""AdelaiDet in the same process, where it registers backbones and changes the defaults."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# What `import adet` does, of what matters here.
+# The relevant effects of `import adet`.
 ADET = """
 from detectron2.config import CfgNode
 from detectron2.config.defaults import _C

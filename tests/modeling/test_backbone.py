@@ -1,4 +1,4 @@
-"""Backbones: which levels there are, what they are computed from, and deformable convolutions."""
+"""Backbones: levels, what they are computed from, and deformable convolutions."""
 
 import logging
 
@@ -40,7 +40,7 @@ def test_top_levels_halve_the_last_level(source, channels, top_levels, names):
 def test_top_levels_are_computed_from_the_map_they_are_asked_from(
     top_levels, source, output_matters
 ):
-    """P5 is C5 after an output convolution; only in the first case it lies on the way to P6."""
+    """P5 is C5 after an output convolution; P6 depends on that convolution only if it uses P5."""
     fpn = make_fpn("res4", "res5", TOP_LEVELS=top_levels, TOP_LEVELS_FROM=source)
     image = torch.rand(1, 3, 128, 128)
     before = fpn(image)
@@ -127,7 +127,7 @@ def test_levels_that_are_computed_for_nothing_are_told(caplog):
 
 
 def resnet_cfg(*options):
-    """A ResNet-50 of few channels with three levels on top, deformable from res4 on."""
+    """A ResNet-50 with few channels, deformable from res4 on, under three levels."""
     resnets = {"DEPTH": 50, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 4}
     resnets |= {"DEFORM_ON_PER_STAGE": [False, False, True, True], "DEFORM_MODULATED": True}
     cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", *options)
@@ -170,7 +170,7 @@ def test_offsets_are_pairs_of_rows_and_columns_and_masks_come_last():
     shifted = torch.zeros_like(x)
     shifted[:, :, :-2, 1:] = x[:, :, 2:, :-1]
     moved, still = (deformable.conv2(a, b, mask) for a, b in ((x, offset), (shifted, 0 * offset)))
-    # Not at the border, where the shifted image lacks what was pushed out of it.
+    # Not at the border, where pixels were shifted out of the image.
     torch.testing.assert_close(moved[:, :, 1:6, 2:-1], still[:, :, 1:6, 2:-1])
 
 

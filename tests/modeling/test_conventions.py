@@ -1,8 +1,7 @@
-"""CONVENTION detectron2 and torchvision give what those packages' own FCOS gives.
+"""CONVENTION detectron2 and torchvision match those packages' own FCOS.
 
-Both sides get the same head outputs, so nothing but points, assignment, losses and post-processing
-is compared. What is undefined there is kept out of the inputs, and the few times it comes up are
-counted:
+Both sides get the same head outputs, so points, assignment, losses and post-processing are
+compared. Inputs avoid what is undefined there, and the few remaining cases are counted:
 - both packages rank boxes by float32 ``1e8 - area``: areas closer than 8 square pixels tie;
 - scores within rounding of the threshold or of each other, and overlaps within rounding of the NMS
   threshold, are decided by the last bit.
@@ -31,13 +30,13 @@ from .tiny import STRIDES, tiny_cfg
 K = 4
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 SHAPES = {level: ShapeSpec(channels=32, stride=STRIDES[level]) for level in LEVELS}
-# Padded; all but the first have levels on which torchvision's spacing is not the stride.
+# Padded sizes; in all but the first, torchvision's spacing differs from the stride on some level.
 SIZES = [(256, 384), (224, 352), (64, 96), (480, 672)]
 COCO = (800, 1344)
 
 
 class Ours:
-    """Grid, losses and post-processing that the config of a convention builds."""
+    """Grid, losses and post-processing built from the config of a convention."""
 
     def __init__(self, convention: str, **fcos):
         cfg = tiny_cfg(levels=LEVELS, CONVENTION=convention, NUM_CLASSES=K, **fcos)
@@ -154,7 +153,7 @@ class Torchvision:
         return list(losses.values())
 
     def assign(self, scene):
-        """compute_loss hands the assignment to its head, and the head keeps it here."""
+        """compute_loss passes the assignment to its head, which records it here."""
         head, seen = self.model.head, []
         head.compute_loss = lambda targets, outputs, anchors, matched: seen.extend(matched) or {}
         self.compute_losses(scene)
@@ -204,7 +203,7 @@ def make_scene(size, counts, *, integer=False, prior=-3.0):
 
 
 def make_truth(height, width, count, integer):
-    """Boxes of 4 pixels to the whole image, every fourth one cut off at the image's border."""
+    """Boxes from 4 pixels to the whole image, every fourth one clipped at the image border."""
     boxes, ranks, drawn = torch.empty(0, 4), set(), 0
     limit = torch.tensor([width, height], dtype=torch.float32)
     while len(boxes) < count:
@@ -228,7 +227,7 @@ def make_truth(height, width, count, integer):
 
 
 def settle(scene, peer, levels, nms_threshold=0.6, threshold=0.04) -> float:
-    """Removes candidates whose fate hangs on the last bit; the share of them among all."""
+    """Removes candidates that the last bit decides; returns their share."""
     logits, ltrb, quality, _ = scene.predictions
     strides = [STRIDES[level] for level in LEVELS]
     points = point_coordinates(levels).double().split(levels.points_per_level)

@@ -1,4 +1,4 @@
-"""FCOS as a whole: what it takes and returns, and every input that is hard on a detector."""
+"""FCOS as a whole: inputs, outputs, and difficult inputs."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from .tiny import NUM_CLASSES, STRIDES, sample, tiny_cfg, tiny_fcos, train_step,
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 BOX = [8.0, 8.0, 40.0, 48.0]
 PERMISSIVE = {"INFERENCE_TH_TEST": 0.0, "NMS_TH": 1.0}
-NEVER_EMPTY = {"USE_RELU": False}  # relu may say 0, and detectron2 drops boxes without area
+NEVER_EMPTY = {"USE_RELU": False}  # relu may return 0, and detectron2 drops boxes without area
 
 
 def evaluate(model, batch):
@@ -86,7 +86,7 @@ def test_boxes_are_clipped_to_the_size_of_their_own_image_and_not_of_the_batch()
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_predictions_that_are_not_finite_become_no_boxes(convention, value):
-    """detectron2's own test_inf_nan_data, whose assertion boxes of the image's size would fail."""
+    """detectron2's own test_inf_nan_data, which boxes of the size of the image would fail."""
     model = tiny_fcos(CONVENTION=convention, **PERMISSIVE).eval()
     images = ImageList(torch.full((1, 3, 512, 512), value), [(510, 510)])
     features, predictions = model.network(images.tensor)
@@ -231,7 +231,7 @@ def test_model_can_be_copied_after_a_step():
 
 @pytest.fixture
 def one_process():
-    """A process group of this process alone."""
+    """A process group with a single process."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -240,7 +240,7 @@ def one_process():
 
 @pytest.mark.parametrize("options", [{}, {"CONVENTION": "detectron2", "NORM": "BN"}], ids=str)
 def test_distributed_training_finds_no_unused_parameters(one_process, options):
-    """Without objects too; the second step fails where the first left a gradient out."""
+    """Also without objects; the second step fails if the first one skipped a gradient."""
     model = tiny_fcos(levels=("p3", "p4", "p5", "p6", "p7"), **options)
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     for batch in ([sample(64, 96)] * 2, [sample(64, 96, [BOX])] * 2, [sample(64, 96)] * 2):

@@ -15,7 +15,7 @@ SIZES = ((6, 8), (3, 4))
 
 
 def make_head(**options) -> FCOSHead:
-    """Two levels, three classes, one convolution per tower, unless told."""
+    """Two levels, three classes and one convolution per tower by default."""
     settings = dict(num_classes=3, strides=(8, 16), num_cls_convs=1, num_box_convs=1, norm="none")
     return FCOSHead(in_channels=C, **(settings | options))
 
@@ -76,7 +76,7 @@ def test_norm_is_one_per_convolution_or_for_batch_norm_one_per_level(norm, kind,
     head = make_head(norm=norm)
     assert len(modules(head, kind)) == count
     assert len(modules(head, nn.Conv2d)) == 2 + 3
-    head.eval()(features())  # SyncBatchNorm trains on GPUs only
+    head.eval()(features())  # SyncBatchNorm trains only on GPUs
     assert kind is not nn.GroupNorm or not count or head.cls_tower[1].num_groups == 32
 
 
@@ -141,7 +141,7 @@ def test_scale_multiplies_before_exp_or_is_not_there():
 @pytest.mark.parametrize("level, stride", [(0, 8), (1, 16)])
 @pytest.mark.parametrize("use_relu", [True, False])
 def test_targets_in_pixels_and_in_strides_give_the_same_distances(use_relu, level, stride):
-    """In pixels the layer must say ``stride`` times as much, or log(stride) more before exp."""
+    """In pixels, the layer predicts ``stride`` times as much, or log(stride) more before exp."""
     strides, pixels = (make_head(use_relu=use_relu, norm_reg_targets=n) for n in (True, False))
     nn.init.constant_(strides.bbox_pred.bias, 0.5)
     pixels.load_state_dict(strides.state_dict())
