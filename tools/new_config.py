@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,14 @@ from fcos_d2.config_file import read_cfg
 from fcos_d2.data import register_datasets
 from fcos_d2.data.catalog import review_dataset
 from fcos_d2.data.custom import photo, share
-from fcos_d2.data.formats import kind_of, read_json, read_xml, read_yaml, yolo_splits
+from fcos_d2.data.formats import (
+    kind_of,
+    read_json,
+    read_xml,
+    read_yaml,
+    to_coco,
+    yolo_splits,
+)
 from fcos_d2.data.image_files import locate_images
 from fcos_d2.data.images import is_image
 from fcos_d2.data.inspection import boxes_of, inspect_dataset
@@ -56,10 +63,10 @@ def recognize(folder: Path) -> dict[str, dict]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name the one with images and annotations")
-    files = [path for path in _files(folder) if path.name[0] != "."]
-    for find in (_find_yolo, _find_xml, _find_json):
-        if found := find(folder, files):
-            return found
+    files = list(_files(folder))
+    found = _find_yolo(files) or _find_xml(folder, files) or _find_json(folder, files)
+    if found:
+        return found
     kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
     looks = [f"{path}: {kind_of(read_json(path))}" for path in files if path.suffix == ".json"][:3]
     raise InputError(
@@ -72,7 +79,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         is_deep = len(Path(parent).relative_to(folder).parts) >= DEPTH
         folders[:] = [] if is_deep else sorted(name for name in folders if name[0] != ".")
-        yield from (Path(parent, name) for name in sorted(names))
+        yield from (Path(parent, name) for name in sorted(names) if name[0] != ".")
 
 
 def _split_of(path: Path, folder: Path) -> str:
@@ -86,9 +93,9 @@ def _split_of(path: Path, folder: Path) -> str:
     return max(found)[1] if found else "all"
 
 
-def _find_yolo(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
+def _find_yolo(files: Sequence[Path]) -> dict[str, dict]:
     for path in files:
-        if path.suffix in (".yaml", ".yml") and "names" in _settings(path):
+        if path.suffix in (".yaml", ".yml") and "names" in (_parsed(read_yaml, path) or ()):
             return {split: {"yolo": str(path), "split": split} for split in yolo_splits(path)}
     for path in files:
         if path.name in ("classes.txt", "obj.names"):
@@ -97,18 +104,21 @@ def _find_yolo(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
     return {}
 
 
-def _settings(path: Path) -> dict:
+def _parsed(read: Callable, path: Path):
+    """The content of a file; None if it cannot be read."""
     try:
-        return read_yaml(path)
+        return read(path)
     except InputError:
-        return {}
+        return None
 
 
 def _find_xml(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
     kinds: dict[str, dict[Path, Path]] = {"annotation": {}, "annotations": {}}
     for path in files:
         if path.suffix.lower() == ".xml" and path.parent not in kinds["annotation"]:
-            kinds.get(_root_tag(path), {}).setdefault(path.parent, path)
+            root = _parsed(read_xml, path)
+            if root is not None and root.tag in kinds:
+                kinds[root.tag].setdefault(path.parent, path)
     entries: dict[str, dict] = {}
     for path in kinds["annotations"].values():
         images = _images_of(path.parent, folder, [])
@@ -124,46 +134,28 @@ def _find_xml(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
     return entries
 
 
-def _root_tag(path: Path) -> str:
-    try:
-        return read_xml(path).tag
-    except InputError:
-        return ""
-
-
 def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
     """Entries by split; of COCO's own files the instances, and clean files instead of originals."""
     paths = [p for p in files if p.suffix == ".json" or p.name.endswith(".json.gz")]
     paths = [p for p in paths if p.with_name(f"{p.stem}_clean.json") not in paths]
     if instances := [p for p in paths if p.name.startswith("instances_")]:
         paths = instances
-    entries: dict[str, dict] = {}
+    entries: dict[str, dict[str, list[str]]] = {}
     for path in paths:
         content = read_json(path)
-        kind, split = kind_of(content), _split_of(path, folder)
-        if kind == "LabelMe":  # one file for each image
-            images = _images_of(path.parent, folder, [content["imagePath"]])
-            entries.setdefault(split, {"json": str(path.parent), "images": images})
-        elif kind in ("COCO", "VIA", "Label Studio", "CreateML"):
-            images = _images_of(path.parent, folder, _names(content))
-            entry = entries.setdefault(split, {"json": [], "images": []})
-            if isinstance(entry["json"], list):
-                entry["json"].append(str(path))
-                entry["images"].append(images)
-    for entry in entries.values():
-        if isinstance(entry["json"], list) and len(entry["json"]) == 1:
-            entry.update(json=entry["json"][0], images=entry["images"][0])
-    return entries
-
-
-def _names(content: object) -> list[str]:
-    """File names of images in a JSON file of any format."""
-    entries = content.get("images", content) if isinstance(content, dict) else content
-    entries = entries.get("_via_img_metadata", entries) if isinstance(entries, dict) else entries
-    entries = entries.values() if isinstance(entries, dict) else entries
-    keys = ("file_name", "filename", "image", "imagefilename")
-    found = [e[k] for e in entries if isinstance(e, dict) for k in keys if k in e]
-    return [name for name in found if isinstance(name, str)][:IMAGES_FOR_PATHS]
+        coco = to_coco(content)
+        if coco is None:
+            continue
+        # LabelMe writes one file for each image; the folder stands for them.
+        place = str(path.parent if kind_of(content) == "LabelMe" else path)
+        entry = entries.setdefault(_split_of(path, folder), {"json": [], "images": []})
+        if place not in entry["json"]:
+            images = [i.get("file_name") for i in coco.get("images", ()) if isinstance(i, dict)]
+            names = [name for name in images if isinstance(name, str)][:IMAGES_FOR_PATHS]
+            entry["json"].append(place)
+            entry["images"].append(_images_of(path.parent, folder, names))
+    single = {s: {k: v[0] for k, v in e.items()} for s, e in entries.items() if len(e["json"]) == 1}
+    return {**entries, **single}
 
 
 def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
@@ -291,7 +283,7 @@ def fingerprint(records: list[dict]) -> Fingerprint:
 
 def recipe(found: Fingerprint, has_gpu: bool) -> dict:
     """Values for ``TEXT``: fine-tuning on a GPU, training from scratch on a CPU."""
-    pixels, most, batch = (24, 800, _gpu_batch()) if has_gpu else (20, 480, 4)
+    pixels, most, batch, epochs = (24, 800, _gpu_batch(), 12) if has_gpu else (20, 480, 4, 20)
     # 5 percent of the boxes become smaller than so many pixels; at most twice the original size.
     size = np.clip(pixels / found.small * found.short, min(128, found.short), most)
     size = max(32, round(min(size, 2 * found.short) / 8) * 8)
@@ -300,19 +292,25 @@ def recipe(found: Fingerprint, has_gpu: bool) -> dict:
         size = int(max(most, 512) // 32 * 32)
     scale = 1 if is_tiled else size / found.short
     longest = int(np.ceil(1.25 * scale * max(found.width, found.height) / 32) * 32)
-    values = {"width": found.width, "height": found.height, "size": size, "longest": longest}
-    values |= {"small": found.small * scale}
     steps = np.linspace(0.8, 1, 5) if has_gpu else np.linspace(0.9, 1.1, 4)
-    values["train_sizes"] = sorted({round(size * step) for step in steps})
-    iterations = int(max(1500, round((12 if has_gpu else 20) * len(found.records) / batch, -2)))
-    solver = {"batch": batch, "rate": 0.01 * batch / 16}
-    solver["steps"] = [iterations * 2 // 3, iterations * 8 // 9]
+    iterations = int(max(1500, round(epochs * len(found.records) / batch, -2)))
     base = "torchvision/fcos_R_50_FPN" if has_gpu else "digits/fcos_R_18_FPN_digits"
+    values = {
+        "width": found.width,
+        "height": found.height,
+        "small": found.small * scale,
+        "size": size,
+        "longest": longest,
+        "train_sizes": sorted({round(size * step) for step in steps}),
+        "batch": batch,
+        "rate": 0.01 * batch / 16,
+        "steps": [iterations * 2 // 3, iterations * 8 // 9],
+    }
     return {
         "base": base,
         "sizes": (TILES if is_tiled else SIZES).format(**values),
         "model": _model(found, base, has_gpu, found.short * scale, longest),
-        "solver": (GPU if has_gpu else CPU).format(**solver),
+        "solver": (GPU if has_gpu else CPU).format(**values),
         "iterations": iterations,
         "epochs": iterations * batch / len(found.records),
         "period": max(1, iterations // 3),
@@ -332,12 +330,12 @@ def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: i
     samples = [sample_of(r, round(size), longest) for r in records]
     pyramid = suggest_pyramid(samples, found.small * size / found.short)
     head, *keys = pyramid_keys(pyramid)
-    weights = PUBLISHED.format(weights=model_zoo.PREFIX + base) if has_gpu else RANDOM
     strides = ", ".join(map(str, pyramid.strides))
     reason = f"  # Levels of strides {strides} fit the measured boxes."
     if has_gpu and pyramid.strides[0] >= 8:
         reason, keys = "  # The levels P3 to P7 of the weights fit the measured boxes.", ["  FCOS:"]
     at = keys.index("  FCOS:") + 1
+    weights = PUBLISHED.format(weights=model_zoo.PREFIX + base) if has_gpu else RANDOM
     classes = "    NUM_CLASSES: null  # as many as in the data"
     return "\n".join([head, weights, reason, *keys[:at], classes, *keys[at:]])
 

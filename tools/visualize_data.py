@@ -39,7 +39,6 @@ from fcos_d2.data.inspection import (
     clean,
     describe_contents,
     inspect_dataset,
-    why_nothing_is_learned,
 )
 from fcos_d2.data.level_fit import (
     MISSED,
@@ -53,6 +52,7 @@ from fcos_d2.data.level_fit import (
     sample_of,
     suggest_pyramid,
 )
+from fcos_d2.data.records import why_nothing_is_learned
 from fcos_d2.modeling.losses import FCOSLoss
 from fcos_d2.modeling.structures import PointGrid, pack_ground_truth
 from fcos_d2.visualization.assignment import draw_assignment, to_rgb
@@ -141,7 +141,7 @@ def check(
         _print_contents(inspection, contents)
         if inspection.records:
             _print_levels(cfg, inspection)
-        if reason := why_nothing_is_learned(inspection, contents):
+        if reason := why_nothing_is_learned(inspection.records):
             reasons.append(f"{inspection.name}: {reason}")
     print()
     reasons += _mismatches(cfg, inspections)
@@ -152,7 +152,7 @@ def check(
         is_written = _write_clean(inspections, masks, accept_loss)
     elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
         print("--clean writes repaired annotation files without defects")
-    print(f"{problems} problems: training would stop" if problems else "ready to train")
+    print(f"problems to correct: {problems}" if problems else "ready to train")
     return not problems and (not write_clean or is_written)
 
 

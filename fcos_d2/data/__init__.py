@@ -1,21 +1,16 @@
 """Datasets by name, the built-in ones among them, and the way from a dataset to the model."""
 
 from .catalog import (
+    check_objects,
     coco_content,
-    is_flat,
     load_dataset,
     prepare,
     register_datasets,
     register_digits,
 )
-from .classes import (
-    check_class_order,
-    check_num_classes,
-    check_objects,
-    class_names,
-    count_classes,
-)
+from .classes import check_class_order, check_num_classes, class_names, count_classes
 from .mapper import FCOSDatasetMapper
+from .records import is_flat
 
 __all__ = [
     "FCOSDatasetMapper",

@@ -20,7 +20,6 @@ from detectron2.data.build import (
     print_instances_class_histogram,
 )
 from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from torch.utils.data import ConcatDataset
@@ -30,11 +29,12 @@ from . import digits
 from .custom import check_entry, forget_sources, read_sources, review_entry
 from .defects import describe_repairs
 from .formats import Source, kind_of, read_json
-from .image_files import locate_images, suggest_folder
-from .records import coco_records, review_records, set_classes
+from .image_files import NO_FILE, locate_images, suggest_folder
+from .records import coco_records, is_flat, review_records, set_classes, why_nothing_is_learned
 from .review import Review
 
 CHECK = "python tools/visualize_data.py --config-file FILE --check"
+logger = logging.getLogger(__name__)
 
 
 # ---- names ----
@@ -48,15 +48,12 @@ def register_digits(root: str | os.PathLike | None = None) -> None:
     """
     root = digits.default_root() if root is None else os.fspath(root)
     for split in digits.SPLITS:
-        name = f"digits_{split}"
-        _forget(name)
-        DatasetCatalog.register(name, partial(load_coco, name))
-        MetadataCatalog.get(name).set(
+        _register(
+            f"digits_{split}",
             thing_classes=list(digits.CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(digits.CLASSES))},
             json_file=str(digits.annotation_file(root, split)),
             image_root=str(digits.image_folder(root, split)),
-            evaluator_type="coco",
             digits_root=str(root),
         )
 
@@ -78,16 +75,16 @@ def register_datasets(entries: Mapping[str, Mapping]) -> None:
                 f"DATASETS.REGISTER.{name}: a dataset of this name exists already; choose another "
                 "name"
             )
-        _forget(name)
         forget_sources(name)
-        DatasetCatalog.register(name, partial(load_coco, name))
-        MetadataCatalog.get(name).set(evaluator_type="coco", described=dict(entry))
+        _register(name, described=dict(entry))
 
 
-def _forget(name: str) -> None:
+def _register(name: str, **metadata) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, partial(load_coco, name))
+    MetadataCatalog.get(name).set(evaluator_type="coco", **metadata)
 
 
 def is_coco(name: str) -> bool:
@@ -104,26 +101,19 @@ def prepare(name: str) -> None:
         InputError: there is no such dataset, or its annotation file is missing.
     """
     if name not in DatasetCatalog:
-        raise InputError(_unknown_name(name))
+        close = " or ".join(difflib.get_close_matches(name, DatasetCatalog.list()))
+        advice = f"did you mean {close}? Otherwise describe it" if close else "describe it"
+        raise InputError(
+            f"unknown dataset {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+            "{json: annotations.json, images: image_folder}}}"
+        )
     metadata = MetadataCatalog.get(name)
     if metadata.get("digits_root"):
         digits.ensure_digits(metadata.digits_root)
     json_file = metadata.get("json_file")
     if json_file and "://" not in json_file and not PathManager.exists(json_file):
-        raise InputError(
-            f"dataset {name!r}: annotation file {json_file} does not exist; "
-            f"{_where_data_lives(name)}"
-        )
-
-
-def _unknown_name(name: str) -> str:
-    known = DatasetCatalog.list()
-    close = difflib.get_close_matches(name, known, n=3)
-    advice = f"did you mean {' or '.join(close)}? Otherwise describe it" if close else "describe it"
-    return (
-        f"unknown dataset {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
-        "{json: annotations.json, images: image_folder}}}"
-    )
+        where = _where_data_lives(name)
+        raise InputError(f"dataset {name!r}: annotation file {json_file} does not exist; {where}")
 
 
 def _where_data_lives(name: str) -> str:
@@ -135,6 +125,11 @@ def _where_data_lives(name: str) -> str:
         "check the path it was registered with, or set DETECTRON2_DATASETS to the folder that "
         f"holds all datasets ({state})"
     )
+
+
+def label(names: Sequence[str]) -> str:
+    """How messages refer to datasets."""
+    return f"dataset{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
 
 
 # ---- COCO files, and what is read into their form ----
@@ -180,11 +175,10 @@ def coco_content(name: str, masks: bool = False) -> dict:
     if not is_own and not MetadataCatalog.get(name).get("json_file"):
         return _converted(name)
     sources, review = review_dataset(name, masks)
-    file = sources[0].file
+    file, count = sources[0].file, len(review.problems)
     if review.problems:
-        others = len(review.problems) - 1
-        count = f" ({others + 1} problems; {CHECK} lists them)" if others else ""
-        raise InputError(f"{file}: {review.problems[0].text}{count}")
+        more = f" ({count} problems; {CHECK} lists them)" if count > 1 else ""
+        raise InputError(f"{file}: {review.problems[0].text}{more}")
     if review.missing and is_own:
         raise InputError(f"dataset {name!r}: {missing_images(name, sources, review)}")
     if review.repaired:
@@ -209,13 +203,13 @@ def _converted(name: str) -> dict:
 def missing_images(name: str, sources: Sequence[Source], review: Review) -> str:
     """Message about missing images: an example, their number, and where the example was found."""
     (path, reason), total = next(iter(review.missing.items())), len(review.content["images"])
-    text = f"image {format_value(path)}: {reason} (missing: {len(review.missing)} of {total}); "
-    if len(review.missing) == total:
+    text = f"image {format_value(path)}: {reason} (missing: {len(review.missing)} of {total})"
+    if len(review.missing) == total and reason == NO_FILE:
         folders = [os.path.dirname(source.file) or "." for source in sources]
-        found = suggest_folder(sources[0].image_root, [path], folders)
+        found = suggest_folder(sources[0].image_root, path, folders)
         if found is not None:
-            return f"{text}{format_value(os.path.basename(path))} is in {format_value(found)}"
-    return text + _where_data_lives(name)
+            return f"{text}; {format_value(os.path.basename(path))} is in {format_value(found)}"
+    return f"{text}; {_where_data_lives(name)}"
 
 
 def load_coco(name: str, masks: bool = False) -> list[dict]:
@@ -225,8 +219,7 @@ def load_coco(name: str, masks: bool = False) -> list[dict]:
         InputError: as ``coco_content``.
     """
     content = coco_content(name, masks)
-    indices = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
-    return coco_records(content, indices, masks)
+    return coco_records(content, MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id, masks)
 
 
 # ---- loading ----
@@ -262,12 +255,13 @@ def load_dataset(
     if not records:
         raise InputError(f"{label(names)}: there are no images")
     if any("annotations" in record for record in records):
-        for index, record in enumerate(records):
-            if "annotations" not in record:
-                records[index] = {**record, "annotations": []}
+        records = [r if "annotations" in r else {**r, "annotations": []} for r in records]
         _describe(records, names)
         if filter_empty:
-            records = _with_objects(records, names)
+            kept = filter_images_with_only_crowd_annotations(records)
+            if not kept:
+                check_objects(records, names)
+            return kept
     return records
 
 
@@ -287,9 +281,14 @@ def _load_one(name: str, masks: bool) -> Sequence[dict]:
     if problems:
         raise InputError(f"{label([name])}: {problems[0].text}")
     if repaired:
-        logger = logging.getLogger(__name__)
         logger.warning(f"{label([name])}: repaired {', '.join(describe_repairs(repaired))}")
-    _check_image_files(records, name)
+    paths = [path for record in records if (path := record.get("file_name")) and "://" not in path]
+    if missing := locate_images("", paths).missing:
+        path = paths[next(iter(missing))]
+        raise InputError(
+            f"{label([name])}: image {format_value(path)} does not exist (missing: {len(missing)} "
+            f"of {len(records)}); {_where_data_lives(name)}"
+        )
     return records if masks else list(map(_without_masks, records))
 
 
@@ -304,22 +303,11 @@ def _without_masks(record: dict) -> dict:
     return {**record, "annotations": annotations}
 
 
-def _check_image_files(records: list[dict], name: str) -> None:
-    paths = [record.get("file_name", "") for record in records]
-    paths = [path for path in paths if path and "://" not in path]
-    missing = locate_images("", paths).missing
-    if missing:
-        raise InputError(
-            f"{label([name])}: image {format_value(paths[next(iter(missing))])} does not exist "
-            f"(missing: {len(missing)} of {len(records)}); {_where_data_lives(name)}"
-        )
-
-
 def _describe(records: list[dict], names: Sequence[str]) -> None:
     """Logs the number of objects per class.
 
     Raises:
-        InputError: the datasets have different classes.
+        InputError: the datasets have different classes, or a class has no name of its own.
     """
     classes = {tuple(MetadataCatalog.get(name).get("thing_classes") or ()) for name in names}
     if len(classes) > 1:
@@ -332,9 +320,8 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
                 f"{label(names)}: {count} classes are named {format_value(class_, quote=True)}; "
                 "give every class a name of its own"
             )
-    flat = sum(is_flat(a) for record in records for a in record["annotations"])
-    if flat:
-        logging.getLogger(__name__).warning(
+    if flat := sum(is_flat(a) for record in records for a in record["annotations"]):
+        logger.warning(
             f"{label(names)}: {flat} boxes have zero width or height; they are neither learned nor "
             "evaluated"
         )
@@ -342,24 +329,11 @@ def _describe(records: list[dict], names: Sequence[str]) -> None:
         print_instances_class_histogram(records, *classes)
 
 
-def is_flat(annotation: Mapping) -> bool:
-    """Whether the box of a record's annotation has no area."""
-    x, y, right, bottom = annotation["bbox"]
-    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
-        return not (right and bottom)
-    return right == x or bottom == y
+def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
+    """Makes sure that there is something to learn.
 
-
-def _with_objects(records: list[dict], names: Sequence[str]) -> list[dict]:
-    kept = filter_images_with_only_crowd_annotations(records)
-    if not kept:
-        raise InputError(
-            f"{label(names)}: no image has an object; DATALOADER.FILTER_EMPTY_ANNOTATIONS False "
-            "keeps images without objects"
-        )
-    return kept
-
-
-def label(names: Sequence[str]) -> str:
-    """How messages refer to datasets."""
-    return f"dataset{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+    Raises:
+        InputError: all annotations are crowd regions, without area or outside the image.
+    """
+    if isinstance(records, list) and (reason := why_nothing_is_learned(records)):
+        raise InputError(f"{label(names)}: {reason}; see {CHECK}")

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 
 from ..errors import InputError, format_value
@@ -23,13 +24,7 @@ from .defects import Problem
 from .formats import Source, read_annotations, read_cvat, read_text, read_voc, read_yolo
 from .review import Review, review_coco
 
-KINDS = {
-    "json": {"images"},
-    "cvat": {"images"},
-    "voc": {"split"},
-    "yolo": {"split"},
-}  # key of the annotations -> its further keys
-NEEDED = {"json": {"images"}, "cvat": {"images"}, "voc": set(), "yolo": set()}
+KINDS = {"json": "images", "cvat": "images", "voc": "split", "yolo": "split"}  # -> a further key
 COMMON = {"part", "classes", "rename", "upright"}
 NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
 LONGEST_NAME = 200  # bytes
@@ -64,27 +59,33 @@ def check_entry(name: object, entry: object) -> str:
         got = format_value(entry, quote=True)
         raise InputError(f"{place} must say where the data is, got {got}; {EXAMPLES}")
     (kind,) = kinds
-    for key in sorted(NEEDED[kind] - entry.keys()):
-        raise InputError(f"{place} has no {key!r}; {EXAMPLES}")
-    for key in sorted(entry.keys() - KINDS[kind] - COMMON - {kind}, key=str):
-        raise InputError(f"{place} has an unknown key {format_value(key, quote=True)}; {EXAMPLES}")
-    for key, (is_valid, expected) in VALUES.items():
-        if key in entry and not is_valid(entry[key]):
-            got = format_value(entry[key], quote=True)
+    if KINDS[kind] == "images" and "images" not in entry:
+        raise InputError(f"{place} has no 'images'; {EXAMPLES}")
+    for key, value in entry.items():
+        if key not in {kind, KINDS[kind], *COMMON}:
+            key = format_value(key, quote=True)
+            raise InputError(f"{place} has an unknown key {key}; {EXAMPLES}")
+        is_valid, expected = VALUES[key]
+        if not is_valid(value):
+            got = format_value(value, quote=True)
             raise InputError(f"{place}.{key} must be {expected}, got {got}")
-    places = _listed(entry[kind])
-    if len(_listed(entry.get("images", ""))) not in (1, len(places)) or not places:
+    if len(_listed(entry.get("images", ""))) not in (1, len(_listed(entry[kind]))):
         raise InputError(f"{place}.images must be one folder, or one for each of {kind}")
-    if kind != "voc" and not all(isinstance(value, str) for value in places):
-        raise InputError(f"{place}.{kind} must be a path or a list of paths; {EXAMPLES}")
-    for value in places if kind == "voc" else ():
-        if not isinstance(value, str) and not _is_map(value, {"xml", "images"}):
-            raise InputError(f"{place}.voc must be a folder or {{xml: folder, images: folder}}")
     return kind
 
 
 def _listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _are_paths(value: object) -> bool:
+    return bool(_listed(value)) and all(isinstance(path, str) for path in _listed(value))
+
+
+def _are_voc_folders(value: object) -> bool:
+    return bool(_listed(value)) and all(
+        isinstance(v, str) or (_is_map(v) and set(v) == {"xml", "images"}) for v in _listed(value)
+    )
 
 
 def _is_part(value: object) -> bool:
@@ -94,28 +95,29 @@ def _is_part(value: object) -> bool:
     return numbers and len(value) == 2 and 0 <= value[0] < value[1] <= 1
 
 
-def _is_names(value: object) -> bool:
+def _are_names(value: object) -> bool:
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return is_list and all(isinstance(v, str) for v in value) and len(set(value)) == len(value) > 0
 
 
-def _is_map(value: object, keys: set | None = None) -> bool:
-    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
-        return False
-    return all(isinstance(k, str) for k in value) and (keys is None or set(value) == keys)
+def _is_map(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(v, str) for kv in value.items() for v in kv
+    )
 
 
-def _is_paths(value: object) -> bool:
-    return all(isinstance(path, str) for path in _listed(value))
-
-
+PATHS = (_are_paths, "a path or a list of paths")
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "json": PATHS,
+    "cvat": PATHS,
+    "yolo": PATHS,
+    "images": PATHS,
+    "voc": (_are_voc_folders, "a folder or {xml: folder, images: folder}"),
     "part": (_is_part, "two shares such as [0, 0.8], or a file with image names"),
-    "classes": (_is_names, "a list of different names"),
+    "classes": (_are_names, "a list of different names"),
     "rename": (_is_map, "a mapping such as {old: new}"),
     "upright": (lambda value: isinstance(value, bool), "true or false"),
     "split": (lambda value: isinstance(value, str), "a name"),
-    "images": (_is_paths, "a folder or a list of folders"),
 }
 
 
@@ -128,20 +130,18 @@ def expand(text: str) -> str:
 
 
 def read_sources(name: str, entry: Mapping) -> list[Source]:
-    """Reads the annotation files of an entry; slow formats only once per process.
+    """Reads the annotation files of an entry; formats of many files only once per process.
 
     Raises:
         InputError: a file is missing or cannot be read.
     """
     kind = check_entry(name, entry)
-    is_cached = kind != "json" or any(os.path.isdir(expand(path)) for path in _listed(entry[kind]))
-    if not is_cached:
+    if kind == "json" and not any(os.path.isdir(expand(path)) for path in _listed(entry[kind])):
         return _read_sources(kind, entry)
     path = Path(_scratch().name, f"{name}.json")
     key = json.dumps({**entry, "cwd": os.getcwd()}, sort_keys=True, default=str)
     if path.is_file():
-        with path.open() as file:
-            known, sources = json.load(file)
+        known, sources = json.loads(path.read_text())
         if known == key:
             return [Source(*source) for source in sources]
     sources = _read_sources(kind, entry)
@@ -161,20 +161,21 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def _read_sources(kind: str, entry: Mapping) -> list[Source]:
-    places, folders = _listed(entry[kind]), [expand(p) for p in _listed(entry.get("images", ""))]
-    if len(folders) < len(places):
-        folders *= len(places)
-    split, sources = entry.get("split"), []
-    for place, folder in zip(places, folders, strict=True):
-        if kind == "voc":
-            where = {k: expand(v) for k, v in place.items()} if _is_map(place) else expand(place)
-            sources.append(read_voc(where, split, all_classes="classes" not in entry))
-        elif kind == "yolo":
-            sources.append(read_yolo(expand(place), split, entry.get("upright", True)))
-        elif kind == "cvat":
-            sources.append(read_cvat(expand(place), folder))
+    places, folders = _listed(entry[kind]), _listed(entry.get("images", ""))
+    split, upright, sources = entry.get("split"), entry.get("upright", True), []
+    for place, folder in zip(places, map(expand, cycle(folders)), strict=False):
+        if isinstance(place, Mapping):
+            place = {key: expand(path) for key, path in place.items()}
         else:
-            sources += [read_annotations(path, folder) for path in _matching(expand(place))]
+            place = expand(place)
+        if kind == "voc":
+            sources.append(read_voc(place, split, all_classes="classes" not in entry))
+        elif kind == "yolo":
+            sources.append(read_yolo(place, split, upright))
+        elif kind == "cvat":
+            sources.append(read_cvat(place, folder))
+        else:
+            sources += [read_annotations(path, folder) for path in _matching(place)]
     return sources
 
 
@@ -284,9 +285,9 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
         return content
     names = list(groups) if wanted is None else list(wanted)
     if not groups.keys() & set(names):
-        wanted = format_value(names)
+        known = format_value(", ".join(known))
         raise InputError(
-            f"{file}: it has none of the classes {wanted}; its classes are {_some(known)}"
+            f"{file}: it has none of the classes {format_value(names)}; its classes are {known}"
         )
     ids = {c["id"]: names.index(n) + 1 for n, g in groups.items() if n in names for c in g}
     result = {**content, "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
@@ -300,12 +301,8 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    advice = f"did you mean {format_value(close[0])}?" if close else f"it has {_some(known)}"
-    return f"which is not a class; {advice}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return format_value(", ".join(names))
+    advice = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+    return f"which is not a class; {format_value(advice)}"
 
 
 # ---- a share of the images ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -12,6 +13,7 @@ from ..errors import format_value
 
 MOST_FOLDERS = 1000  # to list; if there are more, each file is tested
 MOST_SEARCHED = 20_000  # files to look at for a suggestion
+NO_FILE = "no such file"  # reason
 
 
 class Located(NamedTuple):
@@ -53,7 +55,7 @@ def locate_images(root: str, names: Sequence[str]) -> Located:
 
 def _reason(found: list[str]) -> str:
     if not found:
-        return "no such file"
+        return NO_FILE
     some = " and ".join(map(format_value, found[:2]))
     return f"{len(found)} files match, such as {some}; write the full path"
 
@@ -135,23 +137,19 @@ def _files(root: str) -> Iterator[str]:
                 yield name if beginning == "." else f"{beginning}/{name}"
 
 
-def suggest_folder(root: str, names: Sequence[str], more: Sequence[str] = ()) -> str | None:
-    """A folder near ``root`` that contains the first of ``names``; None if none is found soon.
+def suggest_folder(root: str, name: str, more: Sequence[str] = ()) -> str | None:
+    """A folder near ``root`` that contains an image; None if none is found soon.
 
     Args:
-        root: the folder without the images.
-        names: of the images.
+        root: the folder without the image.
+        name: of the image.
         more: further folders to search, such as that of the annotation file.
     """
-    wanted = {_plain(name).rpartition("/")[2].lower() for name in names[:1]}
-    near = [Path(root), *Path(root).absolute().parents[:2]]
-    count = 0
-    for folder in (*map(Path, more), *near):
-        is_searched = folder.is_dir() and folder.absolute() != folder.absolute().parent
-        for path in _files(str(folder)) if is_searched else ():
-            count += 1
-            if path.rpartition("/")[2].lower() in wanted:
-                return os.path.relpath((folder / path).parent)
-            if count > MOST_SEARCHED:
-                return None
+    wanted = _plain(name).rpartition("/")[2].lower()
+    place = Path(root).absolute()
+    near = [folder for folder in (place, *place.parents[:2]) if folder.name]  # not the root
+    found = ((folder, path) for folder in (*map(Path, more), *near) for path in _files(str(folder)))
+    for folder, path in islice(found, MOST_SEARCHED):
+        if path.rpartition("/")[2].lower() == wanted:
+            return os.path.relpath((folder / path).parent)
     return None

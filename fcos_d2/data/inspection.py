@@ -14,19 +14,13 @@ from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
-from .catalog import (
-    is_coco,
-    is_flat,
-    missing_images,
-    prepare,
-    review_dataset,
-    sources_of,
-)
+from .catalog import is_coco, missing_images, prepare, review_dataset, sources_of
 from .classes import class_names
 from .defects import DEFECTS, Problem, Unusable, true_size
 from .formats import Source
+from .image_files import NO_FILE
 from .images import image_sizes, read_image, why_unreadable
-from .records import coco_records, review_records, set_classes
+from .records import coco_records, is_flat, review_records, set_classes
 from .review import Review, review_coco
 
 READERS = 8  # threads that read images; decoding lets go of Python's lock
@@ -60,7 +54,6 @@ class Contents(NamedTuple):
     num_crowds: int
     num_flat: int  # boxes of zero width or height
     num_over: int  # boxes that exceed their image by more than a pixel
-    num_outside: int  # boxes completely outside their image
     num_repeated: int  # duplicate boxes of the same class
 
 
@@ -127,7 +120,7 @@ def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
 def _problem_in_path(record: dict) -> str | bool:
     if not {"width", "height"} <= record.keys():  # then only the image tells its size
         return _problem_in_image(record)
-    return False if os.path.isfile(record["file_name"]) else "no such file"
+    return False if os.path.isfile(record["file_name"]) else NO_FILE
 
 
 def _problem_in_image(record: dict) -> str | bool:
@@ -159,8 +152,7 @@ def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
 
 def describe_contents(inspection: Inspection) -> Contents:
     """Counts the usable annotations."""
-    boxes_per_class, images_per_class = Counter(), Counter()
-    counts = Counter()
+    boxes_per_class, images_per_class, counts = Counter(), Counter(), Counter()
     for record in inspection.records:
         objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
         classes = [a["category_id"] for a in objects]
@@ -168,41 +160,20 @@ def describe_contents(inspection: Inspection) -> Contents:
         images_per_class.update(set(classes))
         boxes = boxes_of(objects)
         size = np.array([record["width"], record["height"]] * 2)
-        keys = {(c, *box) for c, box in zip(classes, boxes.tolist(), strict=True)}
-        outside = ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= size[:2])).any(axis=1)
-        counts["boxes"] += len(objects)
         counts["empty"] += not objects
         counts["crowds"] += len(record["annotations"]) - len(objects)
         counts["flat"] += sum(map(is_flat, objects))
         counts["over"] += int(((boxes < -1) | (boxes > size + 1)).any(axis=1).sum())
-        counts["outside"] += int(outside.sum())
-        counts["repeated"] += len(objects) - len(keys)
+        counts["repeated"] += len(objects) - len(
+            set(zip(classes, map(tuple, boxes.tolist()), strict=True))
+        )
     classes = range(len(inspection.class_names))
     return Contents(
         [boxes_per_class[c] for c in classes],
         [images_per_class[c] for c in classes],
-        *(counts[k] for k in ("boxes", "empty", "crowds", "flat", "over", "outside", "repeated")),
+        boxes_per_class.total(),
+        *(counts[key] for key in ("empty", "crowds", "flat", "over", "repeated")),
     )
-
-
-def why_nothing_is_learned(inspection: Inspection, contents: Contents) -> str | None:
-    """The likely cause if there is nothing to learn or to evaluate; None if there is."""
-    if contents.num_boxes > contents.num_flat + contents.num_outside:
-        return None
-    if not inspection.records:
-        return "none of the images can be used"
-    if contents.num_boxes:
-        return (
-            f"all {contents.num_boxes} boxes are outside their images or have no area; they must "
-            "be [x, y, width, height] in pixels of the images"
-        )
-    if contents.num_crowds:
-        return (
-            f"all {contents.num_crowds} annotations are crowd regions (iscrowd 1, or 'difficult' "
-            "in Pascal VOC), which are not learned; CVAT's brush tool exports masks as crowds: set "
-            "iscrowd to 0"
-        )
-    return "there are no annotations; check that this is the right file and contains them"
 
 
 class Cleaned(NamedTuple):

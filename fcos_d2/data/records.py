@@ -1,9 +1,10 @@
-"""Records in detectron2's standard format: from COCO files, and reviews of other records."""
+"""Records in detectron2's standard format: made from COCO files, reviewed, and counted."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
@@ -86,6 +87,46 @@ def _mask(segmentation: dict | list) -> dict | list:
 def _pixel_centers(keypoints: list) -> list:
     """COCO's keypoints are pixel indices, detectron2's coordinates are continuous."""
     return [value + 0.5 if i % 3 != 2 else value for i, value in enumerate(keypoints)]
+
+
+# ---- what there is to learn ----
+
+
+def is_flat(annotation: Mapping) -> bool:
+    """Whether the box of a record's annotation has no area."""
+    x, y, right, bottom = annotation["bbox"]
+    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
+        return not (right and bottom)
+    return right == x or bottom == y
+
+
+def why_nothing_is_learned(records: Sequence[dict]) -> str | None:
+    """The likely cause if no record shows an object; None if one does."""
+    if any(_shows_object(a, record) for record in records for a in record.get("annotations", ())):
+        return None
+    if not records:
+        return "none of the images can be used"
+    flags = [a.get("iscrowd", 0) for record in records for a in record.get("annotations", ())]
+    if not flags:
+        return "there are no annotations; check that this is the right file and contains them"
+    if all(flags):
+        return (
+            f"all {len(flags)} annotations are crowd regions (iscrowd 1, or 'difficult' in Pascal "
+            "VOC), which are not learned; CVAT's brush tool exports masks as crowds: set iscrowd "
+            "to 0"
+        )
+    return (
+        f"all {flags.count(0)} boxes are outside their images or have no area; they must be "
+        "[x, y, width, height] in pixels of the images"
+    )
+
+
+def _shows_object(annotation: Mapping, record: Mapping) -> bool:
+    if annotation.get("iscrowd", 0) or is_flat(annotation):
+        return False
+    box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    width, height = record.get("width", math.inf), record.get("height", math.inf)
+    return box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0
 
 
 # ---- records of other functions ----

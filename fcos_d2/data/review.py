@@ -21,7 +21,7 @@ from .defects import (
     usable_flag,
     usable_side,
 )
-from .formats.builder import NO_SIZES
+from .formats.builder import UNSIZED
 from .image_files import locate_images
 from .images import image_sizes, why_unreadable
 
@@ -193,8 +193,6 @@ class _Reviewer:
                 self.missing[image["path"]] = located.missing[place]
             if image["width"] is None:
                 self._read_size(image)
-        if content.pop(NO_SIZES, False):  # then missing sizes are no defect
-            del self.repaired["no size"]
         left_out = self._broken | self._unwanted
         return [image for image in images if image["id"] not in left_out]
 
@@ -231,7 +229,7 @@ class _Reviewer:
     def _read_size(self, image: dict) -> None:
         try:
             image["width"], image["height"] = image_sizes(image["path"])[0 if self._upright else 1]
-            self.repaired["no size"] += 1
+            self.repaired["no size"] += not image.pop(UNSIZED, False)
         except Exception as error:  # Pillow raises whatever a broken file leads it to
             self._broken.add(image["id"])
             if image["path"] not in self.missing:

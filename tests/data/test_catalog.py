@@ -203,11 +203,11 @@ def test_folder_that_holds_the_images_is_suggested_once(coco, monkeypatch):
     assert problem.text in text
 
 
-def test_data_set_without_usable_images_says_which_key_keeps_them(coco):
+def test_data_set_without_objects_has_the_likely_cause_when_they_are_needed(coco):
     coco.content["annotations"] = []
     name = coco.register()
     assert len(load_dataset(name, filter_empty=False)) == 3
-    assert "DATALOADER.FILTER_EMPTY_ANNOTATIONS False" in message(load_dataset, name)
+    assert "'shapes_train': there are no annotations; check that" in message(load_dataset, name)
 
 
 def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
@@ -286,7 +286,7 @@ def test_classes_of_another_order_than_the_trainings_are_refused(coco):
     val = coco.register("order_val")
     check_class_order([train], train)
     text = message(check_class_order, [train], val)
-    assert "class box has index 0, but index 1 in the training data" in text
+    assert "class 0 is box, but disc in the training data" in text
     assert "set classes: ['disc', 'box'] in DATASETS.REGISTER.order_val" in text
     (coco.folder / "shapes.json").unlink()
     MetadataCatalog.remove(train)
@@ -301,4 +301,4 @@ def test_training_data_without_any_object_is_refused(coco, change):
         annotation.update(change)
     name = coco.register()
     text = message(check_objects, load_dataset(name, filter_empty=False), [name])
-    assert "dataset 'shapes_train': there is nothing to learn" in text
+    assert "dataset 'shapes_train': all 3 " in text and "--check" in text

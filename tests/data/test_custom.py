@@ -189,7 +189,7 @@ def test_several_files_become_one_data_set(described, coco, tmp_path):
         ({"json": "a"}, "has no 'images'"),
         ({"cvat": "a"}, "has no 'images'"),
         ({"json": 5, "images": "a"}, "json must be a path or a list of paths"),
-        ({"json": [], "images": "a"}, "images must be one folder, or one for each of json"),
+        ({"json": [], "images": "a"}, r"json must be a path or a list of paths, got \[\]"),
         ({"json": ["a", "b", "c"], "images": ["a", "b"]}, "images must be one folder, or one for"),
         ({"json": "a", "images": "b", "image": "c"}, "unknown key 'image'"),
         ({"json": "a", "images": "b", "split": "c"}, "unknown key 'split'"),

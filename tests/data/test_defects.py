@@ -11,12 +11,8 @@ from PIL import Image
 
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.defects import DEFECTS, is_written_as_corners
-from fcos_d2.data.inspection import (
-    clean,
-    describe_contents,
-    inspect_dataset,
-    why_nothing_is_learned,
-)
+from fcos_d2.data.inspection import clean, inspect_dataset
+from fcos_d2.data.records import why_nothing_is_learned
 from fcos_d2.errors import InputError
 
 BOX = [5, 6, 20, 10]  # of every annotation of the data
@@ -334,7 +330,7 @@ def test_data_that_teaches_nothing_has_a_likely_cause(coco, change, text):
     change(coco.content)
     found = inspect_dataset(coco.register())
     assert found.num_problems == 0
-    assert text in why_nothing_is_learned(found, describe_contents(found))
+    assert text in why_nothing_is_learned(found.records)
 
 
 # ---- records of somebody's own function ----

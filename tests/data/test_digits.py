@@ -220,7 +220,7 @@ def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path)
 
 def test_files_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     ensure_digits(tmp_path, FEW)
-    monkeypatch.setattr(files, "_make", None)
+    monkeypatch.setattr(files, "_generate", None)
     ensure_digits(tmp_path, FEW)
 
 

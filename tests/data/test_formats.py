@@ -431,7 +431,10 @@ def test_xml_is_read_in_the_encoding_that_it_declares(described, voc, encoding):
     [
         ({"split": "test"}, "cannot read .*test.txt: no such file"),
         ({"voc": "none"}, "folder none does not exist"),
-        ({"voc": {"xml": "JPEGImages", "images": "JPEGImages"}}, "lists no images"),
+        (
+            {"voc": {"xml": "JPEGImages", "images": "JPEGImages"}},
+            "JPEGImages contains no XML files",
+        ),
         ({"split": "empty"}, "empty.txt lists no images"),
     ],
 )

@@ -69,6 +69,6 @@ def test_name_of_no_file_is_missing(tree, name):
 def test_folder_is_suggested_from_the_neighbourhood(tree, tmp_path, monkeypatch):
     root = tree("data/photos/deep/1.jpg", "labels/note.txt")
     monkeypatch.chdir(root)
-    assert suggest_folder("data/wrong", ["img/1.JPG"]) == "data/photos/deep"
-    assert suggest_folder("elsewhere", ["img/1.JPG"], ["labels"]) == "data/photos/deep"
-    assert suggest_folder("data/wrong", ["2.jpg"]) is None
+    assert suggest_folder("data/wrong", "img/1.JPG") == "data/photos/deep"
+    assert suggest_folder("elsewhere", "img/1.JPG", ["labels"]) == "data/photos/deep"
+    assert suggest_folder("data/wrong", "2.jpg") is None

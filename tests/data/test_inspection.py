@@ -72,7 +72,6 @@ def test_contents_are_counted(coco):
     assert contents.boxes_per_class == [5, 1, 0] and contents.images_per_class == [2, 1, 0]
     assert contents.num_boxes == 6 and contents.num_empty == 1 and contents.num_crowds == 1
     assert contents.num_flat == contents.num_over == contents.num_repeated == 1
-    assert contents.num_outside == 0
 
 
 def register_in_python(coco, load) -> str:

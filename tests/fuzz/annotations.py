@@ -18,12 +18,8 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from fcos_d2.data import class_names, load_dataset, register_datasets
-from fcos_d2.data.inspection import (
-    clean,
-    describe_contents,
-    inspect_dataset,
-    why_nothing_is_learned,
-)
+from fcos_d2.data.inspection import clean, describe_contents, inspect_dataset
+from fcos_d2.data.records import why_nothing_is_learned
 
 from .choices import Choices, spoil
 from .oracle import result_or_refusal, scratch
@@ -205,7 +201,8 @@ def check(data: bytes) -> None:
 def inspect(name: str) -> None:
     """What the check does."""
     found = inspect_dataset(name, read_images=False)
-    why_nothing_is_learned(found, describe_contents(found))
+    describe_contents(found)
+    why_nothing_is_learned(found.records)
     for problem in (*(text for _, text in found.problems), *found.image_problems.values()):
         assert problem.isprintable() and len(problem) < 1000, problem[:1000]
     for cleaned in clean([found], [found]):

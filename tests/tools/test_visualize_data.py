@@ -101,7 +101,7 @@ def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
     write(labels)
     Path("photos/4.png").write_bytes(Path("photos/4.png").read_bytes()[:50])
     status, out, _ = run(capsys, "--check")
-    assert status == 1 and "2 problems: training would stop" in out
+    assert status == 1 and "problems to correct: 2" in out
     for line in (
         "image photos/4.png: ",
         "annotation 4: bbox is missing",

@@ -1,7 +1,7 @@
-"""Makes the built-in data: ``python -m fcos_d2.data.digits [--root DIR] [--images N]``.
+"""Generates the built-in data: ``python -m fcos_d2.data.digits [--root DIR] [--images N]``.
 
-They make themselves on first use; this is for looking at them, or for fewer or more images. With
-``--export FOLDER`` it writes some of them as a dataset of somebody else, to practise on.
+They are generated on first use; this is for looking at them, or for fewer or more images. With
+``--export FOLDER`` it writes some of them as a dataset of somebody else, to practice on.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .export import export
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes what the command line asks for, says where, and returns the exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[2]
     )

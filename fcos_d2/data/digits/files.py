@@ -1,11 +1,10 @@
 """The built-in datasets ``digits_train`` and ``digits_val`` on disk, in COCO format.
 
 ``ROOT/digits/{train,val}/NNNNNN.png`` and ``ROOT/digits/annotations/digits_{train,val}.json``;
-ROOT is ``$DETECTRON2_DATASETS`` or ``./datasets``. They are made on first use, in seconds, and are
-the same bytes for the same seed.
+ROOT is ``$DETECTRON2_DATASETS`` or ``./datasets``. They are generated on first use, in seconds, and
+are the same bytes for the same seed.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -55,14 +54,14 @@ def annotation_file(root: str | os.PathLike, split: str) -> Path:
 
 
 def ensure_digits(root: str | os.PathLike, recipe: Recipe | None = None) -> Path:
-    """Makes the datasets unless they are there, complete and of this version.
+    """Generates the datasets unless they are there, complete and of this version.
 
-    Any number of processes may call this at once: one makes them, the others wait and use them.
+    Any number of processes may call this at once: one generates them, the others wait.
 
     Args:
         root: the folder that holds (will hold) ``digits/``.
         recipe: exactly what is wanted. None accepts any number of images that somebody asked for
-            by hand, and makes the full set where there is none.
+            by hand, and generates the full set where there is none.
 
     Returns:
         the folder ``root/digits``.
@@ -70,14 +69,15 @@ def ensure_digits(root: str | os.PathLike, recipe: Recipe | None = None) -> Path
     Raises:
         InputError: it cannot be written, or a folder of that name is not ours.
     """
-    folder = Path(root) / "digits"
-    if _is_usable(Path(root), recipe):
+    root = Path(root)
+    folder = root / "digits"
+    if _is_usable(root, recipe):
         return folder
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         with file_lock(str(folder)):  # a process that dies lets go of it by itself
-            if not _is_usable(Path(root), recipe):
-                _make(Path(root), recipe or Recipe(NUM_IMAGES))
+            if not _is_usable(root, recipe):
+                _generate(root, recipe or Recipe(NUM_IMAGES))
     except OSError as error:
         raise InputError(
             f"digits: cannot write {folder} ({error.strerror or error}); "
@@ -88,41 +88,46 @@ def ensure_digits(root: str | os.PathLike, recipe: Recipe | None = None) -> Path
 
 def _is_usable(root: Path, recipe: Recipe | None) -> bool:
     found = _read_recipe(root)
-    if found is None:
-        return False
-    if recipe is not None:
-        return found == recipe
-    if (found.version, found.seed) != (VERSION, SEED):
-        return False
-    if found.num_images != NUM_IMAGES:
+    if found is None or recipe is not None:
+        return found is not None and found == recipe
+    is_current = (found.version, found.seed) == (VERSION, SEED)
+    if is_current and found.num_images != NUM_IMAGES:
         logger.warning(
             f"{root / 'digits'} holds only {found.num_images} images, as somebody asked for by "
             f"hand; for all {NUM_IMAGES}: python -m {MAKER} --root {root}"
         )
-    return True
+    return is_current
 
 
 def _read_recipe(root: Path) -> Recipe | None:
-    """What the complete datasets under ``root`` were made from; None if they are not complete."""
-    recipes = []
-    for split in SPLITS:
-        try:
-            info = json.loads(annotation_file(root, split).read_text())["info"]
-            recipe = Recipe(tuple(info["num_images"]), info["seed"], info["version"])
-            num_files = len(os.listdir(image_folder(root, split)))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if num_files < recipe.num_images[SPLITS.index(split)]:
-            return None
-        recipes.append(recipe)
-    return recipes[0] if recipes[0] == recipes[1] else None
+    """What the datasets under ``root`` were generated from; None if they are not complete."""
+    infos = [_read_info(root, split) for split in SPLITS]
+    try:
+        found = [Recipe(tuple(i["num_images"]), i["seed"], i["version"]) for i in infos]
+        counts = [len(os.listdir(image_folder(root, split))) for split in SPLITS]
+    except (OSError, KeyError, TypeError):
+        return None
+    is_complete = all(count >= n for count, n in zip(counts, found[0].num_images, strict=True))
+    return found[0] if is_complete and found[0] == found[1] else None
 
 
-def _make(root: Path, recipe: Recipe) -> None:
+def _read_info(root: Path, split: str) -> dict:
+    """What the annotation file of a split says about itself; empty if there is none."""
+    try:
+        return json.loads(annotation_file(root, split).read_text())["info"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _generate(root: Path, recipe: Recipe) -> None:
     """Writes everything beside the final folder, then moves it there in one step."""
-    folder = root / "digits"
-    _check_ours(root)
-    start = time.perf_counter()
+    folder, start = root / "digits", time.perf_counter()
+    is_ours = any(_read_info(root, split).get("made_by") == MAKER for split in SPLITS)
+    if folder.exists() and any(folder.iterdir()) and not is_ours:
+        raise InputError(
+            f"digits: {folder} exists and is not the built-in dataset; move it away or set "
+            "DETECTRON2_DATASETS to another folder"
+        )
     for leftover in root.glob(".digits-*"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".digits-") as temporary:
@@ -132,22 +137,7 @@ def _make(root: Path, recipe: Recipe) -> None:
             folder.rename(Path(temporary) / "replaced")
         (Path(temporary) / "digits").rename(folder)
     seconds = time.perf_counter() - start
-    logger.info(f"made {sum(recipe.num_images)} images in {folder} in {seconds:.1f} s")
-
-
-def _check_ours(root: Path) -> None:
-    """Refuses to replace a folder that this module did not make."""
-    folder = root / "digits"
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    for split in SPLITS:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads(annotation_file(root, split).read_text())["info"]["made_by"] == MAKER:
-                return
-    raise InputError(
-        f"digits: {folder} exists and is not the built-in dataset; move it away or set "
-        "DETECTRON2_DATASETS to another folder"
-    )
+    logger.info(f"generated {sum(recipe.num_images)} images in {folder} in {seconds:.1f} s")
 
 
 def _write_split(root: Path, split: str, num_images: int, recipe: Recipe) -> None:
@@ -156,64 +146,48 @@ def _write_split(root: Path, split: str, num_images: int, recipe: Recipe) -> Non
     handwriting = load_handwriting(split, recipe.seed)
     images, annotations = [], []
     for index in range(num_images):
-        image, found = _write_image(root, split, index, handwriting, recipe.seed)
-        images.append(image)
-        annotations += found
-    for number, annotation in enumerate(annotations, 1):
-        annotation["id"] = number
-    content = _description(split, recipe) | {"images": images, "annotations": annotations}
+        name = f"{index + 1:06d}.png"
+        size = {"width": SIZE, "height": SIZE}
+        images.append({"id": index + 1, "file_name": name, **size, "license": 1})
+        for found in _write_image(root, split, index, handwriting, recipe.seed):
+            annotations.append({**found, "image_id": index + 1, "id": len(annotations) + 1})
+    content = {**_description(split, recipe), "images": images, "annotations": annotations}
     annotation_file(root, split).write_text(json.dumps(content))
 
 
 def _write_image(
     root: Path, split: str, index: int, handwriting: Handwriting, seed: int
-) -> tuple[dict, list[dict]]:
-    """Writes one image; its COCO record and those of its digits, which lack an id yet."""
+) -> list[dict]:
+    """Writes one image; returns the annotations of its digits, without ids."""
     # One generator per image: an image does not depend on how many others are made, nor on order.
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    scene = compose_scene(handwriting, rng)
-    name = f"{index + 1:06d}.png"
+    scene = compose_scene(handwriting, np.random.default_rng([seed, SPLITS.index(split), index]))
+    path = image_folder(root, split) / f"{index + 1:06d}.png"
     # Noise hardly compresses: level 1 is three times as fast as the default and 10 percent larger.
-    Image.fromarray(scene.image).save(image_folder(root, split) / name, compress_level=1)
-    image = {"id": index + 1, "file_name": name, "width": SIZE, "height": SIZE, "license": 1}
+    Image.fromarray(scene.image).save(path, compress_level=1)
     annotations = []
-    for (x0, y0, x1, y1), label, source in zip(
-        scene.boxes.tolist(), scene.labels.tolist(), scene.sources.tolist(), strict=True
-    ):
+    for box, label, source in zip(scene.boxes, scene.labels, scene.sources, strict=True):
+        x, y, width, height = *box[:2].tolist(), *(box[2:] - box[:2]).tolist()
+        shape = {"bbox": [x, y, width, height], "area": width * height, "iscrowd": 0}
         annotations.append(
-            {
-                "image_id": index + 1,
-                "category_id": label + 1,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": (x1 - x0) * (y1 - y0),
-                "iscrowd": 0,
-                "handwritten_digit": source,
-            }
+            {"category_id": int(label) + 1, **shape, "handwritten_digit": int(source)}
         )
-    return image, annotations
+    return annotations
 
 
 def _description(split: str, recipe: Recipe) -> dict:
-    """The parts of the annotation file that say what it is; no date, so that bytes can repeat."""
-    return {
-        "info": {
-            "description": f"digits_{split}: detection scenes composed of handwritten digits",
-            "version": recipe.version,
-            "contributor": "fcos_d2",
-            "url": "https://scikit-learn.org/stable/datasets/toy_dataset.html",
-            "made_by": MAKER,
-            "seed": recipe.seed,
-            "num_images": list(recipe.num_images),
-        },
-        "licenses": [
-            {
-                "id": 1,
-                "name": "Handwriting: UCI Optical Recognition of Handwritten Digits, CC BY 4.0",
-                "url": "https://creativecommons.org/licenses/by/4.0/",
-            }
-        ],
-        "categories": [
-            {"id": number, "name": name, "supercategory": "digit"}
-            for number, name in enumerate(CLASSES, 1)
-        ],
+    """What the annotation file says about itself; no date, so that bytes can repeat."""
+    info = {
+        "description": f"digits_{split}: detection scenes composed of handwritten digits",
+        "contributor": "fcos_d2",
+        "url": "https://scikit-learn.org/stable/datasets/toy_dataset.html",
+        "made_by": MAKER,
+        **recipe._asdict(),
     }
+    handwriting = {
+        "id": 1,
+        "name": "Handwriting: UCI Optical Recognition of Handwritten Digits, CC BY 4.0",
+        "url": "https://creativecommons.org/licenses/by/4.0/",
+    }
+    names = enumerate(CLASSES, 1)
+    categories = [{"id": n, "name": name, "supercategory": "digit"} for n, name in names]
+    return {"info": info, "licenses": [handwriting], "categories": categories}

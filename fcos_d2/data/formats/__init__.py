@@ -2,7 +2,7 @@
 
 from .builder import Source
 from .files import read_json, read_text, read_xml, read_yaml
-from .json_files import kind_of, read_annotations
+from .json_files import kind_of, read_annotations, to_coco
 from .xml_files import read_cvat, read_voc
 from .yolo import read_yolo, yolo_splits
 
@@ -17,5 +17,6 @@ __all__ = [
     "read_xml",
     "read_yaml",
     "read_yolo",
+    "to_coco",
     "yolo_splits",
 ]

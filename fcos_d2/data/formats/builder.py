@@ -10,7 +10,7 @@ from ...errors import format_value
 from ..defects import usable_side
 
 Boxes = list[float] | tuple[list[float], list[float] | None]  # a box; perhaps with a polygon
-NO_SIZES = "no sizes"  # key of a content in whose format images have no sizes
+UNSIZED = "unsized"  # key of an image whose size the format does not record
 
 
 class Source(NamedTuple):
@@ -30,16 +30,17 @@ class Builder:
 
     def __init__(self, classes: Iterable[str] | None = None):
         self._classes = None if classes is None else list(classes)
-        self._images, self._objects, self._met, self._has_sizes = [], [], set(), False
+        self._images, self._objects, self._met = [], [], set()
 
     def add_image(self, file_name: str, width: object = None, height: object = None) -> int:
         """Adds an image and returns its id; a missing size is read from the file later."""
-        number = len(self._images) + 1
-        sides = {"width": usable_side(width), "height": usable_side(height)}
-        entry = {"id": number, "file_name": file_name, **sides}
-        self._has_sizes |= width is not None
+        entry = {"id": len(self._images) + 1, "file_name": file_name}
+        if width is None:
+            entry[UNSIZED] = True
+        else:
+            entry |= {"width": usable_side(width), "height": usable_side(height)}
         self._images.append(entry)
-        return number
+        return entry["id"]
 
     def add_classes(self, names: Iterable[str]) -> None:
         """Adds classes that may have no objects."""
@@ -64,7 +65,7 @@ class Builder:
         Args:
             image: id of its image.
             label: class name.
-            box: [x, y, width, height]; None takes that of the polygon.
+            box: [x, y, width, height].
             place: position for messages.
             crowd: a region to ignore.
             polygon: x and y of its points, alternating.
@@ -81,15 +82,7 @@ class Builder:
     def add_shape(
         self, image: int, label: object, shape: object, of: Callable[[object], Boxes], place: str
     ) -> None:
-        """Adds an object whose shape may be invalid.
-
-        Args:
-            image: id of its image.
-            label: class name.
-            shape: its shape in the file.
-            of: computes the box, or box and polygon, from ``shape``.
-            place: position for messages.
-        """
+        """Adds an object with the box, or box and polygon, that ``of`` computes from ``shape``."""
         try:
             found = of(shape)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -112,8 +105,7 @@ class Builder:
             elif "broken" not in entry:
                 entry["broken"] = "it has no class name; add one"
         categories = [{"id": number, "name": name} for name, number in ids.items()]
-        content = {"images": self._images, "categories": categories, "annotations": self._objects}
-        return content if self._has_sizes else {**content, NO_SIZES: True}
+        return {"images": self._images, "categories": categories, "annotations": self._objects}
 
 
 def enclosing_box(points: Iterable[Sequence[float]]) -> list[float]:

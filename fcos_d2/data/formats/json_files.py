@@ -26,14 +26,23 @@ def read_annotations(path: str | Path, image_root: str) -> Source:
     if path.is_dir():
         return _read_labelme(path, image_root)
     content = read_json(path)
+    coco = to_coco(content, image_root)
+    if coco is None:
+        kind = kind_of(content)
+        raise InputError(f"{path} is {kind}; export the annotations as COCO, YOLO or Pascal VOC")
+    return Source(str(path), image_root, coco)
+
+
+def to_coco(content: object, image_root: str = "") -> dict | None:
+    """The content of a JSON file in the form of a COCO file; None if its format is unknown."""
     kind = kind_of(content)
     if kind == "COCO":
-        return Source(str(path), image_root, content)
+        return content
     if kind not in READERS:
-        raise InputError(f"{path} is {kind}; export the annotations as COCO, YOLO or Pascal VOC")
+        return None
     builder = Builder()
     READERS[kind](builder, content, image_root)
-    return Source(str(path), image_root, builder.content())
+    return builder.content()
 
 
 def kind_of(content: object) -> str:
@@ -183,7 +192,7 @@ def _add_label_studio(builder: Builder, content: list, image_root: str) -> None:
             continue
         shapes = list(_task_shapes(task))
         sizes = [(s["original_width"], s["original_height"]) for s in shapes if _has_size(s)]
-        image = builder.add_image(_uploaded(name, image_root), *(sizes or [(None, None)])[0])
+        image = builder.add_image(_uploaded(name, image_root), *(sizes or [()])[0])
         for number, shape in enumerate(shapes):
             _add_task_shape(builder, image, shape, f"{number} of {name}")
 

@@ -45,7 +45,8 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
         path = _list_file(root, split)
         stems, listed = list(_stems(path, annotated.keys() | files.keys())), str(path)
     if not stems:
-        raise InputError(f"{listed} lists no images")
+        what = "contains no XML files" if split is None else "lists no images"
+        raise InputError(f"{listed} {what}; correct the path")
     others = annotated.keys() - set(stems) if all_classes else ()
     builder = Builder()
     for stem in dict.fromkeys(stems):
@@ -142,7 +143,7 @@ def _add_voc_image(
     except InputError as error:
         builder.add_broken_image(str(error))
         return
-    sides = (root.findtext(f"size/{side}") for side in ("width", "height"))
+    sides = (root.findtext(f"size/{side}", "") for side in ("width", "height"))
     image = builder.add_image(file_name or root.findtext("filename") or f"{stem}.jpg", *sides)
     for number, item in enumerate(root.iter("object")):
         place = f"{number} of {path.name}"
