@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fcos_d2.ops import _library
 
 Overloads = dict[str, torch._ops.OpOverload]
-_LIBRARIES = []  # torch forgets the ops of a library that nobody holds
+_LIBRARIES = []  # torch unregisters the ops of a library that is garbage-collected
 
 
 def register_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overloads:
@@ -49,12 +49,12 @@ def use(overloads: Overloads) -> Iterator[None]:
 
 
 def reference_of(name: str) -> Callable:
-    """The specification in plain PyTorch."""
+    """The reference in plain PyTorch."""
     return _library.OPS[name].reference
 
 
 def on_gpu(name: str) -> Callable:
-    """The op on the GPU, for tensors on the CPU."""
+    """Runs the op on the GPU for tensors on the CPU."""
     op = overloads_of("fcos_d2")[name]
 
     def run(*arguments):

@@ -1,7 +1,7 @@
-"""Runs every test of the ops on every implementation that is available.
+"""Runs every test of the ops on every available implementation.
 
-All take tensors on the CPU: the kernels of a GPU, where there is one, run on copies of them. The
-kernels run on the CPU as PTX, blocks and threads in another order in every launch.
+All take tensors on the CPU. The kernels run on the CPU as PTX, with blocks and threads in another
+order in every launch, and on copies of the tensors on a GPU, if there is one.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ IMPLEMENTATIONS = [
 
 @cache
 def _overloads(implementation: str) -> Overloads:
-    if implementation == "compiled":  # what the dispatcher prefers
+    if implementation == "compiled":  # what the dispatcher selects
         return overloads_of("fcos_d2")
     if implementation == "ptx":
         return ptx.overloads()
@@ -66,6 +66,6 @@ def overloads(implementation) -> Overloads:
 
 @pytest.fixture
 def assertions_can_be_caught(implementation) -> None:
-    """For tests of values that a kernel refuses: on a GPU that ends the process."""
+    """Like ``implementation``, for values that kernels reject: on a GPU that ends the process."""
     if implementation == "cuda":
         pytest.skip("a failed assertion on a GPU ends the process")

@@ -1,6 +1,6 @@
 """Runs every CUDA kernel a few times, for compute-sanitizer: ``python -m tests.ops.drive_kernels``.
 
-Shapes are odd and small, layouts and dtypes change, results are not looked at: the tests do that.
+Shapes are small and odd, layouts and dtypes vary. Results are not checked; the tests do that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: b
 
 
 def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) -> None:
-    """Candidates (few, many, all) and their suppression in every way."""
+    """Candidates (few, many, all) and every kind of NMS."""
     levels = inputs.pyramid(100, 140)
     options = {"channels_last": channels_last, "device": device, "prior": prior}
     maps = inputs.predictions(levels, 3, 13, dtype, **options)
@@ -41,7 +41,7 @@ def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) ->
 
 
 def main(device: str = "cuda") -> None:
-    """All of it, once."""
+    """Runs everything once."""
     torch.manual_seed(0)
     for dtype, channels_last in itertools.product(DTYPES, (False, True)):
         for save_gradient in (False, True):

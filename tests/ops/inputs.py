@@ -1,4 +1,4 @@
-"""Random inputs of every op, shared by tests and benchmarks; never zeros, always reproducible."""
+"""Random, reproducible inputs of every op, shared by tests and benchmarks; never zeros."""
 
 import math
 
@@ -18,7 +18,7 @@ def pyramid(height: int = 256, width: int = 320, num_levels: int = 5, offset=0.5
 
 
 def ranges(num_levels: int) -> list[tuple[float, float]]:
-    """Size ranges of the first levels, the last one open."""
+    """Size ranges of the first levels; the last one is unbounded."""
     return [*RANGES[: num_levels - 1], (RANGES[num_levels - 1][0], math.inf)]
 
 

@@ -1,4 +1,4 @@
-"""What the ops must find, computed in other ways than in the reference: dense, in float64."""
+"""Expected results of the ops, computed independently of the reference: dense, in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, point_coordinates
 
-TOLERANCE = 1e-6  # two numbers this close (relative to 1) may be told apart differently
+TOLERANCE = 1e-6  # numbers this close (relative to 1) may be ordered either way
 SMALLEST = 1e-37  # smaller scores may count as 0
 
 
@@ -21,7 +21,7 @@ SMALLEST = 1e-37  # smaller scores may count as 0
 def assign(
     boxes: Tensor, classes: Tensor, offsets: Tensor, levels: Levels, ranges, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(labels, matched, ambiguous), each [B, P], by the whole matrix of points and boxes."""
+    """(labels, matched, ambiguous), each [B, P], from the full matrix of points and boxes."""
     rows = [
         _assign_image(boxes[first:last], classes[first:last], first, levels, ranges, **options)
         for first, last in pairwise(offsets.tolist())
@@ -49,7 +49,7 @@ def _assign_image(
         away = (points - (x1y1 + x2y2) / 2).abs()
         good &= (away < center_radius * stride[..., None]).all(dim=-1)
     count = good.sum(dim=1)
-    # Infinity and one more box stand for "none": argmin takes the first of equal ones.
+    # Infinity and an extra box stand for "none": argmin returns the first of equal values.
     areas = torch.where(good, area, math.inf)
     areas = torch.cat((areas, torch.full((len(areas), 1), math.inf)), dim=1)
     best = areas.argmin(dim=1)
@@ -72,7 +72,7 @@ def scores_of(logits: Tensor, quality: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def check_selection(
     index: np.ndarray, scores: Tensor, logits: Tensor, quality: Tensor, slots: int, options: dict
 ) -> None:
-    """Checks the pairs chosen of one image and level, in their order; index = point * K + class."""
+    """Checks the selected pairs of one image and level, in order; index = point * K + class."""
     cls, product = scores_of(logits, quality)
     tested = product if options["threshold_with_quality"] else cls
     rank = product if options["rank_with_quality"] else cls
@@ -97,13 +97,13 @@ def check_selection(
 
 
 def _check_order_of_equals(index, valid, logits, quality):
-    """Of pairs with equal logits the first ones are chosen, in order."""
+    """Of pairs with equal logits, the first ones are selected, in order."""
     inputs = torch.broadcast_tensors(logits.flatten(1).t(), quality.flatten()[:, None])
     inputs = torch.stack(inputs, dim=-1).flatten(0, 1).float().numpy()
     group = np.unique(inputs, axis=0, return_inverse=True)[1].ravel()
     order = np.argsort(group, kind="stable")
     order = order[valid[order]]
-    place = np.full(len(inputs), len(inputs))  # beyond the last for what was not chosen
+    place = np.full(len(inputs), len(inputs))  # beyond the last for pairs that were not selected
     place[index] = np.arange(len(index))
     first, second = order[:-1], order[1:]
     was_passed_over = (group[first] == group[second]) & (place[second] < place[first])
@@ -131,14 +131,14 @@ def overlaps(boxes: Tensor, pixel_extent: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def is_close_call(inter: np.ndarray, union: np.ndarray, threshold: float) -> bool:
-    """Whether an IoU, other than that of boxes apart, lies within 1e-6 of the threshold."""
+    """Whether an IoU of overlapping boxes lies within 1e-6 of the threshold."""
     iou = np.divide(inter, union, out=np.zeros_like(inter), where=(union > 0) & (inter > 0))
     np.fill_diagonal(iou, -1)
     return bool(((np.abs(iou - threshold) < TOLERANCE) & (inter > 0)).any())
 
 
 def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float) -> list[int]:
-    """The kept of ``order``; ``rivals[i, j]`` where one of i and j can suppress the other."""
+    """The kept boxes of ``order``; ``rivals[i, j]`` if i and j can suppress each other."""
     kept = []
     for i in order:
         if not any(rivals[i, j] and inter[i, j] > threshold * union[i, j] for j in kept):
@@ -147,10 +147,9 @@ def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float)
 
 
 def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
-    """Follows the detections of one image and checks that each was the best at its turn.
+    """Checks that every detection of an image was the best one left when it was selected.
 
-    Gives up without complaint where rounding may decide: an IoU at the threshold, a score at
-    ``min_score``.
+    Stops silently where rounding may decide: an IoU at the threshold, a score at ``min_score``.
     """
     inter, union = overlaps(boxes, options.get("pixel_extent", 0))
     if is_close_call(inter, union, options["iou_threshold"]):

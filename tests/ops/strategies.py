@@ -1,7 +1,7 @@
 """Random cases of every op for property tests, and the tensors each case stands for.
 
-A case is a few numbers and names, so that failing cases are easy to read and shrink quickly; its
-seed determines the bulk of the data.
+A case consists of a few numbers and names, so that failing cases are readable and shrink quickly;
+its seed determines most of the data.
 """
 
 import math
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, Targets, make_levels, reference
 
-# A sample, the same in every run of the suite, and a campaign, different every time.
+# A sample, the same in every run of the suite, and a campaign that differs every time.
 SAMPLE, CAMPAIGN = 120, 20_000
 MANY = pytest.mark.parametrize(
     "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
 )
-# Logits at which naive formulas break: saturation, overflow of exp, softplus in half precision.
+# Logits that break naive formulas: saturation, overflow of exp, softplus in half precision.
 EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 BROKEN = [math.nan, math.inf, -math.inf]
 SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Starts one element after an address at which vectors may start."""
+    """Starts one element after an address that is aligned for vectors."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
-# Ways to lay out a map [B, C, H, W] in memory. All keep its values, except the expanded ones.
+# Memory layouts of a map [B, C, H, W]. All keep its values, except the expanded ones.
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
@@ -45,7 +45,7 @@ LAYOUTS = {
     "unaligned": unaligned,
     "expanded_batch": lambda x: x[:1].expand_as(x),
 }
-# torch makes such maps itself, of the zeros of forward-mode derivatives for one.
+# torch itself makes such maps, for example for the zeros of forward-mode derivatives.
 EXPANDED_LAYOUTS = {
     "expanded_channels": lambda x: x[:, :1].expand_as(x),
     "expanded_rows": lambda x: x[:, :, :1].expand_as(x),
@@ -57,7 +57,7 @@ ALL_LAYOUTS = LAYOUTS | EXPANDED_LAYOUTS
 
 
 def for_all(strategy, cases: int, holds) -> None:
-    """Calls ``holds`` with that many random cases; shrinks and prints a failing one."""
+    """Calls ``holds`` with random cases; shrinks and prints a failing one."""
     settings(
         max_examples=cases,
         deadline=None,
@@ -77,7 +77,7 @@ def pick(values, shape, g: torch.Generator) -> Tensor:
 
 
 def lay_out(maps: list[Tensor], names: list[str]) -> list[Tensor]:
-    """Lays out every map as the name in its place says."""
+    """Lays out every map as its entry in ``layouts`` says."""
     return [ALL_LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
 
 
@@ -113,7 +113,7 @@ NUM_CLASSES = 5
 
 
 def grid_boxes(m: int, g: torch.Generator, unit: float = 2.0) -> Tensor:
-    """Multiples of 2 px, so that borders, bounds and equal areas are met all the time."""
+    """Multiples of 2 px, so that borders, bounds and equal areas are hit all the time."""
     corner = torch.randint(-4, 40, (m, 2), generator=g) * unit
     return torch.cat((corner, corner + torch.randint(0, 30, (m, 2), generator=g) * unit), 1)
 
@@ -124,7 +124,7 @@ def float_boxes(m: int, g: torch.Generator) -> Tensor:
 
 
 def broken_boxes(m: int, g: torch.Generator) -> Tensor:
-    """Half of them inside out, without area, huge, infinite or NaN."""
+    """Half of them inverted, without area, huge, infinite or NaN."""
     boxes = grid_boxes(m, g)
     values = [*BROKEN, 0.0, 1e30, -1e30, 3e38, -3e38, 1e-38]
     broken = torch.where(torch.rand(m, 4, generator=g) < 0.5, pick(values, (m, 4), g), boxes)
@@ -252,7 +252,7 @@ class BoxCase(NamedTuple):
     upstream: one_of((1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64))
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], Targets]:
-        """(ltrb, quality, targets); NaN in the targets of background points, never to be read."""
+        """(ltrb, quality, targets); targets of background points are NaN and must not be read."""
         g, make = generator(self.seed), LTRB_KINDS[self.ltrb]
         ltrb = [make((self.images, 4, h, w), g) for h, w in self.shapes]
         quality = [mixed_with(EXTREME_LOGITS)((self.images, 1, h, w), g) for h, w in self.shapes]
@@ -270,7 +270,7 @@ class BoxCase(NamedTuple):
 
 SCORE_KINDS = {
     "normal": LOGIT_KINDS["normal"],
-    # Whole numbers: many ties, and no two scores so close that rounding could swap them.
+    # Integers: many ties, and no two scores so close that rounding could swap them.
     "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
     "equal": lambda shape, g: torch.full(shape, 1.0),
     "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
@@ -320,7 +320,7 @@ class SelectCase(NamedTuple):
 
 
 def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
-    """A few objects, each found many times, around the origin."""
+    """A few objects around the origin, each detected many times."""
     center = (torch.rand(4, 2, generator=g) * 200 - 100)[torch.randint(4, (n,), generator=g)]
     center = center + torch.randn(n, 2, generator=g) * 3
     half = 10 + torch.rand(n, 2, generator=g) * 10
@@ -328,7 +328,7 @@ def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
 
 
 def small_grid_boxes(n: int, g: torch.Generator) -> Tensor:
-    """Whole numbers up to 6: every IoU is a simple fraction, often the threshold itself."""
+    """Integers up to 6: every IoU is a simple fraction, often the threshold itself."""
     corner = torch.randint(-2, 3, (n, 2), generator=g)
     return torch.cat((corner, corner + torch.randint(0, 5, (n, 2), generator=g)), 1).float()
 

@@ -1,4 +1,4 @@
-"""Python processes with an ``fcos_d2`` of their own: the same code, another compiled library."""
+"""Python processes with their own ``fcos_d2``: the same code, another compiled library."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BUILT = _library._FOLDER / "_C.so"
 
 
 def make_package(folder: Path, library: Path | None, whole: bool = False) -> Path:
-    """Makes ``folder / "fcos_d2"`` with ``library`` as its compiled library, or with none.
+    """Creates ``folder / "fcos_d2"`` with ``library`` as its compiled library, or with none.
 
-    It has only the ops, which need torch alone, unless ``whole``.
+    It contains only the ops, which need only torch, unless ``whole``.
     """
     package = folder / "fcos_d2"
     package.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def run_python(
 
 
 # Runs the tests named in sys.argv on the ops of the current folder: pytest puts the source folder
-# in front of it, but finds fcos_d2 imported already.
+# first on the path, but fcos_d2 is imported already.
 RUN_TESTS = """
 import sys, pytest, fcos_d2.ops
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""assign_targets on cases worked out by hand, and on bad input."""
+"""assign_targets on hand-worked cases and bad input."""
 
 import math
 
@@ -14,7 +14,7 @@ OPEN = [(-1, math.inf)]
 
 
 def assign(boxes, classes=None, offsets=None, levels=None, ranges=OPEN, **options):
-    """assign_targets for one image and one level of 4 x 4 points of stride 8, unless told."""
+    """assign_targets for one image; by default with one level of 4 x 4 points of stride 8."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     classes = torch.arange(len(boxes)) % K if classes is None else torch.tensor(classes)
     offsets = [0, len(boxes)] if offsets is None else offsets
@@ -94,13 +94,13 @@ def test_tie_is_kept_across_the_chunks_of_a_large_ground_truth():
 
 
 def test_nearly_equal_areas_are_told_apart():
-    # In float32 1e8 - 1000 == 1e8 - 1003: peers that rank so confuse these two.
+    # In float32, 1e8 - 1000 == 1e8 - 1003: peers that rank by it confuse these two.
     boxes = [[0, 0, 31.34375, 32], [0, 0, 31.25, 32]]
     assert (assign(boxes, levels=make_levels([(3, 3)], [8])).matched == 1).all()
 
 
 def test_center_sampling_keeps_points_near_the_centre_strictly():
-    box = [[0, 0, 32, 32]]  # centre (16, 16); points at distance 4 and 12
+    box = [[0, 0, 32, 32]]  # center (16, 16); points at distance 4 and 12
     assert (assign(box, center_radius=1.5).labels == 0).sum() == 4  # 12 is not < 12
     assert (assign(box, center_radius=1.51).labels == 0).sum() == 16
     assert (assign(box, center_radius=0).labels == 0).sum() == 16

@@ -1,4 +1,4 @@
-"""Both forms of batched_nms on cases worked out by hand, beside torchvision, and on bad input."""
+"""Both forms of batched_nms on hand-worked cases, against torchvision, and on bad input."""
 
 import math
 
@@ -9,7 +9,7 @@ from fcos_d2.ops import batched_nms, batched_nms_padded
 
 from . import inputs
 
-# Each overlaps its neighbours by IoU 3/5 and the one after by 1/3: a chain.
+# A chain: each overlaps the next one by IoU 3/5 and the one after by 1/3.
 CHAIN = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [2, 0, 6, 4], [3, 0, 7, 4]])
 FALLING = torch.tensor([0.9, 0.8, 0.7, 0.6])
 ONE_CLASS = torch.zeros(4, dtype=torch.int64)
@@ -27,7 +27,7 @@ def padded(boxes, scores, classes, *args, **options):
     "threshold, expected", [(0.5, [0, 2]), (0.3, [0, 3]), (0.7, [0, 1, 2, 3]), (0.0, [0])]
 )
 def test_chain_of_boxes(threshold, expected):
-    # At 0.5 the first suppresses the second only; the second, gone, cannot suppress the third.
+    # At 0.5, the first only suppresses the second, which then cannot suppress the third.
     assert keep(CHAIN, FALLING, ONE_CLASS, threshold) == expected
     detections = padded(CHAIN, FALLING, ONE_CLASS, threshold)
     assert torch.equal(detections.boxes[0, : len(expected)], CHAIN[expected])
@@ -69,7 +69,7 @@ def test_classes_do_not_suppress_each_other_unless_agnostic():
 
 
 def test_negative_coordinates_of_other_classes_stay_apart():
-    # Shifting coordinates by class, as others do, makes these two boxes coincide.
+    # Shifting coordinates by class, as peers do, makes these two boxes coincide.
     boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
     assert keep(boxes, FALLING[:2], torch.tensor([0, 1]), 0.5) == [0, 1]
 

@@ -1,4 +1,4 @@
-"""box_loss on cases worked out by hand, beside peers, its derivative, and bad input."""
+"""box_loss on hand-worked cases, against peers, its derivative, and bad input."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_concentric_boxes(loss_type, expected):
         ("iou", math.log(3)),
         ("linear_iou", 2 / 3),
         ("giou", 2 / 3 + 0 / 6),  # union 6 fills the cover 3 x 2
-        ("diou", 2 / 3 + 1 / 13),  # centres 1 apart, diagonal^2 = 9 + 4
+        ("diou", 2 / 3 + 1 / 13),  # centers 1 apart, diagonal^2 = 9 + 4
         ("ciou", 2 / 3 + 1 / 13),  # equal aspect ratios
     ],
 )
@@ -168,7 +168,7 @@ def test_gradient_is_the_derivative_of_the_value(loss_type, smoothing):
     target = torch.rand(20, 4, dtype=torch.float64) * 3 + 0.1
     pred = (torch.rand(20, 4, dtype=torch.float64) * 3 + 0.05).requires_grad_()
     loss, iou, slope = iou_loss(pred, target, loss_type, smoothing)
-    if loss_type == "ciou":  # its trade-off is a constant to the gradient, so differentiate by hand
+    if loss_type == "ciou":  # its weight is treated as a constant, so differentiate by hand
         aspect = loss - iou_loss(pred, target, "diou", smoothing)[0]
         w, h = pred[:, 0] + pred[:, 2], pred[:, 1] + pred[:, 3]
         tw, th = target[:, 0] + target[:, 2], target[:, 1] + target[:, 3]

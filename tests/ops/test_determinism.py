@@ -1,4 +1,4 @@
-"""Ops give the same bits in every run, on any number of threads, and whatever else runs."""
+"""Ops return the same bits in every run, with any number of threads, under any load."""
 
 import threading
 import warnings
@@ -36,7 +36,7 @@ def restored_number_of_threads():
 
 
 def bits(results) -> list[tuple[torch.dtype, torch.Size, bytes]]:
-    """All tensors in ``results``, to be compared as they lie in memory."""
+    """All tensors in ``results`` as bytes."""
     if not isinstance(results, torch.Tensor):
         return [x for part in results for x in bits(part)]
     raw = results.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -115,7 +115,7 @@ VARIANTS = [
 ]
 
 
-# The reference is as repeatable as torch is.
+# The reference is as deterministic as torch.
 @pytest.mark.parametrize("implementation", [COMPILED], indirect=True)
 @pytest.mark.parametrize("make", VARIANTS)
 def test_every_run_gives_the_same_bits_on_any_number_of_threads(make):
@@ -127,7 +127,7 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(make):
         assert bits(run()) == first
 
 
-# The machine that runs PTX is one thread itself.
+# The PTX interpreter is single-threaded.
 @pytest.mark.parametrize("implementation", ["reference", COMPILED], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shared", [False, True], ids=["own inputs", "shared inputs"])
@@ -145,7 +145,7 @@ ONCE = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 
 
 class OvertakenLock:
-    """A lock whose first owner waits for it until another thread has had it and gone."""
+    """A lock whose first owner has to wait until another thread has acquired and released it."""
 
     def __init__(self, other):
         self.lock, self.others = threading.Lock(), [other]

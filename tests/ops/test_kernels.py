@@ -1,7 +1,7 @@
-"""Sizes at which CUDA kernels change course: chunks, tiles, full lists, steps of 64 boxes.
+"""Sizes at which CUDA kernels take another path: chunks, tiles, full lists, steps of 64 boxes.
 
-They run as PTX, and on a GPU if there is one. What is assigned, selected and kept must have the
-bits of the CPU's kernels, which change course at other sizes; losses equal those in float64.
+They run as PTX, and on a GPU if there is one. Assignments, candidates and kept boxes must equal
+those of the CPU kernels bit for bit, and losses those in float64.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What all ops share: opcheck, compilation into one graph, dispatch, examples that are true."""
+"""What all ops share: opcheck, torch.compile with fullgraph, dispatch, and doctests."""
 
 import doctest
 import functools
@@ -25,7 +25,7 @@ ALL_OPS = list(ops.backend())
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of the last call of each op of this package, by name."""
+    """Records the arguments of the last call of each op of this package, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
 
 def op_arguments(name: str, requires_grad: bool = False) -> tuple:
-    """Arguments of the op as a training step or detection passes them; maps come in lists."""
+    """Arguments of the op as passed in training or inference; maps come in lists."""
 
     def copy(value):
         if isinstance(value, list):
@@ -122,7 +122,7 @@ def test_autocast_takes_half_precision_as_it_is():
         assert losses(*maps, *packed).dtype == torch.float32
 
 
-# These start processes of their own, or look at no op.
+# These start their own processes, or do not run ops.
 ONCE = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 LOSS_OF_TWO_OPS = """
 import torch
@@ -171,7 +171,7 @@ def test_nothing_is_said_where_everything_is_in_order(tmp_path):
 
 
 def announce(monkeypatch, device_type, loaded=(), cuda="13.0") -> list[str]:
-    """What is said where an op of the reference runs on ``device_type``."""
+    """The warning when the reference of an op runs on ``device_type``."""
     monkeypatch.setattr(_library, "_loaded", set(loaded))
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(torch.version, "cuda", cuda)

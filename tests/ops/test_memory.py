@@ -1,4 +1,4 @@
-"""The most memory an op takes on the CPU: all of it, counted at malloc (memory.c)."""
+"""Peak memory of the ops on the CPU, counted at malloc (memory.c)."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
 ]
 
-# Prints the shares of the maps, by name, that each workload takes beyond what was held before.
+# Prints, by name, each workload's additional peak memory as a share of the maps.
 MEASURE = """
 import ctypes, json, sys, torch
 from fcos_d2.ops import *
@@ -85,11 +85,11 @@ def shares(tmp_path_factory) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-# No candidate, thousands of them, and every logit one.
+# No candidates, thousands of them, and every logit one.
 @pytest.mark.parametrize("prior", [-20, -5, 25])
 @pytest.mark.parametrize("images", [1, 2])
 def test_postprocessing_takes_a_twentieth_of_the_head_outputs(shares, images, prior):
-    # What it returns, of fixed shapes, is nearly 2 percent.
+    # Its fixed-size results are nearly 2 percent.
     assert 0.018 < shares[f"{images} images, prior {prior}, top 1000"] <= 0.05
 
 

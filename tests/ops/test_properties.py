@@ -1,7 +1,7 @@
 """Every op on random cases of all kinds (strategies.py), on every implementation.
 
-The normal run takes a sample; ``pytest -m slow tests/ops/test_properties.py`` takes 20,000 cases
-per op and implementation.
+A normal run draws a sample; ``pytest -m slow tests/ops/test_properties.py`` draws 20,000 cases per
+op and implementation.
 """
 
 import math
@@ -32,9 +32,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_within_one_ulp(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Half-precision numbers that are equal or neighbours; where ``want`` is not finite, none.
+    """Half-precision numbers that are equal or adjacent, or equal if ``want`` is not finite.
 
-    All numbers below 2^-124 count as neighbours: float32, too, ends there.
+    All numbers below 2^-124 count as adjacent, because the range of float32 ends there.
     """
     finite = want.isfinite()
     assert torch.equal(got.isfinite(), finite)
@@ -57,12 +57,12 @@ def assert_gradient(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: fl
 
 
 def layout_of(x: torch.Tensor) -> list[int]:
-    """The strides that say anything."""
+    """The strides of dimensions larger than 1."""
     return [n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel() > 0]
 
 
 def gradients(losses, upstream, maps):
-    """Gradients of all maps, each in the memory layout of its map."""
+    """Gradients of all maps; asserts that each has the memory layout of its map."""
     grads = torch.autograd.grad(sum(u * x for u, x in zip(upstream, losses, strict=True)), maps)
     for grad, given_map in zip(grads, maps, strict=True):
         assert grad.dtype == given_map.dtype and grad.shape == given_map.shape
@@ -159,7 +159,7 @@ def test_label_out_of_range_is_an_error(cases):
 
 
 def nudged(maps, eps, g):
-    """The maps, every number off by up to four times its rounding error."""
+    """The maps, with every number perturbed by up to four times its rounding error."""
     return [x * (1 + (2 * torch.rand(x.shape, generator=g) - 1) * 4 * eps) for x in maps]
 
 
@@ -174,7 +174,7 @@ def box_loss_in_float64(ltrb, quality, targets, upstream, options):
 
 
 def assert_as_good_as_its_inputs(got, want, neighbours, rtol, size=1.0) -> None:
-    """No further from ``want`` than what inputs that round to the same ones would give."""
+    """No further from ``want`` than the results of inputs that round to the same numbers."""
     want_here = want.to(got.dtype)
     spread = sum((x - want).abs() for x in neighbours)
     half_unit = torch.finfo(got.dtype).eps * want.abs() if got.dtype.itemsize == 2 else 0
@@ -193,14 +193,14 @@ def test_box_loss_and_gradient_equal_those_in_float64(cases):
         upstream = [torch.tensor(u, dtype=losses[0].dtype) for u in case.upstream]
         wide = [[x.detach().double() for x in level] for level in (ltrb, quality)]
         wants = box_loss_in_float64(*wide, targets, upstream, options)
-        # 1 - IoU of good boxes and distances near the border of the truth have lost digits already.
+        # 1 - IoU of good boxes and distances near the border of the truth have already lost digits.
         g, eps = strategies.generator(case.seed), torch.finfo(losses[0].dtype).eps
         neighbours = [
             box_loss_in_float64(*(nudged(x, eps, g) for x in wide), targets, upstream, options)
             for _ in range(4)
         ]
         results = [*losses, *gradients(losses, upstream, maps)]
-        # Torch's cross-entropy of a large logit is the difference of two numbers as large.
+        # torch's cross-entropy of a large logit is the difference of two large numbers.
         logits = torch.cat([x.flatten(1) for x in wide[1]], dim=1)[targets.matched >= 0]
         sizes = [1.0, 1 + logits.abs().sum().item(), *[1.0] * len(maps)]
         rtol = max(10 * eps, 1e-10)
@@ -266,7 +266,7 @@ def test_candidates_are_the_best_of_each_level(cases):
 
 
 def decode(case, ltrb, center, point, level, size):
-    """Boxes in float32, where every implementation does the same to the bit, and which are kept."""
+    """float32 boxes, for which all implementations agree to the bit, and which ones are kept."""
     distances = ltrb.float().flatten(1).t()[point] * case.levels.strides[level]
     boxes = torch.cat((center - distances[:, :2], center + distances[:, 2:]), dim=1)
     kept = boxes.isfinite().all(dim=1)
@@ -279,7 +279,7 @@ def decode(case, ltrb, center, point, level, size):
 
 
 def check_equal_to_reference(case, maps, sizes, candidates):
-    """Ties, all of them, go to the lower (point, class)."""
+    """All ties go to the lower (point, class)."""
     pitches = [n for pitch in case.levels.pitches for n in pitch]
     geometry = list(case.levels.strides), pitches, case.levels.offset
     boxes, scores, classes = reference.select_candidates(*maps, sizes, *geometry, **case.options)
@@ -291,7 +291,7 @@ def check_equal_to_reference(case, maps, sizes, candidates):
 
 
 def is_decided_by_rounding(case, threshold, inter, union) -> bool:
-    """Whole numbers against a binary fraction leave nothing to round."""
+    """Integers against a binary fraction leave nothing to round."""
     exact = case.boxes == "small_grid" and threshold in (0.0, 0.25, 0.5, 0.75, 1.0)
     return case.boxes == "broken" or (not exact and oracles.is_close_call(inter, union, threshold))
 
@@ -311,7 +311,7 @@ def test_kept_boxes_are_those_of_a_greedy_search_in_float64(cases):
             assert kept.tolist() == oracles.greedy(order, inter, union, rivals, case.threshold)
         again = batched_nms(boxes[kept], scores[kept], classes[kept], case.threshold)
         assert again.tolist() == list(range(len(kept)))  # idempotent
-        for label in classes.unique():  # classes know nothing of each other
+        for label in classes.unique():  # classes are independent
             there = (classes == label).nonzero()[:, 0]
             alone = batched_nms(boxes[there], scores[there], classes[there], case.threshold)
             assert torch.equal(there[alone], kept[classes[kept] == label])
@@ -345,7 +345,7 @@ def test_padded_detections_are_the_head_of_the_greedy_search(cases):
 
 
 def check_hard(case, given_image, best):
-    """The first D of the flat form, which was checked above, of what may be selected."""
+    """A prefix of the flat form, which was checked above, among selectable boxes."""
     boxes, scores, classes = given_image
     there = ((classes >= 0) & ~scores.isnan() & (scores > -math.inf)).nonzero()[:, 0]
     groups = torch.zeros_like(classes) if case.options["class_agnostic"] else classes

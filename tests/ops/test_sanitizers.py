@@ -1,7 +1,7 @@
 """csrc/cpu and its binding under AddressSanitizer and UBSan, on every instruction set.
 
-The library is built anew with the sanitizers in it, and with a processor that the test chooses
-(processor.h). The tests of the ops then run on it in a process of their own.
+The library is rebuilt with the sanitizers for a processor that the test selects (processor.h). The
+tests of the ops then run on it in a separate process.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tests import native
 
 from . import subprocesses
 
-LEVELS = ["x86-64", "x86-64-v3", "x86-64-v4"]  # as the compiler names them
+LEVELS = ["x86-64", "x86-64-v3", "x86-64-v4"]  # the compiler's names
 FLAGS_OF_LEVEL = {"x86-64": set(), "x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512vl"}}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 HERE, CSRC = Path(__file__).parent, native.ROOT / "csrc"
@@ -32,7 +32,7 @@ pytestmark = [
 
 @functools.cache
 def build(level: str, sanitized: bool) -> Path:
-    """The CPU library for a processor of that level, and with the sanitizers or without."""
+    """The CPU library for a processor of that level, with or without the sanitizers."""
     sources = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources.append(HERE / "processor.cpp")
     folder = native.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
@@ -41,7 +41,7 @@ def build(level: str, sanitized: bool) -> Path:
     commands = {}
     for source in sources:
         command, target = [*native.compile_command(), *options, "-c", str(source)], source.name
-        if "FCOS_CLONES" in source.read_text():  # the compiler chooses, and not at run time
+        if "FCOS_CLONES" in source.read_text():  # selected by the compiler, not at run time
             command.append(f'-DPROCESSOR_OF_THE_TEST="arch={level}"')
             target = f"{level}-{target}"
         commands[folder / f"{target}.o"] = command
@@ -66,7 +66,7 @@ def has_instructions(level: str) -> bool:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What loads AddressSanitizer before anything else."""
+    """The environment that loads AddressSanitizer before anything else."""
     find = [native.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(asan):
@@ -78,8 +78,8 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-# What focal loss says of logits of every size, in every layout that has a loop of its own, and
-# which of many boxes NMS keeps.
+# Prints focal losses of logits of every size in every layout with a loop of its own, and which of
+# many boxes NMS keeps.
 RESULTS = """
 import ctypes, sys, torch
 from fcos_d2 import ops
@@ -129,9 +129,9 @@ def test_instruction_sets_agree(level, tmp_path):
 def test_kernels_are_clean_under_the_sanitizers(level, tmp_path):
     names = ["assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms"]
     files = [str(HERE / f"test_{name}.py") for name in (*names, "properties")]
-    # What does not depend on the instructions is looked at once.
+    # Tests that do not depend on the instruction set run once.
     only = "compiled" if level == LEVELS[-1] else "compiled and (focal or label or kept or padded)"
-    # -s: a sanitizer ends the process, and with it what pytest has captured.
+    # -s: a sanitizer ends the process, and pytest's captured output would be lost.
     options = ["-x", "-s", "-m", "not slow", "-k", only]
     done = run(tmp_path, level, "-c", subprocesses.RUN_TESTS, *options, *files, sanitized=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -147,7 +147,7 @@ torch.ops.fcos_d2.sigmoid_focal_loss([x], labels, 0.25, 2.0)
 
 
 def test_sanitizers_see_the_kernels(tmp_path):
-    # The raw op, without the wrapper that would have noticed: labels of half the points.
+    # The raw op, bypassing the checks of the wrapper: labels of half the points.
     done = run(tmp_path, LEVELS[0], "-c", OUT_OF_BOUNDS, sanitized=True)
     assert done.returncode != 0, done.stdout
     assert "ERROR: AddressSanitizer" in done.stderr and "focal_strip.inl" in done.stderr

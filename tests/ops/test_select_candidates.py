@@ -1,4 +1,4 @@
-"""select_candidates on cases worked out by hand, and on bad input."""
+"""select_candidates on hand-worked cases and bad input."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_clip_uses_each_image_size_without_padding():
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_boxes_without_area_are_dropped_on_request_after_clipping(clip):
-    # The second point says a box without width, the third one beyond the image.
+    # The second point predicts a box without width, the third one beyond the image.
     levels, cls = make_levels([(1, 3)], [8]), torch.full((1, 1, 1, 3), 3.0)
     ltrb = torch.tensor([[0.25] * 4, [0.0, 1, 0, 1], [0.25] * 4]).T.reshape(1, 4, 1, 3)
     arguments = [cls], [ltrb], [cls], levels, torch.tensor([[8, 16]])

@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss on cases worked out by hand, beside torchvision, and on bad input."""
+"""sigmoid_focal_loss on hand-worked cases, against torchvision, and on bad input."""
 
 import math
 import sys
@@ -161,7 +161,7 @@ def test_saved_gradient_is_right_in_every_backward_pass_of_a_retained_graph(devi
     logits = [x.requires_grad_() for x in logits]
     loss = sigmoid_focal_loss(logits, y, save_gradient=True)
     for times in (1, 2, 3):
-        loss.backward(retain_graph=True)  # adds to what the pass before has given away
+        loss.backward(retain_graph=True)  # adds to the gradient that the previous pass returned
         for level, want in zip(logits, wanted, strict=True):
             torch.testing.assert_close(level.grad, times * want, rtol=1e-6, atol=1e-9)
     logits[0].grad.zero_()

@@ -1,8 +1,7 @@
-"""Sizes around 2^31: what the kernels count in 64 bits, and what they refuse because it is 32.
+"""Sizes around 2^31: 64-bit offsets in the kernels, and 32-bit sizes that must be refused.
 
-Parts of a file that nobody touches cost nothing, so maps here lie in gigabytes of address space: a
-few small planes, each 2^30 elements and more away from the next. A wrong offset reads zeros, or
-ends the process.
+Untouched parts of a sparse file take no memory, so the maps here span gigabytes of address space: a
+few small planes, each 2^30 or more elements apart. A wrong offset reads zeros or crashes.
 """
 
 import math
@@ -34,11 +33,11 @@ ON_THE_CPU = pytest.mark.parametrize(
 H, W, K, B = 4, 8, 3, 2
 FAR = 2**31 + 64  # elements between two images; a multiple of 16, so that maps stay aligned
 POINTS = H * W
-HUGE = 2**16  # whose square is more than 32 bits hold
+HUGE = 2**16  # whose square exceeds 32 bits
 
 
 def far_apart(values: torch.Tensor, channel: int = 2**30) -> torch.Tensor:
-    """The same values, but images lie FAR and channels ``channel`` elements from each other."""
+    """The same values, with images FAR and channels ``channel`` elements apart."""
     images, channels, _, width = values.shape
     size = (images * FAR + channels * channel) * values.element_size()
     with tempfile.TemporaryFile() as file:
@@ -69,7 +68,7 @@ def assert_same_losses_and_gradients(losses_of, near, far):
 @pytest.mark.parametrize("save_gradient", [False, True])
 def test_focal_loss_of_maps_that_are_far_apart(implementation, save_gradient):
     logits, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
-    # A thread of the GPU steps through 16 channels in 32 bits; what is further apart is refused.
+    # A GPU thread steps through 16 channels in 32 bits; larger strides are refused.
     far = far_apart(logits, channel=2**16 if implementation == "ptx" else 2**30)
     assert_same_losses_and_gradients(
         lambda x: [sigmoid_focal_loss([x], labels, save_gradient=save_gradient)], [logits], [far]
@@ -181,7 +180,7 @@ def test_levels_longer_than_float32_counts(size, is_row):
 @pytest.mark.slow
 @LARGE
 def test_focal_loss_of_a_map_of_more_than_two_to_the_31_elements():
-    """Only the last plane, beyond 2^31, has anything to say."""
+    """Only the last plane, beyond 2^31, is nonzero."""
     side, classes = 5200, 80
     logits = torch.full((1, classes, side, side), -1e4, dtype=torch.bfloat16)
     assert logits.numel() > 2**31

@@ -1,7 +1,7 @@
-"""Runs the kernels of csrc/cuda on the CPU, as the PTX that nvcc makes of them.
+"""Runs the kernels of csrc/cuda on the CPU by interpreting their PTX.
 
-nvcc compiles csrc/cuda as for a GPU; its host code finds runtime.cpp in the place of the CUDA
-runtime, which hands the kernels to an interpreter of PTX. ``overloads()`` are the ops that run so.
+nvcc compiles csrc/cuda as for a GPU, and the host code is linked to runtime.cpp instead of the CUDA
+runtime, which passes the kernels to the interpreter. ``overloads()`` are the ops that run this way.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ NAMESPACE = "fcos_d2_ptx"  # the same with their tensors made known to the machi
 
 
 def missing() -> str | None:
-    """Why the PTX cannot run here; None where it can."""
+    """Why the PTX cannot run here; None if it can."""
     return native.missing() or (None if native.setup_py().NVCC else "needs nvcc")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The machine, the host code of the kernels, and the binding that launches them."""
+    """The interpreter, the host code of the kernels, and the binding that launches them."""
     path = build("ops", (*KERNELS, BINDING))
     torch.ops.load_library(path)
     return prepare(path, [ptx_of(source) for source in KERNELS])
@@ -71,7 +71,7 @@ def take_records() -> dict[str, dict]:
 
 @contextlib.contextmanager
 def schedule(number: int, machine: ctypes.CDLL | None = None) -> Iterator[None]:
-    """Runs blocks one after the other (0), or several at once in orders that the number names."""
+    """Runs blocks one after the other (0), or several at once in an order given by the seed."""
     machine = machine or library()
     machine.ptx_set_schedule(number)
     try:
@@ -82,19 +82,19 @@ def schedule(number: int, machine: ctypes.CDLL | None = None) -> Iterator[None]:
 
 # ---- the ops ----
 
-_LOCK = threading.RLock()  # there is one machine
+_LOCK = threading.RLock()  # there is only one interpreter
 
 
 @functools.cache
 def overloads() -> Overloads:
-    """All ops again, under another name, run by the kernels in PTX."""
+    """All ops, registered again in another namespace and run by the PTX kernels."""
     raw = register_ops(RAW, reference_of)
     library()
     return register_ops(NAMESPACE, lambda name: _with_known_tensors(raw[name]))
 
 
 def _with_known_tensors(op: torch._ops.OpOverload):
-    """The op in a machine that knows its tensors and no others."""
+    """Runs the op with exactly its own tensors registered with the interpreter."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
     assert has_kernel, f"csrc/bindings/cuda.cpp has no {op.name()}"
 
@@ -120,7 +120,7 @@ def _with_known_tensors(op: torch._ops.OpOverload):
 
 
 def _places(tensors) -> list[tuple[int, int]]:
-    """Where tensors lie, as [begin, end); those that overlap are one."""
+    """Address ranges [begin, end) of tensors; overlapping ones are merged."""
     places = []
     for x in tree_leaves(tensors):
         if isinstance(x, torch.Tensor) and x.numel() > 0:
@@ -138,24 +138,24 @@ def _places(tensors) -> list[tuple[int, int]]:
 
 
 def ptx_of(source: Path) -> Path:
-    """The PTX that nvcc has made of a file, beside the object."""
+    """The PTX of a source file, next to its object file."""
     return BUILD / f"{source.stem}.ptx"
 
 
 def build(name: str, sources: tuple[Path, ...]) -> Path:
-    """Compiles what has changed of these files and of the machine, and links it."""
+    """Compiles what has changed in these files and the interpreter, and links it."""
     library = try_to_build(name, sources)
     assert isinstance(library, Path), library
     return library
 
 
-@functools.cache  # of a failure too: else every test would try again
+@functools.cache  # failures too, or every test would try again
 def try_to_build(name: str, sources: tuple[Path, ...]) -> Path | str:
     BUILD.mkdir(parents=True, exist_ok=True)
     commands = {
         BUILD / f"{source.stem}.o": compile_command(source) for source in (*sources, *MACHINE)
     }
-    # Our CUDA runtime goes before that of torch.
+    # Our CUDA runtime takes precedence over torch's.
     link = [native.COMPILER, "-shared", "-Wl,-Bsymbolic", *native.LINK_TORCH]
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -173,5 +173,5 @@ def compile_command(source: Path) -> list[str]:
     command = [*native.compile_command(), "-DUSE_CUDA", f"-isystem{native.setup_py().HOME}/include"]
     if source == BINDING:
         return [*command, "-include", str(HERE / "binding.h"), "-c", str(source)]
-    # Every instruction rounds for itself.
+    # No fused multiply-adds.
     return [*command, "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-c", str(source)]

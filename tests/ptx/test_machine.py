@@ -1,4 +1,4 @@
-"""The machine itself: it does what CUDA does, and finds what is wrong in wrong kernels."""
+"""The interpreter itself: it behaves like CUDA, and detects faults in faulty kernels."""
 
 import ctypes
 import functools
@@ -23,7 +23,7 @@ def machine() -> ctypes.CDLL:
 
 
 def run(name: str, blocks: int = 1, seed: int = 0) -> tuple[str, list[int]]:
-    """(CUDA's message, output of every thread) of a kernel of faults.cu."""
+    """(error message, output of every thread) of a kernel of faults.cu."""
     count, gap = blocks * THREADS, 64
     memory = (ctypes.c_int * (4 * (count + gap)))()  # gaps belong to no tensor
     step = ctypes.sizeof(memory) // 4
@@ -44,7 +44,7 @@ def run(name: str, blocks: int = 1, seed: int = 0) -> tuple[str, list[int]]:
     return message, list(out)
 
 
-# What is wrong, and what the machine says.
+# Faults and the interpreter's messages.
 FAULTS = {
     "barrier_not_reached_by_all": "divergent barrier: 32 threads have exited, 32 threads wait at ",
     "different_barriers": "divergent barrier: 32 threads wait at .*, 32 threads wait at ",

@@ -1,7 +1,7 @@
-"""Control of the witness: what the kernels need is taken from their PTX, one thing at a time.
+"""Mutation tests of the interpreter: weakens the PTX of the kernels in one place at a time.
 
-Each barrier, fence and mask goes, each atomic access becomes a plain one. Then the machine must
-find a fault, or results must differ, in a few calls of the op in a few schedules.
+Each barrier, fence or mask is removed, and each atomic access becomes a plain one. The interpreter
+must then report a fault, or results must differ, in a few calls of the op under a few schedules.
 """
 
 from __future__ import annotations
