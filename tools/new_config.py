@@ -41,8 +41,9 @@ from fcos_d2.data.formats import (
 )
 from fcos_d2.data.image_files import locate_images
 from fcos_d2.data.images import is_image
-from fcos_d2.data.inspection import boxes_of, inspect_dataset
+from fcos_d2.data.inspection import inspect_dataset
 from fcos_d2.data.level_fit import pyramid_keys, sample_of, suggest_pyramid
+from fcos_d2.data.records import boxes_of
 
 DEPTH = 4  # folders below FOLDER that are looked into
 SPLITS = {"train": r"train(ing)?", "val": r"val(id|idation)?|dev", "test": r"test(ing)?"}

@@ -260,13 +260,13 @@ def usable_side(value: object) -> int | None:
     return int(number) if number == int(number) else None
 
 
-def true_size(
+def check_size(
     annotated: tuple[int, int],
     actual: tuple[int, int],
     stored: tuple[int, int],
     corners: Iterable[tuple[float, float]],
-) -> tuple[int, int]:
-    """The size of an image, which may differ from the annotated size if the boxes fit.
+) -> None:
+    """Makes sure that an image with another size than annotated is still the one annotated.
 
     Args:
         annotated: width and height in the annotations.
@@ -274,14 +274,9 @@ def true_size(
         stored: width and height before the EXIF orientation is applied.
         corners: x2, y2 of every box.
 
-    Returns:
-        ``actual``.
-
     Raises:
         Unusable: the boxes may refer to another size.
     """
-    if actual == annotated:
-        return actual
     text = f"it has {actual[0]} x {actual[1]} pixels, but is annotated with {annotated[0]} x "
     text += f"{annotated[1]}"
     if annotated == stored:
@@ -297,4 +292,3 @@ def true_size(
     if any(x > actual[0] + MARGIN or y > actual[1] + MARGIN for x, y in corners):
         swapped = ", with width and height swapped" if annotated == actual[::-1] else ""
         raise Unusable("image", f"{text}{swapped}, and the boxes do not fit; replace the image")
-    return actual

@@ -10,17 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
 from ..errors import InputError
 from .catalog import is_coco, missing_images, prepare, review_dataset, sources_of
 from .classes import class_names
-from .defects import DEFECTS, Problem, Unusable, true_size
+from .defects import DEFECTS, Problem, Unusable
 from .formats import Source
 from .image_files import NO_FILE
-from .images import image_sizes, read_image, why_unreadable
-from .records import coco_records, is_flat, review_records, set_classes
+from .images import why_unreadable
+from .records import boxes_of, coco_records, is_flat, read_record, review_records, set_classes
 from .review import Review, review_coco
 
 READERS = 8  # threads that read images; decoding lets go of Python's lock
@@ -125,29 +124,12 @@ def _problem_in_path(record: dict) -> str | bool:
 
 def _problem_in_image(record: dict) -> str | bool:
     """Why the image of ``record`` is unusable, or whether its size in the record was corrected."""
-    upright = record.get("upright", True)
     try:
-        image = read_image(record["file_name"], "RGB", upright)
-        height, width = image.shape[:2]
-        annotated = record.setdefault("width", width), record.setdefault("height", height)
-        if annotated == (width, height):
-            return False
-        stored = image_sizes(record["file_name"])[1]
-        corners = boxes_of(record["annotations"])[:, 2:]
-        record["width"], record["height"] = true_size(annotated, (width, height), stored, corners)
+        return read_record(record, "RGB")[1]
     except Unusable as error:
         return str(error)
     except Exception as error:  # Pillow raises whatever a broken file leads it to
         return why_unreadable(error)
-    return True
-
-
-def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
-    """Boxes [n, 4], xyxy in pixels of the image file."""
-    boxes = [
-        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-    ]
-    return np.array(boxes, dtype=float).reshape(-1, 4)
 
 
 def describe_contents(inspection: Inspection) -> Contents:

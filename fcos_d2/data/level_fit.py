@@ -19,7 +19,7 @@ from torch import Tensor
 from ..modeling.losses import FCOSLoss
 from ..modeling.structures import GroundTruth, PointGrid
 from ..ops import Levels, Targets
-from .inspection import boxes_of
+from .records import boxes_of
 
 STRIDES = (4, 8, 16, 32, 64, 128)  # of P2 to P7
 REACH = 8  # strides: a level's range ends there in the paper, 64 pixels at stride 8

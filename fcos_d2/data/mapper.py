@@ -20,9 +20,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
-from .defects import Unusable, true_size
-from .images import image_sizes, read_image, why_unreadable
-from .inspection import boxes_of
+from .defects import Unusable
+from .images import why_unreadable
+from .records import boxes_of, read_record
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
 VISIBLE = 0.4  # share of its area that a cropped object must show to be learned
@@ -118,26 +118,20 @@ class FCOSDatasetMapper(DatasetMapper):
 
     def _read(self, sample: dict) -> np.ndarray:
         """Reads the image of ``sample`` and sets its true size."""
-        file_name, upright = sample["file_name"], sample.get("upright", True)
+        file_name, annotated = sample["file_name"], (sample.get("width"), sample.get("height"))
         try:
-            image = read_image(file_name, self.image_format, upright)
+            image, has_other_size = read_record(sample, self.image_format)
+        except Unusable as error:
+            raise InputError(f"image {file_name}: {error}") from error
         except Exception as error:  # Pillow raises whatever a broken file leads it to
             raise InputError(
                 f"cannot read image {file_name}: {why_unreadable(error)}; replace the file or "
                 "remove it from the annotations"
             ) from error
-        height, width = image.shape[:2]
-        annotated = sample.setdefault("width", width), sample.setdefault("height", height)
-        if annotated != (width, height):
-            corners = boxes_of(sample.get("annotations", ()))[:, 2:]
-            try:
-                true_size(annotated, (width, height), image_sizes(file_name)[1], corners)
-            except Unusable as error:
-                raise InputError(f"image {file_name}: {error}") from error
-            text = f"image {file_name} is {width} x {height}, but annotated as {annotated[0]} x "
-            text += f"{annotated[1]}: using the size of the image, as the boxes fit"
+        if has_other_size:
+            text = f"image {file_name} is {sample['width']} x {sample['height']}, but annotated as "
+            text += f"{annotated[0]} x {annotated[1]}: using the image's size, as the boxes fit"
             log_first_n(logging.WARNING, text, name=__name__)
-            sample["width"], sample["height"] = width, height
         return image
 
 

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import InputError, format_value
-from .defects import HUGE, Problem, Unusable, usable_box, usable_flag
+from .defects import HUGE, Problem, Unusable, check_size, usable_box, usable_flag
+from .images import image_sizes, read_image
 
 
 def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
@@ -87,6 +89,39 @@ def _mask(segmentation: dict | list) -> dict | list:
 def _pixel_centers(keypoints: list) -> list:
     """COCO's keypoints are pixel indices, detectron2's coordinates are continuous."""
     return [value + 0.5 if i % 3 != 2 else value for i, value in enumerate(keypoints)]
+
+
+# ---- images and boxes of records ----
+
+
+def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
+    """Boxes [n, 4], xyxy in pixels of the image file."""
+    boxes = [
+        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
+    ]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
+
+
+def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
+    """Reads the image of a record and sets the record's width and height to its size.
+
+    Returns:
+        the image, uint8 [H, W, C], and whether the record had another size.
+
+    Raises:
+        Unusable: the boxes may refer to another size.
+        Exception: as ``read_image``.
+    """
+    file_name = record["file_name"]
+    image = read_image(file_name, image_format, record.get("upright", True))
+    height, width = image.shape[:2]
+    annotated = record.setdefault("width", width), record.setdefault("height", height)
+    if annotated == (width, height):
+        return image, False
+    corners = boxes_of(record.get("annotations", ()))[:, 2:]
+    check_size(annotated, (width, height), image_sizes(file_name)[1], corners)
+    record["width"], record["height"] = width, height
+    return image, True
 
 
 # ---- what there is to learn ----
