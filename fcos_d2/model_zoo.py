@@ -71,10 +71,10 @@ WEIGHTS = {
 
 
 def names() -> list[str]:
-    """All configs, in alphabetical order."""
-    files = (path for suffix in SUFFIXES for path in CONFIGS.rglob(f"*{suffix}"))
+    """All models in alphabetical order; the template in configs/custom is none."""
+    files = (path for suffix in SUFFIXES for path in CONFIGS.rglob(f"fcos_*{suffix}"))
     paths = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
-    return sorted(path for path in paths if re.search(r"(^|/)fcos_[^/]*$", path))
+    return sorted(path for path in paths if not path.startswith("custom/"))
 
 
 def get_config_file(name: str) -> str:

@@ -76,7 +76,8 @@ def test_command_can_be_typed(page, words):
     module = re.search(r"^from (fcos_d2[.\w]*) import main\b", text, re.MULTILINE)
     if module and not any(PLACEHOLDER.search(word) for word in words):
         if program == "fcos-d2" and words[0] in cli.COMMANDS:
-            module = f"fcos_d2.commands.{words.pop(0).replace('eval', 'train')}"
+            name, *flags = cli.COMMANDS[words.pop(0)]
+            module, words = f"fcos_d2.commands.{name}", [*flags, *words]
         else:
             module, words = module[1], words[script_at(words) + (program != "fcos-d2") :]
         importlib.import_module(module).parse(words)  # exits where it cannot

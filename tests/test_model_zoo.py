@@ -20,7 +20,6 @@ from fcos_d2.config_file import read_cfg
 from fcos_d2.model_zoo import Weights
 
 NAME = "torchvision/fcos_R_50_FPN"
-NEEDS_DATA = "custom/"  # configs that name files of their reader
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +84,7 @@ def photo(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", model_zoo.names())
 def test_every_config_has_a_name_and_can_be_read(name):
     assert model_zoo.get_config_file(name).startswith(str(model_zoo.CONFIGS))
-    if not name.startswith(NEEDS_DATA):
-        assert model_zoo.get_config(name)
+    assert model_zoo.get_config(name)
 
 
 def test_names_are_taken_with_and_without_suffix_and_by_config_file(tmp_path, monkeypatch):

@@ -12,12 +12,12 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     )
 
 
-def config_parser(doc: str) -> argparse.ArgumentParser:
+def config_parser(doc: str, required: bool = True) -> argparse.ArgumentParser:
     """The same with ``--config-file FILE``, and KEY VALUE pairs that override it, in ``opts``.
 
     Parse with ``parse_intermixed_args``: flags may then follow the pairs.
     """
     parser = parser_of(doc)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=required, default="", metavar="FILE")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="override the config")
     return parser

@@ -1,10 +1,14 @@
 """The console command ``fcos-d2``: detection, and by the name of a command everything else.
 
     fcos-d2 photo.jpg                          detect objects; fcos-d2 predict --help tells more
+    fcos-d2 new-config FOLDER -o FILE          write a config for a folder of images and labels
+    fcos-d2 check --config-file FILE           check datasets before training
+    fcos-d2 visualize --config-file FILE       draw datasets, and the points that learn each object
     fcos-d2 train --config-file FILE           train, as python train_net.py does
     fcos-d2 eval --config-file FILE            train_net.py --eval-only
     fcos-d2 report OUTPUT_DIR                  draw what a training run reached
     fcos-d2 export --config-file FILE          write a detector for other runtimes
+    fcos-d2 convert IN OUT                     convert weights from or to other implementations
     fcos-d2 benchmark --config-file FILE       measure training and inference, part by part
     fcos-d2 analyze --config-file FILE         count parameters and multiply-adds
 
@@ -18,7 +22,20 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("predict", "train", "eval", "report", "export", "benchmark", "analyze")
+# The module of each command, and the flags that make it of another one.
+COMMANDS = {
+    "predict": ["predict"],
+    "new-config": ["new_config"],
+    "check": ["visualize", "--check"],
+    "visualize": ["visualize"],
+    "train": ["train"],
+    "eval": ["train", "--eval-only"],
+    "report": ["report"],
+    "export": ["export"],
+    "convert": ["convert"],
+    "benchmark": ["benchmark"],
+    "analyze": ["analyze"],
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if words else 2
     name = words.pop(0) if words[0] in COMMANDS else "predict"
-    if name == "eval":
-        name, words = "train", ["--eval-only", *words]
     sys.argv[0] = f"fcos-d2 {name}"  # what argparse calls the program
-    return importlib.import_module(f"fcos_d2.commands.{name}").main(words)
+    module, *flags = COMMANDS[name]
+    return importlib.import_module(f"fcos_d2.commands.{module}").main([*flags, *words])

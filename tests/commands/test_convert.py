@@ -1,6 +1,5 @@
-"""tools/convert_weights.py: what it writes, what it says, and how it refuses."""
+"""fcos-d2 convert: what it writes, what it says, and how it refuses."""
 
-import importlib.util
 import pickle
 import shlex
 from pathlib import Path
@@ -14,20 +13,9 @@ from torchvision.models.detection import fcos_resnet50_fpn
 
 from fcos_d2.checkpoint import Checkpointer
 from fcos_d2.checkpoint.conversion import export_weights, import_weights
+from fcos_d2.commands import convert
 from tests.checkpoint import peers
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
-
-SCRIPT = Path(__file__).parents[2] / "tools" / "convert_weights.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("convert_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-convert_weights = load_script()
 
 
 @pytest.fixture
@@ -35,7 +23,7 @@ def script(tmp_path, capsys):
     """Runs the script on names of files in tmp_path."""
 
     def run(source, target, *options):
-        status = convert_weights.main([str(tmp_path / source), str(tmp_path / target), *options])
+        status = convert.main([str(tmp_path / source), str(tmp_path / target), *options])
         printed = capsys.readouterr()
         return SimpleNamespace(status=status, out=printed.out, err=printed.err)
 

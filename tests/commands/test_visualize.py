@@ -1,6 +1,5 @@
-"""tools/visualize_data.py: what it says and draws, on a dataset with one of every mistake."""
+"""fcos-d2 visualize: what it says and draws, on a dataset with one of every mistake."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from fcos_d2.commands import visualize
 from fcos_d2.data.custom import chooser
 
-TOOL = Path(__file__).parents[2] / "tools" / "visualize_data.py"
 CONFIG = """
 MODEL:
   FCOS:
@@ -29,16 +28,6 @@ INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 128, RANDOM_FLIP: "none"}
 OUTPUT_DIR: "output"
 VERSION: 2
 """
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("visualize_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 @pytest.fixture
@@ -68,7 +57,7 @@ def write(content) -> None:
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    status = tool.main(["--config-file", "config.yaml", *arguments])
+    status = visualize.main(["--config-file", "config.yaml", *arguments])
     return status, *capsys.readouterr()
 
 
@@ -91,7 +80,9 @@ def test_small_objects_that_no_point_learns_are_counted_and_levels_suggested(lab
     text = out.partition("MODEL:\n")[2].splitlines()
     yaml = ["MODEL:"] + [line[4:] for line in text if line.startswith("      ")]
     Path("better.yaml").write_text("_BASE_: config.yaml\n" + "\n".join(yaml) + "\n")
-    assert tool.main(["--config-file", "better.yaml", "--check", "--dataset", "seen_train"]) == 0
+    assert (
+        visualize.main(["--config-file", "better.yaml", "--check", "--dataset", "seen_train"]) == 0
+    )
     assert f"boxes that no point learns: {count} of" not in capsys.readouterr().out
 
 
@@ -216,7 +207,7 @@ def test_pictures_of_equal_names_from_several_folders_are_all_there(labels, caps
     write(labels)
     Path("all.yaml").write_text(CONFIG.replace(", part: [0, 0.5]", ""))
     arguments = ["--config-file", "all.yaml", "--dataset", "seen_train", "--output", "drawn"]
-    assert tool.main(arguments) == 0
+    assert visualize.main(arguments) == 0
     drawn = Path("drawn/seen_train")
     assert {str(file.relative_to(drawn)) for file in drawn.rglob("*.png")} == {
         "p/0.png", "p/1.png", "q/0.png", "q/1.png",

@@ -1,6 +1,5 @@
-"""tools/new_config.py: from a folder of any kind to a config that trains."""
+"""fcos-d2 new-config: from a folder of any kind to a config that trains."""
 
-import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -11,21 +10,11 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from fcos_d2.commands import new_config
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.custom import photo
 
-TOOL = Path(__file__).parents[2] / "tools" / "new_config.py"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("new_config", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 SIZE = (96, 72)
 
 
@@ -67,7 +56,7 @@ NAMES = [f"{n}.jpg" for n in range(30)]
 
 
 def write_config(*arguments) -> int:
-    return tool.main(["data", "-o", "mine.yaml", "--device", "cpu", *arguments])
+    return new_config.main(["data", "-o", "mine.yaml", "--device", "cpu", *arguments])
 
 
 def loaded(name) -> set[str]:
@@ -260,7 +249,7 @@ def test_every_class_has_its_share_and_copies_stay_together():
         classes |= {4} if n == 7 else set()
         for copy in range(rng.integers(1, 4)):
             labels[f"photo{n}_jpg.rf.{copy}a.jpg"] = classes
-    chosen = tool.choose_validation(labels)
+    chosen = new_config.choose_validation(labels)
     photos = {photo(name) for name in chosen}
     assert chosen == {name for name in labels if photo(name) in photos}
     groups = {photo(name): classes for name, classes in labels.items()}
@@ -274,8 +263,8 @@ def test_every_class_has_its_share_and_copies_stay_together():
 
 def test_few_photos_change_sides_when_more_are_added():
     labels = {f"{n}.jpg": {n % 3} | ({3} if n % 40 == 0 else set()) for n in range(500)}
-    before = tool.choose_validation(dict(list(labels.items())[:300]))
-    after = tool.choose_validation(labels)
+    before = new_config.choose_validation(dict(list(labels.items())[:300]))
+    after = new_config.choose_validation(labels)
     assert len(before - after) + len((after - before) & set(list(labels)[:300])) <= 3
 
 
@@ -315,21 +304,22 @@ def records(size, side, count=100):
     ],
 )
 def test_recipe_follows_the_sizes_of_images_and_boxes(size, side, has_gpu, expected):
-    made = tool.recipe(tool.fingerprint(records(size, side)), has_gpu)
+    made = new_config.recipe(new_config.fingerprint(records(size, side)), has_gpu)
     text = "\n".join(str(value) for value in made.values())
     assert all(line in text for line in expected), text
 
 
 def test_length_of_training_follows_the_amount_of_data():
     few, many = (
-        tool.recipe(tool.fingerprint(records((640, 480), 40, n)), False) for n in (50, 10_000)
+        new_config.recipe(new_config.fingerprint(records((640, 480), 40, n)), False)
+        for n in (50, 10_000)
     )
     assert few["iterations"] == 1500 and many["iterations"] == 50_000 and many["epochs"] == 20
 
 
 def test_gpu_starts_from_published_weights(data):
     one_coco_file(data)
-    assert tool.main(["data", "-o", "mine.yaml", "--device", "cuda"]) == 0
+    assert new_config.main(["data", "-o", "mine.yaml", "--device", "cuda"]) == 0
     cfg = read_cfg("mine.yaml")
     assert cfg.MODEL.WEIGHTS == "zoo://torchvision/fcos_R_50_FPN"
     assert cfg.MODEL.FCOS.CONVENTION == "torchvision"

@@ -1,0 +1,112 @@
+"""Converts weights of any FCOS to this package's, or this package's to those of another.
+
+    python tools/convert_weights.py fcos_R_50.pth ours.safetensors
+    python tools/convert_weights.py output/model_final.pth theirs.pth --to torchvision
+
+A target that ends in .safetensors is written in that format, any other by torch.save. To use
+weights of others here no conversion is needed: MODEL.WEIGHTS takes them as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+
+from ..checkpoint.adjustments import Weights
+from ..checkpoint.conversion import (
+    OURS,
+    WRITABLE,
+    export_weights,
+    extract_weights,
+    import_weights,
+    is_ours,
+)
+from ..checkpoint.reading import load_safely, load_trusted
+from ..checkpoint.requirements import Requirements
+from ..checkpoint.saving import atomic_write
+from ..errors import InputError, exit_status
+from .arguments import parser_of
+
+
+def convert(source: str, target: str, format_name: str, trust_pickle: bool) -> None:
+    """Writes ``source`` to ``target`` in another format and says what it was.
+
+    Raises:
+        InputError: a file cannot be read or written, or the format cannot hold the weights.
+    """
+    weights, requirements, what = _read(source, trust_pickle)
+    if format_name != OURS:
+        if what is None:
+            raise InputError(f"{source} holds no known FCOS: it has {', '.join(list(weights)[:3])}")
+        weights = export_weights(weights, format_name, requirements)
+    _write(weights, target, is_bare=format_name == "torchvision")
+    print(f"{source}: {what or 'no known FCOS, copied as it is'}")
+    print(f"{target}: {len(weights)} tensors" + (f" for {format_name}" if what else ""))
+    if requirements and format_name == OURS:
+        print(f"use with: {_options(requirements)}")
+    elif what and format_name != OURS:
+        print(f"exact where everything else is as in MODEL.FCOS.CONVENTION {format_name}")
+
+
+def _read(source: str, trust_pickle: bool) -> tuple[Weights, Requirements | None, str | None]:
+    """The weights, named as ours if they are known; what they require; in words what they are."""
+    try:
+        checkpoint = (load_trusted if trust_pickle else load_safely)(source)
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from error
+    try:
+        recognized = import_weights(checkpoint)
+        weights, _ = extract_weights(checkpoint)
+    except InputError as error:
+        raise InputError(f"{source} cannot be used: {error}") from error
+    if recognized:
+        conventions = " or ".join(recognized.requirements.conventions)
+        what = f"recognized as {recognized.format}, convention {conventions}"
+        return recognized.weights, recognized.requirements, what
+    return weights, None, f"recognized as {OURS}" if is_ours(weights) else None
+
+
+def _write(weights: Weights, target: str, is_bare: bool) -> None:
+    """Writes one file, or none; ``is_bare`` as torchvision's load_state_dict needs it."""
+    try:
+        with atomic_write(target) as file:
+            if target.endswith(".safetensors"):  # no tensor may share memory with another
+                layout = torch.contiguous_format
+                copies = {k: value.clone(memory_format=layout) for k, value in weights.items()}
+                file.write(safetensors.torch.save(copies, {"format": "pt"}))
+            else:
+                torch.save(weights if is_bare else {"model": weights}, file)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _options(requirements: Requirements) -> str:
+    """What to append to a command line of train_net.py."""
+    settings = {"MODEL.FCOS.CONVENTION": requirements.conventions[0], **requirements.settings}
+    return " ".join(
+        f'{key} "{value}"' if isinstance(value, list) else f"{key} {value}"
+        for key, value in settings.items()
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("source", metavar="IN", help="weights of any known FCOS")
+    add("target", metavar="OUT", help="file to write")
+    add("--to", choices=(OURS, *WRITABLE), default=OURS, help="default: %(default)s")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="run whatever code is in IN to read it: only if you trust its author",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(convert, *vars(parse(arguments)).values())

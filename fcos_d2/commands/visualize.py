@@ -1,0 +1,340 @@
+"""Draws and checks the datasets of a config before training.
+
+    python tools/visualize_data.py --config-file FILE [--output DIR] [--images N]
+    python tools/visualize_data.py --config-file FILE --check [--clean] [--skip-images]
+
+Draws images as training sees them, with their boxes and the points that learn them on each level.
+--check reads all images and annotations instead and reports defects, classes, boxes that no point
+learns, and levels that would fit better; the exit status is 1 if training would stop. --clean also
+writes repaired annotation files without defects, with --accept-loss even if they lose more than 10
+percent of the annotations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import fcos_settings
+from ..config_file import read_cfg
+from ..data import FCOSDatasetMapper, class_names, load_dataset
+from ..data.defects import describe_repairs
+from ..data.images import distinct_names
+from ..data.inspection import (
+    Contents,
+    Inspection,
+    clean,
+    describe_contents,
+    inspect_dataset,
+)
+from ..data.level_fit import (
+    MISSED,
+    STRIDES,
+    LevelFit,
+    Pyramid,
+    Sample,
+    image_levels,
+    measure_fit,
+    pyramid_keys,
+    sample_of,
+    suggest_pyramid,
+)
+from ..data.records import why_nothing_is_learned
+from ..errors import InputError, exit_status
+from ..modeling.losses import FCOSLoss
+from ..modeling.structures import PointGrid, pack_ground_truth
+from ..visualization.assignment import draw_assignment, to_rgb
+from ..visualization.boxes import PANEL_SIDE, draw_objects
+from ..visualization.sheet import contact_sheet
+from .arguments import config_parser
+
+KEPT = 0.9  # share of the annotations that a clean file has without being asked twice
+MOST_SHOWN = 20  # broken things that are listed, the others are counted
+MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
+
+
+# ---- pictures ----
+
+
+def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> None:
+    """Draws images as training sees them, and the points that learn each object.
+
+    Raises:
+        InputError: a dataset cannot be used.
+    """
+    losses, grid = _rules(cfg)
+    mapper = FCOSDatasetMapper(cfg, is_train=True)
+    for name in names:
+        records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
+        records = records[:: max(1, len(records) // num_images)][:num_images]
+        for record, file in zip(records, _names_of_pictures(records), strict=True):
+            picture = _picture(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
+            path = folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+        print(f"{name}: pictures in {folder / name}")
+
+
+def _names_of_pictures(records: Sequence[dict]) -> list[Path]:
+    files = [Path(os.path.abspath(record["file_name"])) for record in records]
+    names = [Path(file.name).with_suffix(".png") for file in files]
+    return distinct_names(names, [file.parent.name for file in files])
+
+
+def _picture(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
+    image, truth = to_rgb(sample["image"], image_format), sample["instances"]
+    scale = max(1.0, PANEL_SIDE / max(image.shape[:2]))
+    boxes = truth.gt_boxes.tensor
+    objects = draw_objects(
+        image, boxes.numpy(), truth.gt_classes.tolist(), class_names(name), scale=scale
+    )
+    levels = image_levels(image.shape[:2], grid)
+    targets = losses.assign(pack_ground_truth([truth]), levels)
+    points = draw_assignment(
+        image, targets.labels[0], levels, losses.num_classes, targets.centerness[0], boxes
+    )
+    title = f"{Path(sample['file_name']).name}, {len(boxes)} objects"
+    return contact_sheet([[objects], [points]], [title])
+
+
+def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, PointGrid]:
+    """The assignment rules of the config, optionally with other levels."""
+    if pyramid is not None:
+        cfg = cfg.clone()
+        cfg.MODEL.FCOS.FPN_STRIDES = pyramid.strides
+        cfg.MODEL.FCOS.SIZES_OF_INTEREST = pyramid.sizes_of_interest
+    fcos = fcos_settings(cfg)
+    try:
+        losses = FCOSLoss(cfg)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return losses, PointGrid(fcos.FPN_STRIDES, fcos.LOCATION_OFFSET, fcos.LOCATION_PITCH)
+
+
+# ---- check ----
+
+
+def check(
+    cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool, accept_loss: bool
+) -> bool:
+    """Prints a report on the datasets; returns whether training can use them as they are.
+
+    Raises:
+        InputError: an annotation file cannot be read at all.
+    """
+    masks = cfg.MODEL.MASK_ON
+    inspections = [inspect_dataset(name, read_images, partial(_bar, name), masks) for name in names]
+    reasons = []
+    for inspection in inspections:
+        contents = describe_contents(inspection)
+        _print_contents(inspection, contents)
+        if inspection.records:
+            _print_levels(cfg, inspection)
+        if reason := why_nothing_is_learned(inspection.records):
+            reasons.append(f"{inspection.name}: {reason}")
+    print()
+    reasons += _mismatches(cfg, inspections)
+    for line in reasons:
+        print(line)
+    problems = len(reasons) + sum(inspection.num_problems for inspection in inspections)
+    if write_clean:
+        is_written = _write_clean(inspections, masks, accept_loss)
+    elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
+        print("--clean writes repaired annotation files without defects")
+    print(f"problems to correct: {problems}" if problems else "ready to train")
+    return not problems and (not write_clean or is_written)
+
+
+def _bar(name: str, images: Iterable, total: int) -> Iterable:
+    return tqdm(images, desc=name, total=total, leave=False, disable=None)
+
+
+def _print_contents(inspection: Inspection, contents: Contents) -> None:
+    print(f"\n{inspection.name}")
+    print(f"  {len(inspection.records)} images, {contents.num_boxes} boxes that can be used")
+    for line in describe_repairs(inspection.repaired):
+        print(f"  repaired: {line}")
+    broken = [f"image {name}: {why}" for name, why in inspection.image_problems.items()]
+    broken += [problem.text for problem in inspection.problems]
+    if broken:
+        print(f"\n  broken: {len(broken)}")
+        _print_some(broken)
+    notes = [
+        (contents.num_empty, "images without objects"),
+        (contents.num_crowds, "crowd regions (see MODEL.FCOS.IGNORE_CROWD)"),
+        (contents.num_flat, "boxes of zero width or height, which are not learned"),
+        (contents.num_over, "boxes that exceed their image"),
+        (contents.num_repeated, "duplicate boxes"),
+    ]
+    for count, what in notes:
+        if count:
+            print(f"  note: {count} {what}")
+    lower = Counter(name.lower() for name in inspection.class_names)
+    if alike := [name for name in inspection.class_names if lower[name.lower()] > 1]:
+        print(f"  note: classes whose names differ by case alone: {', '.join(alike)}")
+    print("\n  class                     boxes    images")
+    counts = zip(contents.boxes_per_class, contents.images_per_class, strict=True)
+    most = max(contents.boxes_per_class, default=1)
+    for name, (boxes, images) in zip(inspection.class_names, counts, strict=True):
+        bar = "#" * round(20 * boxes / max(most, 1))
+        print(f"  {name[:22]:22} {boxes:8} {images:9}  {bar if boxes else 'never used'}")
+
+
+def _print_some(lines: Sequence[str]) -> None:
+    for line in lines[:MOST_SHOWN]:
+        print(f"    {line}")
+    if len(lines) > MOST_SHOWN:
+        print(f"    and {len(lines) - MOST_SHOWN} more")
+
+
+def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
+    """Mismatches between datasets, or between a dataset and the model."""
+    first, lines = inspections[0], []
+    for other in inspections[1:]:
+        if not set(other.class_names) & set(first.class_names):
+            lines.append(f"{other.name} and {first.name} have no class in common")
+        elif other.class_names != first.class_names:
+            lines.append(
+                f"{other.name} has the classes {', '.join(other.class_names)}, but {first.name} "
+                f"has {', '.join(first.class_names)}; set the same 'classes' for both in "
+                "DATASETS.REGISTER, as a model knows classes only by their order"
+            )
+    count, num_classes = len(first.class_names), cfg.MODEL.FCOS.NUM_CLASSES
+    if count and count != num_classes:
+        lines.append(f"MODEL.FCOS.NUM_CLASSES is {num_classes}; set it to {count} or leave it out")
+    trained = {
+        r["file_name"] for i in inspections if i.name in cfg.DATASETS.TRAIN for r in i.records
+    }
+    for inspection in inspections:
+        if inspection.name in cfg.DATASETS.TEST:
+            shared = sum(record["file_name"] in trained for record in inspection.records)
+            if shared:
+                lines.append(
+                    f"{shared} of the {len(inspection.records)} images of {inspection.name} are "
+                    "also trained on, so evaluation would measure memorization: set 'part'"
+                )
+    return lines
+
+
+def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bool) -> bool:
+    """Writes clean copies of annotation files with defects; returns whether all were written."""
+    broken = [i for i in inspections if i.num_problems or i.repaired]
+    for inspection in broken:
+        if not inspection.files:
+            print(f"--clean: {inspection.name} has no annotation file; correct it in Python")
+    is_written = True
+    for file, content, num_before, repaired, removed in clean(inspections, broken, masks):
+        for line in describe_repairs(repaired):
+            print(f"repaired: {line}")
+        for line in removed:
+            print(f"removed: {line}")
+        count = len(content["annotations"])
+        path = Path(file.removesuffix(".gz"))
+        path = path.with_name(f"{path.stem}_clean.json")
+        if count == 0 or (count < KEPT * num_before and not accept_loss):
+            is_written = False
+            print(
+                f"not written: {path} would keep {count} of {num_before} annotations; correct the "
+                "defects first" + ("" if count == 0 else ", or pass --accept-loss")
+            )
+            continue
+        path.write_text(json.dumps(content))
+        print(
+            f"{count} of {num_before} annotations: {path}; name it in the config instead of {file}"
+        )
+    return is_written
+
+
+def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
+    """Prints how the configured and the suggested levels fit, at the sizes of training."""
+    records = inspection.records[:: max(1, len(inspection.records) // MOST_MEASURED)]
+    sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
+    samples = {
+        size: [sample_of(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
+    }
+    fits = {size: measure_fit(samples[size], *_rules(cfg)) for size in sizes}
+    for size, fit in fits.items():
+        print(f"\n  levels at INPUT.MIN_SIZE_TRAIN {size}, {fit.num_images} images")
+        _print_fit(fit, *_rules(cfg))
+    _print_suggestion(cfg, samples[sizes[0]], fits[sizes[0]])
+
+
+def _print_suggestion(cfg: CfgNode, samples: Sequence[Sample], configured: LevelFit) -> None:
+    pyramid = suggest_pyramid(samples)
+    fit = measure_fit(samples, *_rules(cfg, pyramid))
+    share = _share(fit.unserved, fit.num_boxes)
+    if fit.unserved >= configured.unserved:
+        print(f"  these levels fit: those of the paper's proportions would leave {share} unlearned")
+    else:
+        print(f"\n  other levels would leave only {share} unlearned:")
+        for line in pyramid_keys(pyramid):
+            print(f"    {line}")
+    if min(pyramid.strides) == STRIDES[0] and fit.too_small > MISSED * fit.num_boxes:
+        print("  many objects are small: raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
+
+
+def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
+    print("    stride   box sizes        boxes   points per image")
+    for stride, (low, high), boxes, points in zip(
+        grid.strides, losses.size_ranges, fit.boxes_per_level, fit.points_per_level, strict=True
+    ):
+        # A distance of the range is about half of the box's longer side.
+        sizes = f"{max(0, 2 * low):.0f} to {2 * high:.0f}".replace("to inf", "and more")
+        print(f"    {stride:6}   {sizes:14} {boxes:7} {points / fit.num_images:11.1f}")
+    print(f"    boxes that no point learns: {_share(fit.unserved, fit.num_boxes)}", end="")
+    print(f" ({fit.too_small} too small, {fit.covered} covered by smaller boxes)")
+    positive = sum(fit.points_per_level)
+    print(f"    ambiguous points: {_share(fit.ambiguous, positive)}")
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} ({100 * count / max(total, 1):.1f} %)"
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the command line says; the exit status.
+
+    Raises:
+        InputError: a config or dataset cannot be used.
+    """
+    cfg = read_cfg(options.config_file, options.opts)
+    names = options.dataset or list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+    if not names:
+        raise InputError("no dataset is named; set DATASETS.TRAIN or pass --dataset NAME")
+    if options.check or options.clean:
+        read_images, is_clean = not options.skip_images, options.clean
+        return int(not check(cfg, names, read_images, is_clean, options.accept_loss))
+    draw(cfg, names, options.output or Path(cfg.OUTPUT_DIR) / "data", options.images)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = config_parser(__doc__, required=False)
+    add = parser.add_argument
+    add("--dataset", action="append", metavar="NAME", help="instead of the config's")
+    add("--check", action="store_true", help="report instead of drawing")
+    add("--clean", action="store_true", help="write repaired annotation files")
+    add("--accept-loss", action="store_true", help="even if they lose more than 10 percent")
+    add("--skip-images", action="store_true", help="check without reading images")
+    add("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")
+    add("--images", type=int, default=12, metavar="N", help="default: %(default)s")
+    options = parser.parse_intermixed_args(arguments)
+    if options.images < 1:
+        parser.error(f"--images must be at least 1, got {options.images}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    return exit_status(run, parse(arguments))
