@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from fcos_d2 import add_fcos_config, resolve_convention
+from fcos_d2.inference import build_detector
 from fcos_d2.model_zoo import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -190,9 +190,9 @@ def read_config(name: str) -> CfgNode:
 def count_parameters(cfg: CfgNode) -> int:
     """Number of parameters of the detector, frozen ones included."""
     cfg = cfg.clone()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):  # shapes without the time of initial values
-        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+        model = build_detector(cfg)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
