@@ -76,8 +76,8 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 def gather_rows(row: Tensor) -> Tensor:
     """Tensor[N] of each of W processes -> Tensor[W, N] on every process."""
-    rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
-    if len(rows) == 1:
+    if comm.get_world_size() == 1:
         return row[None]
-    dist.all_gather(rows, row)
-    return torch.stack(rows)
+    rows = row.new_empty(comm.get_world_size(), len(row))
+    dist.all_gather_into_tensor(rows, row)
+    return rows

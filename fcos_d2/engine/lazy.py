@@ -19,7 +19,7 @@ from ..checkpoint import Checkpointer
 from ..config_file import check_config_file, check_opts
 from ..lazy_config import load_lazy
 from .distributed import wrap_ddp
-from .hooks import CheckpointHook, EvaluationHook, LossWriter, build_ema, standard_hooks
+from .hooks import CheckpointHook, LossWriter, build_ema, build_evaluation, standard_hooks
 from .loader import split_batch
 from .setup import flatten, resume_or_load, training_context
 from .step import StepTrainer, amp_dtype
@@ -90,7 +90,7 @@ def _train(cfg: DictConfig, model: nn.Module, ema: AveragedModel | None, args) -
     checkpointer = Checkpointer(model, train.output_dir, trainer=trainer, **states)
     checkpoints = CheckpointHook(checkpointer, **train.checkpointer)
     evaluated = ema.module if ema else model
-    evaluation = EvaluationHook(train.eval_period, partial(_test, cfg), evaluated, checkpoints)
+    evaluation = build_evaluation(train.eval_period, partial(_test, cfg), evaluated, checkpoints)
     is_main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if is_main else []
     writer = LossWriter(writers, train.log_period, train.eval_period)

@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
@@ -16,7 +15,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import TrainerBase, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoint import Checkpointer
 from ..config_file import choose_device, read_cfg
@@ -25,7 +23,6 @@ from ..errors import InputError
 from .hooks import CheckpointHook
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOGGERS = ("detectron2", "fvcore", "fcos_d2")
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ def setup_cfg(args) -> CfgNode:
 
 @contextlib.contextmanager
 def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
-    """A block around a training run: SIGTERM saves and stops, log and progress bar do not mix.
+    """A block around a training run, in which SIGTERM saves and stops.
 
     InputErrors, which ``run_script`` prints, stay out of the log; a full disk becomes one.
     """
@@ -66,9 +63,8 @@ def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
 
     loop = logging.getLogger("detectron2.engine.train_loop")  # logs the traceback of any error
     loop.addFilter(is_bug)
-    on_terminal = map(logging.getLogger, LOGGERS if sys.stderr.isatty() else ())
     try:
-        with checkpoints.handle_sigterm(), logging_redirect_tqdm(list(on_terminal)):
+        with checkpoints.handle_sigterm():
             yield
     except OSError as error:
         if not _is_full_disk(error):

@@ -22,7 +22,6 @@ from .rng import get_rng_state, set_rng_state
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SMOOTHING = 20  # iterations over which detectron2's writers take the median of a loss
-MOST_NAMED = 4  # in a message; the others are counted
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,7 @@ class Report(NamedTuple):
     iteration: int
     batches: list[list[dict]]
     losses: dict[str, Tensor]  # of this process
-    rows: Tensor  # per process: data time, whether to stop, loss scale, losses
-    parameters: list[str]
-    gradients: Tensor  # largest absolute value per parameter
+    rows: Tensor  # per process: data time, whether to stop, loss scale, largest gradient, losses
     arrived: torch.cuda.Event | None  # None: they are on the host
 
 
@@ -115,7 +112,7 @@ class StepTrainer(SimpleTrainer):
         losses = self._backward(batches)
         self.grad_scaler.unscale_(self.optimizer)
         report = self._report(batches, losses, data_time)
-        is_finite = report.rows.isfinite().all() & report.gradients.isfinite().all()
+        is_finite = report.rows.isfinite().all()
         for buffer, before in copies:
             buffer.copy_(torch.where(is_finite, buffer, before))
         self.flush()  # the previous iteration
@@ -138,10 +135,9 @@ class StepTrainer(SimpleTrainer):
             return True
         if report.arrived:
             report.arrived.synchronize()
-        times, stops, scales, *losses = zip(*report.rows.tolist(), strict=True)
+        times, stops, scales, gradients, *losses = zip(*report.rows.tolist(), strict=True)
         self.stopping = any(stops)
-        has_losses = all(map(isfinite, chain(*losses)))
-        has_gradients = all(map(isfinite, report.gradients.tolist()))
+        has_losses, has_gradients = all(map(isfinite, chain(*losses))), isfinite(sum(gradients))
         storage = get_event_storage()
         now, storage.iter = storage.iter, report.iteration
         # float16's overflow now and then, until the loss scale is at its end.
@@ -262,22 +258,23 @@ class StepTrainer(SimpleTrainer):
         return mean
 
     def _report(self, batches: list, losses: dict[str, Tensor], data_time: float) -> Report:
-        named = [(n, p.grad) for n, p in unwrap_ddp(self.model).named_parameters()]
-        names, gradients = zip(*((n, g) for n, g in named if g is not None), strict=True)
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, inf)])
-        scale = self.grad_scaler.scale(torch.ones((), device=self._device))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        numbers = (
+            self.grad_scaler.scale(torch.ones((), device=self._device)),
+            nn.utils.get_total_norm(gradients, inf).float(),
+            *losses.values(),
+        )
         host = torch.tensor([data_time, float(self.stop_requested)])
         host = host.to(self._device, non_blocking=True)
-        rows = gather_rows(torch.cat((host, torch.stack((scale, *losses.values())))))
-        return Report(self.iter, batches, losses, rows, list(names), largest, None)
+        rows = gather_rows(torch.cat((host, torch.stack(numbers))))
+        return Report(self.iter, batches, losses, rows, None)
 
     def _to_host(self, report: Report) -> Report:
         """``report`` on its way to pinned memory."""
         if self._copies is None:
             return report
-        rows, gradients = (x.to("cpu", non_blocking=True) for x in (report.rows, report.gradients))
-        arrived = torch.cuda.current_stream().record_event()
-        return report._replace(rows=rows, gradients=gradients, arrived=arrived)
+        rows = report.rows.to("cpu", non_blocking=True)
+        return report._replace(rows=rows, arrived=torch.cuda.current_stream().record_event())
 
     def _skip_or_end(self, report: Report) -> None:
         """All processes come here together."""
@@ -339,12 +336,5 @@ def _describe(report: Report) -> tuple[str, str]:
     values = {name: loss.item() for name, loss in report.losses.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not isfinite(value)]
     good = [f"{name} is {value:.4g}" for name, value in values.items() if isfinite(value)]
-    losses = f"{_join([*bad, *good])} for images{where} {files}" if bad else ""
-    pairs = zip(report.parameters, report.gradients.tolist(), strict=True)
-    names = _join([name for name, value in pairs if not isfinite(value)])
-    return losses, f"gradient of {names} is not finite for images{where} {files}"
-
-
-def _join(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    losses = f"{', '.join([*bad, *good])} for images{where} {files}" if bad else ""
+    return losses, f"gradients are not finite for images{where} {files}"

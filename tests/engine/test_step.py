@@ -94,8 +94,9 @@ def test_a_loss_that_is_not_finite_names_itself_iteration_and_images(value):
     assert "SOLVER.BASE_LR" in message and "SOLVER.MAX_SKIPPED_ITERS" in message
 
 
-def test_a_gradient_that_is_not_finite_names_its_parameters():
-    with pytest.raises(InputError, match="iteration 1: gradient of root is not finite for images"):
+def test_a_gradient_that_is_not_finite_names_the_images():
+    message = "iteration 1: gradients are not finite for images a.png, b.png; look at"
+    with pytest.raises(InputError, match=message):
         fragile_steps([1.0, 0.0])
 
 
@@ -105,7 +106,7 @@ def test_skipped_iterations_leave_nothing_behind(caplog, is_deferred):
     trainer, storage = fragile_steps(values, max_skipped=2, is_deferred=is_deferred)
     assert_same_state(trainer, fragile_steps([1.0, 1.0], is_deferred=is_deferred)[0])
     assert [record.message[:30] for record in caplog.records] == [
-        "iteration 1: loss_a is nan, lo", "iteration 2: gradient of root "
+        "iteration 1: loss_a is nan, lo", "iteration 2: gradients are not"
     ]  # fmt: skip
     assert "skipped, 2 of 2" in caplog.text
     with storage:
@@ -256,7 +257,7 @@ def test_an_overflow_halves_the_loss_scale_and_is_no_error():
         assert trainer.grad_scaler.get_scale() == 2.0**99 and torch.equal(weight, before)
         trainer.grad_scaler.update(0.5)  # a scale that overflows cannot be the reason any more
         weight.register_hook(lambda gradient: gradient * INF)
-        with pytest.raises(InputError, match="gradient of head.cls_logits.weight is not finite"):
+        with pytest.raises(InputError, match="gradients are not finite"):
             trainer.run_step()
 
 

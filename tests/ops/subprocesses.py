@@ -13,18 +13,12 @@ ROOT = Path(__file__).parents[2]
 BUILT = _library._FOLDER / "_C.so"
 
 
-def make_package(folder: Path, library: Path | None, whole: bool = False) -> Path:
-    """Creates ``folder / "fcos_d2"`` with ``library`` as its compiled library, or with none.
-
-    It contains only the ops, which need only torch, unless ``whole``.
-    """
+def make_package(folder: Path, library: Path | None) -> Path:
+    """Creates ``folder / "fcos_d2"`` of the ops alone, with ``library`` as their compiled one."""
     package = folder / "fcos_d2"
     package.mkdir(parents=True, exist_ok=True)
-    links = {path.name: path for path in (ROOT / "fcos_d2").iterdir() if path.suffix != ".so"}
-    if not whole:
-        links = {"ops": links["ops"]}
-        (package / "__init__.py").touch()
-    for name, target in {**links, "_C.so": library}.items():
+    (package / "__init__.py").touch()
+    for name, target in {"ops": ROOT / "fcos_d2" / "ops", "_C.so": library}.items():
         (package / name).unlink(missing_ok=True)
         if target is not None:
             (package / name).symlink_to(target)
