@@ -76,8 +76,9 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 def gather_rows(row: Tensor) -> Tensor:
     """Tensor[N] of each of W processes -> Tensor[W, N] on every process."""
-    if comm.get_world_size() == 1:
+    count = comm.get_world_size()
+    if count == 1:
         return row[None]
-    rows = row.new_empty(comm.get_world_size(), len(row))
+    rows = row.new_empty(count * len(row))
     dist.all_gather_into_tensor(rows, row)
-    return rows
+    return rows.view(count, -1)
