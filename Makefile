@@ -54,30 +54,36 @@ bench: env ## measure the ops beside their peers, into benchmarks/results/
 # The Python of .venv where there is one, else one that has torch, numpy, pytest and hypothesis.
 GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
-gpu-check: gpu-build gpu-test gpu-bench gpu-sanitize ## on a GPU: the four below; make -k goes on after a failure
+gpu-check: gpu-test gpu-bench gpu-sanitize ## on a GPU: the three below, of minutes each; make -k goes on after a failure
 .NOTPARALLEL: gpu-check # gpu-bench wants the GPU for itself
 
 gpu-build: ## on a GPU: build the kernels for it
 	FCOS_D2_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
-BUILT_FOR_GPU = from fcos_d2.ops import backend; \
-    assert backend()["box_loss"]["CUDA"] == "compiled", "no CUDA kernels; type: make gpu-build"
+gpu-test: gpu-build ## on a GPU: run every kernel, then the tests of the ops, save the slow ones
+	$(GPU_PYTHON) -m tests.ops.drive_kernels
+	$(GPU_PYTHON) -m pytest -q -m "cuda and not slow" tests/ops
 
-gpu-test: ## on a GPU: run the tests of the ops, save the slow ones
-	$(GPU_PYTHON) -c '$(BUILT_FOR_GPU)'
-	$(GPU_PYTHON) -m pytest -q -m "not slow" -k "not ptx" tests/ops
+# One launch each of what takes longest, the first of the standard workload.
+PROFILE = ncu --kill yes --launch-count 1 --set full --kernel-name regex:$(1)_kernel \
+    $(GPU_PYTHON) -W ignore -m benchmarks --device cuda $(2)
 
-gpu-bench: ## on a GPU: measure the ops beside their peers, into benchmarks/results/
-	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda
+gpu-bench: gpu-build ## on a GPU: measure the ops beside their peers; RESULTS=FOLDER writes the table there too
+	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda $(if $(RESULTS),--results $(RESULTS))
+	-@if command -v ncu; then \
+	    ($(call PROFILE,focal,sigmoid_focal_loss); \
+	    $(call PROFILE,scan,select_candidates); \
+	    $(call PROFILE,padded,select_candidates)) $(if $(RESULTS),| tee $(RESULTS)/ncu.txt); \
+	else echo "make gpu-bench: no profiles, ncu is not installed"; fi
 
 # Without torch's memory cache compute-sanitizer sees every access beyond a tensor. Of all kernels only
 # ours, in the namespace fcos, are looked at, save by initcheck: torch's kernels write what ours read.
-# make gpu-sanitize SANITIZERS=racecheck runs one tool.
-SANITIZERS = memcheck racecheck synccheck initcheck
+# make gpu-sanitize SANITIZERS=initcheck runs that one, which takes longer.
+SANITIZERS = memcheck racecheck synccheck
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool $(1) \
     $(if $(filter-out initcheck,$(1)),--kernel-name kernel_substring=fcos) $(GPU_PYTHON) -m tests.ops.drive_kernels
 
-gpu-sanitize: ## on a GPU: look for bad accesses and races in the kernels
+gpu-sanitize: gpu-build ## on a GPU: look for bad accesses and races in the kernels
 	@if ! command -v compute-sanitizer; then \
 	    echo "make gpu-sanitize: skipped, compute-sanitizer is not installed"; \
 	elif compute-sanitizer $(GPU_PYTHON) -c "import torch; torch.ones(1).cuda()" 2>&1 | grep "Device not supported"; then \

@@ -1,6 +1,6 @@
 """Benchmarks every op beside its peers: ``python -m benchmarks [--device cuda] [op ...]``.
 
-Writes benchmarks/results/<machine>.md unless only some ops are selected.
+Writes benchmarks/results/<machine>.md after each op, unless only some ops are selected.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", choices=[*OPS, []], default=[])
     parser.add_argument("--device", choices=IMAGES, default="cpu")
+    parser.add_argument("--results", type=Path, help="another folder to write the table to")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # deprecations in peers
     torch.manual_seed(0)
@@ -46,18 +47,15 @@ def main() -> None:
     notes = [f"A copy moves {copy_bandwidth(device) / 1e9:.1f} GB/s.", missing()]
     notes = " ".join(filter(None, notes))
     print(title, notes, HEADER, sep="\n\n")
-    rows = []
+    command = "`make bench`" if arguments.device == "cpu" else "`make gpu-bench`"
+    lines = [f"# {title}", "", f"{command}. {notes}", "", HEADER]
+    folders = [] if arguments.ops else [RESULTS, *filter(None, [arguments.results])]
     for name in arguments.ops or OPS:
         module = importlib.import_module(f"benchmarks.{name}")
-        rows += module.run(IMAGES[arguments.device], device)
-    if not arguments.ops:
-        path = RESULTS / f"{machine_name(device)}.md"
-        path.parent.mkdir(exist_ok=True)
-        command = "`make bench`" if arguments.device == "cpu" else "`make gpu-bench`"
-        head = [f"# {title}", "", f"{command}. {notes}", ""]
-        lines = [*head, HEADER, *map(format_row, rows), ""]
-        path.write_text("\n".join(lines))
-        print(f"written to {path}")
+        lines += map(format_row, module.run(IMAGES[arguments.device], device))
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{machine_name(device)}.md").write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":

@@ -121,12 +121,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @functools.cache
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES // 4, device=device)
+    return torch.zeros(FLUSH_BYTES // 4, device=device)
 
 
 def _seconds(function: Callable, device: torch.device) -> float:
     if device.type == "cuda":
-        _flush_buffer(device).zero_()  # inputs come from memory, not from the cache
+        # Inputs come from memory, not from the cache. Reading leaves nothing in it to write back.
+        _flush_buffer(device).sum()
         # A kernel of ours takes less time than its launch from Python. Were the GPU idle here, the
         # clock would run while it waits for the host; so it spins until all launches are queued.
         torch.cuda._sleep(SPIN_CYCLES)
