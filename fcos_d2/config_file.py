@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from . import model_zoo
 from .checkpoint.reading import check_url
 from .config import add_fcos_config, resolve_convention
+from .config_values import check_values
 from .data import count_classes, register_datasets
 from .errors import InputError, one_line_cause
 from .lazy_config import cfg_of_lazy, is_lazy
@@ -40,11 +41,14 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if is_lazy(config_file):
         check_config_file(config_file)
         with _config_errors(cfg, "on the command line"):
-            return cfg_of_lazy(config_file, list(opts or []))
+            cfg = cfg_of_lazy(config_file, list(opts or []))
+        check_values(cfg)
+        return cfg
     if config_file:
         _merge_file(cfg, config_file)
     with _config_errors(cfg, "on the command line"):
         cfg.merge_from_list(list(opts or []))
+    check_values(cfg)
     register_datasets(cfg.DATASETS.REGISTER)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     if cfg.MODEL.FCOS.NUM_CLASSES is None and names:

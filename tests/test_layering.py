@@ -66,7 +66,13 @@ ONLY = {  # importer -> the parts of this package it may import
     "fcos_d2.errors": (),
 }
 # A config is taken apart here and nowhere else: everything below takes plain arguments.
-MAY_SEE_CFG = ("fcos_d2.config", "fcos_d2.config_file", "fcos_d2.engine", "fcos_d2.inference")
+MAY_SEE_CFG = (
+    "fcos_d2.config",
+    "fcos_d2.config_file",
+    "fcos_d2.config_values",
+    "fcos_d2.engine",
+    "fcos_d2.inference",
+)
 MAY_SEE_CFG += ("fcos_d2.predictor", "fcos_d2.model_zoo", "fcos_d2.commands")
 MAY_SEE_CFG += ("fcos_d2.lazy_config",)
 TAKES_CFG_APART = re.compile(r"from_config|build_\w+")

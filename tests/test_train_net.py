@@ -207,6 +207,8 @@ def test_a_config_file_that_cannot_be_used_is_refused(script, text, parts):
         (("MODEL.FCOS.NUM_CLASSES", "3"), ("has 2 classes", "MODEL.FCOS.NUM_CLASSES 2")),
         (("MODEL.FCOS.FPN_STRIDES", "[8, 16]"), ("MODEL.FCOS.FPN_STRIDES", "[4, 8]")),
         (("--num-gpus", "64"), ("--num-gpus is 64",)),
+        (("OUTPUT_DIR", "tiny.yaml/output"), ("cannot create OUTPUT_DIR tiny.yaml/output",)),
+        (("SOLVER.MAX_ITER", "0"), ("SOLVER.MAX_ITER must be at least 1, got 0",)),
         (
             ("SOLVER.BASE_LR", "0.1", "--resume"),
             ("--resume must come before the overrides, got it after SOLVER.BASE_LR",),

@@ -111,7 +111,7 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
     records = load_dataset(cfg.DATASETS.TEST[0], filter_empty=False)[: options.images]
     images = read_images(cfg, records)
     tolerance = INT8 if options.int8 else FLOAT16 if options.half else FLOAT32
-    exported, good = load_exported(options.output, options.format), True
+    exported, good, compared = load_exported(options.output, options.format), True, 0
     print(f"{'scale':>6} {'batch':>6} {Agreement.HEADER}")
     for scale in SCALES:
         for batch_size in BATCH_SIZES:
@@ -123,8 +123,9 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
             lost = max(result.missed, result.extra)
             good &= lost <= tolerance.lost * result.detections
             good &= tolerance != FLOAT32 or not result.moved
+            compared += result.detections
             print(f"{scale:6} {max(map(len, batches)):6} {result}")
-    if not result.detections:
+    if not compared:
         raise InputError(
             "--verify compared nothing: the model finds no object; check MODEL.WEIGHTS, or lower "
             "MODEL.FCOS.INFERENCE_TH_TEST"

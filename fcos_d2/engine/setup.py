@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import TrainerBase, default_setup
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import Checkpointer
@@ -43,6 +44,13 @@ def setup_cfg(args) -> CfgNode:
             prepare(name)  # which says so, and what to do
     notice = choose_device(cfg)
     cfg.freeze()
+    try:
+        if cfg.OUTPUT_DIR:
+            PathManager.mkdirs(cfg.OUTPUT_DIR)
+    except OSError as error:
+        raise InputError(
+            f"cannot create OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}; set another OUTPUT_DIR"
+        ) from error
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fcos_d2")
     if notice:
