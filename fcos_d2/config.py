@@ -149,7 +149,8 @@ def _add_training(cfg: CN) -> None:
     # Splits the IMS_PER_BATCH images of an iteration into as many batches, processed one after the
     # other to save memory. Normalisers and BN statistics are per batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
-    # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling) or "bfloat16" (GPUs and CPUs).
+    # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling), "bfloat16" (GPUs and CPUs), or "auto"
+    # for what the device computes fastest, which may be float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
     # Iterations that may be skipped because a loss or a gradient is not finite; one more stops
     # training.

@@ -187,7 +187,7 @@ def test_every_key_of_an_experiment_is_read(outcome, request):
         base = tree.pop("_BASE_", None)
         keys |= set(keys_of(tree))
         path = path.parent / base if base else None
-    read = read | BY_SETUP | {key for key in keys if f"cfg.{key}" in BEGINNING}
+    read = read | BY_SETUP | {key for key in keys if f".{key.rpartition('.')[2]}" in BEGINNING}
     # Of backbones that an heir replaces, and of clipping that it switches off.
     unused = {key for key in keys - read if not key.startswith(replaced(outcome[2]))}
     assert unused == set()

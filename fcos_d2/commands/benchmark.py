@@ -24,10 +24,10 @@ from torch.utils.benchmark import Timer
 
 from ..config_file import choose_device, read_cfg
 from ..engine import Trainer
+from ..engine.step import amp_dtype
 from ..errors import InputError, exit_status
 from ..inference import accelerated, load_detector
 from ..modeling import FCOS
-from ..modeling.acceleration import DTYPES
 from ..ops import backend
 from .arguments import config_parser
 
@@ -129,8 +129,9 @@ def _random_batches(options: argparse.Namespace) -> Iterator[list[dict]]:
 
 def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict]) -> Callable:
     model.train()
-    amp = cfg.SOLVER.AMP
-    cast = torch.autocast(model.device.type, DTYPES[amp.PRECISION], enabled=amp.ENABLED)
+    amp, device = cfg.SOLVER.AMP, model.device.type
+    dtype = amp_dtype(amp.PRECISION, device) if amp.ENABLED else None
+    cast = torch.autocast(device, dtype, enabled=dtype is not None)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # every run does the work of the first

@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modeling.acceleration import fastest_dtype
 from .distributed import gather_rows, unwrap_ddp
 from .rng import get_rng_state, set_rng_state
 
@@ -299,9 +300,13 @@ def amp_dtype(precision: str, device: str) -> torch.dtype | None:
     Raises:
         InputError: an unknown precision.
     """
+    if precision == "auto":
+        dtype = fastest_dtype(torch.device(device))
+        logger.info(f"SOLVER.AMP.PRECISION auto: {str(dtype).removeprefix('torch.')} on {device}")
+        return None if dtype is torch.float32 else dtype
     if precision not in AMP_DTYPES:
         raise InputError(
-            f"SOLVER.AMP.PRECISION must be one of {', '.join(AMP_DTYPES)}, got {precision!r}"
+            f"SOLVER.AMP.PRECISION must be one of auto, {', '.join(AMP_DTYPES)}, got {precision!r}"
         )
     if precision == "float16" and device == "cpu":
         logger.warning("AMP is off: float16 is for GPUs; bfloat16 is for GPUs and CPUs")

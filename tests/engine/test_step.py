@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fcos_d2.engine import Trainer
+from fcos_d2.engine import Trainer, step
 from fcos_d2.engine.hooks import build_ema
 from fcos_d2.engine.loader import split_batch
 from fcos_d2.engine.step import StepTrainer, amp_dtype
@@ -277,11 +277,18 @@ def test_bfloat16_loses_less_than_a_point_to_float32(tmp_path):
     for schedule in ("digits/fcos_R_18_FPN_digits", ACCURACY_TEST):
         words = ("--config-file", ROOT / f"configs/{schedule}.yaml", "TEST.EVAL_PERIOD", 0)
         words += ("VIS_PERIOD", 0, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / schedule)
+        words += ("SOLVER.AMP.ENABLED", schedule == ACCURACY_TEST)  # else "auto" decides
         done = python(ROOT / "train_net.py", *words, cwd=tmp_path, timeout=3600)
         assert done.returncode == 0, done.stderr
         aps.append(metrics(tmp_path / schedule)[-1]["bbox/AP"])
     assert aps[0] != aps[1], "autocast was off"
     assert aps[1] > aps[0] - 1
+
+
+@pytest.mark.parametrize("fastest, dtype", [(torch.bfloat16,) * 2, (torch.float32, None)])
+def test_auto_is_what_the_device_computes_fastest(fastest, dtype, monkeypatch):
+    monkeypatch.setattr(step, "fastest_dtype", lambda device: fastest)
+    assert amp_dtype("auto", "cpu") is dtype
 
 
 def test_float16_is_for_gpus(caplog):
