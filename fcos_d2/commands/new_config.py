@@ -18,6 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,12 +162,13 @@ def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
 
 def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
     """The folder to which names are relative; if unknown, a folder called images, or FOLDER."""
+    usual = [beside / "images", folder / "images"]
     near = [path for path in sorted(folder.rglob("*")) if path.is_dir()][:200]
-    for candidate in (beside, beside / "images", folder / "images", *near, folder):
-        if names and candidate.is_dir() and not locate_images(str(candidate), names).missing:
-            return str(candidate)
-    holding = [path for path in (beside / "images", folder / "images") if path.is_dir()]
-    return str(holding[0] if holding else folder)
+    candidates = [path for path in (beside, *usual, *near, folder) if path.is_dir()]
+    exact = (c for c in candidates if all((c / name).is_file() for name in names))
+    moved = (c for c in candidates if not locate_images(str(c), names).missing)
+    found = chain(exact, moved) if names else (path for path in usual if path.is_dir())
+    return str(next(found, folder))
 
 
 # ---- a validation set ----

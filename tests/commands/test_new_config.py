@@ -14,6 +14,7 @@ from fcos_d2.commands import new_config
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.custom import photo
+from fcos_d2.data.inspection import inspect_dataset
 
 SIZE = (96, 72)
 
@@ -190,8 +191,8 @@ def test_folder_becomes_a_config_that_loads(data, capsys, make):
     assert set(cfg.DATASETS.REGISTER) == expected
     train, test = (loaded(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     assert train and test and not train & test
-    count = len(set().union(*map(loaded, expected)))
-    assert count == 30
+    assert len(set().union(*map(loaded, expected))) == 30
+    assert not any(inspect_dataset(name).repaired["path"] for name in expected)
     assert len(class_names(cfg.DATASETS.TRAIN[0])) == cfg.MODEL.FCOS.NUM_CLASSES
     assert cfg.SOLVER.MAX_ITER == 1500 and cfg.OUTPUT_DIR == "output/mine"
 
