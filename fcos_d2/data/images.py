@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -43,15 +42,10 @@ def is_image(path: str | os.PathLike) -> bool:
 
 
 def can_hold_rgb(path: str | os.PathLike) -> bool:
-    """Whether a picture in colour can be written into a file of this suffix."""
-    return _can_hold_rgb(Path(path).suffix.lower())
-
-
-@lru_cache
-def _can_hold_rgb(suffix: str) -> bool:
-    """Tried, as some formats that Pillow writes take no colours, and some only with a plug-in."""
-    try:
-        Image.new("RGB", (16, 16)).save(BytesIO(), Image.registered_extensions()[suffix])
+    """Whether a color image can be written to a file of this suffix."""
+    try:  # some formats that Pillow writes take no colors, and some need a plug-in
+        kind = Image.registered_extensions()[Path(path).suffix.lower()]
+        Image.new("RGB", (16, 16)).save(BytesIO(), kind)
     except (OSError, ValueError, KeyError):
         return False
     return True
@@ -131,19 +125,19 @@ def _check_depth(image: Image.Image) -> None:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What ``read_image`` failed of, in words without the name of the file."""
+    """Why ``read_image`` failed, without the name of the file."""
     if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
         return "it is not an image of a known format"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def distinct_names(names: Sequence[Path], folders: Sequence[str]) -> list[Path]:
-    """``names`` without repetition; one that is there once stays as it is.
+    """Makes ``names`` unique; those that are unique stay as they are.
 
     Args:
         names: relative paths of files to be written.
-        folders: the name of the folder that each comes from. It is put before a name that is there
-            several times, where that tells them apart; a number is put behind the others.
+        folders: the name of the folder that each comes from, which is put before a duplicate name
+            if that makes it unique. Other duplicates get a number.
     """
     longer = [Path(folder, name) for folder, name in zip(folders, names, strict=True)]
     met, met_again = Counter(names), Counter(longer)

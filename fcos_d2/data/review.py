@@ -281,36 +281,31 @@ class _Reviewer:
         self._undo_corners(kept)
         return kept
 
-    def _repair(self, annotation: object, index: int, all_: list, seen: dict) -> dict | None:
+    def _repair(self, entry: object, index: int, all_: list, seen: dict) -> dict | None:
         """A repaired copy; None if it is unusable, unwanted or a duplicate."""
-        number = annotation.get("id") if isinstance(annotation, dict) else None
-        has_id = _is_id(number) and number not in seen
-        if not has_id and _is_id(number) and all_[seen[number]] == annotation:
+        annotation = entry if isinstance(entry, dict) else {"broken": "it is not an object"}
+        number, repaired = annotation.get("id"), Counter()
+        if _is_id(number) and number in seen and all_[seen[number]] == annotation:
             self.repaired["same annotation"] += 1
             return None
-        repaired = Counter()
         try:
             fixed = self._fixed(annotation, repaired)
         except _Unwanted:
             self.num_annotations -= 1
             return None
         except Unusable as error:
-            place = index if number is None else format_value(number)
-            if isinstance(annotation, dict):
-                place = annotation.get("place", place)
+            place = annotation.get("place", index if number is None else format_value(number))
             self.problems.append(Problem(error.kind, f"annotation {place}: {error}"))
             return None
-        if not has_id:
+        if not _is_id(number) or number in seen:
             repaired["id"] += 1
             fixed["id"] = ("new", index)
         self.repaired.update(repaired)
         return fixed
 
-    def _fixed(self, annotation: object, repaired: Counter) -> dict:
-        if not isinstance(annotation, dict):
-            raise Unusable("entry", "it is not an object; remove it")
+    def _fixed(self, annotation: dict, repaired: Counter) -> dict:
         if "broken" in annotation:  # set by a reader of another format
-            raise Unusable("box", annotation["broken"])
+            raise Unusable("entry", annotation["broken"])
         fixed = dict(annotation)
         self._images.match(fixed, "image_id", repaired)
         if fixed["image_id"] in self._unwanted:
@@ -340,13 +335,9 @@ class _Reviewer:
         if not is_written_as_corners(boxes, sizes):
             return
         example = format_value(annotations[0]["bbox"])
-        self.problems.append(
-            Problem(
-                "corners",
-                f"the boxes fit the images only as [x1, y1, x2, y2], such as bbox {example}, but "
-                "must be [x, y, width, height]; --check --clean converts them",
-            )
-        )
+        text = f"the boxes fit the images only as [x1, y1, x2, y2], such as bbox {example}, but "
+        text += "must be [x, y, width, height]; --check --clean converts them"
+        self.problems.append(Problem("corners", text))
         for annotation in annotations:
             x, y, right, bottom = annotation["bbox"]
             if right >= x and bottom >= y:

@@ -76,7 +76,6 @@ DICTS = (
     ({"type", "features"}, "GeoJSON"),
     ({"objects", "size", "tags"}, "Supervisely's format"),
     ({"_via_settings"}, "VIA"),
-    ({"cells", "nbformat"}, "a Jupyter notebook"),
 )
 LISTS = (
     ({"image_id", "category_id", "score"}, "COCO's format of detections, not of annotations"),
@@ -95,8 +94,7 @@ LISTS = (
 
 
 def _read_labelme(folder: Path, image_root: str) -> Source:
-    builder, files = Builder(), [p for p in sorted(folder.rglob("*.json")) if p.name[0] != "."]
-    found = False
+    builder, files, found = Builder(), sorted(folder.rglob("[!.]*.json")), False
     for path in files:
         try:
             content = read_json(path)
@@ -205,13 +203,12 @@ def _task_image(task: dict) -> str | None:
 
 def _task_shapes(task: dict) -> Iterator[dict]:
     """The shapes of the last annotation that was not cancelled, or of a minimal export."""
-    done = [a for a in _dicts(task.get("annotations") or task.get("completions") or ())]
-    done = [a for a in done if not a.get("was_cancelled") and not a.get("skipped")]
-    if done:
-        yield from _dicts(done[-1].get("result") or ())
+    done = _dicts(task.get("annotations") or task.get("completions"))
+    if done := [a for a in done if not a.get("was_cancelled") and not a.get("skipped")]:
+        yield from _dicts(done[-1].get("result"))
         return
     for value in task.values() if "data" not in task else ():
-        yield from (s for s in _dicts(value if isinstance(value, list) else ()) if _has_size(s))
+        yield from filter(_has_size, _dicts(value))
 
 
 def _has_size(shape: dict) -> bool:
@@ -229,8 +226,8 @@ def _uploaded(name: str, image_root: str) -> str:
 
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
     value = shape.get("value", shape)
-    labels = [v for k, v in value.items() if k.endswith("labels")] if _is_dict(value) else []
-    if labels:  # others are choices or texts
+    items = value.items() if isinstance(value, dict) else ()
+    if labels := [v for k, v in items if k.endswith("labels")]:  # others are choices or texts
         label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
         builder.add_shape(image, label, shape, _task_box, place)
 
@@ -256,7 +253,7 @@ def _add_createml(builder: Builder, content: list, image_root: str) -> None:
     for entry in _dicts(content):
         name = entry.get("image", entry.get("imagefilename"))
         image = builder.add_image(name)
-        for number, item in enumerate(_dicts(entry.get("annotations") or ())):
+        for number, item in enumerate(_dicts(entry.get("annotations"))):
             place = f"{number} of {name}"
             builder.add_shape(image, item.get("label"), item, _createml_box, place)
 
@@ -266,12 +263,10 @@ def _createml_box(item: dict) -> Boxes:
     return [x - w / 2, y - h / 2, w, h]
 
 
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 def _dicts(values: object) -> Iterator[dict]:
-    return filter(_is_dict, values if isinstance(values, (list, ValuesView)) else ())
+    """The dicts among ``values``, which may be anything."""
+    values = values if isinstance(values, (list, ValuesView)) else ()
+    return (value for value in values if isinstance(value, dict))
 
 
 READERS = {

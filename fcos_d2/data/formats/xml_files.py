@@ -37,7 +37,8 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
         InputError: a folder or the list is missing or empty.
     """
     root, xml, images = _voc_folders(entry)
-    annotated = {path.stem: path for path in sorted(xml.glob("*.[xX][mM][lL]")) if _is_seen(path)}
+    # Not hidden files such as macOS's ._1.xml.
+    annotated = {path.stem: path for path in sorted(xml.glob("[!.]*.[xX][mM][lL]"))}
     files = {path.stem: path.name for path in sorted(images.glob("*")) if is_image(path)}
     if split is None:
         stems, listed = list(annotated), str(xml)
@@ -60,11 +61,6 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
             "annotations"
         )
     return Source(str(root / Path(split or "voc").stem), str(images), content)
-
-
-def _is_seen(path: Path) -> bool:
-    """Whether it is not a hidden file such as macOS's ``._1.xml``."""
-    return not path.name.startswith(".")
 
 
 def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
@@ -178,13 +174,11 @@ def read_cvat(path: str | Path, image_root: str) -> Source:
     names = [(label.findtext("name") or "").strip() for label in root.iter("label")]
     builder = Builder(dict.fromkeys(filter(None, names)) or None)
     for item in root.iter("image"):
-        image = builder.add_image(item.get("name"), item.get("width"), item.get("height"))
+        name = item.get("name")
+        image = builder.add_image(name, item.get("width"), item.get("height"))
         for number, shape in enumerate(item):
             if shape.tag != "tag":  # of the whole image
-                place, values = (
-                    f"{number} of {item.get('name')}",
-                    {"tag": shape.tag, **shape.attrib},
-                )
+                values, place = {"tag": shape.tag, **shape.attrib}, f"{number} of {name}"
                 builder.add_shape(image, shape.get("label"), values, _cvat_box, place)
     return Source(str(path), image_root, builder.content())
 
