@@ -86,7 +86,7 @@ def test_page_leads_from_a_foreign_folder_to_a_detection_video(shell, digits_roo
     assert [d.status for d in done] == STATUSES, [d.err[-500:] for d in done]
     export, config, check, clean, _, _, _, _, found = done
     assert "labels in dice/labels.json" in export.out
-    assert "dice.yaml: 30 images to train on, 8 classes" in config.out
+    assert "dice.yaml: 32 images to train on, 8 classes" in config.out
     assert "image dice/photos/photo_0002.png: " in check.out
     assert "repaired: 1 boxes with negative width or height: corners swapped" in check.out
     assert re.search(r"joker +0 +0 +never used", check.out)
