@@ -41,7 +41,12 @@ def detector_with_augmentation(model):
 
 def predictor(model):
     predictor = Predictor(model, (64, 96), "BGR", 0.005)
-    return lambda pixels: predictor.predict([pixels, image_of(40, 70)])[0]
+
+    def predict(pixels: np.ndarray) -> list[np.ndarray]:
+        found = predictor.predict([pixels, image_of(40, 70)])[0]
+        return [found.boxes, found.scores, found.classes]
+
+    return predict
 
 
 @pytest.mark.parametrize(
