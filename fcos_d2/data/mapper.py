@@ -93,8 +93,7 @@ class FCOSDatasetMapper(DatasetMapper):
         objects = [a for a in annotations if not a.get("iscrowd", 0)]
         augmented = T.AugInput(image, boxes=boxes_of(objects))
         transforms = self.augmentations(augmented)
-        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        sample["image"] = torch.as_tensor(pixels)
+        sample["image"] = torch.from_numpy(augmented.image.transpose(2, 0, 1).copy())
         if not self.is_train:
             sample.pop("annotations", None)
         elif "annotations" in sample:
