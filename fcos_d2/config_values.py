@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from PIL import Image
 
 from .errors import InputError
 from .modeling.backbone import ADELAIDET_NAMES
 
 _NORMS = ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 CHOICES = {
+    "INPUT.FORMAT": ("BGR", "YUV-BT.601", *Image.MODES),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),

@@ -143,6 +143,7 @@ def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> Order
 
     Shows a progress bar where stderr is a terminal, and a table at the end.
     """
+    check_test_sets(cfg)
     results = OrderedDict()
     for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
         loader = build_test_loader(cfg, name)
@@ -185,11 +186,20 @@ def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
     return FCOSWithTTA(cfg, model)
 
 
+def check_test_sets(cfg) -> None:
+    """Makes sure that all of DATASETS.TEST have the classes of model and training data.
+
+    Raises:
+        InputError: one has other classes, or cannot be read.
+    """
+    check_num_classes(cfg.DATASETS.TEST, fcos_settings(cfg).NUM_CLASSES)
+    for name in cfg.DATASETS.TEST:
+        check_class_order(cfg.DATASETS.TRAIN, name)
+
+
 def build_test_loader(cfg, dataset_name: str):
     """detectron2's, with FCOSDatasetMapper and checked data."""
     records = load_dataset(dataset_name, filter_empty=False)
-    check_num_classes(dataset_name, fcos_settings(cfg).NUM_CLASSES)
-    check_class_order(cfg.DATASETS.TRAIN, dataset_name)
     return build_detection_test_loader(
         records,
         mapper=FCOSDatasetMapper(cfg, is_train=False),

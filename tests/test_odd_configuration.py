@@ -23,7 +23,7 @@ MODEL:
   DEVICE: "cpu"
   PIXEL_MEAN: [100.0]
   PIXEL_STD: [50.0]
-  BACKBONE: {{NAME: "build_fcos_resnet_fpn_backbone", FREEZE_AT: 0}}
+  BACKBONE: {{NAME: "build_fcos_d2_resnet_fpn_backbone", FREEZE_AT: 0}}
   RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: "BN", OUT_FEATURES: ["res2"]}}
   FPN: {{IN_FEATURES: ["res2"], OUT_CHANNELS: 32}}
   FCOS:
@@ -126,6 +126,21 @@ def test_evaluation_alone_finds_the_same_and_augmentation_at_least_as_much(odd):
     assert train.main([*config_of(odd), *words]) == 0
     assert_same_detections(evaluated(odd), expected)
     assert len(evaluated(odd, folder="inference_TTA")) > 200
+
+
+def test_class_order_is_compared_before_training_and_evaluation(odd, capsys):
+    content = json.loads((odd / "two/found.json").read_text())
+    content["categories"] = [{"id": 1, "name": "dim"}, {"id": 2, "name": "bright"}]
+    (odd / "two/swapped.json").write_text(json.dumps(content))
+    text = (odd / "odd.yaml").read_text().replace("two/found.json", "two/swapped.json")
+    (odd / "swapped.yaml").write_text(text.replace("odd_", "swapped_"))
+    config = ["--config-file", str(odd / "swapped.yaml")]
+    output = ["OUTPUT_DIR", str(odd / "swapped")]
+    for words in (config, [*config, "--eval-only", *weights_of(odd)]):
+        assert train.main([*words, *output]) == 2
+        printed = capsys.readouterr()
+        assert "error: dataset 'swapped_two': class 0 is dim, but bright in" in printed.err
+        assert "Evaluation results" not in printed.out and "iter:" not in printed.out
 
 
 def test_report_finds_the_first_data_set(odd, capsys):

@@ -25,7 +25,14 @@ from ..data import (
     load_dataset,
 )
 from ..errors import InputError
-from ..inference import build_detector, build_evaluator, build_test_loader, test_with_tta, with_tta
+from ..inference import (
+    build_detector,
+    build_evaluator,
+    build_test_loader,
+    check_test_sets,
+    test_with_tta,
+    with_tta,
+)
 from ..modeling import FCOS
 from .distributed import wrap_ddp
 from .hooks import (
@@ -131,6 +138,7 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """DefaultTrainer's and ours."""
         cfg, is_main = self.cfg, comm.is_main_process()
+        check_test_sets(cfg)  # before training, not after it
         evaluated = self.ema.module if self.ema else self.checkpointer.model
         panels = is_main and cfg.VIS_PERIOD > 0 and isinstance(self.checkpointer.model, FCOS)
         classes = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
