@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -164,7 +163,7 @@ def _exit_on_sigterm(ready) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(Preempted.STATUS))
     ready.set()
     while True:
-        time.sleep(60)
+        signal.pause()
 
 
 def test_more_gpus_than_there_are_points_to_torchrun(monkeypatch, capsys):
