@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if find_spec("detectron2") is None:
 
     def __getattr__(name: str):
-        if name.startswith("__"):
+        if name.startswith("__") or name == "ops":  # which is imported then
             raise AttributeError(name)
         raise ImportError(
             f"fcos_d2.{name} needs detectron2, which is not installed; install it with: "

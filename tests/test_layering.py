@@ -248,7 +248,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
 USE_OPS = """
 import fcos_d2
-import fcos_d2.ops as ops
+from fcos_d2 import ops
 
 assert not torch.cuda.is_initialized()
 assert not {name.partition(".")[0] for name in sys.modules} & set(MISSING)
