@@ -219,12 +219,6 @@ def test_arguments_that_cannot_be_used_are_refused(script, arguments, parts):
     assert_refused(script(*arguments), *parts)
 
 
-def test_test_data_of_other_classes_stops_before_training(script):
-    result = script("DATASETS.TEST", "('digits_val',)")
-    assert_refused(result, "dataset 'digits_val' has 10 classes", "but the model has 2")
-    assert "Starting training" not in result.out + result.err
-
-
 def test_a_loss_that_is_not_finite_names_iteration_losses_and_images(script):
     result = script("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_FACTOR", 1.0)
     assert_refused(result, "iteration 1: loss_fcos_", "is nan", ".png", "SOLVER.BASE_LR")

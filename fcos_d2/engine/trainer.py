@@ -17,13 +17,7 @@ from torch import nn
 from .._compat import ResumableTrainer
 from ..checkpoint import Checkpointer
 from ..config import fcos_settings
-from ..data import (
-    FCOSDatasetMapper,
-    check_class_order,
-    check_num_classes,
-    check_objects,
-    load_dataset,
-)
+from ..data import FCOSDatasetMapper, check_num_classes, check_objects, load_dataset
 from ..errors import InputError
 from ..inference import (
     build_detector,
@@ -116,10 +110,7 @@ class Trainer(ResumableTrainer):
         records = load_dataset(
             names, filter_empty=loader.FILTER_EMPTY_ANNOTATIONS, masks=cfg.MODEL.MASK_ON
         )
-        # Of the test datasets, too: the first evaluation may be hours away.
-        check_num_classes((*names, *cfg.DATASETS.TEST), fcos_settings(cfg).NUM_CLASSES)
-        for name in cfg.DATASETS.TEST:
-            check_class_order(names, name)
+        check_num_classes(names, fcos_settings(cfg).NUM_CLASSES)
         check_objects(records, names)
         per_process = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION)
         return TrainLoader(
