@@ -116,7 +116,7 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
 BUDGETS = {
     "assign_kernel": 40,
     "sums_kernel": 40,
-    "flat_kernel": 40,
+    "flat_kernel": 48,
     "finish_kernel": 128,  # a block for each level of an image: fewer than multiprocessors
 }  # all others:
 BUDGET = 64
@@ -256,10 +256,9 @@ def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
-@pytest.mark.parametrize("kernel", ["scan", "collect"])
-def test_scan_of_logits(hopper, dtype, kernel):
+def test_scan_of_logits(hopper, dtype):
     """Four 16-byte loads under way before the first is looked at; few instructions per logit."""
-    code = disassemble(hopper[0] / "select_candidates.o", f"{kernel}_kernelI{dtype}E")
+    code = disassemble(hopper[0] / "select_candidates.o", f"scan_kernelI{dtype}E")
     first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load]
     assert len(wide) == 4
     assert not any("FSETP" in c.text for c in code[first:last])

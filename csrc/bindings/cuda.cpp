@@ -89,9 +89,9 @@ struct Cuda {
   }
 
   void run(const SelectCandidates& args) {
-    int32_t* state;
-    Tensor memory = output(tensor, {cuda::select_candidates_state(args)}, state);
-    check(cuda::launch_select_candidates(args, reinterpret_cast<unsigned*>(state), stream));
+    int64_t* numbers;
+    Tensor memory = output(tensor, {cuda::select_candidates_memory(args)}, numbers);
+    check(cuda::launch_select_candidates(args, reinterpret_cast<uint64_t*>(numbers), stream));
   }
 
   void run(const PaddedNms& args) {

@@ -2,8 +2,8 @@
 // and with each other. Classes are compared, never shifted apart, and there is no N x N anything.
 //
 // padded_kernel has a block per image. It sorts no more boxes than it must: the best few hundred, and
-// the next only when these have not filled the D slots. The slots themselves are the list of kept
-// boxes.
+// the next only when these have not filled the D slots. The boxes lie in shared memory meanwhile, and
+// are written to their slots at the end.
 //
 // flat_kernel has a block per 64 boxes. The group of its first box may have begun in earlier blocks,
 // for which it waits; what becomes of other groups it tells at once, so that only blocks of one group
@@ -14,6 +14,8 @@
 
 #include "ops.h"
 
+#include <type_traits>
+
 #include "../core/ranking.h"
 #include "../core/scores.h"
 #include "block.h"
@@ -23,6 +25,7 @@ namespace fcos::cuda {
 namespace {
 
 constexpr int kStep = 64; // boxes that are taken together
+constexpr unsigned kGroups = 256;
 constexpr int kPaddedThreads = 512, kFlatThreads = 256;
 constexpr unsigned kWanted = 512, kSortable = 1024; // boxes sorted at a time: at least, at most
 
@@ -51,12 +54,24 @@ struct Step {
   float4 box[kStep];
   float area[kStep];
   int64_t group[kStep];
-  uint64_t suppressors[kStep]; // those that overlap a box and come before it
+  uint64_t suppressors[kStep];           // those that overlap a box and come before it
+  unsigned long long of_groups[kGroups]; // boxes; groups may share an entry
 
+  __device__ unsigned long long& rivals(int64_t of_group) {
+    return of_groups[unsigned(of_group) % kGroups];
+  }
+  template <int Threads>
+  __device__ void clear() {
+    for (unsigned i = threadIdx.x; i < kGroups; i += Threads) {
+      of_groups[i] = 0;
+    }
+    __syncthreads();
+  }
   __device__ void set(int i, float4 value, int64_t of_group) {
     box[i] = value;
     area[i] = fcos::area(&value.x);
     group[i] = of_group;
+    atomicOr(&rivals(of_group), 1ull << i);
   }
   __device__ bool overlaps(int i, float4 other, float other_area, float threshold) const {
     float4 own = box[i];
@@ -66,19 +81,31 @@ struct Step {
   }
 };
 
+// Which of these boxes of a step, bit i for box `first` + i, are of this group and overlap this box.
+__device__ unsigned find_hits(
+    const Step& step, unsigned boxes, int first, int64_t group, float4 box, float box_area,
+    float threshold) {
+  unsigned hits = 0;
+  for (; boxes != 0; boxes &= boxes - 1) {
+    int bit = __ffs(int(boxes)) - 1, i = first + bit;
+    bool hit = step.group[i] == group && step.overlaps(i, box, box_area, threshold);
+    hits |= unsigned(hit) << bit;
+  }
+  return hits;
+}
+
 // Ends with a barrier.
 template <int Threads>
 __device__ void find_suppressors(Step& step, int count, float threshold) {
-  int lane = lane_index();
-  for (int j = int(threadIdx.x) / 32; j < count; j += Threads / 32) {
-    auto suppresses = [&](int i) {
-      return i < j && step.group[i] == step.group[j] &&
-             step.overlaps(i, step.box[j], step.area[j], threshold);
-    };
-    uint64_t suppressors = ballot(suppresses(lane), suppresses(lane + 32));
-    if (lane == 0) {
-      step.suppressors[j] = suppressors;
-    }
+  constexpr int kThreadsEach = Threads / kStep, kBits = kStep / kThreadsEach;
+  using Part = std::conditional_t<kBits == 8, uint8_t, uint16_t>;
+  static_assert(8 * sizeof(Part) == kBits);
+  int j = int(threadIdx.x) / kThreadsEach, part = int(threadIdx.x) % kThreadsEach;
+  if (j < count) {
+    uint64_t rivals = first_boxes(j) & step.rivals(step.group[j]);
+    unsigned boxes = Part(rivals >> (part * kBits));
+    reinterpret_cast<Part*>(&step.suppressors[j])[part] = Part(
+        find_hits(step, boxes, part * kBits, step.group[j], step.box[j], step.area[j], threshold));
   }
   __syncthreads();
 }
@@ -100,14 +127,13 @@ __device__ uint64_t resolve(const Step& step, uint64_t candidates) {
 
 // ---- the padded form ----
 
-struct PaddedScratch {
-  uint64_t keys[kSortable];
-  unsigned bins[kBins];
-  unsigned of_warps[kPaddedThreads / 32];
-  Bin found;
-  unsigned count;
-  unsigned suppressed[2]; // halves of a step
+struct PaddedScratch : Histogram<kPaddedThreads> {
+  uint64_t keys[kSortable]; // of the boxes that are sorted
+  float4 box[kSortable];
+  int64_t group[kSortable];
+  uint16_t kept[kSortable]; // which of them are kept, in the order of their slots
   Step step;
+  unsigned long long suppressed; // boxes of the step
 };
 
 struct Image {
@@ -144,10 +170,9 @@ struct Image {
 };
 
 // Fills the slots from `count` on with nothing.
-template <int Threads>
 __device__ void finish(const PaddedNms& args, int64_t image, int64_t count) {
   Image at(args, image);
-  for (int64_t slot = count + threadIdx.x; slot < args.max_detections; slot += Threads) {
+  for (int64_t slot = count + threadIdx.x; slot < args.max_detections; slot += kPaddedThreads) {
     at.kept_boxes[slot] = make_float4(0, 0, 0, 0);
     at.kept_scores[slot] = 0;
     at.kept_classes[slot] = -1;
@@ -157,123 +182,102 @@ __device__ void finish(const PaddedNms& args, int64_t image, int64_t count) {
   }
 }
 
-// Calls take(valid, key) for all boxes whose key is in the range.
-template <int Threads, class Take>
-__device__ void for_each_key(const Image& image, int64_t num_boxes, Range range, Take&& take) {
-  for (int64_t first = 0; first < num_boxes; first += Threads) {
-    int64_t i = first + threadIdx.x;
-    uint64_t key = i < num_boxes ? image.key(i) : 0;
-    take(range.contains(key), key);
+// Sorts the best boxes whose keys are below `high`, more than a few if many are missing, or all there
+// are. Returns how many; no key of them is below `high` then.
+__device__ int sort_best(
+    const PaddedNms& args, const Image& image, int64_t missing, uint64_t* high,
+    PaddedScratch& scratch) {
+  Range range = {1, *high};
+  uint64_t end = *high;
+  unsigned wanted = unsigned(min(int64_t(kSortable), max(int64_t(kWanted), missing)));
+  auto for_each = [&](auto&& take) { // 10 times 512 threads: 1,000 candidates of each of 5 levels
+    for_each_key<kPaddedThreads, 10>(args.num_boxes, [&](int64_t i) { return image.key(i); }, take);
+  };
+  scratch.narrow({0, 0, unsigned(args.num_boxes)}, wanted, kSortable, &range, for_each);
+  scratch.clear();
+  for_each([&](bool valid, uint64_t key) {
+    bool good = valid && key >= range.low && key < end;
+    append(good, key, scratch.keys, kSortable, &scratch.count);
+  });
+  int count = int(scratch.count);
+  sort_descending<kPaddedThreads>(scratch.keys, unsigned(count));
+  for (int i = int(threadIdx.x); i < count; i += kPaddedThreads) {
+    uint32_t index = ranking_index(scratch.keys[i]);
+    scratch.box[i] = image.boxes[index], scratch.group[i] = image.classes[index];
   }
+  *high = range.low;
   __syncthreads();
+  return count;
 }
 
-// The least key of the best boxes below `high`: of kWanted to kSortable, or of all there are.
-__device__ uint64_t
-find_least(const Image& image, int64_t num_boxes, uint64_t high, PaddedScratch& scratch) {
-  Range range = {1, high};
-  unsigned above = 0;
-  for (;;) {
-    int shift = range.shift();
-    clear_bins<kPaddedThreads>(scratch.bins);
-    for_each_key<kPaddedThreads>(image, num_boxes, range, [&](bool valid, uint64_t key) {
-      count_key(valid, unsigned((key - range.low) >> shift), scratch.bins);
-    });
-    Bin bin =
-        find_bin<kPaddedThreads>(scratch.bins, kWanted - above, scratch.of_warps, &scratch.found);
-    if (bin.index < 0) {
-      return range.low;
-    }
-    above += bin.above;
-    range.high = min(range.high, range.low + (uint64_t(bin.index + 1) << shift));
-    range.low += uint64_t(bin.index) << shift;
-    if (above + bin.inside <= kSortable) {
-      return range.low;
-    }
-  }
-}
-
-// Two words that say which boxes of a step are of this group, or of another one that shares them.
-__device__ unsigned* boxes_of(int64_t group, unsigned* bins) {
-  return bins + 2 * (unsigned(group) % (kBins / 2));
-}
-
-// Finds the boxes of a step that boxes kept before suppress. Two threads share one of the latter and
-// look at no boxes but those of its group.
+// Finds the boxes of a step that boxes kept before suppress: those in the first `old` slots and `kept`
+// of the sorted ones. Two threads share one of them.
 __device__ void find_suppressed(
-    const PaddedNms& args, const Image& image, int64_t kept, PaddedScratch& scratch) {
-  const Step& step = scratch.step;
-  int half = int(threadIdx.x) % 2;
+    const PaddedNms& args, const Image& image, int64_t old, int64_t kept, PaddedScratch& scratch) {
+  int half = 32 * int(threadIdx.x % 2);
   unsigned suppressed = 0;
-  for (int64_t j = threadIdx.x / 2; j < kept; j += kPaddedThreads / 2) {
-    int64_t group = args.class_agnostic ? 0 : image.kept_classes[j];
-    float4 box = add_extent(image.kept_boxes[j], args.pixel_extent);
-    for (unsigned rest = boxes_of(group, scratch.bins)[half]; rest != 0; rest &= rest - 1) {
-      int bit = __ffs(int(rest)) - 1, i = 32 * half + bit;
-      bool hit = step.group[i] == group && step.overlaps(i, box, area(&box.x), args.iou_threshold);
-      suppressed |= unsigned(hit) << bit;
+  for (int64_t j = threadIdx.x / 2; j < old + kept; j += kPaddedThreads / 2) {
+    bool is_old = j < old;
+    int place = is_old ? 0 : scratch.kept[j - old];
+    int64_t label = is_old ? image.kept_classes[j] : scratch.group[place];
+    int64_t group = args.class_agnostic ? 0 : label;
+    if (unsigned boxes = unsigned(scratch.step.rivals(group) >> half)) {
+      float4 box = add_extent(is_old ? image.kept_boxes[j] : scratch.box[place], args.pixel_extent);
+      suppressed |=
+          find_hits(scratch.step, boxes, half, group, box, area(&box.x), args.iou_threshold);
     }
   }
   if (suppressed != 0) {
-    atomicOr(&scratch.suppressed[half], suppressed);
+    atomicOr(&scratch.suppressed, static_cast<unsigned long long>(suppressed) << half);
   }
 }
 
-// Takes up to kStep boxes by their keys; returns how many are kept then.
-__device__ int64_t take_step(
-    const PaddedNms& args, const Image& image, const uint64_t* keys, int count, int64_t kept,
+// Takes `count` sorted boxes from `first` on; returns how many of the sorted ones are kept then.
+__device__ int take_step(
+    const PaddedNms& args, const Image& image, int first, int count, int64_t old, int kept,
     PaddedScratch& scratch) {
   int t = int(threadIdx.x);
-  int64_t index = 0;
-  clear_bins<kPaddedThreads>(scratch.bins);
+  if (t == 0) {
+    scratch.suppressed = 0;
+  }
+  scratch.step.clear<kPaddedThreads>();
   if (t < count) {
-    index = ranking_index(keys[t]);
-    int64_t group = args.class_agnostic ? 0 : image.classes[index];
-    scratch.step.set(t, add_extent(image.boxes[index], args.pixel_extent), group);
-    atomicOr(boxes_of(group, scratch.bins) + t / 32, 1u << (t % 32));
-  }
-  if (t < 2) {
-    scratch.suppressed[t] = 0;
+    int64_t group = args.class_agnostic ? 0 : scratch.group[first + t];
+    scratch.step.set(t, add_extent(scratch.box[first + t], args.pixel_extent), group);
   }
   __syncthreads();
-  find_suppressed(args, image, kept, scratch);
+  find_suppressed(args, image, old, kept, scratch);
   find_suppressors<kPaddedThreads>(scratch.step, count, args.iou_threshold);
-  uint64_t suppressed = uint64_t(scratch.suppressed[1]) << 32 | scratch.suppressed[0];
-  uint64_t more = resolve(scratch.step, first_boxes(count) & ~suppressed);
-  int64_t slot = kept + count_boxes(more & first_boxes(t));
-  if (t < count && more >> t & 1 && slot < args.max_detections) {
-    image.keep(slot, index, image.scores[index]);
+  uint64_t more = resolve(scratch.step, first_boxes(count) & ~scratch.suppressed);
+  if (t < count && more >> t & 1) {
+    scratch.kept[kept + count_boxes(more & first_boxes(t))] = uint16_t(first + t);
   }
   __syncthreads();
-  return min(kept + count_boxes(more), args.max_detections);
+  return kept + count_boxes(more);
 }
 
-__global__ void __launch_bounds__(kPaddedThreads, kThreadsOfMultiprocessor / kPaddedThreads)
+__global__ void __launch_bounds__(kPaddedThreads, 2)
     padded_kernel(const __grid_constant__ PaddedNms args) {
   __shared__ PaddedScratch scratch;
   Image image(args, blockIdx.x);
-  int64_t kept = 0;
+  int64_t old = 0; // slots that are filled
   uint64_t high = ~uint64_t(0);
   bool more = args.num_boxes > 0;
-  while (more && kept < args.max_detections) {
-    Range range = {find_least(image, args.num_boxes, high, scratch), high};
-    if (threadIdx.x == 0) {
-      scratch.count = 0;
+  while (more && old < args.max_detections) {
+    int count = sort_best(args, image, args.max_detections - old, &high, scratch), kept = 0;
+    for (int first = 0; first < count && old + kept < args.max_detections; first += kStep) {
+      kept = take_step(args, image, first, min(count - first, kStep), old, kept, scratch);
+    }
+    kept = int(min(int64_t(kept), args.max_detections - old));
+    for (int i = int(threadIdx.x); i < kept; i += kPaddedThreads) {
+      int64_t index = ranking_index(scratch.keys[scratch.kept[i]]);
+      image.keep(old + i, index, image.scores[index]);
     }
     __syncthreads();
-    for_each_key<kPaddedThreads>(image, args.num_boxes, range, [&](bool valid, uint64_t key) {
-      append(valid, key, scratch.keys, kSortable, &scratch.count);
-    });
-    int count = int(scratch.count);
-    sort_descending<kPaddedThreads>(scratch.keys, unsigned(count));
-    for (int first = 0; first < count && kept < args.max_detections; first += kStep) {
-      int size = min(count - first, kStep);
-      kept = take_step(args, image, scratch.keys + first, size, kept, scratch);
-    }
-    high = range.low;
+    old += kept;
     more = count >= int(kWanted);
   }
-  finish<kPaddedThreads>(args, blockIdx.x, kept);
+  finish(args, blockIdx.x, old);
 }
 
 // ---- soft-NMS ----
@@ -323,7 +327,7 @@ __global__ void __launch_bounds__(kPaddedThreads, 1)
     }
     ++kept;
   }
-  finish<kPaddedThreads>(args, blockIdx.x, kept);
+  finish(args, blockIdx.x, kept);
 }
 
 // ---- the flat form ----
@@ -411,7 +415,7 @@ __device__ uint64_t find_suppressed(
 }
 
 // `state` is a counter and two words for every step, all zero.
-__global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlatThreads)
+__global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlatThreads - 1)
     flat_kernel(const __grid_constant__ FlatNms args, uint64_t* state) {
   __shared__ FlatScratch scratch;
   Step& step = scratch.step;
@@ -419,7 +423,7 @@ __global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlat
   if (t == 0) { // blocks start in no certain order, but who has waited for has started
     scratch.turn = int(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
   }
-  __syncthreads();
+  step.clear<kFlatThreads>();
   uint64_t* words = state + 1;
   int64_t first = int64_t(scratch.turn) * kStep;
   int count = int(min(args.num_boxes - first, int64_t(kStep)));

@@ -12,30 +12,24 @@ constexpr unsigned kAllLanes = 0xffffffff;
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
-// Sum of `value` over the threads before this one. `of_warps` is shared memory.
-template <int Threads>
-__device__ __forceinline__ unsigned sum_before(
-    unsigned value, unsigned (&of_warps)[Threads / 32], unsigned* total) {
-  int warp = int(threadIdx.x) / 32;
-  unsigned sum = value;
+// Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` of a thread are on their way
+// at once.
+template <int Threads, int Each, class Load, class Take>
+__device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
+  for (int64_t first = 0; first < count; first += Each * Threads) {
+    uint64_t keys[Each];
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    unsigned other = __shfl_up_sync(kAllLanes, sum, step);
-    sum += lane_index() >= step ? other : 0;
-  }
-  if (lane_index() == 31) {
-    of_warps[warp] = sum;
+    for (int k = 0; k < Each; ++k) {
+      int64_t i = first + k * Threads + threadIdx.x;
+      keys[k] = i < count ? load(i) : 0;
+    }
+    __syncthreads(); // `take` may write where others have read
+#pragma unroll
+    for (int k = 0; k < Each; ++k) {
+      take(keys[k] != 0, keys[k]);
+    }
   }
   __syncthreads();
-  unsigned before = sum - value, all = 0;
-#pragma unroll
-  for (int i = 0; i < Threads / 32; ++i) {
-    before += i < warp ? of_warps[i] : 0;
-    all += of_warps[i];
-  }
-  __syncthreads();
-  *total = all;
-  return before;
 }
 
 // Sorts keys in shared or global memory, the largest first: the bitonic network, in the form in which
@@ -45,10 +39,9 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
   for (int run = 0; (1u << run) < count; ++run) { // sorted runs of 2^run become twice as long
     for (int step = run; step >= 0; --step) {
       unsigned length = 1u << step, pairs = (count + 2 * length - 1) / (2 * length) * length;
+      unsigned distance = step == run ? 2 * length - 1 : length; // in the bits that differ
       for (unsigned i = threadIdx.x; i < pairs; i += Threads) {
-        unsigned first = i >> step << (step + 1), offset = i & (length - 1);
-        unsigned low = first + offset;
-        unsigned high = step == run ? first + 2 * length - 1 - offset : low + length;
+        unsigned low = i + (i & ~(length - 1)), high = low ^ distance;
         if (high < count && keys[low] < keys[high]) {
           uint64_t key = keys[low];
           keys[low] = keys[high];
@@ -67,7 +60,8 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
 }
 
 // Appends the keys of all lanes of a warp for which `valid` holds to a list that may overflow: then
-// `count` ends above the capacity. The lanes of a warp must come together.
+// `count` ends above the capacity. Returns the place of a key, above it too. The lanes of a warp must
+// come together.
 __device__ __forceinline__ unsigned append(
     bool valid, uint64_t key, uint64_t* keys, unsigned capacity, unsigned* count) {
   unsigned lanes = __ballot_sync(kAllLanes, valid);
@@ -84,7 +78,7 @@ __device__ __forceinline__ unsigned append(
   if (valid && at < capacity) {
     keys[at] = key;
   }
-  return first + unsigned(__popc(lanes)); // how many there are, at least
+  return at;
 }
 
 // The largest key of all threads.
@@ -124,14 +118,6 @@ struct Range {
   }
 };
 
-template <int Threads>
-__device__ __forceinline__ void clear_bins(unsigned* bins) {
-  for (unsigned i = threadIdx.x; i < kBins; i += Threads) {
-    bins[i] = 0;
-  }
-  __syncthreads();
-}
-
 // Counts the keys of all lanes of a warp that are valid, which must come together. Equal scores make
 // equal bins, and those would queue up for one counter.
 __device__ __forceinline__ void count_key(bool valid, unsigned bin, unsigned* bins) {
@@ -157,35 +143,89 @@ struct Bin {
   unsigned inside;
 };
 
-// `found` is shared memory.
+// Keys of a block, in shared memory.
 template <int Threads>
-__device__ Bin
-find_bin(const unsigned* bins, unsigned wanted, unsigned (&of_warps)[Threads / 32], Bin* found) {
-  constexpr int kEach = int(kBins) / Threads;
-  int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
-  unsigned mine[kEach], sum = 0, total;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    mine[i] = bins[best - i];
-    sum += mine[i];
+struct Histogram {
+  unsigned bins[kBins];
+  unsigned count; // of keys: the caller's
+  unsigned of_warps[Threads / 32];
+  Bin found;
+
+  __device__ __forceinline__ void clear() {
+    for (unsigned i = threadIdx.x; i < kBins; i += Threads) {
+      bins[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+      count = 0;
+    }
+    __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    *found = {-1, 0, 0};
-  }
-  unsigned above = sum_before<Threads>(sum, of_warps, &total);
-  if (above < wanted && above + sum >= wanted) {
+
+  // In these bins or others.
+  __device__ Bin find(const unsigned* counts, unsigned wanted) {
+    constexpr int kEach = int(kBins) / Threads;
+    int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
+    unsigned mine[kEach], sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (above < wanted && above + mine[i] >= wanted) {
-        *found = {best - i, above, mine[i]};
-      }
-      above += mine[i];
+      mine[i] = counts[best - i];
+      sum += mine[i];
     }
+    if (threadIdx.x == 0) {
+      found = {-1, 0, 0};
+    }
+    unsigned above = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      unsigned other = __shfl_up_sync(kAllLanes, above, step);
+      above += lane_index() >= step ? other : 0;
+    }
+    if (lane_index() == 31) {
+      of_warps[threadIdx.x / 32] = above;
+    }
+    __syncthreads();
+    above -= sum;
+    for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) {
+      above += of_warps[warp];
+    }
+    if (above < wanted && above + sum >= wanted) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (above < wanted && above + mine[i] >= wanted) {
+          found = {best - i, above, mine[i]};
+        }
+        above += mine[i];
+      }
+    }
+    __syncthreads();
+    Bin out = found;
+    __syncthreads();
+    return out;
   }
-  __syncthreads();
-  Bin out = *found;
-  __syncthreads();
-  return out;
-}
+
+  // Narrows a range of keys, those of `bin`, until no more than `most` are not below it, with the best
+  // `wanted` among them, if there are as many; returns how many. for_each(take) calls take(valid, key)
+  // for all keys and ends with a barrier.
+  template <class ForEach>
+  __device__ unsigned narrow(
+      Bin bin, unsigned wanted, unsigned most, Range* range, ForEach&& for_each) {
+    unsigned above = bin.above;
+    while (above + bin.inside > most) {
+      int shift = range->shift();
+      clear();
+      for_each([&](bool valid, uint64_t key) {
+        count_key(valid && range->contains(key), unsigned((key - range->low) >> shift), bins);
+      });
+      bin = find(bins, wanted - above);
+      if (bin.index < 0) {
+        break;
+      }
+      above += bin.above;
+      range->high = min(range->high, range->low + (uint64_t(bin.index + 1) << shift));
+      range->low += uint64_t(bin.index) << shift;
+    }
+    return above + bin.inside;
+  }
+};
 
 } // namespace fcos::cuda

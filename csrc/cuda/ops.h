@@ -25,10 +25,10 @@ int64_t box_loss_partials(const BoxLossArgs& args);
 cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStream_t stream);
 cudaError_t launch_box_loss_backward(const BoxLossArgs& args, cudaStream_t stream);
 
-// How many 32-bit numbers `state` must hold.
-int64_t select_candidates_state(const SelectCandidates& args);
+// How many 64-bit numbers `memory` must hold.
+int64_t select_candidates_memory(const SelectCandidates& args);
 cudaError_t launch_select_candidates(
-    const SelectCandidates& args, unsigned* state, cudaStream_t stream);
+    const SelectCandidates& args, uint64_t* memory, cudaStream_t stream);
 
 // How many floats `scores` must hold: soft-NMS lowers them there.
 int64_t batched_nms_padded_scores(const PaddedNms& args);

@@ -1,17 +1,17 @@
 // select_candidates: the score rule becomes one bound on the logit per point, so that almost every
 // logit costs one comparison, and the best of what exceeds it are found by the size of their keys.
 //
-// 1. scan_kernel reads all logits once. Candidates of a segment (one level of one image) go to a list
-//    that may overflow, and are counted by rank. The counts tell later blocks below which rank nothing
-//    matters any more.
-// 2. collect_kernel reads the segments again whose list has overflowed. The counts say above which
-//    rank the list is long enough but does not overflow.
-// 3. finish_kernel sorts the list of a segment and writes boxes, scores and classes. Where more
-//    candidates than the list can hold have all but the same rank, it first narrows the range of
-//    keys down until they fit, reading the segment again each time.
+// 1. scan_kernel reads all logits once. Candidates of a segment (one level of one image) go to a list,
+//    and are counted by rank. Where there are more than the list can hold, the counts tell later
+//    blocks below which rank nothing matters any more.
+// 2. finish_kernel has a block for each segment, which sorts the best of the list and writes boxes,
+//    scores and classes. Of segments whose list has overflowed, all blocks first collect what the
+//    counts say is good enough, and the last to be done goes on. Where more candidates than the list
+//    can hold have all but the same rank, this one narrows the range of keys down until they fit,
+//    reading the segment again each time.
 //
 // Keys are unique, so neither the order in which candidates come nor which of them a full list has
-// missed changes a result. The lists lie where the boxes will be, the only other memory is for counts.
+// missed changes a result.
 
 #include "ops.h"
 
@@ -41,21 +41,44 @@ constexpr int kTilePoints = 1 << kPointBits;  // at most
 constexpr int kTileClasses = 1 << kClassBits; // at most
 constexpr unsigned kSortable = 2048;          // keys that are sorted in shared memory
 
+constexpr unsigned kCollectBlocks = 264; // that read segments again, if there is need
+
+// Lists that are longer are shortened before they are sorted.
+FCOS_HD int64_t longest_sorted(int64_t wanted) { return max_of(int64_t(kSortable), 2 * wanted); }
+
+// Lists have room for these and for a tile, or for this share of a segment where that is more: seldom
+// do more pass the threshold.
+constexpr int64_t kListShare = 64;
+
 // What neighbouring points and classes of a level a block looks at together.
 struct LevelPlan {
   int tile_points, tile_classes;
-  int class_tiles; // that share their points
-  int tiles;       // of an image
+  int class_tiles;   // that share their points
+  int tiles;         // of an image
+  unsigned capacity; // of the list of a segment
+  int64_t first_key; // of that list among those of an image
   bool columns_are_classes, is_vectorised;
 
   __device__ unsigned column_bits() const { return columns_are_classes ? kClassBits : kPointBits; }
+};
+
+// Of a segment, zeros before the first kernel.
+struct State {
+  unsigned found;                 // by the scan; more than the capacity if the list has overflowed
+  unsigned collected, tiles_done; // after that
+  unsigned lowest_bin;            // that still matters; bins below it are counted in part
+  unsigned bins[kBins];
 };
 
 struct Plan {
   SelectCandidates args;
   LevelPlan level[kMaxLevels];
   BlocksOfLevels blocks; // entry i is for the i-th last level
-  unsigned* state;       // [B, L, kStateSize], zeros before the first kernel
+  int64_t num_segments;  // B L
+  int64_t keys_per_image;
+  uint64_t* keys;       // [B, keys_per_image]
+  State* states;        // [B L]
+  unsigned* overflowed; // [1 + B L]: how many lists have overflowed, first 0, and which
 };
 
 struct Tile {
@@ -84,32 +107,26 @@ __device__ Tile find_tile(const Plan& plan, unsigned block) {
   return make_tile(plan, level, index % images, int(index / images));
 }
 
-constexpr int kStateSize = int(kBins) + 3;
-
 // One level of one image.
 struct Segment {
-  unsigned wanted;   // slots
-  uint64_t* keys;    // the list, in the memory of the boxes of these slots
-  unsigned capacity; // of the list
-  unsigned* found;   // by the scan; more than the capacity if the list has overflowed
-  unsigned* collected;
-  unsigned* lowest_bin; // that still matters; bins below it are counted in part
-  unsigned* bins;
+  int level;
+  int64_t image;
+  unsigned wanted; // slots
+  unsigned capacity;
+  uint64_t* keys; // the list
+  State* state;
 };
 
 __device__ Segment find_segment(const Plan& plan, int level, int64_t image) {
   const SelectCandidates& args = plan.args;
-  int64_t num_slots = args.slots[args.levels.count];
-  int64_t wanted = args.slots[level + 1] - args.slots[level];
-  unsigned* state = plan.state + (image * args.levels.count + level) * kStateSize;
-  float* boxes = args.boxes + 4 * (image * num_slots + args.slots[level]);
-  int64_t capacity = min(2 * wanted, int64_t(UINT32_MAX));
-  return {
-      unsigned(wanted),   reinterpret_cast<uint64_t*>(boxes),
-      unsigned(capacity), state,
-      state + 1,          state + 2,
-      state + 3,
-  };
+  unsigned number = unsigned(image * args.levels.count + level);
+  unsigned wanted = unsigned(args.slots[level + 1] - args.slots[level]);
+  uint64_t* keys = plan.keys + image * plan.keys_per_image + plan.level[level].first_key;
+  return {level, image, wanted, plan.level[level].capacity, keys, plan.states + number};
+}
+__device__ Segment find_segment(const Plan& plan, unsigned number) {
+  unsigned num_levels = unsigned(plan.args.levels.count);
+  return find_segment(plan, int(number % num_levels), number / num_levels);
 }
 
 // ---- keys ----
@@ -144,14 +161,9 @@ FCOS_HD Range scan_range(int bin) {
 // Every class logit of a candidate of a point of this quality whose rank is not below `lowest`
 // exceeds this.
 FCOS_HD float bound_of(const SelectCandidates& args, float quality, float lowest) {
-  float bound = logit_bound(args, quality);
-  if (!(lowest > 0)) {
-    return bound;
-  }
-  if (!args.rank_with_quality) {
-    return max_of(bound, logit_below(lowest));
-  }
-  return max_of(bound, quality >= lowest ? logit_below(lowest / quality) : INFINITY);
+  float bound = logit_bound(args, quality), factor = args.rank_with_quality ? quality : 1.0f;
+  float other = factor >= lowest ? logit_below(lowest / factor) : INFINITY;
+  return lowest > 0 ? max_of(bound, other) : bound;
 }
 
 // ---- reading ----
@@ -213,12 +225,11 @@ __device__ unsigned read_now(const unsigned* from) {
 // ---- looking through a tile ----
 
 template <int Threads>
-struct Scratch {
+struct Scratch : Histogram<Threads> {
   alignas(16) float bound[kTilePoints]; // of every point
   float quality[kTilePoints];
   uint16_t survivors[kTileSize]; // row << column_bits | column, in any order
   unsigned num_survivors;
-  unsigned of_warps[Threads / 32];
 };
 
 // A tile as it lies in memory: rows of points with columns of classes, or the other way round.
@@ -406,63 +417,54 @@ __device__ void take_survivors(
   __syncthreads();
 }
 
-template <class T, int Threads, class Take>
-__device__ void scan_tile(
-    const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch, Take&& take) {
-  unsigned count = look_through<T>(plan, tile, low, scratch);
-  take_survivors<T>(plan, tile, low, count, scratch, take);
-}
-
 // ---- the kernels ----
-
-struct ScanScratch {
-  Scratch<kScanThreads> tile;
-  unsigned bins[kBins];
-  Bin found;
-};
 
 // Adds to the counts of a segment and raises its lowest bin. Counts that other blocks are about to add
 // are missed, which makes the bin too low, if anything.
-__device__ void add_counts(const Segment& segment, ScanScratch& scratch) {
+__device__ void add_counts(const Segment& segment, Scratch<kScanThreads>& scratch) {
 #pragma unroll
-  for (unsigned i = 0; i < kBins; i += kScanThreads) {
-    unsigned& own = scratch.bins[i + threadIdx.x];
-    unsigned* all = &segment.bins[i + threadIdx.x];
+  for (unsigned i = threadIdx.x; i < kBins; i += kScanThreads) {
+    unsigned& own = scratch.bins[i];
+    unsigned* all = &segment.state->bins[i];
     own = own != 0 ? own + atomicAdd(all, own) : read_now(all);
   }
   __syncthreads();
-  Bin bin =
-      find_bin<kScanThreads>(scratch.bins, segment.wanted, scratch.tile.of_warps, &scratch.found);
+  Bin bin = scratch.find(scratch.bins, segment.wanted);
   if (threadIdx.x == 0) {
-    atomicMax(segment.lowest_bin, unsigned(max(bin.index, 0)));
+    atomicMax(&segment.state->lowest_bin, unsigned(max(bin.index, 0)));
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
     scan_kernel(const __grid_constant__ Plan plan) {
-  __shared__ ScanScratch scratch;
+  __shared__ Scratch<kScanThreads> scratch;
   Tile tile = find_tile(plan, blockIdx.x);
   Segment segment = find_segment(plan, tile.level, tile.image);
-  uint64_t low = scan_range(int(read_now(segment.lowest_bin))).low;
-  unsigned count = look_through<T>(plan, tile, low, scratch.tile);
+  State& state = *segment.state;
+  uint64_t low = scan_range(int(read_now(&state.lowest_bin))).low;
+  unsigned count = look_through<T>(plan, tile, low, scratch);
   if (count == 0) {
     return;
   }
   bool many = count > kScanThreads; // a few are counted where all counts go in the end
   if (many) {
-    clear_bins<kScanThreads>(scratch.bins);
+    scratch.clear();
   }
   // Then there is no need to queue up for the list. The lanes of a warp must agree.
-  bool full = __any_sync(kAllLanes, read_now(segment.found) > segment.capacity);
-  take_survivors<T>(plan, tile, low, count, scratch.tile, [&](bool valid, uint64_t key) {
+  bool full = __any_sync(kAllLanes, read_now(&state.found) > segment.capacity);
+  take_survivors<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
     if (many) {
       count_key(valid, scan_bin(key), scratch.bins);
     } else {
-      count_key(valid, scan_bin(key), segment.bins);
+      count_key(valid, scan_bin(key), state.bins);
     }
     if (!full) {
-      full = append(valid, key, segment.keys, segment.capacity, segment.found) > segment.capacity;
+      unsigned at = append(valid, key, segment.keys, segment.capacity, &state.found);
+      if (valid && at == segment.capacity) {
+        plan.overflowed[1 + atomicAdd(plan.overflowed, 1u)] = unsigned(segment.state - plan.states);
+      }
+      full = __any_sync(kAllLanes, at > segment.capacity);
     }
   });
   if (many) {
@@ -470,167 +472,163 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
   }
 }
 
-// Its first blocks look at what the last ones of the scan have left in the cache.
+struct FinishScratch : Scratch<kFinishThreads> {
+  uint64_t sorted[kSortable];
+};
+
+// Appends what may be candidates of a tile with keys of `low` and more to the list.
 template <class T>
-__global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
-    collect_kernel(const __grid_constant__ Plan plan) {
-  __shared__ Scratch<kScanThreads> scratch;
-  __shared__ Bin found;
-  Tile tile = find_tile(plan, gridDim.x - 1 - blockIdx.x);
-  Segment segment = find_segment(plan, tile.level, tile.image);
-  if (*segment.found <= segment.capacity) {
-    return;
-  }
-  Bin bin = find_bin<kScanThreads>(segment.bins, segment.wanted, scratch.of_warps, &found);
-  if (bin.above + bin.inside > segment.capacity) {
-    return; // finish_kernel will do it
-  }
-  scan_tile<T>(plan, tile, scan_range(bin.index).low, scratch, [&](bool valid, uint64_t key) {
-    append(valid, key, segment.keys, segment.capacity, segment.collected);
+__device__ void collect_tile(
+    const Plan& plan, const Segment& segment, unsigned index, uint64_t low,
+    FinishScratch& scratch) {
+  Tile tile = make_tile(plan, segment.level, segment.image, int(index));
+  unsigned count = look_through<T>(plan, tile, low, scratch);
+  take_survivors<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
+    append(valid, key, segment.keys, segment.capacity, &segment.state->collected);
   });
 }
 
-struct FinishScratch {
-  Scratch<kFinishThreads> scan;
-  unsigned bins[kBins];
-  Bin found;
-  unsigned count;
-};
-
-// Narrows a range of keys to those among which the best `wanted` of it end. Where all have one rank,
-// the first tiles have the best, and no others are looked at.
+// Collects what `bin` leaves over from this block's share of the tiles, which begins with `first`.
+// Returns whether all other blocks are done.
 template <class T>
-__device__ Bin narrow(
-    const Plan& plan, int level, int64_t image, unsigned wanted, Range* range,
-    FinishScratch& scratch) {
-  const LevelPlan& p = plan.level[level];
-  uint32_t rank = uint32_t((range->high - 1) >> 32);
-  bool one_rank = range->low >> 32 == rank;
-  int shift = range->shift();
-  uint64_t least = 0;
-  if (threadIdx.x == 0) {
-    scratch.count = 0;
-  }
-  clear_bins<kFinishThreads>(scratch.bins);
-  for (int i = 0; i < p.tiles && least == 0; ++i) {
-    Tile tile = make_tile(plan, level, image, i);
-    scan_tile<T>(plan, tile, range->low, scratch.scan, [&](bool valid, uint64_t key) {
-      valid = valid && range->contains(key);
-      count_key(valid, unsigned((key - range->low) >> shift), scratch.bins);
-      count_key(valid, 0, &scratch.count);
-    });
-    if (one_rank && scratch.count >= wanted && (i + 1) % p.class_tiles == 0) {
-      int64_t end = int64_t(tile.first_point + tile.num_points) * plan.args.num_classes;
-      least = ranking_key(rank, uint32_t(end - 1)); // later tiles have nothing to add
+__device__ bool collect(
+    const Plan& plan, const Segment& segment, unsigned first, FinishScratch& scratch) {
+  unsigned tiles = unsigned(plan.level[segment.level].tiles), done = 0;
+  Bin bin = scratch.find(segment.state->bins, segment.wanted);
+  bool fits = bin.above + bin.inside <= segment.capacity; // or replace_list() will do it
+  for (unsigned i = first; i < tiles; i += gridDim.x, ++done) {
+    if (fits) {
+      collect_tile<T>(plan, segment, i, scan_range(bin.index).low, scratch);
     }
-  }
-  Bin bin = find_bin<kFinishThreads>(scratch.bins, wanted, scratch.scan.of_warps, &scratch.found);
-  range->high = min(range->high, range->low + (uint64_t(bin.index + 1) << shift));
-  range->low = max(range->low + (uint64_t(bin.index) << shift), least);
-  return bin;
-}
-
-// Replaces an overflowed list; returns how many keys it has then.
-template <class T>
-__device__ unsigned replace_list(
-    const Plan& plan, const Segment& segment, int level, int64_t image, FinishScratch& scratch) {
-  Bin bin =
-      find_bin<kFinishThreads>(segment.bins, segment.wanted, scratch.scan.of_warps, &scratch.found);
-  if (bin.above + bin.inside <= segment.capacity) {
-    return *segment.collected;
-  }
-  Range range = scan_range(bin.index);
-  unsigned above = bin.above;
-  uint32_t last = uint32_t(plan.args.levels.level[level].num_points() * plan.args.num_classes - 1);
-  while (above + bin.inside > segment.capacity) {
-    uint64_t least = ranking_key(uint32_t((range.high - 1) >> 32), last);
-    if (range.low >> 32 == least >> 32) {
-      range.low = max(range.low, least); // no index is larger
-    }
-    bin = narrow<T>(plan, level, image, segment.wanted - above, &range, scratch);
-    above += bin.above;
-  }
-  if (threadIdx.x == 0) {
-    scratch.count = 0;
   }
   __syncthreads();
-  for (int i = 0; i < plan.level[level].tiles && scratch.count < above + bin.inside; ++i) {
-    Tile tile = make_tile(plan, level, image, i);
-    scan_tile<T>(plan, tile, range.low, scratch.scan, [&](bool valid, uint64_t key) {
-      append(valid, key, segment.keys, segment.capacity, &scratch.count);
-    });
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&segment.state->tiles_done, done) + done == tiles;
+    __threadfence();
   }
-  return above + bin.inside;
+  return __syncthreads_or(last);
 }
 
-__device__ void write_empty(const Plan& plan, int level, int64_t image, int64_t slot) {
-  const SelectCandidates& args = plan.args;
-  int64_t to = image * args.slots[args.levels.count] + args.slots[level] + slot;
-  reinterpret_cast<float4*>(args.boxes)[to] = make_float4(0, 0, 0, 0);
-  args.scores[to] = 0;
-  args.classes[to] = -1;
+// Shortens a list of `count` keys to those from range->low on: the best ones, no more than `most`,
+// with `bin` and `range` to start from. They move to its front, or to shared memory if they may and
+// fit. Returns how many they are.
+__device__ unsigned shorten(
+    const Segment& segment, unsigned count, Bin bin, Range* range, bool in_place,
+    FinishScratch& scratch) {
+  auto for_each = [&](auto&& take) {
+    for_each_key<kFinishThreads, 4>(count, [&](int64_t i) { return segment.keys[i]; }, take);
+  };
+  unsigned most = unsigned(min(longest_sorted(segment.wanted), int64_t(segment.capacity)));
+  unsigned left = scratch.narrow(bin, segment.wanted, most, range, for_each);
+  uint64_t* to = in_place || left > kSortable ? segment.keys : scratch.sorted;
+  scratch.clear();
+  for_each([&](bool valid, uint64_t key) {
+    append(valid && key >= range->low, key, to, left, &scratch.count);
+  });
+  return left;
 }
 
+// Replaces the list of a segment by the best keys of `low` and more, shortening it each time that it
+// may overflow; returns how many.
+template <class T>
+__device__ unsigned replace_list(
+    const Plan& plan, const Segment& segment, uint64_t low, FinishScratch& scratch) {
+  unsigned count = 0;
+  for (int i = 0; i < plan.level[segment.level].tiles; ++i) {
+    collect_tile<T>(plan, segment, i, low, scratch);
+    count = read_now(&segment.state->collected);
+    if (count + kTileSize > segment.capacity) {
+      Range range = {low, kEndOfKeys};
+      count = shorten(segment, count, {0, 0, count}, &range, true, scratch);
+      low = range.low;
+      if (threadIdx.x == 0) {
+        segment.state->collected = count;
+      }
+      __syncthreads();
+    }
+  }
+  return count;
+}
+
+// Writes the candidate of a key, or nothing for the key 0.
 template <class T>
 __device__ void write_candidate(
-    const Plan& plan, int level, int64_t image, int64_t slot, uint64_t key) {
+    const Plan& plan, const Segment& segment, int64_t slot, uint64_t key) {
   const SelectCandidates& args = plan.args;
-  int64_t to = image * args.slots[args.levels.count] + args.slots[level] + slot;
-  uint32_t index = ranking_index(key);
-  int64_t point = index / unsigned(args.num_classes);
-  int channel = int(index % unsigned(args.num_classes));
-  float logit, ltrb[4], box[4];
-  read_as<T, 1>(args.logits.level[level], image, channel, point, &logit);
-  read<4>(args.ltrb.level[level], args.ltrb_dtype, image, point, ltrb);
-  Scores scores = make_scores(logit, read_quality(plan, level, image, point));
-  if (!make_box(args, level, image, point, ltrb, box)) {
-    return write_empty(plan, level, image, slot);
+  int level = segment.level, channel = -1;
+  float box[4], score = 0;
+  if (key != 0) {
+    uint32_t index = ranking_index(key);
+    int64_t point = index / unsigned(args.num_classes);
+    int found = int(index % unsigned(args.num_classes));
+    float logit, ltrb[4];
+    read_as<T, 1>(args.logits.level[level], segment.image, found, point, &logit);
+    read<4>(args.ltrb.level[level], args.ltrb_dtype, segment.image, point, ltrb);
+    Scores scores = make_scores(logit, read_quality(plan, level, segment.image, point));
+    if (make_box(args, level, segment.image, point, ltrb, box)) {
+      channel = found, score = score_of(args, scores.cls, scores.product);
+    }
   }
-  reinterpret_cast<float4*>(args.boxes)[to] = make_float4(box[0], box[1], box[2], box[3]);
-  args.scores[to] = score_of(args, scores.cls, scores.product);
+  int64_t to = segment.image * args.slots[args.levels.count] + args.slots[level] + slot;
+  reinterpret_cast<float4*>(args.boxes)[to] =
+      channel < 0 ? make_float4(0, 0, 0, 0) : make_float4(box[0], box[1], box[2], box[3]);
+  args.scores[to] = score;
   args.classes[to] = channel;
 }
 
-// There are fewer blocks than multiprocessors: none has to share its registers with another.
+// From the list of a segment to its slots.
+template <class T>
+__device__ void finish(const Plan& plan, const Segment& segment, FinishScratch& scratch) {
+  State& state = *segment.state;
+  unsigned count = state.found <= segment.capacity ? state.found : state.collected;
+  Range range = {0, kEndOfKeys};
+  Bin bin = {0, 0, count};
+  if (state.found > kSortable) {
+    bin = scratch.find(state.bins, segment.wanted);
+    range = scan_range(bin.index);
+    if (bin.above + bin.inside > segment.capacity) {
+      count = replace_list<T>(plan, segment, range.low, scratch);
+      bin = {0, 0, count};
+    }
+  }
+  count = shorten(segment, count, bin, &range, false, scratch);
+  uint64_t* sorted = count <= kSortable ? scratch.sorted : segment.keys;
+  sort_descending<kFinishThreads>(sorted, count);
+  for (unsigned slot = threadIdx.x; slot < segment.wanted; slot += kFinishThreads) {
+    write_candidate<T>(plan, segment, slot, slot < count ? sorted[slot] : 0);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_kernel(const __grid_constant__ Plan plan) {
   __shared__ FinishScratch scratch;
-  __shared__ uint64_t sorted[kSortable];
-  int num_levels = plan.args.levels.count;
-  int level = int(blockIdx.x) % num_levels;
-  int64_t image = blockIdx.x / num_levels;
-  Segment segment = find_segment(plan, level, image);
-  unsigned count = *segment.found;
-  if (count > segment.capacity) {
-    count = replace_list<T>(plan, segment, level, image, scratch);
-  }
-  uint64_t* keys = segment.keys;
-  if (count <= kSortable) {
-    for (unsigned i = threadIdx.x; i < count; i += kFinishThreads) {
-      sorted[i] = segment.keys[i];
+  if (blockIdx.x < plan.num_segments) {
+    Segment segment = find_segment(plan, blockIdx.x);
+    if (segment.state->found <= segment.capacity) {
+      finish<T>(plan, segment, scratch);
     }
-    keys = sorted;
   }
-  __syncthreads();
-  sort_descending<kFinishThreads>(keys, count);
-  // From the last to the first, for box i lies where the keys 2 i and 2 i + 1 may be.
-  unsigned chunks = (segment.wanted + kFinishThreads - 1) / kFinishThreads;
-  for (unsigned chunk = chunks; chunk > 0; --chunk) {
-    unsigned slot = (chunk - 1) * kFinishThreads + threadIdx.x;
-    uint64_t key = slot < count ? keys[slot] : 0;
-    __syncthreads();
-    if (slot < segment.wanted && slot < count) {
-      write_candidate<T>(plan, level, image, slot, key);
-    } else if (slot < segment.wanted) {
-      write_empty(plan, level, image, slot);
+  unsigned first = blockIdx.x; // tile of the next segment that is this block's
+  for (unsigned i = 0; i < *plan.overflowed; ++i) {
+    Segment segment = find_segment(plan, plan.overflowed[1 + i]);
+    unsigned tiles = unsigned(plan.level[segment.level].tiles);
+    if (first < tiles && collect<T>(plan, segment, first, scratch)) {
+      finish<T>(plan, segment, scratch);
     }
+    while (first < tiles) {
+      first += gridDim.x;
+    }
+    first -= tiles;
   }
 }
 
 // ---- the host's side ----
 
-LevelPlan make_level(const SelectCandidates& args, const Map& map) {
+LevelPlan make_level(const SelectCandidates& args, int l) {
+  const Map& map = args.logits.level[l];
   LevelPlan plan{};
   int64_t classes = args.num_classes, points = map.num_points;
   if (classes == 0 || points == 0) {
@@ -641,6 +639,9 @@ LevelPlan make_level(const SelectCandidates& args, const Map& map) {
   plan.class_tiles = int(divide_up(classes, plan.tile_classes));
   plan.tile_points = std::min(kTilePoints, kTileSize / plan.tile_classes / 32 * 32);
   plan.tiles = int(divide_up(points, plan.tile_points)) * plan.class_tiles;
+  int64_t room = longest_sorted(args.slots[l + 1] - args.slots[l]) + kTileSize;
+  plan.capacity =
+      unsigned(std::min(classes * points, std::max(room, classes * points / kListShare)));
   const Strides& strides = map.data_strides;
   plan.columns_are_classes = strides.channel == 1 && strides.point != 1;
   int64_t row_step = plan.columns_are_classes ? strides.point : strides.channel;
@@ -654,13 +655,15 @@ LevelPlan make_level(const SelectCandidates& args, const Map& map) {
 }
 
 // Small levels come first: the many blocks of the large ones even out what these leave idle.
-cudaError_t make_plan(const SelectCandidates& args, unsigned* state, Plan* plan) {
+cudaError_t make_plan(const SelectCandidates& args, Plan* plan) {
   *plan = Plan{};
   plan->args = args;
-  plan->state = state;
-  int64_t total = 0;
+  plan->num_segments = args.num_images * args.levels.count;
+  int64_t total = plan->num_segments;
   for (int l = args.levels.count - 1; l >= 0; --l) {
-    plan->level[l] = make_level(args, args.logits.level[l]);
+    plan->level[l] = make_level(args, l);
+    plan->level[l].first_key = plan->keys_per_image;
+    plan->keys_per_image += plan->level[l].capacity;
     int64_t blocks = args.num_images * plan->level[l].tiles;
     total += blocks;
     if (total > kMaxBlocks) {
@@ -668,37 +671,44 @@ cudaError_t make_plan(const SelectCandidates& args, unsigned* state, Plan* plan)
     }
     plan->blocks.append(blocks);
   }
-  return args.num_images * args.levels.count > kMaxBlocks ? cudaErrorInvalidConfiguration
-                                                          : cudaSuccess;
+  return cudaSuccess;
+}
+
+int64_t count_keys(const Plan& plan) { return plan.args.num_images * plan.keys_per_image; }
+int64_t count_bytes(const Plan& plan) { // that must be zeros
+  return plan.num_segments * int64_t(sizeof(State) + sizeof(unsigned)) + int64_t(sizeof(unsigned));
 }
 
 template <class T>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
-  unsigned blocks = unsigned(plan.blocks.total());
+  unsigned blocks = unsigned(plan.blocks.total()), segments = unsigned(plan.num_segments);
   if (blocks > 0) {
     scan_kernel<T><<<blocks, kScanThreads, 0, stream>>>(plan);
-    collect_kernel<T><<<blocks, kScanThreads, 0, stream>>>(plan);
   }
-  unsigned segments = unsigned(plan.args.num_images * plan.args.levels.count);
-  finish_kernel<T><<<segments, kFinishThreads, 0, stream>>>(plan);
+  blocks = std::max(segments, std::min(blocks, kCollectBlocks));
+  finish_kernel<T><<<blocks, kFinishThreads, 0, stream>>>(plan);
   return cudaGetLastError();
 }
 
 } // namespace
 
-int64_t select_candidates_state(const SelectCandidates& args) {
-  return args.num_images * args.levels.count * kStateSize;
+int64_t select_candidates_memory(const SelectCandidates& args) {
+  Plan plan;
+  bool fits = make_plan(args, &plan) == cudaSuccess;
+  return fits ? count_keys(plan) + divide_up(count_bytes(plan), int64_t(sizeof(uint64_t))) : 0;
 }
 
 cudaError_t launch_select_candidates(
-    const SelectCandidates& args, unsigned* state, cudaStream_t stream) {
+    const SelectCandidates& args, uint64_t* memory, cudaStream_t stream) {
   Plan plan;
-  cudaError_t error = make_plan(args, state, &plan);
-  int64_t words = select_candidates_state(args);
-  if (error != cudaSuccess || words == 0) {
+  cudaError_t error = make_plan(args, &plan);
+  if (error != cudaSuccess || plan.num_segments == 0) {
     return error;
   }
-  error = cudaMemsetAsync(state, 0, size_t(words) * sizeof(unsigned), stream);
+  plan.keys = memory;
+  plan.states = reinterpret_cast<State*>(memory + count_keys(plan));
+  plan.overflowed = reinterpret_cast<unsigned*>(plan.states + plan.num_segments);
+  error = cudaMemsetAsync(plan.states, 0, size_t(count_bytes(plan)), stream);
   if (error != cudaSuccess) {
     return error;
   }

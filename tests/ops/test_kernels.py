@@ -145,6 +145,12 @@ def test_candidates_that_fill_their_lists_or_do_not(kind, topk, threshold):
     assert_has_the_bits_of_the_cpu(call)
 
 
+def test_candidates_of_full_lists_in_more_tiles_than_blocks_look_for_them():
+    """313 tiles of 512 points each; 264 blocks read them again."""
+    call = candidates_of("normal", [(400, 400)], 1, images=1, topk=60, score_threshold=0.0)
+    assert_has_the_bits_of_the_cpu(call)
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 80, 129, 300])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (24, 24)])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "unaligned"])
