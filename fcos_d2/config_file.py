@@ -36,8 +36,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     check_opts(opts)
     cfg = get_cfg()
     add_fcos_config(cfg)
-    if config_file in model_zoo.names() and not PathManager.exists(config_file):
-        config_file = model_zoo.get_config_file(config_file)
+    config_file = find_config(config_file)
     if is_lazy(config_file):
         check_config_file(config_file)
         with _config_errors(cfg, "on the command line"):
@@ -54,6 +53,12 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if cfg.MODEL.FCOS.NUM_CLASSES is None and names:
         cfg.MODEL.FCOS.NUM_CLASSES = count_classes(names[0])
     return resolve_convention(cfg)
+
+
+def find_config(path: str) -> str:
+    """``path``, or the file of the config in the model zoo that it names."""
+    is_name = path in model_zoo.names() and not PathManager.exists(path)
+    return model_zoo.get_config_file(path) if is_name else path
 
 
 def check_opts(opts: Sequence[object] | None) -> None:

@@ -1,5 +1,9 @@
 """Which weights a predictor takes, and what it does with pictures of odd shapes."""
 
+import re
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +11,10 @@ from torch import nn
 
 from fcos_d2 import predictor
 from fcos_d2.errors import InputError
-from fcos_d2.predictor import Predictor
+from fcos_d2.predictor import Prediction, Predictor
 
 from .modeling.tiny import tiny_cfg, tiny_fcos
+from .tiny_training import ROOT
 
 
 @pytest.fixture
@@ -89,3 +94,35 @@ def test_picture_of_a_single_row_is_a_picture(shape):
     with pytest.raises(StopIteration):
         Predictor(model, (40, 60), "RGB", 0.5)(np.zeros((*shape, 3), np.uint8))
     assert sorted(model.seen) == [1, 3, 60]
+
+
+@pytest.fixture
+def prediction():
+    image, boxes = np.zeros((48, 64, 3), np.uint8), np.array([[1, 2, 11, 22]], np.float32)
+    return Prediction(image, boxes, np.array([0.5]), np.array([1]), ["cat"], [17])
+
+
+def test_supervision_gets_boxes_scores_and_names(prediction, monkeypatch):
+    with pytest.raises(InputError, match="pip install supervision"):
+        monkeypatch.setitem(sys.modules, "supervision", None)
+        prediction.to_supervision()
+    module = SimpleNamespace(Detections=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "supervision", module)
+    found = prediction.to_supervision()
+    assert found.xyxy is prediction.boxes and found.confidence is prediction.scores
+    assert found.class_id.tolist() == [1] and found.data["class_name"].tolist() == ["cat"]
+
+
+def test_adapter_of_the_documentation_detects_slices_with_sahi(prediction):
+    sliced = pytest.importorskip("sahi.predict").get_sliced_prediction
+    text = (ROOT / "docs" / "inference.md").read_text()
+    space: dict = {}
+    exec(re.search(r"(?s)```python\n(from sahi.*?)\n\n\npredictor =", text)[1], space)
+    model = SimpleNamespace(class_names=["dog", "cat"])
+    adapter = space["FCOSForSahi"](model=model)
+    adapter.model = lambda image: prediction
+    none = {"overlap_height_ratio": 0, "overlap_width_ratio": 0, "perform_standard_pred": False}
+    result = sliced(np.zeros((48, 128, 3), np.uint8), adapter, 48, 64, **none)
+    boxes = sorted(one.bbox.to_xyxy() for one in result.object_prediction_list)
+    assert boxes == [[1, 2, 11, 22], [65, 2, 75, 22]]
+    assert result.object_prediction_list[0].category.name == "cat"

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import add_fcos_config
-from ..data import FCOSDatasetMapper, load_dataset, register_datasets
+from ..config_file import choose_device, read_cfg
+from ..data import FCOSDatasetMapper, load_dataset
 from ..data.images import read_image
-from ..errors import InputError, exit_status, one_line_cause
+from ..errors import InputError, exit_status
 from ..evaluation import Objects, ground_truth
 from ..evaluation.report import write_report
 from ..inference import accelerated, load_detector
@@ -37,9 +36,6 @@ from .arguments import parser_of
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3
-# What yacs and yaml raise for a file that is no config, and for keys or values of another version.
-CONFIG_ERRORS = (AssertionError, AttributeError, KeyError, OSError, RecursionError, TypeError)
-CONFIG_ERRORS += (ValueError, yaml.YAMLError)
 
 
 def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:
@@ -91,20 +87,10 @@ def _require(path: Path, what: str) -> Path:
 
 def _load_config(output_dir: Path) -> CfgNode:
     path = _require(output_dir / "config.yaml", "train first")
-    cfg = get_cfg()
-    add_fcos_config(cfg)
-    try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-    except CONFIG_ERRORS as error:
-        raise InputError(
-            f"{path} is not a config that train_net.py wrote from a YAML file of this version "
-            f"({one_line_cause(error)}); train again"
-        ) from error
-    register_datasets(cfg.DATASETS.REGISTER)
+    cfg = read_cfg(str(path))
+    choose_device(cfg)
     if not cfg.DATASETS.TEST:
         raise InputError(f"{path}: DATASETS.TEST is empty; set it to a data set with ground truth")
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -126,8 +112,6 @@ def _saved_detections(
             rows[row["image_id"]].append((box, number[row["category_id"]], row["score"]))
     except (KeyError, TypeError, ValueError):
         return None  # of another data set, or cut off
-    if sum(map(bool, rows.values())) < len(rows) / 2:
-        return None  # a data set may use the ids of another one, but hardly as many
     return {key: Objects(*_columns(value, 3)) for key, value in rows.items()}
 
 

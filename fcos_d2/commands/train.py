@@ -15,12 +15,14 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from ..config_file import find_config
 from ..engine import Trainer, is_lazy, run_lazy, run_script, setup_cfg
 from ..inference import evaluate
 
 
 def train(args: argparse.Namespace):
     """Trains, or with --eval-only evaluates; returns the results of the last evaluation."""
+    args.config_file = find_config(args.config_file)
     if is_lazy(args):
         return run_lazy(args)
     cfg = setup_cfg(args)

