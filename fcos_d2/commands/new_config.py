@@ -217,8 +217,7 @@ DATASETS:
 INPUT:
 {sizes}
   RANDOM_FLIP: "horizontal"  # "none" if left and right differ, as in text
-{model}
-{solver}
+{training}
   MAX_ITER: {iterations}  # every image {epochs:.0f} times, and at least 1500 iterations
   CHECKPOINT_PERIOD: {period}
 TEST: {{EVAL_PERIOD: {period}}}  # three evaluations
@@ -240,17 +239,19 @@ TILES = """\
   MIN_SIZE_TRAIN: [{size}]
   MAX_SIZE_TRAIN: {size}
   MIN_SIZE_TEST: 0  # no resizing"""
-PUBLISHED = """\
-  WEIGHTS: "{weights}"  # trained on COCO; the class layer is reinitialized"""
-RANDOM = """\
-  WEIGHTS: ""  # a small network for a CPU, trained from scratch"""
-GPU = """\
+FINE_TUNING = """\
+MODEL:
+  WEIGHTS: "{weights}"  # trained on COCO; the class layer is reinitialized
+{levels}
 SOLVER:
   IMS_PER_BATCH: {batch}  # for the memory of the GPU
   BASE_LR: {rate:.6g}  # 0.01 for 16 images
   STEPS: {steps}
   WARMUP_ITERS: 500"""
-CPU = """\
+FROM_SCRATCH = """\
+MODEL:
+  WEIGHTS: ""  # a small network for a CPU, trained from scratch
+{levels}
 SOLVER:
   IMS_PER_BATCH: {batch}
   BASE_LR: 0.0014  # AdamW, with a cosine schedule"""
@@ -308,12 +309,13 @@ def recipe(found: Fingerprint, has_gpu: bool) -> dict:
         "batch": batch,
         "rate": 0.01 * batch / 16,
         "steps": [iterations * 2 // 3, iterations * 8 // 9],
+        "weights": model_zoo.PREFIX + base,
+        "levels": _levels(found, has_gpu, found.short * scale, longest),
     }
     return {
         "base": base,
         "sizes": (TILES if is_tiled else SIZES).format(**values),
-        "model": _model(found, base, has_gpu, found.short * scale, longest),
-        "solver": (GPU if has_gpu else CPU).format(**values),
+        "training": (FINE_TUNING if has_gpu else FROM_SCRATCH).format(**values),
         "iterations": iterations,
         "epochs": iterations * batch / len(found.records),
         "period": max(1, iterations // 3),
@@ -327,20 +329,16 @@ def _gpu_batch() -> int:
     return int(np.clip(2 ** int(np.log2(max(memory / 2**31, 1))), 2, 16))
 
 
-def _model(found: Fingerprint, base: str, has_gpu: bool, size: float, longest: int) -> str:
+def _levels(found: Fingerprint, has_gpu: bool, size: float, longest: int) -> str:
     """Levels for the measured boxes; on a GPU those of the published weights if possible."""
     records = found.records[:: max(1, len(found.records) // SAMPLED)]
     samples = [sample_of(r, round(size), longest) for r in records]
     pyramid = suggest_pyramid(samples, found.small * size / found.short)
-    head, *keys = pyramid_keys(pyramid)
-    strides = ", ".join(map(str, pyramid.strides))
-    reason = f"  # Levels of strides {strides} fit the measured boxes."
+    _, *keys = pyramid_keys(pyramid)
+    reason = f"  # Levels of strides {', '.join(map(str, pyramid.strides))} fit the measured boxes."
     if has_gpu and pyramid.strides[0] >= 8:
         reason, keys = "  # The levels P3 to P7 of the weights fit the measured boxes.", ["  FCOS:"]
-    at = keys.index("  FCOS:") + 1
-    weights = PUBLISHED.format(weights=model_zoo.PREFIX + base) if has_gpu else RANDOM
-    classes = "    NUM_CLASSES: null  # as many as in the data"
-    return "\n".join([head, weights, reason, *keys[:at], classes, *keys[at:]])
+    return "\n".join([reason, *keys, "    NUM_CLASSES: null  # as many as in the data"])
 
 
 # ---- the file ----
