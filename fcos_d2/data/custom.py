@@ -139,13 +139,10 @@ def read_sources(name: str, entry: Mapping) -> list[Source]:
     if kind == "json" and not any(os.path.isdir(expand(path)) for path in _listed(entry[kind])):
         return _read_sources(kind, entry)
     path = Path(_scratch().name, f"{name}.json")
-    key = json.dumps({**entry, "cwd": os.getcwd()}, sort_keys=True, default=str)
     if path.is_file():
-        known, sources = json.loads(path.read_text())
-        if known == key:
-            return [Source(*source) for source in sources]
+        return [Source(*source) for source in json.loads(path.read_text())]
     sources = _read_sources(kind, entry)
-    path.write_text(json.dumps([key, sources]))
+    path.write_text(json.dumps(sources))
     return sources
 
 
