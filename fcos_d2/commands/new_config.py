@@ -17,8 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,146 +29,17 @@ from ..config_file import read_cfg
 from ..data import register_datasets
 from ..data.catalog import review_dataset
 from ..data.custom import photo, share
-from ..data.formats import (
-    kind_of,
-    read_json,
-    read_xml,
-    read_yaml,
-    to_coco,
-    yolo_splits,
-)
-from ..data.image_files import locate_images
-from ..data.images import is_image
+from ..data.formats.folders import recognize
 from ..data.inspection import inspect_dataset
 from ..data.level_fit import pyramid_keys, sample_of, suggest_pyramid
 from ..data.records import boxes_of
 from ..errors import InputError, exit_status
 from .arguments import parser_of
 
-DEPTH = 4  # folders below FOLDER that are looked into
-SPLITS = {"train": r"train(ing)?", "val": r"val(id|idation)?|dev", "test": r"test(ing)?"}
 VALIDATION = 0.2  # share of the images
 SLACK = 0.25  # by which the share of a class may differ from that
 SHOWN = 8  # class names
 SAMPLED = 2000  # images whose boxes are measured
-IMAGES_FOR_PATHS = 50  # that are looked for to find the folder of images
-
-# ---- what is in a folder ----
-
-
-def recognize(folder: Path) -> dict[str, dict]:
-    """DATASETS.REGISTER entries by "train", "val", "test", "trainval", or "all".
-
-    Raises:
-        InputError: there is nothing that is known.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the one with images and annotations")
-    files = list(_files(folder))
-    found = _find_yolo(files) or _find_xml(folder, files) or _find_json(folder, files)
-    if found:
-        return found
-    kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
-    looks = [f"{path}: {kind_of(read_json(path))}" for path in files if path.suffix == ".json"][:3]
-    raise InputError(
-        f"{folder} contains no annotations of a known format, but {len(files)} files ("
-        f"{', '.join(f'{count} {suffix}' for suffix, count in kinds)}); {'; '.join(looks)}"
-    )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        is_deep = len(Path(parent).relative_to(folder).parts) >= DEPTH
-        folders[:] = [] if is_deep else sorted(name for name in folders if name[0] != ".")
-        yield from (Path(parent, name) for name in sorted(names) if name[0] != ".")
-
-
-def _split_of(path: Path, folder: Path) -> str:
-    """The last split that is named in a path; "all" if there is none."""
-    words = "/".join(path.relative_to(folder).parts).lower()
-    found = [
-        (match.start(), split)
-        for split, pattern in SPLITS.items()
-        for match in re.finditer(rf"(?<![a-z])({pattern})(?![a-z])", words)
-    ]
-    return max(found)[1] if found else "all"
-
-
-def _find_yolo(files: Sequence[Path]) -> dict[str, dict]:
-    for path in files:
-        if path.suffix in (".yaml", ".yml") and "names" in (_parsed(read_yaml, path) or ()):
-            return {split: {"yolo": str(path), "split": split} for split in yolo_splits(path)}
-    for path in files:
-        if path.name in ("classes.txt", "obj.names"):
-            is_beside = path.parent.name.lower() == "labels"
-            return {"all": {"yolo": str(path.parent.parent if is_beside else path.parent)}}
-    return {}
-
-
-def _parsed(read: Callable, path: Path):
-    """The content of a file; None if it cannot be read."""
-    try:
-        return read(path)
-    except InputError:
-        return None
-
-
-def _find_xml(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
-    kinds: dict[str, dict[Path, Path]] = {"annotation": {}, "annotations": {}}
-    for path in files:
-        if path.suffix.lower() == ".xml" and path.parent not in kinds["annotation"]:
-            root = _parsed(read_xml, path)
-            if root is not None and root.tag in kinds:
-                kinds[root.tag].setdefault(path.parent, path)
-    entries: dict[str, dict] = {}
-    for path in kinds["annotations"].values():
-        images = _images_of(path.parent, folder, [])
-        entries[_split_of(path, folder)] = {"cvat": str(path), "images": images}
-    for xml in kinds["annotation"]:
-        lists = [p for p in files if p.parent.name == "Main" and p.parent.parents[1] == xml.parent]
-        root = xml if any(map(is_image, xml.iterdir())) else xml.parent
-        for path in lists:
-            if path.stem in (*SPLITS, "trainval"):
-                entries[path.stem] = {"voc": str(root), "split": path.stem}
-        if not lists:
-            entries[_split_of(xml, folder)] = {"voc": str(root)}
-    return entries
-
-
-def _find_json(folder: Path, files: Sequence[Path]) -> dict[str, dict]:
-    """Entries by split; of COCO's own files the instances, and clean files instead of originals."""
-    paths = [p for p in files if p.suffix == ".json" or p.name.endswith(".json.gz")]
-    paths = [p for p in paths if p.with_name(f"{p.stem}_clean.json") not in paths]
-    if instances := [p for p in paths if p.name.startswith("instances_")]:
-        paths = instances
-    entries: dict[str, dict[str, list[str]]] = {}
-    for path in paths:
-        content = read_json(path)
-        coco = to_coco(content)
-        if coco is None:
-            continue
-        # LabelMe writes one file for each image; the folder stands for them.
-        place = str(path.parent if kind_of(content) == "LabelMe" else path)
-        entry = entries.setdefault(_split_of(path, folder), {"json": [], "images": []})
-        if place not in entry["json"]:
-            images = [i.get("file_name") for i in coco.get("images", ()) if isinstance(i, dict)]
-            names = [name for name in images if isinstance(name, str)][:IMAGES_FOR_PATHS]
-            entry["json"].append(place)
-            entry["images"].append(_images_of(path.parent, folder, names))
-    single = {s: {k: v[0] for k, v in e.items()} for s, e in entries.items() if len(e["json"]) == 1}
-    return {**entries, **single}
-
-
-def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
-    """The folder to which names are relative; if unknown, a folder called images, or FOLDER."""
-    usual = [beside / "images", folder / "images"]
-    near = [path for path in sorted(folder.rglob("*")) if path.is_dir()][:200]
-    candidates = [path for path in (beside, *usual, *near, folder) if path.is_dir()]
-    exact = (c for c in candidates if all((c / name).is_file() for name in names))
-    moved = (c for c in candidates if not locate_images(str(c), names).missing)
-    found = chain(exact, moved) if names else (path for path in usual if path.is_dir())
-    return str(next(found, folder))
-
 
 # ---- a validation set ----
 

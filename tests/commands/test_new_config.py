@@ -197,6 +197,17 @@ def test_folder_becomes_a_config_that_loads(data, capsys, make):
     assert cfg.SOLVER.MAX_ITER == 1500 and cfg.OUTPUT_DIR == "output/mine"
 
 
+def test_group_that_roboflow_lists_as_a_class_is_none(data):
+    one_coco_file(data)
+    content = json.loads((data / "labels.json").read_text())
+    group = {"id": 0, "name": "letters", "supercategory": "none"}
+    named = [{**category, "supercategory": "letters"} for category in content["categories"]]
+    (data / "labels.json").write_text(json.dumps({**content, "categories": [group, *named]}))
+    assert write_config() == 0
+    assert read_cfg("mine.yaml").MODEL.FCOS.NUM_CLASSES == 3
+    assert class_names("mine_train") == class_names("mine_val") == ["a", "b", "c"]
+
+
 def test_cleaned_file_is_taken_for_its_original(data):
     one_coco_file(data)
     shutil.copy(data / "labels.json", data / "labels_clean.json")

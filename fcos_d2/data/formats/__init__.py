@@ -1,10 +1,10 @@
 """Annotation files of all kinds, read as they are into the form of a COCO file."""
 
 from .builder import Source
-from .files import read_json, read_text, read_xml, read_yaml
-from .json_files import kind_of, read_annotations, to_coco
+from .files import read_json, read_text
+from .json_files import kind_of, read_annotations
 from .xml_files import read_cvat, read_voc
-from .yolo import read_yolo, yolo_splits
+from .yolo import read_yolo
 
 __all__ = [
     "Source",
@@ -14,9 +14,5 @@ __all__ = [
     "read_json",
     "read_text",
     "read_voc",
-    "read_xml",
-    "read_yaml",
     "read_yolo",
-    "to_coco",
-    "yolo_splits",
 ]
