@@ -13,6 +13,7 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 
 from fcos_d2.engine import TrainLoader
+from fcos_d2.engine.loader import split_batch
 from fcos_d2.engine.rng import fork_rng, get_rng_state, set_rng_state
 from fcos_d2.errors import InputError
 
@@ -104,10 +105,14 @@ def test_another_number_of_processes_goes_on_with_the_next_image(as_process):
     assert seen + interleaved == list(islice(TrainingSampler(10, seed=5), 20))
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(as_process):
-    as_process(0, 2)
-    with pytest.raises(InputError, match="3 images .* cannot be divided among 2 processes"):
-        loader(batch_size=3)
+@pytest.mark.parametrize(
+    ("images", "accumulation", "processes"), [(3, 1, 2), (6, 4, 1), (6, 0, 1), (0, 1, 1)]
+)
+def test_images_that_cannot_be_divided_are_refused(as_process, images, accumulation, processes):
+    as_process(0, processes)
+    message = f"{images} images .* {processes} processes x {accumulation} .*GRADIENT_ACCUMULATION"
+    with pytest.raises(InputError, match=message):
+        split_batch(images, accumulation)
 
 
 def test_data_that_cannot_be_ordered_is_refused():
@@ -156,6 +161,7 @@ def test_workers_outlive_the_sigterm_of_a_run_that_finishes_its_iteration():
 
 FAILING = """
 from fcos_d2.engine import TrainLoader
+from fcos_d2.engine.loader import split_batch
 batches = iter(TrainLoader(
     [{}] * 9, mapper=dict, total_batch_size=1, aspect_ratio_grouping=False, num_workers=2
 ))

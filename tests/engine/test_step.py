@@ -7,7 +7,6 @@ from torch import nn
 
 from fcos_d2.engine import Trainer, step
 from fcos_d2.engine.hooks import build_ema
-from fcos_d2.engine.loader import split_batch
 from fcos_d2.engine.step import StepTrainer, amp_dtype
 from fcos_d2.errors import InputError
 
@@ -215,12 +214,6 @@ def test_accumulated_gradients_are_those_of_the_mean():
     assert total == pytest.approx(loss.item(), rel=1e-6)
     for ours, theirs in zip(trainer.model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize(("images", "accumulation"), [(6, 4), (6, 0), (0, 1)])
-def test_images_that_cannot_be_divided_are_refused(images, accumulation):
-    with pytest.raises(InputError, match=f"{images} images .*GRADIENT_ACCUMULATION"):
-        split_batch(images, accumulation)
 
 
 # ---- mixed precision ----
