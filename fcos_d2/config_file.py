@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +16,7 @@ from .checkpoint.reading import check_url
 from .config import add_fcos_config, resolve_convention
 from .config_values import check_values
 from .data import count_classes, register_datasets
-from .errors import InputError, one_line_cause
+from .errors import InputError, one_line_cause, suggest
 from .lazy_config import cfg_of_lazy, is_lazy
 
 
@@ -130,10 +129,8 @@ def _suggest_key(cfg: CfgNode, key: str) -> str:
     last = key.rpartition(".")[2]
     # The same name in another section is a more likely mistake than a similar section name.
     moved = [name for name in known if name.rpartition(".")[2] == last]
-    close = [*moved, *difflib.get_close_matches(key, known, n=3, cutoff=0.75)]
-    if close:
-        return f"did you mean {' or '.join(list(dict.fromkeys(close))[:3])}?"
-    return "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
+    lists = "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
+    return suggest(key, known, lists, moved)
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import reduce
 
 import numpy as np
@@ -11,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, suggest
 from .modeling.backbone import ADELAIDET_NAMES
 
 _NORMS = ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -73,10 +72,7 @@ def check_values(cfg: CfgNode) -> None:
     for key, known in choices.items():
         value = value_of[key]
         if value not in known:
-            close = difflib.get_close_matches(str(value), map(str, known), n=1, cutoff=0.7)
-            advice = (
-                f"did you mean {close[0]}?" if close else f"set it to {known[0]!r}, for example"
-            )
+            advice = suggest(str(value), map(str, known), f"for example {known[0]!r}")
             names = ", ".join(map(repr, known))
             raise InputError(f"{key} must be one of {names}, got {value!r}; {advice}")
     for key, low in AT_LEAST.items():

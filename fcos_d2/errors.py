@@ -1,8 +1,9 @@
 """The one exception that means "the input is wrong, and here is what to do about it"."""
 
+import difflib
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 LONGEST = 200  # characters of a value in a message
 
@@ -25,6 +26,19 @@ def exit_status(script: Callable[..., int | None], *arguments) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def suggest(name: str, known: Iterable[str], otherwise: str, first: Iterable[str] = ()) -> str:
+    """Advice about an unknown name: up to three others, or ``otherwise`` if none is similar.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+        otherwise: the advice without similar names.
+        first: names that are meant more likely than similar ones.
+    """
+    close = list(first)[:3] or difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def one_line_cause(error: BaseException) -> str:

@@ -8,7 +8,6 @@ published weights. Nothing is downloaded before weights are asked for; files sta
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, file_lock, get_cache_dir
 
-from .errors import InputError, one_line_cause
+from .errors import InputError, one_line_cause, suggest
 
 PREFIX = "zoo://"
 CONFIGS = Path(__file__).parent / "configs"
@@ -168,9 +167,8 @@ def _weights(name: str) -> Weights:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close = [k for k in known if k.rpartition("/")[2] == name] or close
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+    elsewhere = [other for other in known if other.rpartition("/")[2] == name]
+    return suggest(name, known, f"there are {', '.join(known)}", elsewhere)
 
 
 # ---- downloads ----

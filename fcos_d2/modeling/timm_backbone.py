@@ -6,7 +6,6 @@ res2 has stride 4, res3 8, res4 16 and res5 32.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ..errors import InputError, one_line_cause
+from ..errors import InputError, one_line_cause, suggest
 from .backbone import build_fpn
 
 NORMS = ("", "FrozenBN", "SyncBN")
@@ -305,9 +304,8 @@ def import_timm() -> ModuleType:
 
 def _unknown_model(name: str, models: list[str]) -> str:
     # To "convnext" belongs any "convnext_...", however long its name is.
-    close = [model for model in models if name and model.startswith(name)][:3]
-    close = close or difflib.get_close_matches(name.partition(".")[0], models)
-    advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has all names"
+    longer = [model for model in models if name and model.startswith(name)]
+    advice = suggest(name.partition(".")[0], models, "timm.list_models() has all names", longer)
     return f"MODEL.TIMM.NAME: timm has no model {name!r}; {advice}"
 
 

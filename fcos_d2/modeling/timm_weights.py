@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 
 import torch
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, get_cache_dir
 
-from ..errors import InputError
+from ..errors import InputError, suggest
 from .timm_backbone import Blueprint, import_timm
 
 PREFIX = "timm://"
@@ -58,12 +57,9 @@ def _check_name(name: str) -> None:
     of_model = [weights for weights in known if weights.partition(".")[0] == model]
     if name in of_model or (of_model and name == model):  # a model's name means its best weights
         return
-    close = (of_model or difflib.get_close_matches(name, known))[:3]
-    advice = f"did you mean timm://{' or timm://'.join(close)}?" if close else ""
-    raise InputError(
-        f"MODEL.WEIGHTS {PREFIX}{name}: timm has no weights of this name; "
-        f"{advice or 'timm.list_pretrained() has all names'}"
-    )
+    known, of_model = ([PREFIX + weights for weights in names] for names in (known, of_model))
+    advice = suggest(path := PREFIX + name, known, "timm.list_pretrained() has all names", of_model)
+    raise InputError(f"MODEL.WEIGHTS {path}: timm has no weights of this name; {advice}")
 
 
 PathManager.register_handler(TimmWeights())

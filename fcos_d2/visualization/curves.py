@@ -32,30 +32,22 @@ class Series(NamedTuple):
 def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
     """Reads the ``metrics.json`` of a Detectron2 run: one JSON object per line.
 
-    A last line cut off by a crash is left out. Where a run was resumed from an earlier iteration,
-    what it had written beyond that iteration is forgotten.
+    A last line cut off by a crash is left out; of several values of one iteration the last counts.
 
     Raises:
         InputError: it is not readable, holds no measurement, or a line before the last is broken.
     """
-    measured: dict[str, list[tuple[int, float]]] = {}
+    measured: dict[str, dict[int, float]] = {}
     for row in _metric_rows(Path(path)):
         iteration = int(row.pop("iteration"))
-        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float))}
-        last = measured.get("total_loss")
-        resumed = "total_loss" in numbers and last and last[-1][0] >= iteration
-        for name in list(measured) if resumed else list(numbers):
-            points = measured.setdefault(name, [])
-            while points and points[-1][0] >= iteration:
-                points.pop()
-        for name, value in numbers.items():
-            measured.setdefault(name, []).append((iteration, value))
-    if not any(measured.values()):
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                measured.setdefault(name, {})[iteration] = float(value)
+    if not measured:
         raise InputError(f"{path} holds no measurement; train for more iterations first")
     return {
-        name: Series(*(np.array(column) for column in zip(*points, strict=True)))
+        name: Series(*map(np.array, zip(*sorted(points.items()), strict=True)))
         for name, points in measured.items()
-        if points
     }
 
 

@@ -60,16 +60,6 @@ def test_missing_file_is_named():
         read_metrics("nowhere/metrics.json")
 
 
-def test_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
-    rows = [{"iteration": i, "total_loss": 9.0} for i in (20, 40, 60, 80)]
-    rows.insert(3, {"iteration": 70, "bbox/AP": 50.0})
-    rows += [{"iteration": i, "total_loss": 1.0} for i in (50, 70)]
-    metrics = read_metrics(write_metrics(tmp_path / "metrics.json", rows))
-    assert metrics["total_loss"].iterations.tolist() == [20, 40, 50, 70]
-    assert metrics["total_loss"].values.tolist() == [9, 9, 1, 1]
-    assert len(metrics.get("bbox/AP", ((),))[0]) == 0, "an AP of the forgotten part"
-
-
 def test_evaluation_repeated_at_one_iteration_counts_once(tmp_path):
     rows = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 9, "bbox/AP": 2.0}]
     assert read_metrics(write_metrics(tmp_path / "m", rows))["bbox/AP"].values.tolist() == [2.0]
