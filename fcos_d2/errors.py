@@ -1,9 +1,11 @@
 """The one exception that means "the input is wrong, and here is what to do about it"."""
 
 import difflib
+import importlib
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 LONGEST = 200  # characters of a value in a message
 
@@ -26,6 +28,21 @@ def exit_status(script: Callable[..., int | None], *arguments) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def import_optional(module: str, purpose: str, package: str | None = None) -> ModuleType:
+    """Imports what only ``purpose`` needs; ``package`` is its name for pip if that is another.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{purpose} needs {module}, which is not installed; install it with: pip install "
+            f"{package or module}"
+        ) from error
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str, first: Iterable[str] = ()) -> str:

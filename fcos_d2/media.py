@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
-from .errors import InputError
+from .errors import InputError, import_optional
 from .predictor import Prediction
 
 # What is written into a video file of each kind.
@@ -138,12 +138,7 @@ def import_opencv():
     Raises:
         InputError: it is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise InputError(
-            "videos and cameras need OpenCV; install it with: pip install opencv-python-headless"
-        ) from error
+    cv2 = import_optional("cv2", "reading or writing a video", "opencv-python-headless")
     # What cannot be read is named by us.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -19,9 +18,9 @@ from torch import nn
 
 from . import model_zoo
 from .config_file import choose_device, read_cfg
-from .data import class_names
+from .data import find_classes
 from .data.images import read_image, why_unreadable
-from .errors import InputError
+from .errors import InputError, import_optional
 from .evaluation import THRESHOLD_FILE, Thresholds, read_thresholds
 from .inference import accelerated, load_detector
 from .visualization.boxes import PANEL_SIDE, class_color, draw_boxes
@@ -80,13 +79,7 @@ class Prediction:
         Raises:
             InputError: supervision is not installed.
         """
-        try:
-            from supervision import Detections
-        except ImportError as error:
-            raise InputError(
-                "to_supervision needs supervision; install it with: pip install supervision"
-            ) from error
-        return Detections(
+        return import_optional("supervision", "to_supervision").Detections(
             xyxy=self.boxes,
             confidence=self.scores,
             class_id=self.classes,
@@ -153,7 +146,7 @@ class Predictor:
         weights = weights or _final_weights(cfg.OUTPUT_DIR)
         model = accelerated(cfg, load_detector(cfg, weights))
         measured = _measured(Path(weights).parent, num_classes)
-        dataset, names = _classes_of_data((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), num_classes)
+        dataset, names = find_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), num_classes)
         names = measured.class_names if measured else names
         if threshold is None:
             threshold = measured.scores if measured else 0.5
@@ -238,18 +231,6 @@ def _measured(folder: Path, num_classes: int) -> Thresholds | None:
             "the model again with train_net.py --eval-only, or remove the file"
         )
     return measured
-
-
-def _classes_of_data(
-    datasets: Sequence[str], num_classes: int
-) -> tuple[str | None, list[str] | None]:
-    """The first data set that is at hand and has as many classes, and their names."""
-    for dataset in datasets:
-        with contextlib.suppress(InputError):
-            names = class_names(dataset)
-            if names and len(names) == num_classes:
-                return dataset, names
-    return None, None
 
 
 def _category_ids(dataset: str | None) -> list[int] | None:

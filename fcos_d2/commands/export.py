@@ -14,7 +14,6 @@ what comes out.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config_file import choose_device, read_cfg
-from ..data import FCOSDatasetMapper, class_names, load_dataset
+from ..data import FCOSDatasetMapper, find_classes, load_dataset
 from ..errors import InputError, exit_status
 from ..export import (
     FORMATS,
@@ -82,15 +81,12 @@ def load_model(cfg: CfgNode) -> FCOS:
 
 def describe(cfg: CfgNode) -> dict[str, object]:
     """What a runner must know beside the graph: how to make its input, what its classes are."""
-    classes = None
-    for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
-        with contextlib.suppress(InputError):  # the data need not be there
-            classes = classes or class_names(name)
+    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     return {
         "channels": cfg.INPUT.FORMAT,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "classes": classes,
+        "classes": find_classes(datasets, cfg.MODEL.FCOS.NUM_CLASSES)[1],
     }
 
 

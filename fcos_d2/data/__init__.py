@@ -8,7 +8,13 @@ from .catalog import (
     register_datasets,
     register_digits,
 )
-from .classes import check_class_order, check_num_classes, class_names, count_classes
+from .classes import (
+    check_class_order,
+    check_num_classes,
+    class_names,
+    count_classes,
+    find_classes,
+)
 from .mapper import FCOSDatasetMapper
 from .records import is_flat
 
@@ -20,6 +26,7 @@ __all__ = [
     "class_names",
     "coco_content",
     "count_classes",
+    "find_classes",
     "is_flat",
     "load_dataset",
     "prepare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -50,6 +51,16 @@ def check_class_order(trained: Sequence[str], name: str) -> None:
                 f"{format_value(list(ours))} in DATASETS.REGISTER.{name}, and rename those that "
                 "have other names"
             )
+
+
+def find_classes(datasets: Sequence[str], num_classes: int) -> tuple[str | None, list[str] | None]:
+    """The first dataset that is available and has ``num_classes`` classes, and their names."""
+    for dataset in datasets:
+        with contextlib.suppress(InputError):
+            names = class_names(dataset)
+            if names and len(names) == num_classes:
+                return dataset, names
+    return None, None
 
 
 def count_classes(name: str) -> int | None:

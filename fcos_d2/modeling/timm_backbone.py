@@ -18,7 +18,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ..errors import InputError, one_line_cause, suggest
+from ..errors import InputError, import_optional, one_line_cause, suggest
 from .backbone import build_fpn
 
 NORMS = ("", "FrozenBN", "SyncBN")
@@ -292,14 +292,7 @@ def import_timm() -> ModuleType:
     Raises:
         InputError: it is not installed.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(
-            "the backbone of MODEL.TIMM needs timm, which is not installed; install it with: "
-            "pip install timm"
-        ) from error
-    return timm
+    return import_optional("timm", "the backbone of MODEL.TIMM")
 
 
 def _unknown_model(name: str, models: list[str]) -> str:

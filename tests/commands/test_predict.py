@@ -305,11 +305,6 @@ def test_what_makes_everything_impossible_is_one_line(
     assert status == 2 and last.startswith("error: ") and message in last
 
 
-def test_untrained_folder_says_how_to_get_weights(fcos_d2, photos, tmp_path):
-    status, _, err = fcos_d2(photos, "--output", tmp_path / "x", "--opts", "OUTPUT_DIR", tmp_path)
-    assert status == 2 and "train first, or pass --weights FILE" in err
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

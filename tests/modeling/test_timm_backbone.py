@@ -1,7 +1,7 @@
 """TimmBackbone: shapes and names of feature maps, what trains, and what is refused."""
 
-import builtins
 import logging
+import sys
 
 import pytest
 import timm
@@ -203,14 +203,9 @@ def test_what_cannot_be_is_refused_with_the_next_thing_to_do(name, options, mess
 
 
 def test_missing_timm_is_named_with_the_command_that_installs_it(monkeypatch):
-    def without_timm(name, *rest, real=builtins.__import__, **options):
-        if name == "timm":
-            raise ImportError(name)
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="not installed; install it with: pip install timm"):
-        TimmBackbone("test_resnet")
+        TimmBackbone("resnet18")
 
 
 # ---- timm://NAME ----
