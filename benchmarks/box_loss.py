@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from fcos_d2.ops import assign_targets, box_loss, sigmoid_focal_loss
+from fcos_d2.ops import assign_targets
+from fcos_d2.ops.fcos_loss import fcos_loss
 
 from .measure import Row, compare, graph_of
 from .peers import needs
@@ -21,6 +22,11 @@ from .workload import (
     size_in_bytes,
 )
 
+OPTIONS = dict(
+    cls_weight=1.0, alpha=0.25, gamma=2.0, save_gradient=True,
+    loss_type="giou", quality_type="centerness", weight_by_centerness=True, smoothing=0.0,
+)  # fmt: skip
+
 
 def run(images: int, device: torch.device) -> list[Row]:
     """100 objects per image; float32 and bfloat16."""
@@ -34,13 +40,11 @@ def losses_of(batch: Batch) -> Callable:
     def run():
         truth = (batch.boxes, batch.classes, batch.offsets)
         targets = assign_targets(*truth, LEVELS, RANGES, num_classes=CLASSES)
-        positives = targets.totals[0].clamp(min=1)
-        cls = sigmoid_focal_loss(
-            batch.logits, targets.labels, scale=1 / positives, save_gradient=True
-        )
-        box, quality = box_loss(batch.ltrb, batch.quality, targets)
-        total = cls + quality / positives + box / targets.totals[1].clamp(min=1e-6)
-        return torch.autograd.grad(total, maps)
+        positives, centerness = targets.totals.unbind()
+        normalizers = (positives, 1.0), (centerness, 1e-6), (positives, 1.0)
+        predictions = batch.logits, batch.ltrb, batch.quality
+        cls, box, quality = fcos_loss(*predictions, targets, normalizers, **OPTIONS)
+        return torch.autograd.grad(cls + box + quality, maps)
 
     return run
 

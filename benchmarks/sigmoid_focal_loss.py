@@ -48,8 +48,10 @@ def _handing_on(logits, labels):
     """The backward pass after ``save_gradient``, if the incoming gradient is 1."""
     one = torch.ones((), device=labels.device)
     gradient = [torch.empty_like(x) for x in logits]
-    arguments = (gradient, one, [x.detach() for x in logits], labels, one, 0.25, 2.0)
-    return lambda: torch.ops.fcos_d2.sigmoid_focal_loss_correct_gradient(*arguments)
+    maps = [x.detach() for x in logits], [], []
+    rule = 0.25, 2.0, "giou", "centerness", False, []
+    arguments = (gradient, [one], *maps, [labels], [one], [1.0], [1.0], *rule, True)
+    return lambda: torch.ops.fcos_d2.fcos_loss_gradient(*arguments)
 
 
 def _peers(device):

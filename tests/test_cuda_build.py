@@ -115,7 +115,6 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
 # Registers that a kernel may use: 64 let 1024 threads share a multiprocessor.
 BUDGETS = {
     "assign_kernel": 40,
-    "sums_kernel": 40,
     "flat_kernel": 48,
     "finish_kernel": 128,  # a block for each level of an image: fewer than multiprocessors
 }  # all others:
@@ -239,8 +238,8 @@ def shortest_turn(loop: list[Instruction]) -> list[Instruction]:
 )
 def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
     """2 special functions and few instructions per element; 16-byte accesses, two under way."""
-    kernel = f"focal_kernelI{dtype}Li2ELb{loss:d}ELb{grad:d}E"
-    code = disassemble(hopper[0] / "sigmoid_focal_loss.o", kernel)
+    kernel = f"loss_kernelI{dtype}Li2ELb{loss:d}ELb{grad:d}E"
+    code = disassemble(hopper[0] / "fcos_loss.o", kernel)
     path = shortest_turn(loop_with_most_wide_loads(code))
     texts = [instruction.text for instruction in path]
     elements = 2 * 8  # rows of a turn, elements of a row

@@ -161,4 +161,4 @@ def test_source_distribution_made_without_cuda_has_its_kernels(tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {Path(name).name for name in tar.getnames()}
-    assert {"sigmoid_focal_loss.cu", "block.h", "cuda.cpp"} <= names, done.stderr
+    assert {"fcos_loss.cu", "block.h", "cuda.cpp"} <= names, done.stderr

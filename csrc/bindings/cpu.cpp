@@ -46,16 +46,31 @@ struct Cpu {
     cpu::assign_targets(args, parallel_for);
   }
 
+  void run(const Losses& args) {
+    const LossScale &focal = args.focal.scale, &box = args.box.box_scale;
+    const LossScale& quality = args.box.quality_scale;
+    bool is_double = args.focal.dtype == DType::kDouble || args.box.dtype == DType::kDouble;
+    if (args.is_saved && (is_double ? all_upstream_are_one<double>(focal, box, quality)
+                                    : all_upstream_are_one<float>(focal, box, quality))) {
+      return; // the gradients are right already
+    }
+    if (args.focal.logits.num_levels > 0) {
+      run(args.focal);
+    }
+    if (args.box.ltrb.num_levels > 0 && args.wants_loss) {
+      cpu::box_loss(args.box, parallel_for);
+    }
+    if (args.box.ltrb.num_levels > 0 && args.wants_gradient) {
+      cpu::box_loss_backward(args.box, parallel_for);
+    }
+  }
+
   void run(const FocalLoss& args) {
     STD_TORCH_CHECK(
         all_within(args.labels, args.num_images * args.num_points, -1, args.num_classes),
         "sigmoid_focal_loss: labels must lie in [-1, ", args.num_classes, "]: -1 is ignored, ",
         args.num_classes, " is background");
     cpu::sigmoid_focal_loss(args, parallel_for);
-  }
-
-  void run(const BoxLossArgs& args) {
-    args.box_loss ? cpu::box_loss(args, parallel_for) : cpu::box_loss_backward(args, parallel_for);
   }
 
   void run(const SelectCandidates& args) { cpu::select_candidates(args, parallel_for); }

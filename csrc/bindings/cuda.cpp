@@ -70,22 +70,10 @@ struct Cuda {
     check(cuda::launch_assign_targets(args, state, stream));
   }
 
-  void run(const FocalLoss& args) {
-    Tensor memory;
-    double* partials = nullptr;
-    if (args.loss != nullptr) {
-      memory = output(tensor, {std::max<int64_t>(cuda::focal_loss_partials(args), 0)}, partials);
-    }
-    check(cuda::launch_sigmoid_focal_loss(args, partials, stream));
-  }
-
-  void run(const BoxLossArgs& args) {
-    if (args.box_loss == nullptr) {
-      return check(cuda::launch_box_loss_backward(args, stream));
-    }
+  void run(const Losses& args) {
     double* partials;
-    Tensor memory = output(tensor, {2, cuda::box_loss_partials(args)}, partials);
-    check(cuda::launch_box_loss(args, partials, stream));
+    Tensor memory = output(tensor, {cuda::fcos_loss_partials(args)}, partials);
+    check(cuda::launch_fcos_loss(args, partials, stream));
   }
 
   void run(const SelectCandidates& args) {

@@ -1,4 +1,5 @@
-// Lists of maps [B, C, H, W] as torch has them, read and written where they lie.
+// Tensors as torch has them, for kernels that read and write them where they lie; above all lists of
+// maps [B, C, H, W].
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,6 +19,8 @@ namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
 
 inline DType dtype_of(const Tensor& map) {
   constexpr ScalarType kTypes[] = {
@@ -47,6 +51,35 @@ inline void check_device(
       " is on another");
 }
 
+// An input, contiguous; `data` says where it lies.
+template <class T>
+Tensor input(
+    const char* op, const char* name, const Tensor& given, const Tensor& first, const T*& data) {
+  check_device(op, name, given, first);
+  Tensor tensor = torch::stable::contiguous(given);
+  data = tensor.const_data_ptr<T>();
+  return tensor;
+}
+
+// An output beside `like`; `data` says where it lies.
+template <class T>
+Tensor output(const Tensor& like, Integers sizes, T*& data) {
+  auto dtype = torch::headeronly::CppTypeToScalarType<T>::value;
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  data = tensor.template mutable_data_ptr<T>();
+  return tensor;
+}
+
+// The value of enumeration `Choice` that `name` is the name of.
+template <class Choice>
+Choice choose(
+    const char* op, const char* what, const std::string& name,
+    std::initializer_list<const char*> names) {
+  auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), op, ": unknown ", what, " ", name);
+  return Choice(found - names.begin());
+}
+
 // Whether the points of a map lie at equal distances: NCHW, channels_last, and more.
 inline bool has_point_stride(const Tensor& map) {
   return map.size(2) <= 1 || map.size(3) <= 1 || map.stride(2) == map.size(3) * map.stride(3);
@@ -72,6 +105,8 @@ class TensorMaps {
       read_.push_back(in_place ? map : torch::stable::contiguous(map));
     }
   }
+
+  size_t size() const { return given_.size(); }
 
   // Takes tensors for the gradients, or makes some of the layout of torch.empty_like.
   void write_to(Tensors grads = {}) {

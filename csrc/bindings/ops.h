@@ -12,47 +12,9 @@
 #include <string>
 #include <tuple>
 
-#include "maps.h"
+#include "losses.h"
 
 namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
-
-using Integers = std::vector<int64_t>;
-using Numbers = std::vector<double>;
-
-// An input, contiguous; `data` says where it lies.
-template <class T>
-Tensor input(
-    const char* op, const char* name, const Tensor& given, const Tensor& first, const T*& data) {
-  check_device(op, name, given, first);
-  Tensor tensor = torch::stable::contiguous(given);
-  data = tensor.const_data_ptr<T>();
-  return tensor;
-}
-
-// An output beside `like`; `data` says where it lies.
-template <class T>
-Tensor output(const Tensor& like, Integers sizes, T*& data) {
-  auto dtype = torch::headeronly::CppTypeToScalarType<T>::value;
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  data = tensor.template mutable_data_ptr<T>();
-  return tensor;
-}
-
-// A loss of maps, of their precision.
-inline Tensor loss_of(const Tensor& map, void*& data) {
-  Tensor loss = torch::stable::new_empty(map, {}, loss_dtype(map));
-  data = loss.mutable_data_ptr();
-  return loss;
-}
-
-// A kernel reads the gradient of a loss where it lies, so it must be what the loss was.
-inline const void* number(const char* op, const char* name, const Tensor& grad, const Tensor& map) {
-  check_device(op, name, grad, map);
-  STD_TORCH_CHECK(
-      grad.numel() == 1 && grad.scalar_type() == loss_dtype(map), op, ": ", name,
-      " must be one number of the dtype of the loss");
-  return grad.const_data_ptr();
-}
 
 inline Levels make_levels(
     const char* op, const Integers& shapes, const Integers& strides, const Integers& pitches,
@@ -73,19 +35,8 @@ inline Levels make_levels(
   return levels;
 }
 
-// The value of enumeration `Choice` that `name` is the name of.
-template <class Choice>
-Choice choose(
-    const char* op, const char* what, const std::string& name,
-    std::initializer_list<const char*> names) {
-  auto found = std::find(names.begin(), names.end(), name);
-  STD_TORCH_CHECK(found != names.end(), op, ": unknown ", what, " ", name);
-  return Choice(found - names.begin());
-}
-
 // A `Device` makes the device of a tensor the current one for as long as it lives. run(args) runs the
-// kernels of an op: those of a loss, or of its gradients where `args` has no place for the loss.
-// can_walk() says which maps they take as they lie.
+// kernels of an op. can_walk() says which maps they take as they lie.
 template <class Device>
 class Ops {
  public:
@@ -118,39 +69,32 @@ class Ops {
 
   static Tensor sigmoid_focal_loss(
       Tensors logits, const Tensor& labels, double alpha, double gamma) {
-    Tensor loss;
-    focal("sigmoid_focal_loss", logits, labels, alpha, gamma, &loss, nullptr);
-    return loss;
+    LossTensors<Device> tensors("sigmoid_focal_loss");
+    tensors.take_logits(logits, labels, alpha, gamma);
+    Tensors losses = tensors.losses();
+    tensors.run();
+    return losses[0];
   }
 
   static Tensors sigmoid_focal_loss_backward(
       const Tensor& grad, Tensors logits, const Tensor& labels, double alpha, double gamma) {
-    return focal("sigmoid_focal_loss_backward", logits, labels, alpha, gamma, nullptr, &grad);
-  }
-
-  static std::tuple<Tensor, Tensors> sigmoid_focal_loss_with_gradient(
-      Tensors logits, const Tensor& labels, const Tensor& scale, double alpha, double gamma) {
-    Tensor loss;
-    Tensors grads =
-        focal("sigmoid_focal_loss_with_gradient", logits, labels, alpha, gamma, &loss, &scale);
-    return {loss, grads};
-  }
-
-  static void sigmoid_focal_loss_correct_gradient(
-      Tensors gradient, const Tensor& factor, Tensors logits, const Tensor& labels,
-      const Tensor& scale, double alpha, double gamma) {
-    const char* op = "sigmoid_focal_loss_correct_gradient";
-    focal(op, logits, labels, alpha, gamma, nullptr, &scale, &factor, gradient);
+    LossTensors<Device> tensors("sigmoid_focal_loss_backward");
+    tensors.take_logits(logits, labels, alpha, gamma);
+    tensors.multiply_gradient_by({grad});
+    tensors.write_gradient_to();
+    return tensors.run();
   }
 
   static std::tuple<Tensor, Tensor> box_loss(
       Tensors ltrb, Tensors quality, const Tensor& matched, const Tensor& target_ltrb,
       const Tensor& target_centerness, std::string loss_type, std::string quality_type,
       bool weight_by_centerness, Numbers smoothing) {
-    std::tuple<Tensor, Tensor> losses;
-    box("box_loss", ltrb, quality, matched, target_ltrb, target_centerness, loss_type, quality_type,
-        weight_by_centerness, smoothing, &losses, nullptr, nullptr);
-    return losses;
+    LossTensors<Device> tensors("box_loss");
+    BoxRule rule = {loss_type, quality_type, weight_by_centerness, smoothing};
+    tensors.take_boxes(ltrb, quality, matched, target_ltrb, target_centerness, rule);
+    Tensors losses = tensors.losses();
+    tensors.run();
+    return {losses[0], losses[1]};
   }
 
   static std::tuple<Tensors, Tensors> box_loss_backward(
@@ -158,9 +102,43 @@ class Ops {
       const Tensor& matched, const Tensor& target_ltrb, const Tensor& target_centerness,
       std::string loss_type, std::string quality_type, bool weight_by_centerness,
       Numbers smoothing) {
-    return box(
-        "box_loss_backward", ltrb, quality, matched, target_ltrb, target_centerness, loss_type,
-        quality_type, weight_by_centerness, smoothing, nullptr, &grad_box, &grad_quality);
+    LossTensors<Device> tensors("box_loss_backward");
+    BoxRule rule = {loss_type, quality_type, weight_by_centerness, smoothing};
+    tensors.take_boxes(ltrb, quality, matched, target_ltrb, target_centerness, rule);
+    tensors.multiply_gradient_by({grad_box, grad_quality});
+    tensors.write_gradient_to();
+    Tensors grads = tensors.run();
+    auto middle = grads.begin() + int64_t(ltrb.size());
+    return {Tensors(grads.begin(), middle), Tensors(middle, grads.end())};
+  }
+
+  static std::tuple<Tensors, Tensors> fcos_loss(
+      Tensors logits, Tensors ltrb, Tensors quality, Tensors targets, Tensors divisors,
+      Numbers weights, Numbers floors, double alpha, double gamma, std::string loss_type,
+      std::string quality_type, bool weight_by_centerness, Numbers smoothing, bool with_gradient) {
+    LossTensors<Device> tensors("fcos_loss");
+    BoxRule rule = {loss_type, quality_type, weight_by_centerness, smoothing};
+    take_all(tensors, logits, ltrb, quality, targets, alpha, gamma, rule);
+    tensors.scale_by(weights, divisors, floors);
+    if (with_gradient) {
+      tensors.write_gradient_to();
+    }
+    Tensors losses = tensors.losses();
+    return {losses, tensors.run()};
+  }
+
+  static void fcos_loss_gradient(
+      Tensors gradient, Tensors upstream, Tensors logits, Tensors ltrb, Tensors quality,
+      Tensors targets, Tensors divisors, Numbers weights, Numbers floors, double alpha,
+      double gamma, std::string loss_type, std::string quality_type, bool weight_by_centerness,
+      Numbers smoothing, bool is_saved) {
+    LossTensors<Device> tensors("fcos_loss_gradient");
+    BoxRule rule = {loss_type, quality_type, weight_by_centerness, smoothing};
+    take_all(tensors, logits, ltrb, quality, targets, alpha, gamma, rule);
+    tensors.scale_by(weights, divisors, floors);
+    tensors.multiply_gradient_by(upstream);
+    tensors.write_gradient_to(gradient, is_saved);
+    tensors.run();
   }
 
   static std::tuple<Tensor, Tensor, Tensor> select_candidates(
@@ -232,71 +210,24 @@ class Ops {
     m.impl("assign_targets", TORCH_BOX(&assign_targets));
     m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss));
     m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward));
-    m.impl("sigmoid_focal_loss_with_gradient", TORCH_BOX(&sigmoid_focal_loss_with_gradient));
-    m.impl("sigmoid_focal_loss_correct_gradient", TORCH_BOX(&sigmoid_focal_loss_correct_gradient));
     m.impl("box_loss", TORCH_BOX(&box_loss));
     m.impl("box_loss_backward", TORCH_BOX(&box_loss_backward));
+    m.impl("fcos_loss", TORCH_BOX(&fcos_loss));
+    m.impl("fcos_loss_gradient", TORCH_BOX(&fcos_loss_gradient));
     m.impl("select_candidates", TORCH_BOX(&select_candidates));
     m.impl("batched_nms", TORCH_BOX(&Device::batched_nms));
     m.impl("batched_nms_padded", TORCH_BOX(&batched_nms_padded));
   }
 
  private:
-  // The loss, its gradients or both; with a factor, `grads` hold those of before.
-  static Tensors focal(
-      const char* op, const Tensors& logits, const Tensor& given_labels, double alpha, double gamma,
-      Tensor* loss, const Tensor* grad, const Tensor* factor = nullptr, Tensors grads = {}) {
-    FocalLoss args{};
-    TensorMaps<Device> maps(op, "logits", logits, logits);
-    Tensor labels = input(op, "labels", given_labels, logits[0], args.labels);
-    args.dtype = dtype_of(logits[0]);
-    args.num_images = labels.size(0), args.num_points = labels.size(1);
-    args.num_classes = int(logits[0].size(1));
-    args.alpha = alpha, args.gamma = gamma;
-    if (loss) {
-      *loss = loss_of(logits[0], args.loss);
+  static void take_all(
+      LossTensors<Device>& tensors, const Tensors& logits, const Tensors& ltrb,
+      const Tensors& quality, const Tensors& targets, double alpha, double gamma,
+      const BoxRule& rule) {
+    tensors.take_logits(logits, targets[0], alpha, gamma);
+    if (!ltrb.empty()) {
+      tensors.take_boxes(ltrb, quality, targets[1], targets[2], targets[3], rule);
     }
-    if (grad) {
-      args.grad = number(op, "grad", *grad, logits[0]);
-      args.factor = factor ? number(op, "factor", *factor, logits[0]) : nullptr;
-      maps.write_to(std::move(grads));
-    }
-    args.logits = maps.describe();
-    Device(op, labels).run(args);
-    return maps.take_grads();
-  }
-
-  // The losses, or their gradients.
-  static std::tuple<Tensors, Tensors> box(
-      const char* op, const Tensors& ltrb, const Tensors& quality, const Tensor& given_matched,
-      const Tensor& given_ltrb, const Tensor& given_centerness, const std::string& loss_type,
-      const std::string& quality_type, bool weight_by_centerness, const Numbers& smoothing,
-      std::tuple<Tensor, Tensor>* losses, const Tensor* grad_box, const Tensor* grad_quality) {
-    BoxLossArgs args{};
-    TensorMaps<Device> boxes(op, "ltrb", ltrb, ltrb), qualities(op, "quality", quality, ltrb);
-    const Tensor& first = ltrb[0];
-    Tensor matched = input(op, "matched", given_matched, first, args.matched);
-    Tensor targets = input(op, "target_ltrb", given_ltrb, first, args.target_ltrb);
-    Tensor centerness =
-        input(op, "target_centerness", given_centerness, first, args.target_centerness);
-    args.dtype = dtype_of(first);
-    args.num_images = matched.size(0), args.num_points = matched.size(1);
-    args.loss_type =
-        choose<LossType>(op, "loss_type", loss_type, {"iou", "linear_iou", "giou", "diou", "ciou"});
-    args.quality_type =
-        choose<QualityType>(op, "quality_type", quality_type, {"centerness", "iou"});
-    args.weight_by_centerness = weight_by_centerness;
-    std::copy(smoothing.begin(), smoothing.end(), args.smoothing);
-    if (losses) {
-      *losses = {loss_of(first, args.box_loss), loss_of(first, args.quality_loss)};
-    } else {
-      args.grad_box = number(op, "grad_box", *grad_box, first);
-      args.grad_quality = number(op, "grad_quality", *grad_quality, first);
-      boxes.write_to(), qualities.write_to();
-    }
-    args.ltrb = boxes.describe(), args.quality = qualities.describe();
-    Device(op, first).run(args);
-    return {boxes.take_grads(), qualities.take_grads()};
   }
 };
 

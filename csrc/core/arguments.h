@@ -58,6 +58,33 @@ struct AssignTargets {
 
 // Losses and their incoming gradients are float, or double where the maps are.
 
+// What a loss is multiplied by, and its gradient beside `upstream`.
+struct LossScale {
+  double weight;
+  const void* divisor; // of the weight, where it is not less than `floor`; null for 1
+  double floor;
+  const void* upstream; // the incoming gradient; null for 1
+
+  template <class Real>
+  FCOS_HD Real of_loss() const {
+    Real d = divisor == nullptr ? Real(1) : *static_cast<const Real*>(divisor);
+    return Real(weight) / (divisor != nullptr && d < Real(floor) ? Real(floor) : d);
+  }
+  template <class Real>
+  FCOS_HD Real of_upstream() const {
+    return upstream == nullptr ? Real(1) : *static_cast<const Real*>(upstream);
+  }
+  template <class Real>
+  FCOS_HD Real of_gradient() const {
+    return of_loss<Real>() * of_upstream<Real>();
+  }
+};
+
+template <class Real>
+FCOS_HD bool all_upstream_are_one(const LossScale& a, const LossScale& b, const LossScale& c) {
+  return a.of_upstream<Real>() == 1 && b.of_upstream<Real>() == 1 && c.of_upstream<Real>() == 1;
+}
+
 struct FocalLoss {
   Maps logits; // C = K
   DType dtype;
@@ -66,13 +93,11 @@ struct FocalLoss {
   const int32_t* labels; // [B, P]
   double alpha;          // negative for no weights
   double gamma;
-  void* loss; // forward
-  // Gradients are multiplied by `grad`, and by `factor` if it is not null. A factor of 1 leaves them
-  // unchanged.
-  const void *grad, *factor;
+  LossScale scale;
+  void* loss;
 };
 
-struct BoxLossArgs {
+struct BoxLosses {
   Maps ltrb;    // C = 4
   Maps quality; // C = 1
   DType dtype;
@@ -84,8 +109,16 @@ struct BoxLossArgs {
   QualityType quality_type;
   bool weight_by_centerness;
   double smoothing[kMaxLevels];
-  void *box_loss, *quality_loss;       // forward
-  const void *grad_box, *grad_quality; // backward, of the two losses
+  LossScale box_scale, quality_scale;
+  void *box_loss, *quality_loss;
+};
+
+// All losses of a detector, either part of which may have no levels.
+struct Losses {
+  FocalLoss focal;
+  BoxLosses box;
+  bool wants_loss, wants_gradient;
+  bool is_saved; // the gradient is there, computed with all `upstream` 1
 };
 
 enum class ScoreRule { kSqrt, kProduct, kCls };

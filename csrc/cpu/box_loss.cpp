@@ -22,7 +22,7 @@ template <class Storage>
 using Compute = decltype(widen(Storage{}));
 
 template <class Storage>
-PointTerms<Compute<Storage>> terms(const BoxLossArgs& args, int l, int64_t image, int64_t point) {
+PointTerms<Compute<Storage>> terms(const BoxLosses& args, int l, int64_t image, int64_t point) {
   using T = Compute<Storage>;
   const Map& map = args.ltrb.level[l];
   auto side = [&](int c) {
@@ -56,7 +56,7 @@ struct Piece {
   int64_t image, first, last;
 };
 
-std::vector<Piece> pieces(const BoxLossArgs& args) {
+std::vector<Piece> pieces(const BoxLosses& args) {
   std::vector<Piece> all;
   for (int64_t image = 0; image < args.num_images; ++image) {
     for (int l = 0; l < args.ltrb.num_levels; ++l) {
@@ -71,7 +71,7 @@ std::vector<Piece> pieces(const BoxLossArgs& args) {
 
 // Calls function(point, terms) for the positive points of a piece.
 template <class Storage, class Function>
-void for_each_positive(const BoxLossArgs& args, const Piece& piece, Function&& function) {
+void for_each_positive(const BoxLosses& args, const Piece& piece, Function&& function) {
   const int32_t* matched =
       args.matched + piece.image * args.num_points + args.ltrb.level[piece.level].first_point;
   for (int64_t point = piece.first; point < piece.last; ++point) {
@@ -82,7 +82,7 @@ void for_each_positive(const BoxLossArgs& args, const Piece& piece, Function&& f
 }
 
 template <class Storage>
-void write_gradients(const BoxLossArgs& args, const Piece& piece) {
+void write_gradients(const BoxLosses& args, const Piece& piece) {
   using T = Compute<Storage>;
   const Map& ltrb = args.ltrb.level[piece.level];
   const Map& quality = args.quality.level[piece.level];
@@ -99,8 +99,8 @@ void write_gradients(const BoxLossArgs& args, const Piece& piece) {
     }
     *place(quality, 0, point) = Storage{};
   }
-  T box_scale = T(number(args.dtype, args.grad_box));
-  T quality_scale = T(number(args.dtype, args.grad_quality));
+  T box_scale = args.box_scale.of_gradient<T>();
+  T quality_scale = args.quality_scale.of_gradient<T>();
   for_each_positive<Storage>(args, piece, [&](int64_t point, const PointTerms<T>& t) {
     put(ltrb, 0, point, box_scale * t.box.slope.left);
     put(ltrb, 1, point, box_scale * t.box.slope.top);
@@ -112,7 +112,7 @@ void write_gradients(const BoxLossArgs& args, const Piece& piece) {
 
 } // namespace
 
-void box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
+void box_loss(const BoxLosses& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
   std::vector<Sums> sums(all.size()); // so the order of adding is fixed
   parallel_for(int64_t(all.size()), kGrain, [&](int64_t first, int64_t last) {
@@ -129,11 +129,11 @@ void box_loss(const BoxLossArgs& args, ParallelFor parallel_for) {
   for (const Sums& s : sums) {
     total.box += s.box, total.quality += s.quality;
   }
-  set_number(args.dtype, total.box, args.box_loss);
-  set_number(args.dtype, total.quality, args.quality_loss);
+  set_loss(args.dtype, total.box, args.box_scale, args.box_loss);
+  set_loss(args.dtype, total.quality, args.quality_scale, args.quality_loss);
 }
 
-void box_loss_backward(const BoxLossArgs& args, ParallelFor parallel_for) {
+void box_loss_backward(const BoxLosses& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
   parallel_for(int64_t(all.size()), kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

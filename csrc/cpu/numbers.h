@@ -56,16 +56,15 @@ auto dispatch(DType dtype, Function&& function) {
   }
 }
 
-// A loss or its incoming gradient: double if the maps are, else float.
-inline double number(DType of_maps, const void* from) {
-  return of_maps == DType::kDouble ? *static_cast<const double*>(from)
-                                   : *static_cast<const float*>(from);
+// A loss and its gradient are double if the maps are, else float.
+inline double gradient_scale(DType of_maps, const LossScale& scale) {
+  return of_maps == DType::kDouble ? scale.of_gradient<double>() : scale.of_gradient<float>();
 }
-inline void set_number(DType of_maps, double value, void* to) {
+inline void set_loss(DType of_maps, double sum, const LossScale& scale, void* to) {
   if (of_maps == DType::kDouble) {
-    *static_cast<double*>(to) = value;
+    *static_cast<double*>(to) = sum * scale.of_loss<double>();
   } else {
-    *static_cast<float*>(to) = float(value);
+    *static_cast<float*>(to) = float(sum) * scale.of_loss<float>();
   }
 }
 

@@ -25,11 +25,11 @@ inline bool points_are_neighbours(const Map& map) {
 
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for);
 
-// The loss where `loss` is not null, gradients where `grad` is not.
+// The loss where `loss` is not null, gradients where the maps have place for them.
 void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for);
 
-void box_loss(const BoxLossArgs& args, ParallelFor parallel_for);
-void box_loss_backward(const BoxLossArgs& args, ParallelFor parallel_for);
+void box_loss(const BoxLosses& args, ParallelFor parallel_for);
+void box_loss_backward(const BoxLosses& args, ParallelFor parallel_for);
 
 void select_candidates(const SelectCandidates& args, ParallelFor parallel_for);
 

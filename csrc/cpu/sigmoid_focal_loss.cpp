@@ -75,13 +75,8 @@ int64_t grain(const FocalLoss& args, size_t num_pieces) {
 } // namespace
 
 void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for) {
-  double factor = args.factor ? number(args.dtype, args.factor) : 0;
-  if (factor == 1) {
-    return; // the gradients are right already
-  }
-  double grad = args.grad ? number(args.dtype, args.grad) : 0;
-  FocalOptions options{
-      args.dtype, args.alpha, args.gamma, args.factor ? factor * grad : grad, args.loss != nullptr};
+  double scale = gradient_scale(args.dtype, args.scale);
+  FocalOptions options{args.dtype, args.alpha, args.gamma, scale, args.loss != nullptr};
   FocalStripKernel kernel = fastest();
   std::vector<Piece> all = pieces(args);
   std::vector<double> sums(all.size(), 0.0); // one per piece, so the order of adding is fixed
@@ -94,7 +89,8 @@ void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for) {
     }
   });
   if (args.loss) {
-    set_number(args.dtype, std::accumulate(sums.begin(), sums.end(), 0.0), args.loss);
+    double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+    set_loss(args.dtype, sum, args.scale, args.loss);
   }
 }
 

@@ -14,16 +14,9 @@ namespace fcos::cuda {
 int64_t assign_targets_state(const AssignTargets& args);
 cudaError_t launch_assign_targets(const AssignTargets& args, double* state, cudaStream_t stream);
 
-// How many numbers `partials` must hold; negative where the maps are too large for one launch.
-int64_t focal_loss_partials(const FocalLoss& args);
-// The loss where `loss` is not null, gradients where `grad` is not, in one pass over the logits.
-// `partials` is for the loss.
-cudaError_t launch_sigmoid_focal_loss(const FocalLoss& args, double* partials, cudaStream_t stream);
-
-// How many numbers each half of `partials`, [2, box_loss_partials], holds.
-int64_t box_loss_partials(const BoxLossArgs& args);
-cudaError_t launch_box_loss(const BoxLossArgs& args, double* partials, cudaStream_t stream);
-cudaError_t launch_box_loss_backward(const BoxLossArgs& args, cudaStream_t stream);
+// How many numbers `partials` must hold.
+int64_t fcos_loss_partials(const Losses& args);
+cudaError_t launch_fcos_loss(const Losses& args, double* partials, cudaStream_t stream);
 
 // How many 64-bit numbers `memory` must hold.
 int64_t select_candidates_memory(const SelectCandidates& args);

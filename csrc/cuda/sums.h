@@ -45,7 +45,7 @@ inline cudaError_t take_ticket(cudaStream_t stream, unsigned* ticket) {
 
 // Whether this block is the last to come here, and so sees what thread 0 of each other has written.
 __device__ __forceinline__ bool is_last_block(unsigned ticket) {
-  __shared__ bool is_last;
+  bool is_last = false;
   if (threadIdx.x == 0) {
     __threadfence();
     is_last = atomicAdd(&tickets[ticket], 1u) + 1 == gridDim.x;
@@ -54,17 +54,19 @@ __device__ __forceinline__ bool is_last_block(unsigned ticket) {
       tickets[ticket] = 0;
     }
   }
-  __syncthreads();
-  return is_last;
+  return __syncthreads_or(is_last) != 0;
 }
 
-// One or two sums over [count] numbers each, which the blocks of a kernel have left.
-struct Sums {
-  const double* partials; // [num_sums, count]
-  int64_t count;
-  void* out[2]; // float, or double
-  bool out_is_double;
-};
-cudaError_t launch_sums(const Sums& sums, int num_sums, cudaStream_t stream);
+// Sum over what the blocks of a kernel have left, right in thread 0. Every thread must call it.
+__device__ __forceinline__ double sum_partials(
+    const double* partials, int count, double* of_warps) {
+  double sum = 0;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    sum += partials[i];
+  }
+  sum = block_sum(sum, of_warps);
+  __syncthreads(); // for the next sum
+  return sum;
+}
 
 } // namespace fcos::cuda

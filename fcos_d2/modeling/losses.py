@@ -11,8 +11,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..config import fcos_settings
-from ..ops import Levels, Targets, assign_targets, box_loss, sigmoid_focal_loss
+from ..ops import Levels, Targets, assign_targets
 from ..ops.box_loss import LOSS_TYPES
+from ..ops.fcos_loss import fcos_loss
 from .structures import GroundTruth, Predictions, check_choice
 
 QUALITIES = {"ctrness": "centerness", "iou": "iou"}
@@ -136,24 +137,21 @@ class FCOSLoss(nn.Module):
         """Losses by name: ``loss_fcos_cls``, ``loss_fcos_loc``, ``loss_fcos_ctr`` (or ``_iou``)."""
         targets = self.assign(ground_truth, levels)
         self._last = ground_truth, targets
-        cls_norm, loc_norm, quality_norm = self._normalizers(targets)
-        logits = predictions.logits[0].dtype
-        cls = sigmoid_focal_loss(
+        cls, loc, quality = fcos_loss(
             predictions.logits,
-            targets.labels,
-            self.alpha,
-            self.gamma,
-            scale=(self.cls_weight / cls_norm).to(torch.promote_types(logits, torch.float32)),
+            predictions.ltrb,
+            predictions.quality,
+            targets,
+            self._normalizers(targets),
+            cls_weight=self.cls_weight,
+            alpha=self.alpha,
+            gamma=self.gamma,
             # float16 trains with a gradient scaler, so that a saved gradient would never be right.
-            save_gradient=logits != torch.float16,
+            save_gradient=predictions.logits[0].dtype != torch.float16,
+            **self.box_rule,
         )
-        loc, quality = box_loss(predictions.ltrb, predictions.quality, targets, **self.box_rule)
-        return {
-            "loss_fcos_cls": cls,
-            "loss_fcos_loc": loc / loc_norm,
-            "loss_fcos_iou" if self.box_quality == "iou" else "loss_fcos_ctr": quality
-            / quality_norm,
-        }
+        name = "loss_fcos_iou" if self.box_quality == "iou" else "loss_fcos_ctr"
+        return {"loss_fcos_cls": cls, "loss_fcos_loc": loc, name: quality}
 
     def assign(self, ground_truth: GroundTruth, levels: Levels) -> Targets:
         """What every point must predict; see ``fcos_d2.ops.assign_targets``."""
@@ -185,27 +183,27 @@ class FCOSLoss(nn.Module):
         }
 
     @torch.no_grad()
-    def _normalizers(self, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Divisors of the classification, box and quality loss."""
-        totals = list(targets.totals.unbind())
+    def _normalizers(self, targets: Targets) -> list[tuple[Tensor, float]]:
+        """Divisors of the classification, box and quality loss, with the least they count for."""
+        totals = targets.totals
         if self.cls_normalizer == "all":
-            totals.append(totals[0].new_full((), float(targets.labels.numel())))
+            totals = torch.cat((totals, totals.new_full((1,), float(targets.labels.numel()))))
         if self.sync_normalizer and comm.get_world_size() > 1:
             # Unconditional on every process: one without objects must not leave the others waiting.
-            packed = torch.stack(totals)
-            torch.distributed.all_reduce(packed)
-            totals = (packed / comm.get_world_size()).unbind()
-        cls = foreground = totals[0].clamp(min=1)
+            totals = totals.clone()
+            torch.distributed.all_reduce(totals)
+            totals = totals / comm.get_world_size()
+        cls = foreground = totals[0], 1.0
         if self.cls_normalizer == "all":
-            cls = totals[2].clamp(min=1)
+            cls = totals[2], 1.0
         elif self.cls_normalizer == "fg_and_images":
-            cls = totals[0] + len(targets.labels)
+            cls = totals[0] + len(targets.labels), 0.0
         elif self.cls_normalizer == "moving_fg":
-            self.moving_fg.lerp_(foreground.to(self.moving_fg), 1 - self.MOMENTUM)
-            cls = self.moving_fg.to(foreground, copy=True)
+            self.moving_fg.lerp_(totals[0].clamp(min=1).to(self.moving_fg), 1 - self.MOMENTUM)
+            cls = self.moving_fg.to(totals, copy=True), 0.0
         quality = cls if self.box_normalizer == "cls" else foreground
-        loc = totals[1].clamp(min=1e-6) if self.box_rule["weight_by_centerness"] else quality
-        return cls, loc, quality
+        loc = (totals[1], 1e-6) if self.box_rule["weight_by_centerness"] else quality
+        return [cls, loc, quality]
 
 
 def _size_ranges(bounds: Sequence[float], strides: Sequence[int]) -> list[tuple[float, float]]:

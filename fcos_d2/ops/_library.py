@@ -74,11 +74,31 @@ def forbid_double_backward(name: str) -> None:
     """Makes differentiating the gradient op ``name`` an error instead of a silent zero."""
 
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"fcos_d2::{name} has no second derivative; call backward() without create_graph=True"
-        )
+        raise _no_second_derivative(name)
 
     define_autograd(name, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def without_second_derivative(name: str, gradient: list[torch.Tensor], inputs: tuple) -> tuple:
+    """The gradient that op ``name`` made of ``inputs``; differentiating it is an error."""
+    return _WithoutSecondDerivative.apply(name, gradient, *inputs)
+
+
+class _WithoutSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, gradient, *inputs):
+        ctx.name = name
+        return tuple(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise _no_second_derivative(ctx.name)
+
+
+def _no_second_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"fcos_d2::{name} has no second derivative; call backward() without create_graph=True"
+    )
 
 
 def _announced(name: str, reference: Callable) -> Callable:

@@ -70,7 +70,29 @@ def box_loss(
         >>> round(quality.item(), 4)
         0.6931
     """
-    name = "box_loss"
+    options = loss_type, quality_type, weight_by_centerness
+    smoothing = check_boxes("box_loss", ltrb, quality, targets, *options, smoothing)
+    return _op(
+        list(ltrb), list(quality), targets.matched, targets.ltrb, targets.centerness,
+        *options, smoothing,
+    )  # fmt: skip
+
+
+def check_boxes(
+    name: str,
+    ltrb: Sequence[Tensor],
+    quality: Sequence[Tensor],
+    targets: Targets,
+    loss_type: str,
+    quality_type: str,
+    weight_by_centerness: bool,
+    smoothing: Sequence[float] | float,
+) -> list[float]:
+    """Raises ValueError for arguments that the losses are not defined for.
+
+    Returns:
+        ``smoothing`` of each level.
+    """
     check_maps(name, "ltrb", ltrb, 4)
     check_maps(name, "quality", quality, 1, like=ltrb)
     check(
@@ -98,10 +120,7 @@ def box_loss(
         f"smoothing must be one number >= 0, or {len(ltrb)} of them, one per level",
         smoothing,
     )
-    return _op(
-        list(ltrb), list(quality), matched, target_ltrb, centerness,
-        loss_type, quality_type, weight_by_centerness, [float(s) for s in smoothing],
-    )  # fmt: skip
+    return [float(s) for s in smoothing]
 
 
 def _fake(ltrb, *_):

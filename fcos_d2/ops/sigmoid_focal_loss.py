@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_flags, check_maps, check_number, check_same_device, check_tensor
 from ._library import define_autograd, define_op, forbid_double_backward
+from ._losses import Losses
 
 
 def sigmoid_focal_loss(
@@ -57,6 +59,28 @@ def sigmoid_focal_loss(
         tensor(0.1733)
     """
     name = "sigmoid_focal_loss"
+    check_logits(name, logits, labels, alpha, gamma)
+    check_flags(name, save_gradient=save_gradient)
+    wanted = reference.accumulate_dtype(logits[0])
+    if scale is not None:
+        check_tensor(name, "scale", scale, [], [wanted], "make it with logits[0].new_tensor()")
+        check_same_device(name, logits=logits[0], scale=scale)
+        scale = scale.detach()
+    alpha, gamma = float(alpha), float(gamma)
+    wants_gradient = torch.is_grad_enabled() and any(level.requires_grad for level in logits)
+    if save_gradient and wants_gradient and not torch.compiler.is_compiling():
+        divisor = logits[0].new_ones((), dtype=wanted) if scale is None else scale.reciprocal()
+        options = [1.0], [-math.inf], alpha, gamma, *_NO_BOXES
+        (loss,) = Losses.apply(len(logits), [labels], [divisor], options, True, *logits)
+        return loss
+    loss = _op(list(logits), labels, alpha, gamma)
+    return loss if scale is None else loss * scale
+
+
+def check_logits(
+    name: str, logits: Sequence[Tensor], labels: Tensor, alpha: float, gamma: float
+) -> None:
+    """Raises ValueError for arguments that the loss is not defined for."""
     check_maps(name, "logits", logits, "K")
     points = sum(level.shape[2] * level.shape[3] for level in logits)
     shape = [logits[0].shape[0], points]
@@ -65,42 +89,9 @@ def sigmoid_focal_loss(
     if alpha != -1:
         check_number(name, "alpha (or -1 for no weights)", alpha, 0, 1)
     check_number(name, "gamma", gamma, 0, 1000)
-    check_flags(name, save_gradient=save_gradient)
-    if scale is not None:
-        wanted = reference.accumulate_dtype(logits[0])
-        check_tensor(name, "scale", scale, [], [wanted], "make it with logits[0].new_tensor()")
-        check_same_device(name, logits=logits[0], scale=scale)
-        scale = scale.detach()
-    alpha, gamma = float(alpha), float(gamma)
-    wants_gradient = torch.is_grad_enabled() and any(level.requires_grad for level in logits)
-    if save_gradient and wants_gradient and not torch.compiler.is_compiling():
-        return _WithSavedGradient.apply(labels, scale, alpha, gamma, *logits)
-    loss = _op(list(logits), labels, alpha, gamma)
-    return loss if scale is None else loss * scale
 
 
-class _WithSavedGradient(torch.autograd.Function):
-    """The loss times the scale, with its gradient made in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, labels, scale, alpha, gamma, *logits):
-        ctx.scale, ctx.alpha, ctx.gamma = scale, alpha, gamma
-        if scale is None:
-            ctx.scale = logits[0].new_ones((), dtype=reference.accumulate_dtype(logits[0]))
-        ctx.save_for_backward(labels, *logits)
-        loss, ctx.gradient = _op_with_gradient(list(logits), labels, ctx.scale, alpha, gamma)
-        return loss if scale is None else loss * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        labels, *logits = ctx.saved_tensors
-        # Given away: who gets it may write to it, so a second backward pass makes another.
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or torch.is_grad_enabled():  # the latter under create_graph
-            gradient = _op_backward(grad * ctx.scale, logits, labels, ctx.alpha, ctx.gamma)
-        else:
-            _op_correct_gradient(gradient, grad, logits, labels, ctx.scale, ctx.alpha, ctx.gamma)
-        return None, None, None, None, *gradient
+_NO_BOXES = "giou", "centerness", False, []  # options of fcos_loss that nothing reads
 
 
 def _fake(logits, labels, alpha, gamma):
@@ -109,15 +100,6 @@ def _fake(logits, labels, alpha, gamma):
 
 def _fake_backward(grad, logits, labels, alpha, gamma):
     return [torch.empty_like(level) for level in logits]
-
-
-def _fake_with_gradient(logits, labels, scale, alpha, gamma):
-    gradient = _fake_backward(scale, logits, labels, alpha, gamma)
-    return _fake(logits, labels, alpha, gamma), gradient
-
-
-def _fake_correct_gradient(gradient, factor, logits, labels, scale, alpha, gamma):
-    return None
 
 
 def _setup_context(ctx, inputs, output):
@@ -140,18 +122,6 @@ _op_backward = define_op(
     "float gamma) -> Tensor[]",
     reference.sigmoid_focal_loss_backward,
     _fake_backward,
-)
-_op_with_gradient = define_op(
-    "sigmoid_focal_loss_with_gradient(Tensor[] logits, Tensor labels, Tensor scale, float alpha, "
-    "float gamma) -> (Tensor, Tensor[])",
-    reference.sigmoid_focal_loss_with_gradient,
-    _fake_with_gradient,
-)
-_op_correct_gradient = define_op(
-    "sigmoid_focal_loss_correct_gradient(Tensor(a!)[] gradient, Tensor factor, Tensor[] logits, "
-    "Tensor labels, Tensor scale, float alpha, float gamma) -> ()",
-    reference.sigmoid_focal_loss_correct_gradient,
-    _fake_correct_gradient,
 )
 define_autograd("sigmoid_focal_loss", _backward, _setup_context)
 forbid_double_backward("sigmoid_focal_loss_backward")

@@ -10,9 +10,14 @@ import itertools
 import torch
 
 from fcos_d2 import ops
+from fcos_d2.ops.fcos_loss import fcos_loss
 
 from . import inputs
 
+OPTIONS = dict(
+    cls_weight=1.0, alpha=0.25, gamma=2.0, loss_type="giou", quality_type="centerness",
+    weight_by_centerness=True, smoothing=0.0,
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,9 +28,13 @@ def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: b
     maps = inputs.predictions(levels, 3, 13, dtype, **options)
     logits, ltrb, quality = ([x.requires_grad_() for x in level] for level in maps)
     targets = inputs.targets(levels, [40, 0, 3], 13, device, height=100, width=140)
-    cls = ops.sigmoid_focal_loss(logits, targets.labels, save_gradient=save_gradient)
+    cls = ops.sigmoid_focal_loss(logits, targets.labels)
     box, centerness = ops.box_loss(ltrb, quality, targets)
-    (cls / 2 + box + centerness).backward()
+    normalizers = [(total, 1.0) for total in targets.totals[[0, 1, 0]]]
+    joined = fcos_loss(
+        logits, ltrb, quality, targets, normalizers, save_gradient=save_gradient, **OPTIONS
+    )
+    (cls / 2 + box + centerness + sum(joined)).backward()
 
 
 def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) -> None:

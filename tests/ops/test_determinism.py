@@ -16,9 +16,10 @@ from fcos_d2.ops import (
     select_candidates,
     sigmoid_focal_loss,
 )
+from fcos_d2.ops.fcos_loss import fcos_loss
 from tests.concurrency import run_concurrently
 
-from . import inputs, subprocesses
+from . import drive_kernels, inputs, subprocesses
 
 LEVELS = inputs.pyramid(256, 320)  # 1,705 points: enough pieces of work for three threads
 IMAGES, CLASSES, RUNS, THREADS, ROUNDS = 3, 20, 100, 4, 4
@@ -78,6 +79,15 @@ def boxes_loss(dtype=torch.float32, channels_last=True):
     return with_gradients(lambda: box_loss(ltrb, quality, targets), [*ltrb, *quality])
 
 
+def all_losses(dtype=torch.float32, channels_last=False):
+    predictions = maps(dtype, channels_last)
+    targets = inputs.targets(LEVELS, [9, 0, 30], CLASSES)
+    normalizers = [(total, 1.0) for total in targets.totals[[0, 1, 0]]]
+    options = dict(save_gradient=True, **drive_kernels.OPTIONS)
+    leaves = [x for level in predictions for x in level]
+    return with_gradients(lambda: fcos_loss(*predictions, targets, normalizers, **options), leaves)
+
+
 def candidates(dtype=torch.bfloat16, channels_last=False):
     logits, ltrb, quality = maps(dtype, channels_last, prior=0.0)
     logits[0].copy_(logits[0].float().round())  # ties
@@ -101,14 +111,14 @@ def padded_nms(method="gaussian"):
     return lambda: batched_nms_padded(*images, 0.5, 30, method=method)
 
 
-OPS = [assignment, focal_loss, boxes_loss, candidates, flat_nms, padded_nms]
+OPS = [assignment, focal_loss, boxes_loss, all_losses, candidates, flat_nms, padded_nms]
 VARIANTS = [
     *OPS,
     partial(padded_nms, "hard"),
     partial(padded_nms, "linear"),
     *(
         partial(op, dtype, channels_last)
-        for op in (focal_loss, boxes_loss, candidates)
+        for op in (focal_loss, boxes_loss, all_losses, candidates)
         for dtype in (torch.float32, torch.bfloat16)
         for channels_last in (False, True)
     ),

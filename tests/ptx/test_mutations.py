@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tests.ops import inputs
 
@@ -52,7 +53,11 @@ def calls_of_losses() -> Iterator[tuple]:
     targets = inputs.targets(LEVELS, [30, 0, 9], CLASSES, height=128, width=160)
     yield "sigmoid_focal_loss", (logits, targets.labels, 0.25, 2.0)
     box = ltrb, quality, targets.matched, targets.ltrb, targets.centerness
-    yield "box_loss", (*box, "giou", "centerness", True, [0.0] * 5)
+    rule = "giou", "centerness", True, [0.0] * 5
+    yield "box_loss", (*box, *rule)
+    maps, packed = (logits, ltrb, quality), [targets.labels, *targets[1:4]]
+    divisors, ones = list(targets.totals[[0, 1, 0]].unbind()), [1.0] * 3
+    yield "fcos_loss", (*maps, packed, divisors, ones, ones, 0.25, 2.0, *rule, True)
 
 
 def calls_of_candidates() -> Iterator[tuple]:
@@ -83,7 +88,7 @@ OPS = {
 
 def results_of(name: str, arguments: tuple) -> list[torch.Tensor]:
     results = ptx.overloads()[name](*arguments)
-    return [results] if isinstance(results, torch.Tensor) else list(results)
+    return tree_leaves(results)
 
 
 def is_noticed(calls: list[tuple], expected: list[list[torch.Tensor]]) -> bool:

@@ -14,12 +14,11 @@ from ._common import accumulate_dtype
 from .assign_targets import assign_targets, centerness
 from .batched_nms import batched_nms, batched_nms_padded, nms_result, nms_start, nms_step
 from .box_loss import box_loss, box_loss_backward, iou_loss
+from .fcos_loss import fcos_loss, fcos_loss_gradient
 from .select_candidates import select_candidates, top_lowest_index_first
 from .sigmoid_focal_loss import (
     sigmoid_focal_loss,
     sigmoid_focal_loss_backward,
-    sigmoid_focal_loss_correct_gradient,
-    sigmoid_focal_loss_with_gradient,
 )
 
 __all__ = [
@@ -30,6 +29,8 @@ __all__ = [
     "box_loss",
     "box_loss_backward",
     "centerness",
+    "fcos_loss",
+    "fcos_loss_gradient",
     "iou_loss",
     "nms_result",
     "nms_start",
@@ -37,7 +38,5 @@ __all__ = [
     "select_candidates",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_backward",
-    "sigmoid_focal_loss_correct_gradient",
-    "sigmoid_focal_loss_with_gradient",
     "top_lowest_index_first",
 ]

@@ -33,33 +33,6 @@ def sigmoid_focal_loss_backward(
     return grads
 
 
-def sigmoid_focal_loss_with_gradient(
-    logits: list[Tensor], labels: Tensor, scale: Tensor, alpha: float, gamma: float
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and ``scale`` times its gradient."""
-    gradient = sigmoid_focal_loss_backward(scale, logits, labels, alpha, gamma)
-    return sigmoid_focal_loss(logits, labels, alpha, gamma), gradient
-
-
-def sigmoid_focal_loss_correct_gradient(
-    gradient: list[Tensor],
-    factor: Tensor,
-    logits: list[Tensor],
-    labels: Tensor,
-    scale: Tensor,
-    alpha: float,
-    gamma: float,
-) -> None:
-    """Replaces ``scale`` times the gradient by ``factor * scale`` times the gradient, in place.
-
-    Recomputes it, because multiplying would round half precision twice. Kernels do nothing if
-    ``factor`` is 1.
-    """
-    exact = sigmoid_focal_loss_backward(factor * scale, logits, labels, alpha, gamma)
-    for level, values in zip(gradient, exact, strict=True):
-        level.copy_(values)
-
-
 def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logit z of being wrong (-x for the true class, x for others), dz/dx, and the weight.
 

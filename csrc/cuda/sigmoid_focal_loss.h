@@ -1,12 +1,13 @@
-// sigmoid_focal_loss: reads logits and writes gradients where they lie, NCHW or channels_last.
+// The focal loss of all logits, read where they lie, NCHW or channels_last.
 //
 // A level of an image is a matrix: classes x points (NCHW) or points x classes (channels_last), its
 // rows contiguous. A thread owns a few columns (16 bytes, or one where a plane is odd or not
 // aligned) of up to 16 rows. Nearly all rows are plain: no element belongs to the true class of its
 // point or to an ignored point, all are negative and need no label. So a thread looks at its labels
 // once, to mark the rows that are not.
+#pragma once
 
-#include "ops.h"
+#include <cuda_runtime.h>
 
 #include <algorithm>
 
@@ -14,18 +15,11 @@
 #include "fast_math.h"
 #include "launch.h"
 #include "numbers.h"
-#include "sums.h"
 
 namespace fcos::cuda {
-namespace {
 
-constexpr int kThreads = 256;
+constexpr int kLossThreads = 256;
 constexpr int kMaxRows = 16; // of a thread: float sums stay short, and there is a bit for each
-
-// Blocks that shall fit on a multiprocessor: it leaves the compiler the 64 registers with which it
-// starts all loads of a step at once.
-template <class T>
-constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
 
 struct RowStrides {
   int64_t image, row, column;
@@ -46,16 +40,15 @@ struct Matrix {
   int data_step, grad_step;
 };
 
-struct Plan {
-  Matrix matrix[kMaxLevels];
+struct FocalPlan {
+  Matrix matrix[kMaxLevels]; // entry i is for the i-th last level
   BlocksOfLevels blocks;
   const int32_t* labels; // [B, P]
   int64_t num_points;
   unsigned num_images;
   int num_classes;
   double positive_weight, negative_weight, gamma;
-  double* partials; // [blocks]
-  const void *grad, *factor;
+  LossScale scale;
 };
 
 // What a thread owns.
@@ -71,8 +64,9 @@ struct Patch {
 };
 
 // False for the threads that are left over.
-__device__ bool find_patch(const Plan& plan, const Matrix& m, int block, int vector, Patch* patch) {
-  unsigned index = unsigned(block) * kThreads + threadIdx.x;
+__device__ bool find_patch(
+    const FocalPlan& plan, const Matrix& m, int block, int vector, Patch* patch) {
+  unsigned index = unsigned(block) * kLossThreads + threadIdx.x;
   unsigned group = index % unsigned(m.groups), rest = index / unsigned(m.groups);
   int slice = int(rest % unsigned(m.slices));
   patch->image = rest / unsigned(m.slices);
@@ -83,14 +77,14 @@ __device__ bool find_patch(const Plan& plan, const Matrix& m, int block, int vec
   return patch->image < plan.num_images;
 }
 
-__device__ bool is_label(const Plan& plan, int label) {
+__device__ bool is_label(const FocalPlan& plan, int label) {
   return label >= -1 && label <= plan.num_classes;
 }
 
 // Bit i is set where row i is not plain. Labels are checked together, so that their loads do not
 // wait for each other.
 template <int V>
-__device__ unsigned find_special_rows(const Plan& plan, const Matrix& m, const Patch& patch) {
+__device__ unsigned find_special_rows(const FocalPlan& plan, const Matrix& m, const Patch& patch) {
   unsigned special = 0;
   bool good = true;
   if (m.columns_are_classes) {
@@ -192,7 +186,7 @@ __device__ __forceinline__ void take_rows(
 
 template <class T, int V, class Pass>
 __device__ __forceinline__ void take_patch(
-    const Plan& plan, const Matrix& m, const Patch& patch, Pass& pass) {
+    const FocalPlan& plan, const Matrix& m, const Patch& patch, Pass& pass) {
   Cursor<T> at = {
       patch.num_rows,
       patch.first_row + (patch.num_rows - 1) * m.row_step,
@@ -220,13 +214,8 @@ struct Kind {
   using Finer = std::conditional_t<(sizeof(T) == 4 && Grad), FineMath, Fast>;
   using Math = std::conditional_t<(sizeof(T) == 8 || Gamma < 0), ScalarMath<Real>, Finer>;
 
-  static __device__ FocalTerms<Real> terms(const Plan& plan, Real z) {
+  static __device__ FocalTerms<Real> terms(const FocalPlan& plan, Real z) {
     return focal_terms<Math, Gamma>(z, Real(plan.gamma));
-  }
-  // What all gradients are multiplied by.
-  static __device__ Real upstream(const Plan& plan) {
-    Real factor = plan.factor == nullptr ? Real(1) : *static_cast<const Real*>(plan.factor);
-    return factor * *static_cast<const Real*>(plan.grad);
   }
 };
 
@@ -236,14 +225,15 @@ struct Pass {
   using Real = typename Kind::Real;
   static constexpr bool kLastUse = Grad; // else a backward pass comes soon
 
-  const Plan& plan;
-  Real scale = 0; // of the gradient of negatives
+  const FocalPlan& plan;
+  Real upstream = 0, scale = 0; // of all gradients, of those of negatives
   Real of_negatives[V] = {};
   double of_positives = 0;
 
-  __device__ explicit Pass(const Plan& plan) : plan(plan) {
+  __device__ explicit Pass(const FocalPlan& plan) : plan(plan) {
     if constexpr (Grad) {
-      scale = Kind::upstream(plan) * Real(plan.negative_weight);
+      upstream = plan.scale.of_gradient<Real>();
+      scale = upstream * Real(plan.negative_weight);
     }
   }
 
@@ -267,7 +257,7 @@ struct Pass {
       of_positives += double(terms.loss);
     }
     if constexpr (Grad) { // dz/dx is -1
-      narrow(-Kind::upstream(plan) * Real(plan.positive_weight) * terms.slope, grad);
+      narrow(-upstream * Real(plan.positive_weight) * terms.slope, grad);
     }
   }
 
@@ -281,46 +271,34 @@ struct Pass {
 };
 
 template <class Pass, class T, int V>
-__device__ double pass_over(const Plan& plan, const Matrix& m, const Patch& patch) {
+__device__ double pass_over(const FocalPlan& plan, const Matrix& m, const Patch& patch) {
   Pass pass(plan);
   take_patch<T, V>(plan, m, patch, pass);
   return pass.loss();
 }
 
+// The loss and the gradients of what a thread of this block owns.
 template <class T, int Gamma, bool Loss, bool Grad>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
-    focal_kernel(const __grid_constant__ Plan plan) {
+__device__ double take_logits(const FocalPlan& plan, int block) {
   constexpr int V = kVectorBytes / sizeof(T);
-  using Real = typename Compute<T>::Type;
-  if (!Loss && plan.factor != nullptr && *static_cast<const Real*>(plan.factor) == 1) {
-    return; // the gradients are right already
-  }
-  int level = plan.blocks.level_of(int(blockIdx.x));
-  int block = int(blockIdx.x) - plan.blocks.first[level];
+  int level = plan.blocks.level_of(block);
   const Matrix& m = plan.matrix[level];
   Patch patch;
-  double sum = 0;
-  if (find_patch(plan, m, block, m.is_vectorised ? V : 1, &patch)) {
-    sum = m.is_vectorised ? pass_over<Pass<T, Gamma, Loss, Grad, V>, T, V>(plan, m, patch)
-                          : pass_over<Pass<T, Gamma, Loss, Grad, 1>, T, 1>(plan, m, patch);
+  if (!find_patch(plan, m, block - plan.blocks.first[level], m.is_vectorised ? V : 1, &patch)) {
+    return 0;
   }
-  if constexpr (Loss) {
-    __shared__ double of_warps[kThreads / 32];
-    sum = block_sum(sum, of_warps);
-    if (threadIdx.x == 0) {
-      plan.partials[blockIdx.x] = sum;
-    }
-  }
+  return m.is_vectorised ? pass_over<Pass<T, Gamma, Loss, Grad, V>, T, V>(plan, m, patch)
+                         : pass_over<Pass<T, Gamma, Loss, Grad, 1>, T, 1>(plan, m, patch);
 }
 
 // ---- the host's side ----
 
-bool is_aligned(const void* data, const RowStrides& strides, int64_t bytes) {
+inline bool is_aligned(const void* data, const RowStrides& strides, int64_t bytes) {
   return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
          strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
 }
 
-Matrix make_matrix(const FocalLoss& args, const Map& map) {
+inline Matrix make_matrix(const FocalLoss& args, const Map& map) {
   Matrix m{};
   m.data = map.data, m.grad = map.grad;
   m.first_point = map.first_point;
@@ -339,25 +317,26 @@ Matrix make_matrix(const FocalLoss& args, const Map& map) {
   m.groups = m.is_vectorised ? m.columns / vector : m.columns;
   m.slices = int(divide_up(m.rows, kMaxRows));
   // Neighbouring threads share rows. Where rows are short (few classes), the next thread's first row
-  // is the next in memory, so that a warp reads one piece; long rows are cut into runs of 16.
+  // is the next in memory, so that a warp reads one piece; long rows are cut into runs.
   m.row_step = m.columns_are_classes ? m.slices : 1;
   m.data_step = int(m.data_strides.row * m.row_step);
   m.grad_step = int(m.grad_strides.row * m.row_step);
   return m;
 }
 
-// Small levels come first: the many blocks of the large ones even out what these leave idle.
-cudaError_t make_plan(const FocalLoss& args, double* partials, Plan* plan) {
-  *plan = Plan{};
+// Small levels come first: the many blocks of the large ones even out what these leave idle. False
+// where the maps are too large for one launch.
+inline bool make_plan(const FocalLoss& args, FocalPlan* plan) {
+  *plan = FocalPlan{};
   int64_t total = 0;
   for (int l = args.logits.num_levels - 1; l >= 0; --l) {
     Matrix m = make_matrix(args, args.logits.level[l]);
     int64_t threads = args.num_images * m.groups * m.slices;
-    int64_t blocks = divide_up(threads, kThreads);
+    int64_t blocks = divide_up(threads, kLossThreads);
     total += blocks;
     int64_t step = std::max(m.data_strides.row, m.grad_strides.row) * m.row_step;
     if (threads > INT_MAX || total > kMaxBlocks || step > INT_MAX / kMaxRows) {
-      return cudaErrorInvalidConfiguration;
+      return false;
     }
     plan->matrix[plan->blocks.num_levels] = m;
     plan->blocks.append(blocks);
@@ -369,65 +348,8 @@ cudaError_t make_plan(const FocalLoss& args, double* partials, Plan* plan) {
   plan->positive_weight = args.alpha < 0 ? 1 : args.alpha;
   plan->negative_weight = args.alpha < 0 ? 1 : 1 - args.alpha;
   plan->gamma = args.gamma;
-  plan->partials = partials;
-  plan->grad = args.grad, plan->factor = args.factor;
-  return cudaSuccess;
-}
-
-// Calls launch(T{}, integral_constant<Gamma>) for the type and the exponent. float64 is there to
-// check gradients, not for speed.
-template <class Launch>
-void dispatch(DType dtype, double gamma, Launch&& launch) {
-  with_type(dtype, [&](auto zero) {
-    if constexpr (sizeof(zero) < sizeof(double)) {
-      if (gamma == 2) {
-        return launch(zero, std::integral_constant<int, 2>{});
-      } else if (gamma == 1) {
-        return launch(zero, std::integral_constant<int, 1>{});
-      } else if (gamma == 0) {
-        return launch(zero, std::integral_constant<int, 0>{});
-      }
-    }
-    launch(zero, std::integral_constant<int, -1>{});
-  });
-}
-
-template <bool Loss, bool Grad>
-void launch(const FocalLoss& args, const Plan& plan, cudaStream_t stream) {
-  dispatch(args.dtype, args.gamma, [&](auto zero, auto gamma) {
-    using T = decltype(zero);
-    focal_kernel<T, decltype(gamma)::value, Loss, Grad>
-        <<<unsigned(plan.blocks.total()), kThreads, 0, stream>>>(plan);
-  });
-}
-
-} // namespace
-
-int64_t focal_loss_partials(const FocalLoss& args) {
-  Plan plan;
-  return make_plan(args, nullptr, &plan) == cudaSuccess ? plan.blocks.total() : -1;
-}
-
-cudaError_t launch_sigmoid_focal_loss(
-    const FocalLoss& args, double* partials, cudaStream_t stream) {
-  Plan plan;
-  cudaError_t error = make_plan(args, partials, &plan);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  if (plan.blocks.total() > 0) {
-    bool loss = args.loss != nullptr, grad = args.grad != nullptr;
-    auto chosen = loss && grad ? launch<true, true>
-                  : loss       ? launch<true, false>
-                               : launch<false, true>;
-    chosen(args, plan, stream);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess || args.loss == nullptr) {
-    return error;
-  }
-  Sums sums = {partials, plan.blocks.total(), {args.loss}, args.dtype == DType::kDouble};
-  return launch_sums(sums, 1, stream);
+  plan->scale = args.scale;
+  return true;
 }
 
 } // namespace fcos::cuda

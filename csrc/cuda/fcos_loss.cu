@@ -1,0 +1,159 @@
+// All losses in one kernel: the first blocks take the points of the boxes, the others the logits. The
+// last block to end adds what all have left, in a fixed order.
+
+#include "box_loss.h"
+#include "ops.h"
+#include "sigmoid_focal_loss.h"
+#include "sums.h"
+
+namespace fcos::cuda {
+namespace {
+
+struct Plan {
+  FocalPlan focal;
+  BoxLosses box;
+  int box_blocks;
+  bool is_saved;
+  void* focal_loss;
+  double* partials; // of the boxes, of their quality, of the logits
+  unsigned ticket;
+};
+
+// Blocks that shall fit on a multiprocessor: it leaves the compiler the 64 registers with which it
+// starts all loads of a step at once.
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
+
+template <class Real>
+__device__ void write_loss(void* to, double sum, const LossScale& scale) {
+  if (threadIdx.x == 0 && to != nullptr) {
+    *static_cast<Real*>(to) = Real(sum) * scale.of_loss<Real>();
+  }
+}
+
+template <class Real>
+__device__ void add_partials(const Plan& plan, double* of_warps) {
+  const double* at = plan.partials;
+  int boxes = plan.box_blocks, logits = plan.focal.blocks.total();
+  double box = sum_partials(at, boxes, of_warps);
+  write_loss<Real>(plan.box.box_loss, box, plan.box.box_scale);
+  double quality = sum_partials(at + boxes, boxes, of_warps);
+  write_loss<Real>(plan.box.quality_loss, quality, plan.box.quality_scale);
+  double focal = sum_partials(at + 2 * boxes, logits, of_warps);
+  write_loss<Real>(plan.focal_loss, focal, plan.focal.scale);
+}
+
+__device__ void leave_sum(double value, double* of_warps, double* to) {
+  double sum = block_sum(value, of_warps);
+  if (threadIdx.x == 0) {
+    *to = sum;
+  }
+}
+
+template <class T, int Gamma, bool Loss, bool Grad>
+__global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
+    loss_kernel(const __grid_constant__ Plan plan) {
+  using Real = typename Compute<T>::Type;
+  if (!Loss && plan.is_saved &&
+      all_upstream_are_one<Real>(plan.focal.scale, plan.box.box_scale, plan.box.quality_scale)) {
+    return; // the gradients are right already
+  }
+  __shared__ double of_warps[kLossThreads / 32];
+  int block = int(blockIdx.x) - plan.box_blocks; // of the logits
+  if (block < 0) {
+    PointLosses<Real> losses = take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kLossThreads + threadIdx.x);
+    if constexpr (Loss) {
+      leave_sum(losses.box, of_warps, plan.partials + blockIdx.x);
+      __syncthreads();
+      leave_sum(losses.quality, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
+    }
+  } else if (block < plan.focal.blocks.total()) { // else there is nothing at all
+    double loss = take_logits<T, Gamma, Loss, Grad>(plan.focal, block);
+    if constexpr (Loss) {
+      leave_sum(loss, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
+    }
+  }
+  if constexpr (Loss) {
+    if (is_last_block(plan.ticket)) {
+      add_partials<Real>(plan, of_warps);
+    }
+  }
+}
+
+cudaError_t make_plan(const Losses& args, Plan* plan) {
+  *plan = Plan{};
+  int64_t points = args.box.ltrb.num_levels == 0 ? 0 : args.box.num_images * args.box.num_points;
+  int64_t box_blocks = divide_up(points, kLossThreads);
+  if (box_blocks > kMaxBlocks || !make_plan(args.focal, &plan->focal) ||
+      2 * box_blocks + plan->focal.blocks.total() > kMaxBlocks) {
+    return cudaErrorInvalidConfiguration;
+  }
+  plan->box = args.box;
+  plan->box_blocks = int(box_blocks);
+  plan->is_saved = args.is_saved;
+  plan->focal_loss = args.focal.loss;
+  return cudaSuccess;
+}
+
+// Calls launch(T{}, integral_constant<Gamma>) for the type of the logits and the exponent. float64 is
+// there to check gradients, not for speed.
+template <class Launch>
+void dispatch(const Losses& args, Launch&& launch) {
+  bool has_logits = args.focal.logits.num_levels > 0;
+  DType dtype = has_logits                         ? args.focal.dtype
+                : args.box.dtype == DType::kDouble ? DType::kDouble
+                                                   : DType::kFloat;
+  with_type(dtype, [&](auto zero) {
+    if constexpr (sizeof(zero) < sizeof(double)) {
+      if (args.focal.gamma == 2 || !has_logits) {
+        return launch(zero, std::integral_constant<int, 2>{});
+      } else if (args.focal.gamma == 1) {
+        return launch(zero, std::integral_constant<int, 1>{});
+      } else if (args.focal.gamma == 0) {
+        return launch(zero, std::integral_constant<int, 0>{});
+      }
+    }
+    launch(zero, std::integral_constant<int, -1>{});
+  });
+}
+
+template <bool Loss, bool Grad>
+void launch(const Losses& args, const Plan& plan, cudaStream_t stream) {
+  int blocks = plan.box_blocks + plan.focal.blocks.total();
+  if (Loss) { // without anything to sum, one block writes zeros
+    blocks = std::max(blocks, 1);
+  }
+  if (blocks > 0) {
+    dispatch(args, [&](auto zero, auto gamma) {
+      loss_kernel<decltype(zero), decltype(gamma)::value, Loss, Grad>
+          <<<unsigned(blocks), kLossThreads, 0, stream>>>(plan);
+    });
+  }
+}
+
+} // namespace
+
+int64_t fcos_loss_partials(const Losses& args) {
+  Plan plan;
+  bool is_good = args.wants_loss && make_plan(args, &plan) == cudaSuccess;
+  return is_good ? std::max(2 * plan.box_blocks + plan.focal.blocks.total(), 1) : 0;
+}
+
+cudaError_t launch_fcos_loss(const Losses& args, double* partials, cudaStream_t stream) {
+  Plan plan;
+  cudaError_t error = make_plan(args, &plan);
+  if (error == cudaSuccess && args.wants_loss) {
+    plan.partials = partials;
+    error = take_ticket(stream, &plan.ticket);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  auto chosen = !args.wants_loss      ? launch<false, true>
+                : args.wants_gradient ? launch<true, true>
+                                      : launch<true, false>;
+  chosen(args, plan, stream);
+  return cudaGetLastError();
+}
+
+} // namespace fcos::cuda
