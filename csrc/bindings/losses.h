@@ -45,7 +45,11 @@ class LossTensors {
       const Tensors& ltrb, const Tensors& quality, const Tensor& matched, const Tensor& target_ltrb,
       const Tensor& target_centerness, const BoxRule& rule) {
     BoxLosses& box = args_.box;
-    first_ = parts_.empty() ? ltrb[0] : first_;
+    if (!logits_) { // the kernels of logits take the boxes too
+      first_ = ltrb[0];
+      args_.focal.dtype = dtype_of(first_) == DType::kDouble ? DType::kDouble : DType::kFloat;
+      args_.focal.gamma = 2;
+    }
     ltrb_.emplace(op_, "ltrb", ltrb, Tensors{first_});
     quality_.emplace(op_, "quality", quality, Tensors{first_});
     STD_TORCH_CHECK(

@@ -58,20 +58,6 @@ __device__ void write_as(const BoxLosses& args, const Point& point, const Predic
   narrow(grad[4], static_cast<T*>(quality.grad) + offset(quality.grad_strides, point, 0));
 }
 
-// Calls function(T{}) with the type that is stored; float64 is computed in float64 alone.
-template <class Real, class Function>
-__device__ __forceinline__ void with_stored_type(DType dtype, Function&& function) {
-  if constexpr (sizeof(Real) == 8) {
-    function(double{});
-  } else if (dtype == DType::kHalf) {
-    function(__half{});
-  } else if (dtype == DType::kBFloat16) {
-    function(__nv_bfloat16{});
-  } else {
-    function(float{});
-  }
-}
-
 // Losses of a point, zero for background.
 template <class Real>
 struct PointLosses {
@@ -108,13 +94,11 @@ __device__ PointLosses<Real> take_point(const BoxLosses& args, int64_t thread) {
   }
   Predictions<Real> x = {0, 0, 0, 0, 0};
   if (args.matched[point.target] >= 0) {
-    with_stored_type<Real>(
-        args.dtype, [&](auto zero) { read_as<decltype(zero), Real>(args, point, x); });
+    with_type(args.dtype, [&](auto zero) { read_as<decltype(zero), Real>(args, point, x); });
     losses = losses_of<Real>(args, point, x);
   }
   if constexpr (Grad) {
-    with_stored_type<Real>(
-        args.dtype, [&](auto zero) { write_as<decltype(zero), Real>(args, point, x); });
+    with_type(args.dtype, [&](auto zero) { write_as<decltype(zero), Real>(args, point, x); });
   }
   return losses;
 }

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
   __shared__ double of_warps[kLossThreads / 32];
   int block = int(blockIdx.x) - plan.box_blocks; // of the logits
   if (block < 0) {
-    PointLosses<Real> losses = take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kLossThreads + threadIdx.x);
+    PointLosses<Real> losses =
+        take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kLossThreads + threadIdx.x);
     if constexpr (Loss) {
       leave_sum(losses.box, of_warps, plan.partials + blockIdx.x);
       __syncthreads();
@@ -99,13 +100,9 @@ cudaError_t make_plan(const Losses& args, Plan* plan) {
 // there to check gradients, not for speed.
 template <class Launch>
 void dispatch(const Losses& args, Launch&& launch) {
-  bool has_logits = args.focal.logits.num_levels > 0;
-  DType dtype = has_logits                         ? args.focal.dtype
-                : args.box.dtype == DType::kDouble ? DType::kDouble
-                                                   : DType::kFloat;
-  with_type(dtype, [&](auto zero) {
+  with_type(args.focal.dtype, [&](auto zero) {
     if constexpr (sizeof(zero) < sizeof(double)) {
-      if (args.focal.gamma == 2 || !has_logits) {
+      if (args.focal.gamma == 2) {
         return launch(zero, std::integral_constant<int, 2>{});
       } else if (args.focal.gamma == 1) {
         return launch(zero, std::integral_constant<int, 1>{});

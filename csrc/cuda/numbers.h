@@ -24,8 +24,9 @@ struct Compute<double> {
 };
 
 // Calls function(T{}) with the type that is stored.
+#pragma nv_exec_check_disable // the function is of the host or of the device
 template <class Function>
-void with_type(DType dtype, Function&& function) {
+FCOS_HD void with_type(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::kFloat:
       return function(float{});

@@ -226,14 +226,13 @@ struct Pass {
   static constexpr bool kLastUse = Grad; // else a backward pass comes soon
 
   const FocalPlan& plan;
-  Real upstream = 0, scale = 0; // of all gradients, of those of negatives
+  Real scale = 0; // of the gradient of negatives
   Real of_negatives[V] = {};
   double of_positives = 0;
 
   __device__ explicit Pass(const FocalPlan& plan) : plan(plan) {
     if constexpr (Grad) {
-      upstream = plan.scale.of_gradient<Real>();
-      scale = upstream * Real(plan.negative_weight);
+      scale = plan.scale.of_gradient<Real>() * Real(plan.negative_weight);
     }
   }
 
@@ -257,7 +256,8 @@ struct Pass {
       of_positives += double(terms.loss);
     }
     if constexpr (Grad) { // dz/dx is -1
-      narrow(-upstream * Real(plan.positive_weight) * terms.slope, grad);
+      Real weight = plan.scale.of_gradient<Real>() * Real(plan.positive_weight);
+      narrow(-weight * terms.slope, grad);
     }
   }
 
