@@ -191,7 +191,8 @@ __device__ int sort_best(
   uint64_t end = *high;
   unsigned wanted = unsigned(min(int64_t(kSortable), max(int64_t(kWanted), missing)));
   auto for_each = [&](auto&& take) { // 10 times 512 threads: 1,000 candidates of each of 5 levels
-    for_each_key<kPaddedThreads, 10>(args.num_boxes, [&](int64_t i) { return image.key(i); }, take);
+    for_each_key<kPaddedThreads, 10, false>(
+        args.num_boxes, [&](int64_t i) { return image.key(i); }, take);
   };
   scratch.narrow({0, 0, unsigned(args.num_boxes)}, wanted, kSortable, &range, for_each);
   scratch.clear();
@@ -206,7 +207,6 @@ __device__ int sort_best(
     scratch.box[i] = image.boxes[index], scratch.group[i] = image.classes[index];
   }
   *high = range.low;
-  __syncthreads();
   return count;
 }
 
@@ -237,10 +237,10 @@ __device__ int take_step(
     const PaddedNms& args, const Image& image, int first, int count, int64_t old, int kept,
     PaddedScratch& scratch) {
   int t = int(threadIdx.x);
+  scratch.step.clear<kPaddedThreads>();
   if (t == 0) {
     scratch.suppressed = 0;
   }
-  scratch.step.clear<kPaddedThreads>();
   if (t < count) {
     int64_t group = args.class_agnostic ? 0 : scratch.group[first + t];
     scratch.step.set(t, add_extent(scratch.box[first + t], args.pixel_extent), group);
@@ -252,7 +252,6 @@ __device__ int take_step(
   if (t < count && more >> t & 1) {
     scratch.kept[kept + count_boxes(more & first_boxes(t))] = uint16_t(first + t);
   }
-  __syncthreads();
   return kept + count_boxes(more);
 }
 
@@ -268,12 +267,12 @@ __global__ void __launch_bounds__(kPaddedThreads, 2)
     for (int first = 0; first < count && old + kept < args.max_detections; first += kStep) {
       kept = take_step(args, image, first, min(count - first, kStep), old, kept, scratch);
     }
+    __syncthreads();
     kept = int(min(int64_t(kept), args.max_detections - old));
     for (int i = int(threadIdx.x); i < kept; i += kPaddedThreads) {
       int64_t index = ranking_index(scratch.keys[scratch.kept[i]]);
       image.keep(old + i, index, image.scores[index]);
     }
-    __syncthreads();
     old += kept;
     more = count >= int(kWanted);
   }

@@ -13,8 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
 // Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` of a thread are on their way
-// at once.
-template <int Threads, int Each, class Load, class Take>
+// at once. In place, `take` may write where keys have been loaded.
+template <int Threads, int Each, bool InPlace, class Load, class Take>
 __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
   for (int64_t first = 0; first < count; first += Each * Threads) {
     uint64_t keys[Each];
@@ -23,7 +23,9 @@ __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
       int64_t i = first + k * Threads + threadIdx.x;
       keys[k] = i < count ? load(i) : 0;
     }
-    __syncthreads(); // `take` may write where others have read
+    if constexpr (InPlace) {
+      __syncthreads();
+    }
 #pragma unroll
     for (int k = 0; k < Each; ++k) {
       take(keys[k] != 0, keys[k]);
@@ -161,7 +163,7 @@ struct Histogram {
     __syncthreads();
   }
 
-  // In these bins or others.
+  // In these bins or others. Other calls must come after a barrier.
   __device__ Bin find(const unsigned* counts, unsigned wanted) {
     constexpr int kEach = int(kBins) / Threads;
     int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
@@ -198,9 +200,7 @@ struct Histogram {
       }
     }
     __syncthreads();
-    Bin out = found;
-    __syncthreads();
-    return out;
+    return found;
   }
 
   // Narrows a range of keys, those of `bin`, until no more than `most` are not below it, with the best

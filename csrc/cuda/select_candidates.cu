@@ -501,7 +501,6 @@ __device__ bool collect(
       collect_tile<T>(plan, segment, i, scan_range(bin.index).low, scratch);
     }
   }
-  __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();
@@ -518,7 +517,7 @@ __device__ unsigned shorten(
     const Segment& segment, unsigned count, Bin bin, Range* range, bool in_place,
     FinishScratch& scratch) {
   auto for_each = [&](auto&& take) {
-    for_each_key<kFinishThreads, 4>(count, [&](int64_t i) { return segment.keys[i]; }, take);
+    for_each_key<kFinishThreads, 4, true>(count, [&](int64_t i) { return segment.keys[i]; }, take);
   };
   unsigned most = unsigned(min(longest_sorted(segment.wanted), int64_t(segment.capacity)));
   unsigned left = scratch.narrow(bin, segment.wanted, most, range, for_each);
