@@ -4,6 +4,8 @@ Real runs of a few iterations, in this process, on six tiny images.
 """
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,16 @@ def test_training_leaves_weights_config_and_metrics(trained):
         key for line in metrics(trained) for key in line
     }
     assert last["iteration"] == 2
+
+
+def test_a_terminal_sees_progress_with_rate_and_remaining_time(script, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        result = script("DATASETS.TEST", "()")
+    assert re.search(r"100%.*2/2 \[\d\d:\d\d<00:00, .*(it/s|s/it)\]", result.err)
+    assert "Starting training from iteration 0" in result.out  # lines are still whole
+    result = script("DATASETS.TEST", "()")
+    assert result.status == 0 and "2/2" not in result.err
 
 
 def test_assignment_statistics_are_in_the_metrics(trained):

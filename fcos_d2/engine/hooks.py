@@ -14,12 +14,30 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from ..checkpoint.saving import AtomicSaving
 from ..errors import InputError
 from .distributed import broadcast_buffers, unwrap_ddp
 from .rng import fork_rng
 from .step import unwrap_trainer
+
+
+class ProgressBar(HookBase):
+    """tqdm's bar, with rate and remaining time, if stderr is a terminal."""
+
+    def before_train(self):
+        """Opens it."""
+        trainer = self.trainer
+        self._bar = tqdm(total=trainer.max_iter, initial=trainer.start_iter, disable=None)
+
+    def after_step(self):
+        """Moves it."""
+        self._bar.update()
+
+    def after_train(self):
+        """Closes it."""
+        self._bar.close()
 
 
 class AssignmentStatistics(HookBase):
@@ -260,6 +278,7 @@ def standard_hooks(
     is_main = comm.is_main_process()
     return [
         hooks.IterationTimer(),  # first, so that it times the step alone
+        ProgressBar() if is_main else None,
         AssignmentStatistics() if is_main else None,
         hooks.LRScheduler(scheduler=scheduler),
         *more,

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
@@ -16,6 +17,7 @@ from detectron2.engine import TrainerBase, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..checkpoint import Checkpointer
 from ..config_file import choose_device, read_cfg
@@ -24,6 +26,7 @@ from ..errors import InputError
 from .hooks import CheckpointHook
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOGGERS = ("detectron2", "fvcore", "fcos_d2")
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def setup_cfg(args) -> CfgNode:
 
 @contextlib.contextmanager
 def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
-    """A block around a training run, in which SIGTERM saves and stops.
+    """A block around a training run: SIGTERM saves and stops, log and progress bar do not mix.
 
     InputErrors, which ``run_script`` prints, stay out of the log; a full disk becomes one.
     """
@@ -71,8 +74,9 @@ def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
 
     loop = logging.getLogger("detectron2.engine.train_loop")  # logs the traceback of any error
     loop.addFilter(is_bug)
+    on_terminal = map(logging.getLogger, LOGGERS if sys.stderr.isatty() else ())
     try:
-        with checkpoints.handle_sigterm():
+        with checkpoints.handle_sigterm(), logging_redirect_tqdm(list(on_terminal)):
             yield
     except OSError as error:
         if not _is_full_disk(error):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import weakref
 from collections.abc import Callable
 
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -39,7 +42,7 @@ from .hooks import (
 )
 from .loader import TrainLoader, sampler_from_config, split_batch
 from .setup import flatten, resume_or_load, training_context
-from .step import StepTrainer, amp_dtype
+from .step import StepTrainer, amp_dtype, batch_norm_errors
 
 
 class Trainer(ResumableTrainer):
@@ -57,6 +60,7 @@ class Trainer(ResumableTrainer):
         amp = cfg.SOLVER.AMP
         model = self.build_model(cfg)
         optimizer, loader = self.build_optimizer(cfg, model), self.build_train_loader(cfg)
+        check_batch_norm(cfg, model, loader)
         self._trainer = StepTrainer(
             wrap_ddp(model, broadcast_buffers=False),
             loader,
@@ -183,6 +187,29 @@ class Trainer(ResumableTrainer):
         """DefaultTrainer's; SIGTERM saves and stops, and input errors are reported in one line."""
         with training_context(self._checkpoints):
             return super().train()
+
+
+def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
+    """Refuses batches of one image whose smallest one would give batch norm a 1x1 feature map.
+
+    The model is run on shapes only, those of the smallest image at the smallest training size.
+    """
+    is_single = isinstance(loader, TrainLoader) and loader.batch_size == 1
+    records = loader.dataset if is_single else ()
+    sides = {(r["height"], r["width"]) for r in records if {"height", "width"} <= r.keys()}
+    if not sides or not get_bn_modules(model.train()):
+        return
+    short, long = min(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    if short:
+        sides = {ResizeShortestEdge.get_output_shape(*pair, short, long) for pair in sides}
+    divisor = model.backbone.size_divisibility or 1
+    padded = [-(-side // divisor) * divisor for side in min(sides, key=max)]
+    image = torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *padded, device="meta")
+    model = copy.deepcopy(model).to("meta")
+    with batch_norm_errors(), contextlib.suppress(RuntimeError):  # an operator without shapes
+        features = model.backbone(image)
+        if isinstance(model, FCOS):
+            model.head([features[name] for name in model.head_in_features])
 
 
 def scale_to_processes(cfg):

@@ -223,7 +223,24 @@ def test_precise_statistics_are_those_of_the_ema(script):
 # ---- batch norm ----
 
 
-def test_batch_norm_of_one_value_names_the_keys_to_change():
+@pytest.mark.parametrize("norm, size", [("BN", 6), ("BN", 7), ("GN", 6)])
+def test_batch_norm_of_one_value_is_refused_before_training(script, norm, size):
+    """Images of 48 x 64 become 6 x 8 (or 7 x 9), which are padded to 8 x 8 (or 8 x 16)."""
+    options = ("INPUT.MIN_SIZE_TRAIN", f"({size}, 40)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 9)
+    options += ("MODEL.FCOS.NORM", norm, "MODEL.RESNETS.NORM", "FrozenBN")
+    options += ("MODEL.FPN.OUT_CHANNELS", 64)
+    result = script(*options, "SOLVER.IMS_PER_BATCH", 1)
+    if (norm, size) != ("BN", 6):
+        assert result.status == 0
+        return
+    assert result.status == 2 and "Starting training" not in result.out
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    for part in ("feature map of 1x1", "SOLVER.IMS_PER_BATCH", "MIN_SIZE_TRAIN", "FCOS", "NORM"):
+        assert part in line
+
+
+def test_batch_norm_of_one_value_that_appears_in_training_is_one_line():
+    """As of a LazyConfig, or of images that were cropped."""
     model = nn.Sequential(nn.BatchNorm1d(3))
     trainer = StepTrainer(model, [torch.ones(1, 3)], torch.optim.SGD(model.parameters(), 0.1))
     with EventStorage(), pytest.raises(InputError, match="feature map of 1x1; raise SOLVER.IMS"):
