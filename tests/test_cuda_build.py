@@ -116,7 +116,7 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
 BUDGETS = {
     "assign_kernel": 40,
     "flat_kernel": 48,
-    "finish_kernel": 128,  # a block for each level of an image: fewer than multiprocessors
+    "finish_kernel": 128,  # one block of 512 threads per multiprocessor
 }  # all others:
 BUDGET = 64
 DOUBLE_BUDGET = 128  # for checking gradients, not for speed
