@@ -147,7 +147,7 @@ def _add_training(cfg: CN) -> None:
     # "SGD" (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Splits the IMS_PER_BATCH images of an iteration into as many batches, processed one after the
-    # other to save memory. Normalisers and BN statistics are per batch.
+    # other to save memory. Normalizers and BN statistics are per batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
     # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling), "bfloat16" (GPUs and CPUs), or "auto"
     # for what the device computes fastest, which may be float32.
@@ -190,7 +190,7 @@ def _add_head(fcos: CN) -> None:
     fcos.NUM_CLS_CONVS = 4
     fcos.NUM_BOX_CONVS = 4
     fcos.NUM_SHARE_CONVS = 0
-    # Normalisation in the towers: "GN" (32 groups), "BN" or "SyncBN" (statistics and weights of
+    # Normalization in the towers: "GN" (32 groups), "BN" or "SyncBN" (statistics and weights of
     # their own per level), "none".
     fcos.NORM = "GN"
     # Deformable convolution (DCNv2) as the last convolution of the classification and box towers.
@@ -216,7 +216,7 @@ def _add_targets(fcos: CN) -> None:
     fcos.SIZES_OF_INTEREST = [64, 128, 256, 512]
     # Whether a largest distance equal to a bound belongs to the range.
     fcos.RANGE_INCLUSIVE = None
-    # Only points within POS_RADIUS strides of a box's centre are positive (2006.09214 section 3.2).
+    # Only points within POS_RADIUS strides of a box's center are positive (2006.09214 section 3.2).
     fcos.CENTER_SAMPLE = None
     fcos.POS_RADIUS = 1.5
     # Position of a level's first point, as a fraction of its stride, and the spacing of its points:
@@ -252,7 +252,7 @@ def _add_losses(fcos: CN) -> None:
     fcos.LOSS_NORMALIZER_CLS = None
     fcos.LOSS_NORMALIZER_BOX = None
     fcos.MOVING_FG_START = None
-    # Average the normalisers over all processes.
+    # Average the normalizers over all processes.
     fcos.SYNC_NORMALIZER = None
 
 

@@ -95,7 +95,7 @@ class Recorder(CfgNode):
 
 def records(folder: Path, num_classes: int) -> list[dict]:
     """Two images, one of which shows an object of the last class."""
-    image, found = folder / "grey.png", []
+    image, found = folder / "gray.png", []
     Image.fromarray(np.full((SIDE, SIDE + 30, 3), 99, np.uint8)).save(image)
     box = {"bbox": [8, 8, 40, 48], "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
     for index, annotations in enumerate(([{**box, "category_id": num_classes - 1}], [])):

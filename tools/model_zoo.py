@@ -164,16 +164,17 @@ HEADER = """\
 
 Written by `python tools/model_zoo.py`; do not edit.
 
-AP is box AP on COCO val2017, with test-dev in parentheses. *Published* is what the authors report for
-their own code; *ours* is what these configs reached here, and empty until measured. Every config
-follows the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that the authors' weights
-are evaluated by the rules they were trained with. Parameters include those of frozen layers, but not
-the constants of frozen batch norms.
+AP is box AP on COCO val2017, with test-dev in parentheses. *Published* is what the authors report
+for their own code; *ours* is what these configs reached here, and empty until measured. Every
+config follows the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that the
+authors' weights are evaluated by the rules they were trained with. Parameters include those of
+frozen layers, but not the constants of frozen batch norms.
 
 *weights* are those that their authors publish under a permissive license. `MODEL.WEIGHTS
-zoo://torchvision/fcos_R_50_FPN`, `fcos-d2 photo.jpg --model NAME` and `Predictor.from_pretrained(NAME)`
-download them once; NAME is the path of the config without `configs/` and `.yaml`. Checkpoints of the
-other authors load as well, but their licenses are non-commercial.
+zoo://torchvision/fcos_R_50_FPN`, `fcos-d2 photo.jpg --model NAME` and
+`Predictor.from_pretrained(NAME)` download them once; NAME is the path of the config without
+`configs/` and `.yaml`. Checkpoints of the other authors load as well, but their licenses are
+non-commercial.
 """
 COLUMNS = ("config", "parameters", "images x iterations", "short side", "published", "ours")
 COLUMNS += ("weights", "license")

@@ -13,7 +13,7 @@ void parallel_for(int64_t count, int64_t grain, const cpu::Task& task) {
   torch::stable::parallel_for(0, count, grain, task);
 }
 
-// Neighbours in memory, which the elements of an expanded map (stride 0) are not.
+// Neighbors in memory, which the elements of an expanded map (stride 0) are not.
 bool points_touch(const Tensor& map) {
   return map.size(2) * map.size(3) <= 1 || strides_of(map).point == 1;
 }

@@ -202,7 +202,7 @@ class Scorer {
     const Map& map = args_.logits.level[on_.level];
     const Strides& strides = map.data_strides;
     const T* data = static_cast<const T*>(map.data) + element(strides, on_.image, 0, first_point_);
-    if (points_are_neighbours(map)) {
+    if (points_are_neighbors(map)) {
       for (int64_t c = 0; c < args_.num_classes; ++c) {
         take(data + c * strides.channel, bound_.data(), num_points_, 0, c, false);
       }

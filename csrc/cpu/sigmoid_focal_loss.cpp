@@ -40,7 +40,7 @@ std::vector<Piece> pieces(const FocalLoss& args) {
   for (int64_t image = 0; image < args.num_images; ++image) {
     for (int l = 0; l < args.logits.num_levels; ++l) {
       const Map& map = args.logits.level[l];
-      bool is_pixel = !points_are_neighbours(map);
+      bool is_pixel = !points_are_neighbors(map);
       int64_t total = is_pixel ? map.num_points : args.num_classes;
       int64_t step = is_pixel ? kPixelsPerPiece : 1;
       for (int64_t first = 0; first < total && map.num_points > 0; first += step) {

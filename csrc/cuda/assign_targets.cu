@@ -59,7 +59,7 @@ __device__ Tile find_tile(const AssignTargets& args, const BlocksOfLevels& tiles
   return {int(image), level, index % across * kTileWidth, index / across * kTileHeight};
 }
 
-// Distance from a box's centre to the interval [first, last], 0 or less inside. Rounding keeps
+// Distance from a box's center to the interval [first, last], 0 or less inside. Rounding keeps
 // order, so no point of the interval is computed to be closer.
 __device__ float gap(float low, float high, float first, float last) {
   float center = (low + high) / 2;

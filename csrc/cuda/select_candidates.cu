@@ -50,7 +50,7 @@ FCOS_HD int64_t longest_sorted(int64_t wanted) { return max_of(int64_t(kSortable
 // do more pass the threshold.
 constexpr int64_t kListShare = 64;
 
-// What neighbouring points and classes of a level a block looks at together.
+// What neighboring points and classes of a level a block looks at together.
 struct LevelPlan {
   int tile_points, tile_classes;
   int class_tiles;   // that share their points
@@ -172,7 +172,7 @@ __device__ int64_t offset(const Strides& strides, int64_t image, int channel, in
   return image * strides.image + channel * strides.channel + point * strides.point;
 }
 
-// Neighbouring channels of a point. All are on their way before the first is converted.
+// Neighboring channels of a point. All are on their way before the first is converted.
 template <class T, int N>
 __device__ void read_as(const Map& map, int64_t image, int channel, int64_t point, float* out) {
   const T* data = static_cast<const T*>(map.data);

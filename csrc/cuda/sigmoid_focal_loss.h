@@ -316,7 +316,7 @@ inline Matrix make_matrix(const FocalLoss& args, const Map& map) {
                     (m.grad == nullptr || is_aligned(m.grad, m.grad_strides, bytes));
   m.groups = m.is_vectorised ? m.columns / vector : m.columns;
   m.slices = int(divide_up(m.rows, kMaxRows));
-  // Neighbouring threads share rows. Where rows are short (few classes), the next thread's first row
+  // Neighboring threads share rows. Where rows are short (few classes), the next thread's first row
   // is the next in memory, so that a warp reads one piece; long rows are cut into runs.
   m.row_step = m.columns_are_classes ? m.slices : 1;
   m.data_step = int(m.data_strides.row * m.row_step);

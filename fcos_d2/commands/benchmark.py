@@ -75,7 +75,7 @@ def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> I
     def network():
         return model.dense_predictions(batch)
 
-    yield Part("network", "copy to the device, normalisation, backbone, head", network)
+    yield Part("network", "copy to the device, normalization, backbone, head", network)
     outputs = network()
     yield Part("post-processing", "candidates, decoding, NMS", lambda: model.detect(*outputs))
 

@@ -1,6 +1,6 @@
 """The whole detector as one graph of standard operators: uint8 images -> detections.
 
-Normalisation, padding, network, decoding, NMS and clipping (1904.01355 section 3.1), for any batch
+Normalization, padding, network, decoding, NMS and clipping (1904.01355 section 3.1), for any batch
 and image size. What ``fcos_d2.ops`` computes comes from ``ops/reference``, whose plain PyTorch
 torch.export, AOTInductor and ONNX all have. Everything after the head is float32, whatever the
 weights are.

@@ -20,9 +20,9 @@ QUALITIES = {"ctrness": "centerness", "iou": "iou"}
 
 
 class FCOSLoss(nn.Module):
-    """Assigns targets and sums the three losses, each divided by its normaliser on the device.
+    """Assigns targets and sums the three losses, each divided by its normalizer on the device.
 
-    Targets do not depend on predictions, so the normalisers are known, and exchanged between
+    Targets do not depend on predictions, so the normalizers are known, and exchanged between
     processes in one message, before the losses are computed.
 
     Args:
@@ -44,7 +44,7 @@ class FCOSLoss(nn.Module):
         cls_normalizer: "fg", "fg_and_images", "moving_fg" or "all".
         box_normalizer: "fg", or "cls" for that of the classification loss.
         moving_fg_start: first value of the moving average.
-        sync_normalizer: average the normalisers over all processes.
+        sync_normalizer: average the normalizers over all processes.
 
     Raises:
         ValueError: an unknown choice, or a number of sizes that does not fit the strides.

@@ -52,8 +52,8 @@ def make_levels(
 
     Args:
         shapes: (height, width) of each level's feature map.
-        strides: pixels between neighbouring points of each level.
-        offset: position of the first point as a fraction of the stride; 0.5 is the centre of the
+        strides: pixels between neighboring points of each level.
+        offset: position of the first point as a fraction of the stride; 0.5 is the center of the
             cell (FCOS, AdelaiDet, detectron2), 0 its corner (torchvision, cvpods).
         image_shape: (height, width) in pixels of the padded input. If given, the spacing is
             ``image size // feature size`` as in torchvision, which differs from the stride if

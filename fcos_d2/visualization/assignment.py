@@ -36,7 +36,7 @@ def draw_assignment(
     """One panel per pyramid level, side by side, with every point of the level.
 
     A positive point is a disc in the color of its class, larger where centerness is higher; a
-    background point is a faint dot; an ignored point is a grey cross. Points in the padding of the
+    background point is a faint dot; an ignored point is a gray cross. Points in the padding of the
     batch are left out.
 
     Args:
@@ -78,7 +78,7 @@ def draw_assignment(
 
 
 def _dimmed(image: np.ndarray, boxes: np.ndarray | None, scale: float) -> Image.Image:
-    """The image in dim grey, so that nothing but the points has a color."""
+    """The image in dim gray, so that nothing but the points has a color."""
     ground = resize(image, scale).convert("L").point(lambda v: 25 + 0.4 * v).convert("RGB")
     draw = ImageDraw.Draw(ground, "RGBA")
     boxes = np.asarray([] if boxes is None else boxes, dtype=float).reshape(-1, 4)

@@ -23,14 +23,14 @@ PALETTE: tuple[Color, ...] = tuple(map(ImageColor.getrgb, (
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00",
     "#cc79a7", "#882255", "#6ef5eb", "#6928f0", "#7dd778", "#73500a",
 )))  # fmt: skip
-GREY: Color = (150, 150, 150)
+GRAY: Color = (150, 150, 150)
 PANEL_SIDE = 320  # a smaller image is enlarged, so that its labels have room
 
 
 def class_color(index: int) -> Color:
-    """The color of class ``index``; grey for -1, the regions to ignore."""
+    """The color of class ``index``; gray for -1, the regions to ignore."""
     if index < len(PALETTE):
-        return GREY if index < 0 else PALETTE[index]
+        return GRAY if index < 0 else PALETTE[index]
     # Beyond what eyes can name, neighbors at least differ: the golden angle spreads the hues.
     step = index - len(PALETTE)
     return ImageColor.getrgb(

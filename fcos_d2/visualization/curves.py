@@ -134,7 +134,7 @@ def plot_precision_recall(
 
 
 def _plain(axes) -> None:
-    """No frame, a light grid, small grey numbers."""
+    """No frame, a light grid, small gray numbers."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from fcos_d2.commands import report
-from fcos_d2.visualization.boxes import GREY, PALETTE, PANEL_SIDE
+from fcos_d2.visualization.boxes import GRAY, PALETTE, PANEL_SIDE
 from fcos_d2.visualization.sheet import GUTTER
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
@@ -26,7 +26,7 @@ CATEGORIES = (7, 11, 20)  # COCO's numbers have gaps, too
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Five grey images; image i has a box of class i % 3 at (8, 16) to (40, 32), the last none."""
+    """Five gray images; image i has a box of class i % 3 at (8, 16) to (40, 32), the last none."""
     folder = tmp_path_factory.mktemp("images")
     annotations = []
     for i in range(5):
@@ -101,7 +101,7 @@ def picture(output, row, column) -> np.ndarray:
 
 
 def at(image: np.ndarray, x: int, y: int) -> tuple[int, ...]:
-    """The colour at a place of the original image."""
+    """The color at a place of the original image."""
     return tuple(image[y * SCALE, x * SCALE].tolist())
 
 
@@ -111,7 +111,7 @@ def test_report_shows_ground_truth_beside_saved_detections(output, capsys, monke
     for place in range(5):
         row, column = place // 3, place % 3 * 2
         truth, found = picture(output, row, column), picture(output, row, column + 1)
-        color = [PALETTE[0], PALETTE[1], PALETTE[2], GREY, (100, 100, 100)][place]
+        color = [PALETTE[0], PALETTE[1], PALETTE[2], GRAY, (100, 100, 100)][place]
         assert at(truth, 24, 16) == color and at(truth, 8, 24) == color
         assert at(truth, 16, 40) == (100, 100, 100)
         assert at(found, 40, 16) == at(found, 16, 40) == PALETTE[1]

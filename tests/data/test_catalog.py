@@ -78,8 +78,8 @@ def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own(cus
     assert load_dataset(name, masks=True) == records
     assert load_dataset(name) == [{"file_name": "", "annotations": [box, box]}]
     assert records[0]["annotations"][0] is masked and "segmentation" in masked
-    unlabelled = custom(lambda: [{"file_name": ""}], "unlabelled")
-    assert load_dataset(unlabelled) == [{"file_name": ""}]
+    unlabeled = custom(lambda: [{"file_name": ""}], "unlabeled")
+    assert load_dataset(unlabeled) == [{"file_name": ""}]
 
 
 MASKS_THAT_DETECTRON2_DROPS = ([[]], [[5, 6, 25, 16]], [[5, 6, 25, 6, 25, 16, 5]], "text")
@@ -218,7 +218,7 @@ def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
 def test_boxes_as_arrays_and_data_without_annotations_are_fine(custom):
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
-    assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabelled_test"))) == 1
+    assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])

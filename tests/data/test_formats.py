@@ -79,7 +79,7 @@ def via(root, regions=lambda items: items):
         items = [
             {
                 "shape_attributes": {"name": "rect", "x": x, "y": y, "width": w, "height": h},
-                "region_attributes": {"colour": "red", "Type": label},
+                "region_attributes": {"color": "red", "Type": label},
             }
             for label, x, y, w, h in objects
         ]

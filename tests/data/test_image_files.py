@@ -66,7 +66,7 @@ def test_name_of_no_file_is_missing(tree, name):
     assert locate_images(tree("1.jpg"), [name]).paths in ([None], [name])
 
 
-def test_folder_is_suggested_from_the_neighbourhood(tree, tmp_path, monkeypatch):
+def test_folder_is_suggested_from_the_neighborhood(tree, tmp_path, monkeypatch):
     root = tree("data/photos/deep/1.jpg", "labels/note.txt")
     monkeypatch.chdir(root)
     assert suggest_folder("data/wrong", "img/1.JPG") == "data/photos/deep"

@@ -40,7 +40,7 @@ def test_every_box_is_counted_once_per_level_and_lost_ones_are_told_apart():
     ]
     fit = measure_fit(samples, losses, grid)
     assert (fit.num_images, fit.num_boxes) == (3, 4)
-    # Of 16 x 16 the four points within reach are 4 pixels from the centre.
+    # Of 16 x 16 the four points within reach are 4 pixels from the center.
     assert fit.boxes_per_level == [1, 1] and fit.points_per_level[0] == 4
     assert (fit.too_small, fit.covered, fit.unserved) == (1, 1, 2)
     assert fit.ambiguous == 4

@@ -96,7 +96,7 @@ def test_predictions_that_are_not_finite_become_no_boxes(convention, value):
         assert not found.pred_boxes.tensor.isfinite().any()
 
 
-def test_image_is_normalised_by_mean_and_std():
+def test_image_is_normalized_by_mean_and_std():
     mean, std = [10.0, 20.0, 30.0], [2.0, 4.0, 8.0]
     model = tiny_fcos("MODEL.PIXEL_MEAN", mean, "MODEL.PIXEL_STD", std)
     image = torch.tensor(mean).view(3, 1, 1) + torch.tensor(std).view(3, 1, 1) * torch.ones(3, 4, 5)

@@ -1,4 +1,4 @@
-"""FCOSLoss: normalisers, weights and names against numbers worked out by hand.
+"""FCOSLoss: normalizers, weights and names against numbers worked out by hand.
 
 Unless told, one image of 8 x 24 pixels has one level of three points, (4, 4), (12, 4) and (20, 4).
 A box around all of it makes all three positive, with centerness 1/sqrt(5), 1 and 1/sqrt(5).
@@ -175,7 +175,7 @@ class OtherProcess:
         tensor.add_(self.numbers[: len(tensor)])
 
 
-def test_normalisers_are_averaged_over_processes_in_one_message(monkeypatch):
+def test_normalizers_are_averaged_over_processes_in_one_message(monkeypatch):
     other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
     losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
     centerness = (1 + 2 * SIDE + 2) / 2
@@ -195,7 +195,7 @@ def test_process_without_positives_still_sends_its_message(monkeypatch):
     assert losses == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
 
 
-def test_normalisers_can_stay_local(monkeypatch):
+def test_normalizers_can_stay_local(monkeypatch):
     other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
     losses = numbers(make_loss(sync_normalizer=False)(predictions(), ONE_BOX, LEVELS))
     assert other.calls == 0

@@ -146,7 +146,7 @@ def test_whole_training_step_needs_no_values():
 @pytest.mark.cuda
 def test_cuda_sees_no_synchronisation():
     model, (images, truth) = tiny_fcos("MODEL.DEVICE", "cuda"), inputs("cuda")
-    for mode in ("default", "error"):  # the first time round, libraries are initialised
+    for mode in ("default", "error"):  # the first time round, libraries are initialized
         torch.cuda.set_sync_debug_mode(mode)
         try:
             sum(losses_of(model, images, truth).values()).backward()

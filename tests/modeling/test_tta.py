@@ -98,7 +98,7 @@ def test_boxes_of_an_enlarged_view_come_back_to_the_original():
 
 @pytest.mark.parametrize("nms_threshold, kept", [(0.2, 1), (0.3, 3), (0.35, 5)])
 def test_views_of_different_sizes_are_merged_before_nms(nms_threshold, kept):
-    """The four small boxes overlap the large one by 1/4, their neighbours by 1/3."""
+    """The four small boxes overlap the large one by 1/4, their neighbors by 1/3."""
     model = with_tta(detector(nms_threshold=nms_threshold), 64, 128)
     assert len(found(model, picture())) == kept
 

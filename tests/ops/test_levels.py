@@ -6,7 +6,7 @@ import torch
 from fcos_d2.ops import make_levels, point_coordinates
 
 
-def test_points_are_cell_centres_level_after_level_row_after_row():
+def test_points_are_cell_centers_level_after_level_row_after_row():
     levels = make_levels([(2, 3), (1, 2)], [8, 16])
     assert levels.num_points == 8
     assert point_coordinates(levels).tolist() == [
@@ -23,8 +23,8 @@ def test_floor_pitch_follows_the_image_where_rounding_made_the_map_larger():
     levels = make_levels([(13, 21), (7, 11)], [64, 128], offset=0.0, image_shape=(800, 1344))
     assert levels.pitches == ((61, 64), (114, 122))
     assert point_coordinates(levels)[22].tolist() == [64, 61]
-    centred = levels._replace(offset=0.5)  # a fraction of the stride all the same
-    assert point_coordinates(centred)[22].tolist() == [64 + 32, 61 + 32]
+    centered = levels._replace(offset=0.5)  # a fraction of the stride all the same
+    assert point_coordinates(centered)[22].tolist() == [64 + 32, 61 + 32]
 
 
 def test_empty_level_has_no_points():

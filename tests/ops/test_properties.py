@@ -173,10 +173,10 @@ def box_loss_in_float64(ltrb, quality, targets, upstream, options):
     return [*losses, *boxes, *qualities]
 
 
-def assert_as_good_as_its_inputs(got, want, neighbours, rtol, size=1.0) -> None:
+def assert_as_good_as_its_inputs(got, want, neighbors, rtol, size=1.0) -> None:
     """No further from ``want`` than the results of inputs that round to the same numbers."""
     want_here = want.to(got.dtype)
-    spread = sum((x - want).abs() for x in neighbours)
+    spread = sum((x - want).abs() for x in neighbors)
     half_unit = torch.finfo(got.dtype).eps * want.abs() if got.dtype.itemsize == 2 else 0
     allowed = rtol * (size + want.abs()) + 2 * spread + half_unit
     good = ((got.double() - want).abs() <= allowed) | (got == want_here)
@@ -195,7 +195,7 @@ def test_box_loss_and_gradient_equal_those_in_float64(cases):
         wants = box_loss_in_float64(*wide, targets, upstream, options)
         # 1 - IoU of good boxes and distances near the border of the truth have already lost digits.
         g, eps = strategies.generator(case.seed), torch.finfo(losses[0].dtype).eps
-        neighbours = [
+        neighbors = [
             box_loss_in_float64(*(nudged(x, eps, g) for x in wide), targets, upstream, options)
             for _ in range(4)
         ]
@@ -204,7 +204,7 @@ def test_box_loss_and_gradient_equal_those_in_float64(cases):
         logits = torch.cat([x.flatten(1) for x in wide[1]], dim=1)[targets.matched >= 0]
         sizes = [1.0, 1 + logits.abs().sum().item(), *[1.0] * len(maps)]
         rtol = max(10 * eps, 1e-10)
-        for got, want, size, *near in zip(results, wants, sizes, *neighbours, strict=True):
+        for got, want, size, *near in zip(results, wants, sizes, *neighbors, strict=True):
             assert_as_good_as_its_inputs(got, want, near, rtol, size)
 
     for_all(strategies.box_cases, cases, holds)

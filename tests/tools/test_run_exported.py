@@ -64,5 +64,5 @@ def test_channels_are_those_of_the_model(tool):
     image = Image.new("RGB", (1, 200), (200, 100, 0))
     assert tool.prepare(image, METADATA)[:, 0, 0].tolist() == [200, 100, 0]
     assert tool.prepare(image, METADATA | {"channels": "BGR"})[:, 0, 0].tolist() == [0, 100, 200]
-    grey = tool.prepare(image, METADATA | {"channels": "L"})
-    assert grey.shape == (1, 100, 1) and grey[0, 0, 0] == 118
+    gray = tool.prepare(image, METADATA | {"channels": "L"})
+    assert gray.shape == (1, 100, 1) and gray[0, 0, 0] == 118

@@ -10,7 +10,7 @@ from torch import nn
 from fcos_d2.ops import make_levels
 from fcos_d2.visualization.assignment import CROSS, draw_assignment, draw_heat_maps, training_panels
 from fcos_d2.visualization.boxes import (
-    GREY,
+    GRAY,
     PALETTE,
     PANEL_SIDE,
     class_color,
@@ -97,14 +97,14 @@ def test_tag_of_a_box_in_the_corner_stays_inside_the_picture():
         assert has_color(picture, RED).sum() > 300 and letters.sum() > 10
 
 
-def test_objects_have_the_colors_of_their_classes_and_ignored_regions_are_grey():
+def test_objects_have_the_colors_of_their_classes_and_ignored_regions_are_gray():
     picture = draw_objects(plain(), [[5, 30, 40, 90], [60, 30, 110, 90]], [3, -1], ["a"] * 4)
     assert tuple(picture[60, 5]) == PALETTE[3]
-    assert tuple(picture[60, 60]) == GREY
+    assert tuple(picture[60, 60]) == GRAY
 
 
 def test_eighty_classes_have_eighty_colors():
-    assert len({class_color(i) for i in range(80)} | {GREY}) == 81
+    assert len({class_color(i) for i in range(80)} | {GRAY}) == 81
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_palette_stays_apart_for_color_blind_eyes(vision):
     lab = [[0.21045, 0.79362, -0.00407], [1.978, -2.42859, 0.45059], [0.0259, 0.78277, -0.80868]]
     oklab = np.cbrt(seen @ np.transpose(lms)) @ np.transpose(lab)
     distance = np.linalg.norm(oklab[:, None] - oklab, axis=-1) + np.eye(len(oklab))
-    assert distance.min() > 0.07  # neighbours in a palette of 12 fully saturated hues: 0.02
+    assert distance.min() > 0.07  # neighbors in a palette of 12 fully saturated hues: 0.02
 
 
 # ---- assignment ----
@@ -260,7 +260,7 @@ def test_training_panels_show_no_more_detections_than_asked_for(model, batch):
 # ---- heat maps ----
 
 
-def test_every_point_colours_its_cell_from_black_to_white():
+def test_every_point_colors_its_cell_from_black_to_white():
     levels = make_levels([(2, 3), (1, 2)], [8, 16])
     values = np.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.0]])
     sheet = draw_heat_maps(plain(16, 24, 0), {"ctrness": [values, np.zeros((1, 2))]}, levels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import InputError
 from .files import annotation_file, ensure_digits, image_folder
 
-# Zero to six, by their old names on dice; seven, eight and nine are not labelled. Nobody ever saw a
+# Zero to six, by their old names on dice; seven, eight and nine are not labeled. Nobody ever saw a
 # joker.
 NAMES = ("nil", "ace", "deuce", "trey", "cater", "cinque", "sice")
 NEVER_USED = "joker"

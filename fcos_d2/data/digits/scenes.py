@@ -145,25 +145,25 @@ def _covered_share(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _paint(canvas: np.ndarray, ink: np.ndarray, box: np.ndarray, rng: np.random.Generator) -> None:
-    """Lays ``ink`` over ``canvas`` in a colour, or two that run into each other, that shows."""
+    """Lays ``ink`` over ``canvas`` in a color, or two that run into each other, that shows."""
     x0, y0, x1, y1 = box
     under = canvas[y0:y1, x0:x1]
     opacity = rng.uniform(0.75, 1)
-    colour = _contrasting_colour(under[ink >= VISIBLE], rng.uniform(45, 100) / opacity, rng)
-    second = np.clip(colour + rng.normal(0, 22, 3), 0, 255)
+    color = _contrasting_color(under[ink >= VISIBLE], rng.uniform(45, 100) / opacity, rng)
+    second = np.clip(color + rng.normal(0, 22, 3), 0, 255)
     ramp = _ramp(ink.shape, rng)[..., None]
     weight = ink[..., None] * opacity
-    under += weight * (colour + ramp * (second - colour) - under)
+    under += weight * (color + ramp * (second - color) - under)
 
 
-def _contrasting_colour(under: np.ndarray, contrast: float, rng) -> np.ndarray:
-    """A random colour that differs by ``contrast`` in lightness from most pixels ``[n, 3]``."""
-    colours = rng.uniform(0, 255, (24, 3)).astype(np.float32)
-    colours = np.concatenate([colours, np.float32([[8, 8, 8], [247, 247, 247]])])
-    difference = np.abs((colours @ LUMA)[:, None] - under @ LUMA)  # [26, n]
+def _contrasting_color(under: np.ndarray, contrast: float, rng) -> np.ndarray:
+    """A random color that differs by ``contrast`` in lightness from most pixels ``[n, 3]``."""
+    colors = rng.uniform(0, 255, (24, 3)).astype(np.float32)
+    colors = np.concatenate([colors, np.float32([[8, 8, 8], [247, 247, 247]])])
+    difference = np.abs((colors @ LUMA)[:, None] - under @ LUMA)  # [26, n]
     shown = (difference >= contrast).mean(1)
     enough = np.flatnonzero(shown >= 0.93)
-    return colours[enough[0] if len(enough) else shown.argmax()]
+    return colors[enough[0] if len(enough) else shown.argmax()]
 
 
 def _ramp(shape, rng: np.random.Generator) -> np.ndarray:
@@ -175,9 +175,9 @@ def _ramp(shape, rng: np.random.Generator) -> np.ndarray:
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
-    """A colour gradient with soft blotches, float32 ``[160, 160, 3]``."""
+    """A color gradient with soft blotches, float32 ``[160, 160, 3]``."""
     near = rng.uniform(25, 230, 3)
-    near = near.mean() + rng.uniform(0.2, 1) * (near - near.mean())  # from grey to bright
+    near = near.mean() + rng.uniform(0.2, 1) * (near - near.mean())  # from gray to bright
     far = np.clip(near + rng.normal(0, 38, 3), 10, 245)
     ground = near + _ramp((SIZE, SIZE), rng)[..., None] * (far - near)
     cells = int(rng.integers(3, 12))
@@ -192,37 +192,37 @@ def _clutter(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     draw = ImageDraw.Draw(image, "RGBA")
     for _ in range(rng.integers(2, 11)):
         shape = (_line, _rectangle, _ellipse, _scribble)[rng.integers(4)]
-        colour = (*(int(c) for c in rng.integers(0, 256, 3)), int(rng.integers(50, 150)))
-        shape(draw, colour, rng)
+        color = (*(int(c) for c in rng.integers(0, 256, 3)), int(rng.integers(50, 150)))
+        shape(draw, color, rng)
     return np.asarray(image).astype(np.float32)
 
 
-def _line(draw, colour, rng) -> None:
+def _line(draw, color, rng) -> None:
     """Longer than any stroke of a digit, so that it is no "one"."""
     start, angle = rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * np.pi)
     reach = rng.uniform(90, 200) * np.array([np.cos(angle), np.sin(angle)])
-    draw.line([*(start - reach / 2), *(start + reach / 2)], colour, int(rng.integers(1, 4)))
+    draw.line([*(start - reach / 2), *(start + reach / 2)], color, int(rng.integers(1, 4)))
 
 
-def _rectangle(draw, colour, rng) -> None:
+def _rectangle(draw, color, rng) -> None:
     corner, sides = rng.uniform(-20, SIZE, 2), rng.uniform(8, 70, 2)
     outline = rng.random() < 0.4
     draw.rectangle(
         [*corner, *(corner + sides)],
-        fill=None if outline else colour,
-        outline=colour if outline else None,
+        fill=None if outline else color,
+        outline=color if outline else None,
         width=int(rng.integers(1, 4)),
     )
 
 
-def _ellipse(draw, colour, rng) -> None:
-    """Filled: an outline would be a "zero" that nobody labelled."""
+def _ellipse(draw, color, rng) -> None:
+    """Filled: an outline would be a "zero" that nobody labeled."""
     corner, sides = rng.uniform(-20, SIZE, 2), rng.uniform(8, 60, 2)
-    draw.ellipse([*corner, *(corner + sides)], fill=colour)
+    draw.ellipse([*corner, *(corner + sides)], fill=color)
 
 
-def _scribble(draw, colour, rng) -> None:
+def _scribble(draw, color, rng) -> None:
     """A hairline zigzag with more turns than any digit has."""
     steps = rng.normal(0, rng.uniform(5, 14), (int(rng.integers(8, 18)), 2))
     points = rng.uniform(10, SIZE - 10, 2) + np.cumsum(steps, 0)
-    draw.line([tuple(p) for p in points], colour, int(rng.integers(1, 3)))
+    draw.line([tuple(p) for p in points], color, int(rng.integers(1, 3)))

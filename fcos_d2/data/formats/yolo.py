@@ -40,11 +40,11 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
     if not images:
         raise InputError(f"{config}: no images in {', '.join(map(str, places))}")
     builder, has_points = Builder(names), "kpt_shape" in settings
-    labelled = []
+    labeled = []
     for image in images:
         name = os.path.relpath(image, root).replace(os.sep, "/")
-        labelled.append(_add_image(builder, image, name, names, upright, has_points))
-    if not any(labelled):
+        labeled.append(_add_image(builder, image, name, names, upright, has_points))
+    if not any(labeled):
         raise InputError(
             f"{config}: no image has a label file, such as {_label_file(images[0])} for {images[0]}"
         )
