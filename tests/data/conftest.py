@@ -10,6 +10,8 @@ from PIL import Image
 
 from fcos_d2.data import digits, register_datasets, register_digits
 
+from .two_images import HEIGHT, OBJECTS, WIDTH
+
 
 @pytest.fixture(scope="session")
 def digits_root(tmp_path_factory):
@@ -86,3 +88,12 @@ def described():
     for name in names:
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with the two images in ``images``."""
+    (tmp_path / "images").mkdir()
+    for name in OBJECTS:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / name)
+    return tmp_path

@@ -212,29 +212,7 @@ Predicate predicate_xor(Predicate a, Predicate b) { return {a.value != b.value};
 Predicate predicate_not(Predicate a) { return {!a.value}; }
 Predicate predicate_copy(Predicate a) { return a; }
 
-// ---- conversion ----
-
-template <class To, class From>
-To convert(From x) {
-  return To(x);
-}
-
-// The source may be the low end of a register of 64 bits.
-template <class To, class From>
-To convert_low(uint64_t x) {
-  return To(From(x));
-}
-
-template <class To, class From>
-To truncate(From x) { // saturates; NaN becomes 0
-  constexpr auto kMin = double(std::numeric_limits<To>::min());
-  constexpr auto kMax = double(std::numeric_limits<To>::max());
-  double y = std::trunc(double(x));
-  return y != y      ? To(0)
-         : y <= kMin ? std::numeric_limits<To>::min()
-         : y >= kMax ? std::numeric_limits<To>::max()
-                     : To(y);
-}
+// ---- rounding ----
 
 template <class T>
 T round_to_nearest(T x) {
@@ -247,19 +225,6 @@ T round_down(T x) {
 template <class T>
 T round_to_zero(T x) {
   return std::trunc(x);
-}
-float saturate(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
-
-float from_half(Half x) { return float(x.value); }
-Half to_half(float x) { return {_Float16(x)}; }
-float from_bfloat16(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-BFloat16 to_bfloat16(float x) {
-  auto bits = bits_as<uint32_t>(x);
-  return {x != x ? uint16_t(0x7fff) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <class T, T (*Convert)(float)>
-uint32_t to_pair(float high, float low) {
-  return uint32_t(bits_as<uint16_t>(Convert(high))) << 16 | bits_as<uint16_t>(Convert(low));
 }
 
 // ---- bits ----
@@ -376,46 +341,6 @@ void add_floats(Table& table, const std::string& type) {
   table["cvt.rni." + type + "." + type] = of<round_to_nearest<T>>();
   table["cvt.rmi." + type + "." + type] = of<round_down<T>>();
   table["cvt.rzi." + type + "." + type] = of<round_to_zero<T>>();
-}
-
-template <class From>
-void add_conversions_of(Table& table, const std::string& from) {
-  auto add = [&]<class To>(To, const char* to) {
-    std::string types = std::string(to) + "." + from;
-    if constexpr (std::is_integral_v<From>) {
-      table["cvt." + types] = of<convert<To, From>>();
-      table["cvt." + types + ".8"] = of<convert_low<To, From>>();
-    } else {
-      table["cvt.rzi." + types] = of<truncate<To, From>>();
-    }
-  };
-  add(int16_t{}, "s16"), add(uint16_t{}, "u16"), add(int32_t{}, "s32"), add(uint32_t{}, "u32");
-  add(int64_t{}, "s64"), add(uint64_t{}, "u64");
-  if constexpr (std::is_integral_v<From>) {
-    add(int8_t{}, "s8"), add(uint8_t{}, "u8");
-    table["cvt.rn.f32." + from] = of<convert<float, From>>();
-    table["cvt.rn.f64." + from] = of<convert<double, From>>();
-  }
-}
-
-void add_conversions(Table& table) {
-  add_conversions_of<int8_t>(table, "s8"), add_conversions_of<uint8_t>(table, "u8");
-  add_conversions_of<int16_t>(table, "s16"), add_conversions_of<uint16_t>(table, "u16");
-  add_conversions_of<int32_t>(table, "s32"), add_conversions_of<uint32_t>(table, "u32");
-  add_conversions_of<int64_t>(table, "s64"), add_conversions_of<uint64_t>(table, "u64");
-  add_conversions_of<float>(table, "f32"), add_conversions_of<double>(table, "f64");
-  table["cvt.f64.f32"] = of<convert<double, float>>();
-  table["cvt.rn.f32.f64"] = of<convert<float, double>>();
-  table["cvt.sat.f32.f32"] = of<saturate>();
-  table["cvt.f32.f16"] = of<from_half>();
-  table["cvt.rn.f16.f32"] = of<to_half>();
-  table["cvt.f32.bf16"] = of<from_bfloat16>();
-  table["cvt.rn.bf16.f32"] = of<to_bfloat16>();
-  table["cvt.rn.f16x2.f32"] = of<to_pair<Half, to_half>>();
-  table["cvt.rn.bf16x2.f32"] = of<to_pair<BFloat16, to_bfloat16>>();
-  for (const char* cvta : {"cvta.to.global.u64", "cvta.global.u64", "cvta.param.u64"}) {
-    table[cvta] = of<copy<uint64_t>>(); // one address space
-  }
 }
 
 void add_special_functions(Table& table) {

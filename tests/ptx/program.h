@@ -107,6 +107,7 @@ struct Operation {
 using Table = std::unordered_map<std::string, Operation>;
 
 void add_arithmetic(Table& table);
+void add_conversions(Table& table);
 // "add.f32"; null for an unknown one.
 const Operation* find_operation(const std::string& opcode);
 

@@ -1,0 +1,271 @@
+"""Pascal VOC, and XML files of CVAT."""
+
+import re
+import shutil
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+
+from fcos_d2.data import class_names, load_dataset
+from fcos_d2.data.inspection import clean, inspect_dataset
+from fcos_d2.errors import InputError
+
+from .two_images import HEIGHT, OBJECTS, WIDTH, assert_same, boxes, write
+
+# ---- Pascal VOC ----
+
+VOC = ("Annotations", "ImageSets/Main", "JPEGImages")
+
+
+def voc_text(file, objects, head="") -> str:
+    items = "".join(
+        f"<object><name>{escape(label)}</name><difficult>{int(label == 'cat & co')}</difficult>"
+        f"<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+        "</bndbox></object>"
+        for label, x, y, w, h in objects
+    )
+    size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
+    return f"{head}<annotation><filename>{file}</filename>{size}{items}</annotation>"
+
+
+@pytest.fixture
+def voc(root):
+    """The folders of a VOC dataset; its splits are "train" with both images and "val" with one."""
+    for folder in VOC[:2]:
+        (root / folder).mkdir(parents=True)
+    (root / "images").rename(root / "JPEGImages")
+    for file, objects in OBJECTS.items():
+        (root / "Annotations" / f"{Path(file).stem}.xml").write_text(voc_text(file, objects))
+    (root / "ImageSets/Main/train.txt").write_text("a  1\nb -1\n\n")
+    (root / "ImageSets/Main/val.txt").write_text("b\n")
+    return root
+
+
+def test_voc_counts_pixels_from_zero_and_knows_the_classes_of_all_splits(described, voc):
+    described(pets={"voc": str(voc), "split": "train"}, few={"voc": str(voc), "split": "val"})
+    assert class_names("pets") == class_names("few") == ["bird", "cat & co", "dog"]
+    assert_same("pets")
+    assert_same("few", {"b.png": OBJECTS["b.png"]})
+    crowds = [a["iscrowd"] for record in load_dataset("pets") for a in record["annotations"]]
+    assert crowds == [0, 1, 0]
+
+
+def test_voc_classes_can_be_given_in_an_order(described, voc):
+    described(pets={"voc": str(voc), "split": "train", "classes": ["dog", "bird"]})
+    assert_same("pets", {"a.jpg": OBJECTS["a.jpg"][:1], "b.png": OBJECTS["b.png"]})
+
+
+def beside(voc):
+    for path in (voc / "JPEGImages").iterdir():
+        path.rename(voc / "Annotations" / path.name)
+    return {"voc": str(voc / "Annotations")}
+
+
+def lower_case(voc):
+    (voc / "Annotations").rename(voc / "annotations")
+    (voc / "JPEGImages").rename(voc / "images")
+    shutil.rmtree(voc / "ImageSets")
+    return {"voc": str(voc)}
+
+
+def apart(voc):
+    return {"voc": {"xml": str(voc / "Annotations"), "images": str(voc / "JPEGImages")}}
+
+
+def images_and_xml_in_images(voc):
+    beside(voc)
+    (voc / "Annotations").rename(voc / "images")
+    (voc / "JPEGImages").rmdir()
+    return {"voc": str(voc)}
+
+
+@pytest.mark.parametrize("layout", [beside, lower_case, apart, images_and_xml_in_images])
+def test_voc_layouts_that_people_have(described, voc, layout):
+    entry = layout(voc)
+    described(pets=entry, part={**entry, "part": [0, 1]})
+    assert_same("pets")
+    assert_same("part")
+
+
+LINES = ("my photo 1", '"my photo 1"', "my photo 1.jpg", "\ufeffmy photo 1", "my photo 1  -1")
+LINES += ("JPEGImages/my photo 1.jpg", "images\\my photo 1.JPG", "  my photo 1.xml \r")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_of_voc_lists(described, voc, line):
+    for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        (voc / folder / f"a.{suffix}").rename(voc / folder / f"my photo 1.{suffix}")
+    (voc / "ImageSets/Main/train.txt").write_text(f"{line}\nb\n", encoding="utf-8")
+    described(pets={"voc": str(voc), "split": "train"})
+    assert boxes("pets").keys() == {"my photo 1.jpg", "b.png"}
+
+
+def test_voc_list_can_lie_anywhere(described, voc):
+    (voc / "mine.txt").write_text("b")
+    described(pets={"voc": str(voc), "split": str(voc / "mine.txt")})
+    assert_same("pets", {"b.png": OBJECTS["b.png"]})
+
+
+def test_listed_image_without_xml_is_a_background(described, voc):
+    (voc / "Annotations" / "b.xml").unlink()
+    described(pets={"voc": str(voc), "split": "train"})
+    assert_same("pets", {**OBJECTS, "b.png": []})
+
+
+def test_voc_files_that_no_split_lists_stop_nothing(described, voc):
+    (voc / "Annotations" / "._a.xml").write_bytes(b"\0hidden")
+    (voc / "Annotations" / "c.xml").write_text("<annotation>")
+    (voc / "JPEGImages" / "a.txt").write_text("no image")
+    described(pets={"voc": str(voc), "split": "train"})
+    assert_same("pets")
+
+
+def test_all_that_is_broken_in_voc_is_listed_at_once_and_cleaned(described, voc):
+    spoil(voc / "Annotations/a.xml", "<xmin>1</xmin>", "<xmin>x</xmin>")
+    (voc / "Annotations/c.xml").write_text("<annotation>")
+    (voc / "Annotations/d.xml").write_text("")
+    (voc / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\nnone")
+    (voc / "JPEGImages/b.png").write_bytes((voc / "JPEGImages/b.png").read_bytes()[:60])
+    described(pets={"voc": str(voc), "split": "train"})
+    found = inspect_dataset("pets")
+    starts = [f"cannot read annotation file .*{file}.xml" for file in "cd"]
+    starts += [
+        "image none: neither an image nor an XML file",
+        r"annotation 0 of a.xml: bbox must be .* got \['x', 1.0",
+    ]
+    for start in starts:
+        assert any(re.match(start, problem.text) for problem in found.problems), start
+    assert len(found.problems) == 4 and len(found.image_problems) == 1
+    (cleaned,) = clean([found], [found])
+    assert cleaned.file == str(voc / "train")
+    path = write(voc / "train_clean.json", cleaned.content)
+    described(clean={"json": path, "images": str(voc / "JPEGImages")})
+    assert_same("clean", {"a.jpg": OBJECTS["a.jpg"][1:]})
+
+
+def spoil(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "old, new, row",
+    [
+        ("<xmin>2</xmin>", "<xmin>6</xmin>", "negative"),
+        ("<width>50</width>", "<width>0</width>", "no size"),
+        ("<width>50</width>", "", "no size"),
+        ("<width>50<", "<width>60<", "size"),
+    ],
+)
+def test_defects_of_voc_with_one_meaning_are_repaired(described, voc, old, new, row):
+    spoil(voc / "Annotations" / "b.xml", old, new)
+    described(pets={"voc": str(voc), "split": "train"})
+    found = inspect_dataset("pets")
+    assert found.repaired == {row: 1} and found.num_problems == 0
+
+
+@pytest.mark.parametrize(
+    "old, new, text",
+    [
+        ("<name>bird</name>", "", "annotation 0 of b.xml: it has no class name"),
+        ("<name>bird</name>", "<name> </name>", "annotation 0 of b.xml: it has no class name"),
+        ("<xmin>2</xmin>", "", r"annotation 0 of b.xml: bbox must be .* got \['', 3.0"),
+        ("<xmin>2</xmin>", "<xmin>99</xmin>", "annotation 0 of b.xml: bbox .* has a negative size"),
+    ],
+)
+def test_defects_of_voc_with_several_meanings_are_named(described, voc, old, new, text):
+    spoil(voc / "Annotations" / "b.xml", old, new)
+    described(pets={"voc": str(voc), "split": "train"})
+    with pytest.raises(InputError, match=text):
+        load_dataset("pets")
+
+
+@pytest.mark.parametrize("encoding", ["GBK", "ISO-8859-1", "UTF-16", "utf-8", "windows-1252"])
+def test_xml_is_read_in_the_encoding_that_it_declares(described, voc, encoding):
+    name = "猫" if encoding in ("GBK", "UTF-16") else "Käfer"
+    head = f'<?xml version="1.0" encoding="{encoding}"?>\n'
+    text = voc_text("b.png", [(name, 1, 2, 3, 4)], head)
+    (voc / "Annotations" / "b.xml").write_bytes(text.encode(encoding))
+    described(pets={"voc": str(voc), "split": "val"})
+    assert_same("pets", {"b.png": [(name, 1, 2, 3, 4)]})
+
+
+@pytest.mark.parametrize(
+    "entry, text",
+    [
+        ({"split": "test"}, "cannot read .*test.txt: no such file"),
+        ({"voc": "none"}, "folder none does not exist"),
+        (
+            {"voc": {"xml": "JPEGImages", "images": "JPEGImages"}},
+            "JPEGImages contains no XML files",
+        ),
+        ({"split": "empty"}, "empty.txt lists no images"),
+    ],
+)
+def test_voc_that_is_not_there_is_named(described, voc, monkeypatch, entry, text):
+    monkeypatch.chdir(voc)
+    (voc / "ImageSets/Main/empty.txt").write_text("\n")
+    described(pets={"voc": str(voc), **entry})
+    with pytest.raises(InputError, match=f"dataset 'pets': .*{text}"):
+        load_dataset("pets")
+
+
+# ---- CVAT ----
+
+
+def cvat(root, items) -> str:
+    labels = "".join(
+        f"<label><name>{name}</name></label>" for name in ("dog", "cat &amp; co", "bird")
+    )
+    images = "".join(
+        f'<image id="{i}" name="{file}" width="{WIDTH}" height="{HEIGHT}">{shapes}</image>'
+        for i, (file, shapes) in enumerate(items.items())
+    )
+    path = root / "annotations.xml"
+    path.write_text(
+        f'<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task>'
+        f"<labels>{labels}</labels></task></meta>{images}</annotations>"
+    )
+    return str(path)
+
+
+def test_cvat_has_its_classes_in_the_tasks_order(described, root):
+    items = {
+        file: "".join(
+            f'<box label="{escape(label)}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
+            for label, x, y, w, h in objects
+        )
+        for file, objects in OBJECTS.items()
+    }
+    described(mine={"cvat": cvat(root, items), "images": str(root / "images")})
+    assert class_names("mine") == ["dog", "cat & co", "bird"]
+    assert_same("mine")
+
+
+@pytest.mark.parametrize(
+    "shape, box",
+    [
+        ('<box label="dog" xtl="10" ytl="20" xbr="30" ybr="30" rotation="90"/>', (15, 15, 10, 20)),
+        ('<polygon label="dog" points="5,6;25,6;9,16"/>', (5, 6, 20, 10)),
+        ('<ellipse label="dog" cx="20" cy="20" rx="5" ry="3"/>', (15, 17, 10, 6)),
+        ('<mask label="dog" left="5" top="6" width="20" height="10" rle="1, 2"/>', (5, 6, 20, 10)),
+        ('<tag label="dog"/><points label="dog" points="5,6"/>', (5, 6, 0, 0)),
+    ],
+)
+def test_cvat_shapes_have_boxes(described, root, shape, box):
+    described(mine={"cvat": cvat(root, {"a.jpg": shape}), "images": str(root / "images")})
+    assert_same("mine", {"a.jpg": [("dog", *box)]})
+
+
+def test_broken_cvat_shape_is_listed_and_a_video_refused(described, root):
+    items = {"a.jpg": '<box label="dog" xtl="?"/><cuboid label="dog"/>', "b.png": ""}
+    described(mine={"cvat": cvat(root, items), "images": str(root / "images")})
+    texts = [problem.text for problem in inspect_dataset("mine").problems]
+    assert texts[0].startswith("annotation 0 of a.jpg: {") and texts[1].startswith("annotation 1 ")
+    assert "'xtl': '?'" in texts[0] and texts[0].endswith("is not a shape with a box")
+    (root / "annotations.xml").write_text("<annotations><track/></annotations>")
+    described(mine={"cvat": str(root / "annotations.xml"), "images": str(root / "images")})
+    with pytest.raises(InputError, match="tracks of a video; export the task as 'CVAT for images'"):
+        load_dataset("mine")
