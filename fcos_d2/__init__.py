@@ -1,6 +1,6 @@
 """FCOS for detectron2, with everything that is not a convolution as fused ops.
 
-Importing it registers the model, its backbones and the built-in data sets with detectron2, and does
+Importing it registers the model, its backbones and the built-in datasets with detectron2, and does
 nothing else. Without detectron2 the ops still work: ``fcos_d2.ops`` needs torch alone.
 """
 

@@ -317,7 +317,7 @@ def fcos_settings(cfg: CN) -> CN:
     """``cfg.MODEL.FCOS`` with every key filled in; ``cfg`` itself stays as it is.
 
     Raises:
-        InputError: as ``resolve_convention``; NUM_CLASSES is None, and the first data set is not
+        InputError: as ``resolve_convention``; NUM_CLASSES is None, and the first dataset is not
             registered with the names of its classes.
     """
     fcos = cfg.MODEL.FCOS
@@ -349,7 +349,7 @@ def _convention(fcos: CN) -> dict[str, object]:
 
 
 def _count_registered_classes(cfg: CN) -> int | None:
-    """Classes of the first data set of ``cfg``, of which no file is read; None if it names none."""
+    """Classes of the first dataset of ``cfg``, of which no file is read; None if it names none."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     name = next(iter((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)), None)

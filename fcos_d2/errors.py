@@ -11,7 +11,7 @@ LONGEST = 200  # characters of a value in a message
 
 
 class InputError(ValueError):
-    """A user's input (config, data set, file, weights, tensor) cannot be used.
+    """A user's input (config, dataset, file, weights, tensor) cannot be used.
 
     The message is one line: what is wrong, where, and the next command to type or key to set.
     Scripts print it without a traceback and exit with status 2.

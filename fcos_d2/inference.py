@@ -139,7 +139,7 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
 
 
 def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> OrderedDict:
-    """Results of ``model`` on DATASETS.TEST, by name of the data set where there are several.
+    """Results of ``model`` on DATASETS.TEST, by name of the dataset where there are several.
 
     Shows a progress bar where stderr is a terminal, and a table at the end.
     """
@@ -161,7 +161,7 @@ def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> Order
 
 
 def summary_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A line per data set and task with its AP, and F1 with the best score thresholds."""
+    """A line per dataset and task with its AP, and F1 with the best score thresholds."""
     columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     rows = []
     for name, tasks in results.items():
@@ -169,7 +169,7 @@ def summary_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
         for task, values in tasks.items():
             if "AP" in values:
                 rows.append([name, task, *(values.get(key, "") for key in columns), f1])
-    return tabulate(rows, ["data set", "task", *columns, "F1"], floatfmt=".1f", tablefmt="pipe")
+    return tabulate(rows, ["dataset", "task", *columns, "F1"], floatfmt=".1f", tablefmt="pipe")
 
 
 def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
@@ -208,9 +208,9 @@ def build_test_loader(cfg, dataset_name: str):
 
 
 def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator of the data set's type (``evaluator_type`` in its metadata).
+    """The evaluator of the dataset's type (``evaluator_type`` in its metadata).
 
-    On the first data set the best score thresholds are measured too, and written into
+    On the first dataset the best score thresholds are measured too, and written into
     ``weights_folder`` (OUTPUT_DIR where None). Not on LVIS, whose images name no more than some
     of the objects in them, so that a right detection may count as wrong.
     """
@@ -225,7 +225,7 @@ def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -
 def test_with_tta(cfg, model: nn.Module) -> OrderedDict:
     """Results with test-time augmentation (TEST.AUG), as ``*_TTA``.
 
-    The folders ``inference_TTA/<data set>`` keep its detections.
+    The folders ``inference_TTA/<dataset>`` keep its detections.
 
     Raises:
         InputError: a model that is no FCOS.

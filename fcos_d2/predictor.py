@@ -38,7 +38,7 @@ class Prediction:
         scores: float32 [n] in [0, 1].
         classes: int64 [n] in [0, K).
         names: n class names; the numbers of the classes where they have no names.
-        category_ids: n ids of the classes in their data set; ``classes`` where it is not known.
+        category_ids: n ids of the classes in their dataset; ``classes`` where it is not known.
     """
 
     image: np.ndarray
@@ -97,7 +97,7 @@ class Predictor:
         input_format: channel order of the network input, as in INPUT.FORMAT.
         thresholds: lowest score of each class, [K]; one number for all classes.
         names: of the classes, [K]; None for numbers.
-        category_ids: of the classes in their data set, [K]; None for their numbers.
+        category_ids: of the classes in their dataset, [K]; None for their numbers.
 
     Attributes:
         class_names: ``names``.
@@ -234,7 +234,7 @@ def _measured(folder: Path, num_classes: int) -> Thresholds | None:
 
 
 def _category_ids(dataset: str | None) -> list[int] | None:
-    """The ids of a data set's classes, by class, where they are known."""
+    """The ids of a dataset's classes, by class, where they are known."""
     if dataset is None:
         return None
     numbers = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", {})

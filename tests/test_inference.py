@@ -12,7 +12,7 @@ def test_summary_has_a_line_per_data_set_and_task():
     lines = [
         [cell.strip() for cell in line.split("|")] for line in summary_table(results).split("\n")
     ]
-    assert lines[0][1:4] == ["data set", "task", "AP"]
+    assert lines[0][1:4] == ["dataset", "task", "AP"]
     assert lines[2][1:] == ["one", "bbox", "41.3", "60.0", "45.0", "nan", "", "", "71.0", ""]
     assert [line[1:4] for line in lines[3:]] == [
         ["two", "bbox", "10.0"],

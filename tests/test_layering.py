@@ -59,7 +59,7 @@ RULES = {
     "fcos_d2.export": ("fcos_d2.engine", "fcos_d2.inference"),
     "fcos_d2.visualization": ("fcos_d2.engine", "fcos_d2.inference", "fcos_d2.data"),
 }  # fmt: skip
-# Measures how levels fit a data set with the model's own rules; nothing in data imports it.
+# Measures how levels fit a dataset with the model's own rules; nothing in data imports it.
 EXCEPT = {"fcos_d2.data.level_fit": ("fcos_d2.modeling", "fcos_d2.ops")}
 ONLY = {  # importer -> the parts of this package it may import
     "fcos_d2.ops": ("fcos_d2.ops",),

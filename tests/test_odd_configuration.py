@@ -78,7 +78,7 @@ def write_squares(folder, rows, columns):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """The folder after training: 15 x 16 squares in one data set, 3 x 4 in the other."""
+    """The folder after training: 15 x 16 squares in one dataset, 3 x 4 in the other."""
     folder = tmp_path_factory.mktemp("odd")
     write_squares(folder / "one", 15, 16)
     write_squares(folder / "two", 3, 4)

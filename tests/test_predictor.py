@@ -1,4 +1,4 @@
-"""Which weights a predictor takes, and what it does with pictures of odd shapes."""
+"""The weights that a predictor takes, and images of odd shapes."""
 
 import re
 import sys

@@ -49,7 +49,7 @@ train.eval_period, train.log_period = 0, 2
 
 @pytest.fixture(scope="module")
 def trained(tiny_shapes, tmp_path_factory):
-    """The output folder of two iterations with pictures."""
+    """The output folder of two iterations with images."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(CONFIG)
     words = ["--config-file", str(folder / "tiny.yaml"), "OUTPUT_DIR", str(folder)]

@@ -23,7 +23,7 @@ from fcos_d2.model_zoo import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 
-# Box AP of trainings of our own by config, "AP" or "AP (test-dev)": only what was measured.
+# Box AP of our own training runs by config, "AP" or "AP (test-dev)": only what was measured.
 MEASURED = {"digits/fcos_R_18_FPN_digits": "65.9"}
 
 

@@ -255,7 +255,7 @@ def _negligible(name: str) -> bool:
     return any(part in name for part in NEGLIGIBLE)
 
 
-def _shorten(texts: list[str]) -> str:
-    more = len(texts) - MOST_SHOWN
-    first = ", ".join(map(format_value, texts[:MOST_SHOWN]))
+def _shorten(names: list[str]) -> str:
+    more = len(names) - MOST_SHOWN
+    first = ", ".join(map(format_value, names[:MOST_SHOWN]))
     return f"{first}, and {more} more" if more > 0 else first

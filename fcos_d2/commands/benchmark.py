@@ -43,10 +43,10 @@ class Part(NamedTuple):
 
 
 def training_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
-    """What a training consists of; each part is made when its turn comes.
+    """The parts of a training iteration, each created when it is measured.
 
     Raises:
-        InputError: a data set cannot be used.
+        InputError: a dataset cannot be used.
     """
     synthetic = options.size is not None
     training = _random_batches(options) if synthetic else _training_batches(cfg)
@@ -64,7 +64,7 @@ def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> I
     """What finding objects consists of.
 
     Raises:
-        InputError: a data set cannot be used.
+        InputError: a dataset cannot be used.
     """
     accelerated(cfg, model.eval())
     synthetic = options.size is not None

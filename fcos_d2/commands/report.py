@@ -1,4 +1,4 @@
-"""A training in pictures: its curves, what the model finds, and a page to browse its mistakes.
+"""Draws a training run: its curves, detections, and a page to browse the mistakes.
 
     python tools/report.py OUTPUT_DIR [--images N] [--score S] [--mistakes N]
 
@@ -39,7 +39,7 @@ PAIRS_PER_ROW = 3
 
 
 def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:
-    """Writes the pictures and the page and says where they are.
+    """Writes the figures and the page, and prints where they are.
 
     Raises:
         InputError: a file of the training is missing or cannot be used.
@@ -90,7 +90,7 @@ def _load_config(output_dir: Path) -> CfgNode:
     cfg = read_cfg(str(path))
     choose_device(cfg)
     if not cfg.DATASETS.TEST:
-        raise InputError(f"{path}: DATASETS.TEST is empty; set it to a data set with ground truth")
+        raise InputError(f"{path}: DATASETS.TEST is empty; set it to a dataset with ground truth")
     return cfg
 
 
@@ -111,7 +111,7 @@ def _saved_detections(
             box = BoxMode.convert(row["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
             rows[row["image_id"]].append((box, number[row["category_id"]], row["score"]))
     except (KeyError, TypeError, ValueError):
-        return None  # of another data set, or cut off
+        return None  # of another dataset, or cut off
     return {key: Objects(*_columns(value, 3)) for key, value in rows.items()}
 
 
@@ -152,21 +152,20 @@ def _sheet(
     min_score: float,
     heading: str,
 ) -> np.ndarray:
-    pictures, captions = [], []
+    panels, captions = [], []
     for record in sample:
         image = read_image(record["file_name"], "RGB")
         scale = PANEL_SIDE / max(image.shape[:2])
         truth, (boxes, classes, scores, _) = ground_truth(record), found[record["image_id"]]
         shown = [-1 if crowd else c for c, crowd in zip(truth.classes, truth.crowd, strict=True)]
-        pictures.append(draw_objects(image, truth.boxes, shown, class_names, None, scale))
+        panels.append(draw_objects(image, truth.boxes, shown, class_names, None, scale))
         keep = np.flatnonzero(np.array(scores) >= min_score)
         scores, classes = [scores[i] for i in keep], [classes[i] for i in keep]
-        pictures.append(draw_objects(image, boxes[keep], classes, class_names, scores, scale))
+        panels.append(draw_objects(image, boxes[keep], classes, class_names, scores, scale))
         captions += [Path(record["file_name"]).name, ""]
     width = 2 * min(PAIRS_PER_ROW, len(sample))
     rows, names = (
-        [cells[i : i + width] for i in range(0, len(cells), width)]
-        for cells in (pictures, captions)
+        [cells[i : i + width] for i in range(0, len(cells), width)] for cells in (panels, captions)
     )
     titles = ["ground truth", "detections"] * PAIRS_PER_ROW
     return contact_sheet(rows, titles[:width], heading, names, group=2)

@@ -63,7 +63,7 @@ MOST_SHOWN = 20  # broken things that are listed, the others are counted
 MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
 
 
-# ---- pictures ----
+# ---- drawings ----
 
 
 def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> None:
@@ -77,21 +77,21 @@ def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> N
     for name in names:
         records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
         records = records[:: max(1, len(records) // num_images)][:num_images]
-        for record, file in zip(records, _names_of_pictures(records), strict=True):
-            picture = _picture(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
+        for record, file in zip(records, _file_names(records), strict=True):
+            drawing = _draw_record(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
             path = folder / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
-        print(f"{name}: pictures in {folder / name}")
+            Image.fromarray(drawing).save(path)
+        print(f"{name}: images in {folder / name}")
 
 
-def _names_of_pictures(records: Sequence[dict]) -> list[Path]:
+def _file_names(records: Sequence[dict]) -> list[Path]:
     files = [Path(os.path.abspath(record["file_name"])) for record in records]
     names = [Path(file.name).with_suffix(".png") for file in files]
     return distinct_names(names, [file.parent.name for file in files])
 
 
-def _picture(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
+def _draw_record(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
     image, truth = to_rgb(sample["image"], image_format), sample["instances"]
     scale = max(1.0, PANEL_SIDE / max(image.shape[:2]))
     boxes = truth.gt_boxes.tensor

@@ -1,4 +1,4 @@
-"""An evaluation as a page to browse: index.html and its pictures in one folder, opened from disk.
+"""An evaluation as a page to browse: a folder with index.html and its images.
 
 AP by class and size comes from all detections. Mistakes are counted where every class is cut at its
 best threshold, as ``fcos-d2`` does: a false positive is a detection that is kept and matches
@@ -41,7 +41,7 @@ WHITE, RED = (255, 255, 255), (213, 0, 0)
 
 
 class Mistake(NamedTuple):
-    """One false positive or false negative, with its picture."""
+    """One false positive or false negative, with its image."""
 
     image: int
     box: np.ndarray  # xyxy
@@ -60,10 +60,10 @@ def write_report(
     metrics: Mapping[str, Series] | None = None,
     most: int = 24,
 ) -> Path:
-    """Writes the page and its pictures.
+    """Writes the page and its images.
 
     Args:
-        folder: to write into; pictures of an earlier report are replaced.
+        folder: to write into; images of an earlier report are replaced.
         title: of the page.
         records: N images with annotations, in detectron2's form.
         found: N, their detections.
@@ -88,7 +88,7 @@ def write_report(
         summary=_summary(evaluation, best, truth),
         sizes=_size_rows(evaluation, truth),
         classes=_class_rows(evaluation, best, class_names),
-        galleries=_galleries(folder / "pictures", records, truth, found, best, class_names, most),
+        galleries=_galleries(folder / "images", records, truth, found, best, class_names, most),
         names=class_names,
         has_curves=bool(metrics),
     )
@@ -231,7 +231,7 @@ def box_ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return box_iou(torch.as_tensor(box)[None].to(boxes), boxes)[0].nan_to_num().numpy()
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def _galleries(
@@ -243,7 +243,7 @@ def _galleries(
     names: Sequence[str],
     most: int,
 ) -> list[dict]:
-    """Both galleries of the page; their pictures replace those in ``folder``."""
+    """Both galleries of the page; their images replace those in ``folder``."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jpg"):
         old.unlink()
@@ -270,7 +270,7 @@ def _gallery(
     names: Sequence[str],
     folder: Path,
 ) -> dict:
-    """The items of one gallery; writes their pictures."""
+    """The items of one gallery; writes their images."""
     items, prefix = [], title.lower().replace(" ", "_")
     for number, mistake in enumerate(mistakes):
         record = records[mistake.image]

@@ -101,7 +101,7 @@ def read_thresholds(path: str | os.PathLike) -> Thresholds:
 
 
 class ThresholdEvaluator(DatasetEvaluator):
-    """Measures the best thresholds of a data set and writes them into ``output_dir``.
+    """Measures the best thresholds of a dataset and writes them into ``output_dir``.
 
     Its results are ``{"best_f1": {"F1", "F1_at_0.5"}}`` in percent: with the best threshold of each
     class, and with 0.5 for all. Where images have more than the 100 detections that COCO's AP

@@ -88,12 +88,12 @@ def draw_boxes(
         around = (x0 - 1, y0 - 1, x1 + 1, y1 + 1)
         draw.rectangle(around, outline=(*_contrast(colors[i]), 120), width=width + 2)
         draw.rectangle((x0, y0, x1, y1), outline=tuple(colors[i]), width=width)
-    texts = [[] if labels is None else [str(labels[i])] for i in range(len(boxes))]
-    texts = [t + ([] if scores is None else [f"{scores[i]:.2f}"]) for i, t in enumerate(texts)]
+    tags = [[] if labels is None else [str(labels[i])] for i in range(len(boxes))]
+    tags = [t + ([] if scores is None else [f"{scores[i]:.2f}"]) for i, t in enumerate(tags)]
     taken: list[tuple[float, float, float, float]] = []
     for i in order[::-1]:  # the best box chooses the place of its tag first
-        if texts[i]:
-            _draw_tag(draw, canvas.size, boxes[i], " ".join(texts[i]), colors[i], boxes, taken)
+        if tags[i]:
+            _draw_tag(draw, canvas.size, boxes[i], " ".join(tags[i]), colors[i], boxes, taken)
     return np.asarray(canvas)
 
 
@@ -130,9 +130,9 @@ def pixels(box: np.ndarray, size: tuple[int, int], outside: int) -> tuple[int, i
 
 def resize(image: np.ndarray, scale: float) -> Image.Image:
     """The image, enlarged by ``scale``; at least one pixel."""
-    picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.uint8))
-    size = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    canvas = Image.fromarray(np.ascontiguousarray(image, dtype=np.uint8))
+    size = [max(1, round(side * scale)) for side in canvas.size]
+    return canvas.resize(size, Image.Resampling.BICUBIC)
 
 
 def factors(image: np.ndarray, canvas: Image.Image) -> np.ndarray:

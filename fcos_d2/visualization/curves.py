@@ -70,7 +70,7 @@ def _metric_rows(path: Path) -> Iterator[dict]:
 
 
 def ap_series(metrics: Mapping[str, Series]) -> dict[str, Series]:
-    """AP, AP50 and AP75 of boxes, those that are there, of the first data set evaluated."""
+    """AP, AP50 and AP75 of boxes, those that are there, of the first dataset evaluated."""
     prefix = next((name[:-2] for name in metrics if name.endswith("bbox/AP")), None)
     if prefix is None:
         return {}
@@ -82,7 +82,7 @@ def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> Non
 
     Args:
         metrics: from ``read_metrics``.
-        path: the picture to write; its suffix (.png, .svg, .pdf) is the format.
+        path: figure to write; its suffix (.png, .svg, .pdf) is the format.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 1))
@@ -109,7 +109,7 @@ def plot_precision_recall(
     Args:
         precision: [101, K] in 0 to 1, at recalls 0, 0.01 to 1; -1 for classes without an object.
         class_names: K.
-        path: the picture to write; its suffix is the format.
+        path: figure to write; its suffix is the format.
     """
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     axes = figure.add_subplot()

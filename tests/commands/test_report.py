@@ -20,7 +20,7 @@ from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 SIZE = 64
 SCALE = PANEL_SIDE // SIZE
-TOP = GUTTER + 30 + 22  # of the first row of pictures: below the heading and the titles
+TOP = GUTTER + 30 + 22  # of the first row of panels: below the heading and the titles
 CATEGORIES = (7, 11, 20)  # COCO's numbers have gaps, too
 
 
@@ -93,7 +93,7 @@ def make_newest(path) -> None:
 
 
 def picture(output, row, column) -> np.ndarray:
-    """One picture of the contact sheet; pairs stand further apart."""
+    """One panel of the contact sheet; pairs stand further apart."""
     sheet = np.asarray(Image.open(output / "contact_sheet.png"))
     left = GUTTER + column * (PANEL_SIDE + GUTTER) + column // 2 * 2 * GUTTER
     top = TOP + row * (PANEL_SIDE + GUTTER + 20)

@@ -1,4 +1,4 @@
-"""Image files: which suffixes they have, what is refused, and names that tell pictures apart."""
+"""Image files: suffixes, what is refused, and distinct names."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ORIENTATION = 274  # an EXIF tag
 
 
 def deep_image(path, kind):
-    """A picture whose shades are numbers up to 65535, or floats up to 1."""
+    """An image whose values are numbers up to 65535, or floats up to 1."""
     shades = np.linspace(0, 1, 60 * 40).reshape(40, 60)
     pixels = shades.astype(np.float32) if kind == "F" else (shades * 65535).astype(kind)
     Image.fromarray(pixels).save(path)
@@ -58,7 +58,7 @@ def test_8_bits_of_every_kind_are_read(tmp_path, mode):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_exactly_once_or_not_at_all(tmp_path, suffix, orientation):
-    """The stored pixels are an upright picture of a bright quarter, turned the other way."""
+    """The stored pixels are an upright image with a bright quarter, turned the other way."""
     upright = np.full((32, 48, 3), 10, np.uint8)
     upright[:16, :24] = 240
     turn = TURNS.get(orientation)

@@ -128,19 +128,15 @@ def test_names_are_text_and_not_markup(page):
 def test_page_shows_as_many_mistakes_as_asked_for_and_no_old_ones(page, tmp_path):
     many = page()
     few = page(most=1)
-    pictures = list(Path(tmp_path, "report", "pictures").iterdir())
-    assert len(many.classes) > len(few.classes) == 2 == len(pictures)
+    images = list(Path(tmp_path, "report", "images").iterdir())
+    assert len(many.classes) > len(few.classes) == 2 == len(images)
 
 
 def test_close_up_shows_the_mistake_in_red_and_objects_in_white(page, tmp_path):
     page()
-    picture = np.asarray(Image.open(tmp_path / "report/pictures/false_positives_000.jpg")).astype(
-        int
-    )
+    picture = np.asarray(Image.open(tmp_path / "report/images/false_positives_000.jpg")).astype(int)
     assert ((picture - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
-    missed = np.asarray(Image.open(tmp_path / "report/pictures/false_negatives_000.jpg")).astype(
-        int
-    )
+    missed = np.asarray(Image.open(tmp_path / "report/images/false_negatives_000.jpg")).astype(int)
     assert ((missed - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
 
 

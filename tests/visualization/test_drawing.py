@@ -1,4 +1,4 @@
-"""Pictures, looked at pixel by pixel; no display anywhere."""
+"""Drawings, checked pixel by pixel, without a display."""
 
 import math
 
@@ -21,7 +21,7 @@ from fcos_d2.visualization.sheet import GUTTER, contact_sheet
 from tests.modeling.tiny import sample, tiny_fcos
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-TITLE = GUTTER + 22  # pixels above the first picture of a sheet with titles
+TITLE = GUTTER + 22  # pixels above the first panel of a sheet with titles
 
 
 def plain(height=100, width=120, value=128) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_palette_stays_apart_for_color_blind_eyes(vision):
 
 
 def assignment_panels(labels, levels, centerness=None, size=(64, 64), boxes=None):
-    """The panels of a picture of 64 x 64, which is enlarged 5 times."""
+    """The panels of an image of 64 x 64, which is enlarged 5 times."""
     picture = draw_assignment(plain(*size), labels, levels, 3, centerness, boxes)
     width = PANEL_SIDE * size[1] // max(size)
     height = PANEL_SIDE * size[0] // max(size)

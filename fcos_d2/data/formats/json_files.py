@@ -227,7 +227,7 @@ def _uploaded(name: str, image_root: str) -> str:
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
     value = shape.get("value", shape)
     items = value.items() if isinstance(value, dict) else ()
-    if labels := [v for k, v in items if k.endswith("labels")]:  # others are choices or texts
+    if labels := [v for k, v in items if k.endswith("labels")]:  # others are choices or text
         label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
         builder.add_shape(image, label, shape, _task_box, place)
 
