@@ -154,6 +154,12 @@ FIGURES = {
         "post-processing": (
             "post-processing", "2 images, 16.7k candidates, float32", "detectron2", "torchvision",
         ),
+        "whole R-50 detector in float32: inference": (
+            "inference", "R-50-FPN, 1 image, 800 x 1344", "detectron2", "torchvision",
+        ),
+        "whole R-50 detector in float32: training": (
+            "training step", "R-50-FPN, 2 images, 800 x 1344", "detectron2", "torchvision",
+        ),
     },
     "docs/benchmarks.md": {
         "assignment": ("assign_targets", "2 x 100 boxes", "detectron2"),
