@@ -1,5 +1,5 @@
 // What the kernels of select_candidates share: tiles of the logits, the keys of candidates, and how a
-// block looks through a tile.
+// block searches a tile.
 #pragma once
 
 #include <algorithm>
@@ -208,7 +208,7 @@ __device__ unsigned read_now(const unsigned* from) {
   return *static_cast<const volatile unsigned*>(from);
 }
 
-// ---- looking through a tile ----
+// ---- searching a tile ----
 
 template <int Threads>
 struct Scratch : Histogram<Threads> {
@@ -241,10 +241,10 @@ __device__ Rows<T> make_rows(const Plan& plan, const Tile& tile) {
 
 // The vectors of a tile at which a thread looks: every Threads-th.
 template <int Threads>
-struct Walk {
+struct TileCursor {
   unsigned per_row, down, right, row, vector;
 
-  __device__ explicit Walk(unsigned vectors_per_row)
+  __device__ explicit TileCursor(unsigned vectors_per_row)
       : per_row(vectors_per_row),
         down(Threads / per_row),
         right(Threads % per_row),
@@ -289,20 +289,20 @@ find_survivors(const Rows<T>& tile, bool columns_are_classes, const float* bound
   constexpr int kAtOnce = kTurns < 4 ? kTurns : 4;
   static_assert(kTurns * V <= 32);
   int64_t column_step = V > 1 ? 1 : tile.column_step;
-  Walk<Threads> walk(tile.columns / V);
+  TileCursor<Threads> cursor(tile.columns / V);
   uint32_t survivors = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < kTurns && walk.row < tile.rows; turn += kAtOnce) {
+  for (int turn = 0; turn < kTurns && cursor.row < tile.rows; turn += kAtOnce) {
     Vector<T, V> logits[kAtOnce];
     unsigned rows_of[kAtOnce], vectors_of[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) { // all are on their way before the first is looked at
-      rows_of[k] = walk.row, vectors_of[k] = walk.vector;
-      if (walk.row < tile.rows) {
-        logits[k] =
-            load<T, V>(tile.data + walk.row * tile.row_step + walk.vector * V * column_step, false);
+      rows_of[k] = cursor.row, vectors_of[k] = cursor.vector;
+      if (cursor.row < tile.rows) {
+        logits[k] = load<T, V>(
+            tile.data + cursor.row * tile.row_step + cursor.vector * V * column_step, false);
       }
-      walk.next();
+      cursor.next();
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
@@ -332,8 +332,9 @@ __device__ unsigned list_survivors(
     return 0;
   }
   unsigned at = atomicAdd(&scratch.num_survivors, unsigned(__popc(survivors)));
-  for (Walk<Threads> walk(tile.columns / V); survivors != 0; survivors >>= V, walk.next()) {
-    unsigned first = walk.row << level.column_bits() | walk.vector * V;
+  for (TileCursor<Threads> cursor(tile.columns / V); survivors != 0;
+       survivors >>= V, cursor.next()) {
+    unsigned first = cursor.row << level.column_bits() | cursor.vector * V;
     for (uint32_t bits = survivors & ((1u << V) - 1); bits != 0; bits &= bits - 1) {
       scratch.survivors[at++] = uint16_t(first + unsigned(__ffs(int(bits))) - 1);
     }
@@ -363,7 +364,7 @@ __device__ void make_bounds(
 
 // Lists what may be candidates with keys of `low` and more; returns how many.
 template <class T, int Threads>
-__device__ unsigned look_through(
+__device__ unsigned find_survivors(
     const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch) {
   make_bounds(plan, tile, low, scratch);
   const LevelPlan& level = plan.level[tile.level];
@@ -373,12 +374,12 @@ __device__ unsigned look_through(
              : list_survivors<1, Threads>(rows, level, scratch);
 }
 
-// Calls take(valid, key) for what is listed; only candidates with keys of `low` and more are valid.
+// Calls visit(valid, key) for what is listed; only candidates with keys of `low` and more are valid.
 // The lanes of a warp call it together.
-template <class T, int Threads, class Take>
-__device__ void take_survivors(
+template <class T, int Threads, class Visit>
+__device__ void for_each_survivor(
     const Plan& plan, const Tile& tile, uint64_t low, unsigned count, Scratch<Threads>& scratch,
-    Take&& take) {
+    Visit&& visit) {
   const SelectCandidates& args = plan.args;
   const LevelPlan& level = plan.level[tile.level];
   Rows<T> rows = make_rows<T>(plan, tile);
@@ -398,7 +399,7 @@ __device__ void take_survivors(
       key = ranking_key(probability_bits(rank), index);
       valid = passes(args, scores.cls, scores.product) && key >= low;
     }
-    take(valid, key);
+    visit(valid, key);
   }
   __syncthreads();
 }

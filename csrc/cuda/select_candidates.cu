@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
   Segment segment = find_segment(plan, tile.level, tile.image);
   State& state = *segment.state;
   uint64_t low = scan_range(int(read_now(&state.lowest_bin))).low;
-  unsigned count = look_through<T>(plan, tile, low, scratch);
+  unsigned count = find_survivors<T>(plan, tile, low, scratch);
   if (count == 0) {
     return;
   }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
   }
   // Then there is no need to queue up for the list. The lanes of a warp must agree.
   bool full = __any_sync(kAllLanes, read_now(&state.found) > segment.capacity);
-  take_survivors<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
+  for_each_survivor<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
     if (many) {
       count_key(valid, scan_bin(key), scratch.bins);
     } else {
@@ -83,8 +83,8 @@ __device__ void collect_tile(
     const Plan& plan, const Segment& segment, unsigned index, uint64_t low,
     FinishScratch& scratch) {
   Tile tile = make_tile(plan, segment.level, segment.image, int(index));
-  unsigned count = look_through<T>(plan, tile, low, scratch);
-  take_survivors<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
+  unsigned count = find_survivors<T>(plan, tile, low, scratch);
+  for_each_survivor<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
     append(valid, key, segment.keys, segment.capacity, &segment.state->collected);
   });
 }
