@@ -57,7 +57,8 @@ struct Cuda {
         ": fcos_d2/_C_cuda.so was not built for this ",
         "GPU; on this machine type: pip install --no-deps -e .");
     STD_TORCH_CHECK(
-        error != cudaErrorInvalidConfiguration, op, ": the batch is too large for one launch");
+        error != cudaErrorInvalidConfiguration, op,
+        ": the batch is too large for one launch, or this GPU lacks what the kernel needs");
     STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
   }
 

@@ -267,9 +267,10 @@ __device__ void publish(uint64_t* words, int step, uint64_t decided, uint64_t ke
 __device__ uint64_t wait_for(const uint64_t* words, int step, uint64_t boxes) {
   int half = lane_index() % 2;
   uint64_t wanted = boxes >> 32 * half << 32, word;
-  do {
-    word = static_cast<const volatile uint64_t*>(words)[2 * int64_t(step) + half];
-  } while ((word & wanted) != wanted);
+  const volatile uint64_t& own = words[2 * int64_t(step) + half];
+  while (((word = own) & wanted) != wanted) {
+    __nanosleep(32); // leaves the multiprocessor to the blocks that are waited for
+  }
   uint64_t low = __shfl_sync(kAllLanes, unsigned(word), 0);
   return boxes & (uint64_t(__shfl_sync(kAllLanes, unsigned(word), 1)) << 32 | low);
 }
