@@ -1,13 +1,13 @@
 // assign_targets: all images and levels in one launch, in memory that does not depend on M.
 //
-// A block owns a tile of 32 x 8 points of one level of one image. First each thread looks at a box
-// of the image, and those that may serve a point of the tile (2 of 100 on average) go to shared
-// memory. Then each thread owns a point and applies the rule to these. The order in which boxes come
-// to shared memory is up to the hardware; the winner, smallest (area, index), is not. The last block to
-// end adds what all have counted.
+// A block owns a tile of 32 x 8 points of one level of one image. First, each thread checks a box of
+// the image, and boxes that may match a point of the tile (2 of 100 on average) go to shared memory.
+// Then each thread owns a point and applies the rule to these boxes. Their order in shared memory
+// depends on the hardware, but the winner, the smallest (area, index), does not. The last block to
+// finish sums the counts of all blocks.
 //
-// Every product that is added to something here is exact, so it does not matter that the compiler
-// fuses the two: results have the bits of the reference.
+// Every product that is added to something here is exact, so it does not matter if the compiler uses
+// an FMA: results equal the reference bit for bit.
 
 #include "ops.h"
 
@@ -28,7 +28,7 @@ struct Tile {
   int column, row; // of its first point
 };
 
-// A box as the points of a tile see it.
+// A box, relative to the points of a tile.
 struct alignas(16) Survivor {
   float box[4];
   float area;
@@ -36,7 +36,7 @@ struct alignas(16) Survivor {
   bool ignored;
 };
 
-// What a point knows after some boxes.
+// The match of a point so far.
 struct Choice {
   float area = INFINITY;
   int index = -1;
@@ -44,7 +44,7 @@ struct Choice {
   bool in_ignored = false;
 };
 
-// What a tile adds to the sums.
+// The contribution of a tile to the sums.
 struct Tally {
   int positive, ambiguous; // points
   double centerness;
@@ -59,14 +59,14 @@ __device__ Tile find_tile(const AssignTargets& args, const BlocksOfLevels& tiles
   return {int(image), level, index % across * kTileWidth, index / across * kTileHeight};
 }
 
-// Distance from a box's center to the interval [first, last], 0 or less inside. Rounding keeps
-// order, so no point of the interval is computed to be closer.
+// Distance from a box's center to the interval [first, last], 0 or less inside. Rounding is
+// monotonic, so no point of the interval is computed to be closer.
 __device__ float gap(float low, float high, float first, float last) {
   float center = (low + high) / 2;
   return fmaxf(first - center, center - last);
 }
 
-// False for a box that no point of the tile can be matched to or ignored for; also for NaN.
+// False if no point of the tile can match the box or be ignored for it; also for NaN.
 __device__ bool may_serve(const AssignTargets& args, const Tile& tile, const Survivor& s) {
   const Level& level = args.levels.level[tile.level];
   const float* box = s.box;
@@ -79,8 +79,8 @@ __device__ bool may_serve(const AssignTargets& args, const Tile& tile, const Sur
   if (s.ignored) {
     return true;
   }
-  // The largest distance of an inner point to a side lies between half the longer side and all of
-  // it, whatever is rounded.
+  // The largest distance of an inner point to a side is between half of the longer side and all of
+  // it, even after rounding.
   const SizeRange& range = args.ranges[tile.level];
   float longer = fmaxf(box[2] - box[0], box[3] - box[1]);
   bool fits = s.area < INFINITY && longer >= range.low && longer / 2 <= range.high;
@@ -90,7 +90,7 @@ __device__ bool may_serve(const AssignTargets& args, const Tile& tile, const Sur
   return fits && near;
 }
 
-// Looks at one box and appends it to the survivors if it may serve the tile.
+// Checks one box, and appends it to the survivors if it may match a point of the tile.
 __device__ void load_box(
     const AssignTargets& args, const Tile& tile, int index, Survivor* survivors, int* count) {
   int64_t label = args.classes[index];
@@ -157,7 +157,7 @@ __device__ void check_offsets(const AssignTargets& args, int image, int64_t begi
       rises && first && last, "assign_targets: gt_offsets must rise from 0 to the number of boxes");
 }
 
-// Right in thread 0.
+// Valid in thread 0.
 __device__ Tally
 assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles, double* of_warps) {
   __shared__ Survivor survivors[kThreads];
@@ -201,7 +201,7 @@ assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles, double* of_w
   return {positive, ambiguous, block_sum(quality, of_warps)};
 }
 
-// A warp takes a level of an image.
+// Each warp sums a level of an image.
 __device__ void add_tallies(
     const AssignTargets& args, const BlocksOfLevels& tiles, const Tally* tallies,
     double* of_warps) {

@@ -1,16 +1,16 @@
-// batched_nms: boxes are taken by descending score, 64 at a time, and compared with those kept before
-// and with each other. Classes are compared, never shifted apart, and there is no N x N anything.
+// batched_nms: boxes are processed by descending score, 64 at a time, and compared with the boxes kept
+// before and with each other. Classes are compared, never shifted apart, and there is no N x N matrix.
 //
-// padded_kernel has a block per image. It sorts no more boxes than it must: the best few hundred, and
-// the next only when these have not filled the D slots. The boxes lie in shared memory meanwhile, and
-// are written to their slots at the end.
+// padded_kernel has a block per image. It sorts no more boxes than necessary: the best few hundred, and
+// the next ones only if these do not fill the D slots. Boxes stay in shared memory and are written to
+// their slots at the end.
 //
-// flat_kernel has a block per 64 boxes. The group of its first box may have begun in earlier blocks,
-// for which it waits; what becomes of other groups it tells at once, so that only blocks of one group
-// wait in a row. Which boxes are decided and which of them are kept stands in the same word, so
-// nothing depends on the order in which memory is written.
+// flat_kernel has a block per 64 boxes. If the group of its first box begins in earlier blocks, it
+// waits for them. Results for other groups are published at once, so only blocks of the same group
+// wait for each other. One word says which boxes are decided and which of them are kept, so nothing
+// depends on the order of memory writes.
 //
-// soft_kernel has a block per image, which lowers all scores each time it has kept a box.
+// soft_kernel has a block per image, which lowers all scores each time it keeps a box.
 
 #include "ops.h"
 
@@ -51,14 +51,14 @@ struct Image {
         kept_scores(args.kept_scores + image * args.max_detections),
         kept_classes(args.kept_classes + image * args.max_detections) {}
 
-  // 0 for a box that cannot be kept. Reads both numbers before it looks at one.
+  // 0 for a box that cannot be kept. Starts both loads before it uses one.
   __device__ uint64_t key(int64_t i) const {
     int64_t label = classes[i];
     float score = scores[i];
     bool valid = label >= 0 && score > -INFINITY; // false for NaN
     return valid ? ranking_key(ordered_bits(score), uint32_t(i)) : 0;
   }
-  // Reads before it writes: a write that waits would keep the next read waiting.
+  // Loads before it stores: a stalled store would delay the next load.
   __device__ void keep(int64_t slot, int64_t i, float score) const {
     float4 box = boxes[i];
     int64_t label = classes[i];
@@ -68,7 +68,7 @@ struct Image {
   }
 };
 
-// Fills the slots from `count` on with nothing.
+// Clears the slots from `count` on.
 __device__ void finish(const PaddedNms& args, int64_t image, int64_t count) {
   Image at(args, image);
   for (int64_t slot = count + threadIdx.x; slot < args.max_detections; slot += kPaddedThreads) {
@@ -81,8 +81,8 @@ __device__ void finish(const PaddedNms& args, int64_t image, int64_t count) {
   }
 }
 
-// Sorts the best boxes whose keys are below `high`, more than a few if many are missing, or all there
-// are. Returns how many; no key of them is below `high` then.
+// Sorts the best boxes with keys below `high`: enough for the missing slots, or all of them. Returns
+// how many, and lowers `high` to the keys that are left.
 __device__ int sort_best(
     const PaddedNms& args, const Image& image, int64_t missing, uint64_t* high,
     PaddedScratch& scratch) {
@@ -131,7 +131,7 @@ __device__ void find_suppressed(
   }
 }
 
-// Takes `count` sorted boxes from `first` on; returns how many of the sorted ones are kept then.
+// Processes `count` sorted boxes from `first` on; returns how many sorted boxes have been kept.
 __device__ int take_step(
     const PaddedNms& args, const Image& image, int first, int count, int64_t old, int kept,
     PaddedScratch& scratch) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kPaddedThreads, 2)
 
 // ---- soft-NMS ----
 
-// The score of a box after one that overlaps it was kept (1704.04503).
+// The score of a box after an overlapping box was kept (1704.04503).
 __device__ float lower(const PaddedNms& args, float score, const Overlap& o) {
   if (args.method == NmsMethod::kGaussian) {
     return mul_rn(score, exp_of_negative(-mul_rn(o.iou(), o.iou()) / args.sigma));
@@ -240,7 +240,7 @@ __device__ float4 box_at(const FlatNms& args, int64_t position) {
   return reinterpret_cast<const float4*>(args.boxes)[args.index[position]];
 }
 
-// Where the group of the box at `position` starts. All threads look at as many places at a time.
+// Where the group of the box at `position` starts, by a search with as many probes as threads.
 __device__ int64_t find_group(const FlatNms& args, int64_t position) {
   int64_t group = args.groups[position], low = 0, high = position; // it starts in [low, high]
   while (low < high) {
@@ -253,8 +253,8 @@ __device__ int64_t find_group(const FlatNms& args, int64_t position) {
   return low;
 }
 
-// Tells later blocks which boxes of a step are decided and which are kept: bits of 32 boxes each in
-// two words, which may be written again to add more. For one warp.
+// Publishes which boxes of a step are decided and which are kept: two words with the bits of 32 boxes
+// each, which may be written again with more bits. Called by one warp.
 __device__ void publish(uint64_t* words, int step, uint64_t decided, uint64_t kept) {
   int shift = 32 * lane_index();
   if (shift < kStep) {
@@ -263,19 +263,21 @@ __device__ void publish(uint64_t* words, int step, uint64_t decided, uint64_t ke
   }
 }
 
-// Which of these boxes of an earlier step are kept, as soon as all of them are decided. For one warp.
+// Waits until these boxes of an earlier step are decided, and returns those that are kept. Called by
+// one warp.
 __device__ uint64_t wait_for(const uint64_t* words, int step, uint64_t boxes) {
   int half = lane_index() % 2;
   uint64_t wanted = boxes >> 32 * half << 32, word;
   const volatile uint64_t& own = words[2 * int64_t(step) + half];
   while (((word = own) & wanted) != wanted) {
-    __nanosleep(32); // leaves the multiprocessor to the blocks that are waited for
+    __nanosleep(32); // leaves the multiprocessor to the blocks it waits for
   }
   uint64_t low = __shfl_sync(kAllLanes, unsigned(word), 0);
   return boxes & (uint64_t(__shfl_sync(kAllLanes, unsigned(word), 1)) << 32 | low);
 }
 
-// Which boxes of an earlier step overlap the first `count` of this one. For all warps but the first.
+// Which boxes of an earlier step overlap the first `count` of this one. Called by all warps but the
+// first.
 __device__ void find_overlaps(
     const FlatNms& args, int64_t earlier, const Step& step, int count, uint64_t* overlaps) {
   int lane = lane_index();
@@ -292,7 +294,7 @@ __device__ void find_overlaps(
 }
 
 // Which of the first `count` boxes of a step, whose group starts at `start`, are suppressed by boxes
-// of earlier steps. Right in the first warp: it waits, while the others are a step ahead of it.
+// of earlier steps. Valid in the first warp, which waits while the others work one step ahead.
 __device__ uint64_t find_suppressed(
     const FlatNms& args, const uint64_t* words, int64_t start, int count, FlatScratch& scratch) {
   int lane = lane_index(), others = int(start % kStep); // boxes of other groups in a step
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlat
   __shared__ FlatScratch scratch;
   Step& step = scratch.step;
   int t = int(threadIdx.x);
-  if (t == 0) { // blocks start in no certain order, but who has waited for has started
+  if (t == 0) { // tickets follow start order: a block waits only on running blocks
     scratch.turn = int(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
   }
   step.clear<kFlatThreads>();
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlat
   if (t < count) {
     step.set(t, box_at(args, first + t), args.groups[first + t]);
   }
-  // The boxes of the first one's group, which may depend on earlier steps.
+  // Boxes in the group of the first one, which may depend on earlier steps.
   int open = __syncthreads_count(t < count && args.groups[first + t] == args.groups[first]);
   find_suppressors<kFlatThreads>(step, count, args.iou_threshold);
   if (t < 32) {

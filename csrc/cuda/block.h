@@ -1,5 +1,5 @@
-// What the threads of a block find out together: sums, sorted lists, and the best of many keys. All
-// threads of the block must call these functions; each ends with a barrier.
+// Operations of a whole block: sums, sorting, and the best of many keys. All threads of the block must
+// call these functions; each ends with a barrier.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
-// Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` of a thread are on their way
-// at once. In place, `take` may write where keys have been loaded.
+// Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` loads of a thread are in
+// flight at once. In place, `take` may write where keys have been loaded.
 template <int Threads, int Each, bool InPlace, class Load, class Take>
 __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
   for (int64_t first = 0; first < count; first += Each * Threads) {
@@ -63,7 +63,7 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
 
 // Appends the keys of all lanes of a warp for which `valid` holds to a list that may overflow: then
 // `count` ends above the capacity. Returns the place of a key, above it too. The lanes of a warp must
-// come together.
+// call it together.
 __device__ __forceinline__ unsigned append(
     bool valid, uint64_t key, uint64_t* keys, unsigned capacity, unsigned* count) {
   unsigned lanes = __ballot_sync(kAllLanes, valid);
@@ -120,8 +120,8 @@ struct Range {
   }
 };
 
-// Counts the keys of all lanes of a warp that are valid, which must come together. Equal scores make
-// equal bins, and those would queue up for one counter.
+// Counts the valid keys of a warp, whose lanes must call it together. Equal scores fall into equal
+// bins, which would contend for one counter.
 __device__ __forceinline__ void count_key(bool valid, unsigned bin, unsigned* bins) {
   unsigned lanes = __ballot_sync(kAllLanes, valid);
   if (lanes == 0) {

@@ -1,5 +1,5 @@
-// The losses of the boxes and their quality: a thread per point. Nearly all points are background;
-// their threads read one number and write zeros.
+// Box loss and quality loss: a thread per point. Nearly all points are background; their threads read
+// one number and write zeros.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ struct Point {
   int64_t target;       // among all B x P
 };
 
-// False for the threads that are left over.
+// False for surplus threads.
 __device__ __forceinline__ bool find_point(const BoxLosses& args, int64_t thread, Point* point) {
   point->image = thread / args.num_points;
   int64_t index = thread - point->image * args.num_points;

@@ -14,29 +14,29 @@ namespace fcos::cuda {
 
 constexpr int kScanThreads = 256, kFinishThreads = 512;
 
-// Blocks of a scan that shall fit on a multiprocessor: as many as leave the compiler the registers
-// with which it starts all loads of a turn at once.
+// Blocks per multiprocessor in the scan: leaves the compiler enough registers to start all loads of a
+// turn at once.
 template <class T>
 constexpr int kByRegisters = sizeof(T) == 8 ? 2 : 4;
 template <class T>
 constexpr int kMinBlocks = std::min(kByRegisters<T>, kThreadsOfMultiprocessor / kScanThreads);
 
-constexpr int kTileSize = 8192;               // logits that a block looks at together
+constexpr int kTileSize = 8192;               // logits that a block processes together
 constexpr int kPointBits = 9, kClassBits = 7; // of 16 that say which logit of a tile
 constexpr int kTilePoints = 1 << kPointBits;  // at most
 constexpr int kTileClasses = 1 << kClassBits; // at most
 constexpr unsigned kSortable = 2048;          // keys that are sorted in shared memory
 
-constexpr unsigned kCollectBlocks = 264; // that read segments again, if there is need
+constexpr unsigned kCollectBlocks = 264; // that read segments again, if necessary
 
 // Lists that are longer are shortened before they are sorted.
 FCOS_HD int64_t longest_sorted(int64_t wanted) { return max_of(int64_t(kSortable), 2 * wanted); }
 
-// Lists have room for these and for a tile, or for this share of a segment where that is more: seldom
-// do more pass the threshold.
+// Lists have room for these and a tile, or for this share of a segment if that is more; more rarely
+// pass the threshold.
 constexpr int64_t kListShare = 64;
 
-// What neighboring points and classes of a level a block looks at together.
+// How a level is divided into tiles of neighboring points and classes, one per block.
 struct LevelPlan {
   int tile_points, tile_classes;
   int class_tiles;   // that share their points
@@ -84,7 +84,7 @@ __device__ Tile make_tile(const Plan& plan, int level, int64_t image, int index)
   };
 }
 
-// Blocks that run together work on all images, so that each learns early from its counts.
+// Blocks that run at the same time cover all images, so that the counts of each help early.
 __device__ Tile find_tile(const Plan& plan, unsigned block) {
   int entry = plan.blocks.level_of(int(block));
   unsigned index = block - unsigned(plan.blocks.first[entry]);
@@ -117,8 +117,8 @@ __device__ Segment find_segment(const Plan& plan, unsigned number) {
 
 // ---- keys ----
 
-// Bits that order like a probability and grow in equal steps as it comes closer to 0, or to 1, where
-// confident networks crowd their scores.
+// Bits in the order of probabilities, with finer steps towards 0 and towards 1, where the scores of
+// confident networks are.
 constexpr uint32_t kBitsOfHalf = 0x3f000000, kBitsOfOne = 2 * kBitsOfHalf;
 
 FCOS_HD uint32_t probability_bits(float p) {
@@ -158,7 +158,7 @@ __device__ int64_t offset(const Strides& strides, int64_t image, int channel, in
   return image * strides.image + channel * strides.channel + point * strides.point;
 }
 
-// Neighboring channels of a point. All are on their way before the first is converted.
+// Neighboring channels of a point. All loads start before the first value is converted.
 template <class T, int N>
 __device__ void read_as(const Map& map, int64_t image, int channel, int64_t point, float* out) {
   const T* data = static_cast<const T*>(map.data);
@@ -203,7 +203,7 @@ __device__ Scores make_scores(float logit, float quality) {
   return {cls, mul_rn(cls, quality)};
 }
 
-// What other blocks may be changing.
+// Reads memory that other blocks may be writing.
 __device__ unsigned read_now(const unsigned* from) {
   return *static_cast<const volatile unsigned*>(from);
 }
@@ -218,7 +218,7 @@ struct Scratch : Histogram<Threads> {
   unsigned num_survivors;
 };
 
-// A tile as it lies in memory: rows of points with columns of classes, or the other way round.
+// A tile in memory order: rows of points with columns of classes, or vice versa.
 template <class T>
 struct Rows {
   const T* data;
@@ -239,7 +239,7 @@ __device__ Rows<T> make_rows(const Plan& plan, const Tile& tile) {
   return {data, at.channel, at.point, classes, points};
 }
 
-// The vectors of a tile at which a thread looks: every Threads-th.
+// The vectors of a tile that a thread processes: every Threads-th.
 template <int Threads>
 struct TileCursor {
   unsigned per_row, down, right, row, vector;
@@ -296,7 +296,7 @@ find_survivors(const Rows<T>& tile, bool columns_are_classes, const float* bound
     Vector<T, V> logits[kAtOnce];
     unsigned rows_of[kAtOnce], vectors_of[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) { // all are on their way before the first is looked at
+    for (int k = 0; k < kAtOnce; ++k) { // all loads start before the first value is used
       rows_of[k] = cursor.row, vectors_of[k] = cursor.vector;
       if (cursor.row < tile.rows) {
         logits[k] = load<T, V>(
@@ -343,7 +343,7 @@ __device__ unsigned list_survivors(
   return scratch.num_survivors;
 }
 
-// First all of the quality, for `low` may be on its way from memory, too.
+// Reads all qualities first, because `low` may still be loading.
 template <int Threads>
 __device__ void make_bounds(
     const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch) {
@@ -362,7 +362,7 @@ __device__ void make_bounds(
   __syncthreads();
 }
 
-// Lists what may be candidates with keys of `low` and more; returns how many.
+// Lists possible candidates with keys of at least `low`; returns how many.
 template <class T, int Threads>
 __device__ unsigned find_survivors(
     const Plan& plan, const Tile& tile, uint64_t low, Scratch<Threads>& scratch) {
@@ -374,8 +374,8 @@ __device__ unsigned find_survivors(
              : list_survivors<1, Threads>(rows, level, scratch);
 }
 
-// Calls visit(valid, key) for what is listed; only candidates with keys of `low` and more are valid.
-// The lanes of a warp call it together.
+// Calls visit(valid, key) for what is listed; only candidates with keys of at least `low` are valid.
+// All lanes of a warp call it together.
 template <class T, int Threads, class Visit>
 __device__ void for_each_survivor(
     const Plan& plan, const Tile& tile, uint64_t low, unsigned count, Scratch<Threads>& scratch,

@@ -1,5 +1,5 @@
-// All losses in one kernel: the first blocks take the points of the boxes, the others the logits. The
-// last block to end adds what all have left, in a fixed order.
+// All losses in one kernel: the first blocks process the boxes of points, the others the logits. The
+// last block to finish sums the partial sums of all blocks in a fixed order.
 
 #include "box_loss.h"
 #include "ops.h"
@@ -19,8 +19,8 @@ struct Plan {
   unsigned ticket;
 };
 
-// Blocks that shall fit on a multiprocessor: it leaves the compiler the 64 registers with which it
-// starts all loads of a step at once.
+// Blocks per multiprocessor: leaves the compiler 64 registers, with which it starts all loads of a
+// step at once.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
   using Real = typename Compute<T>::Type;
   if (!Loss && plan.is_saved &&
       all_upstream_are_one<Real>(plan.focal.scale, plan.box.box_scale, plan.box.quality_scale)) {
-    return; // the gradients are right already
+    return; // the saved gradients are correct
   }
   __shared__ double of_warps[kLossThreads / 32];
   int block = int(blockIdx.x) - plan.box_blocks; // of the logits
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
       __syncthreads();
       leave_sum(losses.quality, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
     }
-  } else if (block < plan.focal.blocks.total()) { // else there is nothing at all
+  } else if (block < plan.focal.blocks.total()) { // else there is nothing to sum
     double loss = take_logits<T, Gamma, Loss, Grad>(plan.focal, block);
     if constexpr (Loss) {
       leave_sum(loss, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
@@ -97,7 +97,7 @@ cudaError_t make_plan(const Losses& args, Plan* plan) {
 }
 
 // Calls launch(T{}, integral_constant<Gamma>) for the type of the logits and the exponent. float64 is
-// there to check gradients, not for speed.
+// for checking gradients, not for speed.
 template <class Launch>
 void dispatch(const Losses& args, Launch&& launch) {
   with_type(args.focal.dtype, [&](auto zero) {

@@ -1,4 +1,4 @@
-// What all kernels share: how they are launched, how they refuse bad data, how blocks find levels.
+// Shared by all kernels: launching, rejecting bad data, and finding the level of a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 #include "../core/levels.h"
 
 // Stops the kernel with a message that torch's own device-side assertions would print the same way.
-// The error reaches the host as "device-side assert triggered", when it next waits for the device.
+// The error reaches the host as "device-side assert triggered", at the next synchronization.
 #define FCOS_ASSERT(condition, message)                     \
   do {                                                      \
     if (!(condition)) {                                     \

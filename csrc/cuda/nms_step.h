@@ -1,4 +1,4 @@
-// What both forms of batched_nms share: a step of 64 boxes, which are compared with each other.
+// Shared by both forms of batched_nms: a step of 64 boxes, which are compared with each other.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace fcos::cuda {
 
-constexpr int kStep = 64; // boxes that are taken together
+constexpr int kStep = 64; // boxes that are processed together
 constexpr unsigned kGroups = 256;
 
 // Sets of boxes of a step: bit i stands for box i.
@@ -23,7 +23,7 @@ __device__ int count_boxes(uint64_t boxes) {
   return __popc(unsigned(boxes)) + __popc(unsigned(boxes >> 32));
 }
 
-// A lane answers for the boxes `lane` and `lane + 32`.
+// A lane is responsible for the boxes `lane` and `lane + 32`.
 __device__ uint64_t ballot(bool first, bool second) {
   uint64_t low = __ballot_sync(kAllLanes, first);
   return uint64_t(__ballot_sync(kAllLanes, second)) << 32 | low;
@@ -94,12 +94,12 @@ __device__ void find_suppressors(Step& step, int count, float threshold) {
   __syncthreads();
 }
 
-// Which of the candidates are kept: boxes that no earlier step suppresses. Each warp that calls it
-// finds out by itself.
+// Which of the candidates, boxes that no earlier step suppresses, are kept. Each warp that calls it
+// computes the result itself.
 __device__ uint64_t resolve(const Step& step, uint64_t candidates) {
   auto suppressors = [&](int i) { return candidates >> i & 1 ? step.suppressors[i] : 0; };
   uint64_t of_first = suppressors(lane_index()), of_second = suppressors(lane_index() + 32);
-  // Every turn settles one more link of each chain of boxes that overlap.
+  // Every turn decides one more link of each chain of overlapping boxes.
   for (uint64_t kept = candidates;;) {
     uint64_t next = candidates & ballot(!(of_first & kept), !(of_second & kept));
     if (next == kept) {

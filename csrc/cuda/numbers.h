@@ -1,4 +1,4 @@
-// Number types of the kernels: what is stored, what is computed with, and how one becomes the other.
+// Number types of the kernels: storage, computation, and conversion between them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,8 +49,8 @@ FCOS_HD void narrow(double x, double* to) { *to = x; }
 FCOS_HD void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 FCOS_HD void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
-// Elements that lie side by side and travel together: 16 bytes, the most that one instruction moves,
-// or a single one.
+// Adjacent elements that are loaded and stored together: 16 bytes, the most that one instruction
+// moves, or a single element.
 constexpr int kVectorBytes = 16;
 
 template <class T, int Size>
@@ -71,7 +71,7 @@ FCOS_HD To bits_as(const From& from) {
   return to;
 }
 
-// `last_use` lets the cache forget what was read.
+// `last_use` lets the cache evict what was read.
 template <class T, int Size>
 __device__ __forceinline__ Vector<T, Size> load(const T* from, bool last_use) {
   if constexpr (Size == 1) {

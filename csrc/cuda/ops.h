@@ -1,7 +1,7 @@
 // The CUDA kernels: plain pointers in, plain pointers out. No torch.
 //
-// A launch_<op> queues the work on a stream and returns the error of launching it. The memory it
-// works in is the caller's; a function before it says how much that is.
+// A launch_<op> queues its kernels on a stream and returns the launch error. The caller provides its
+// working memory; the function before it returns the size.
 #pragma once
 
 #include <cuda_runtime.h>

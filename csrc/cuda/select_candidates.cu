@@ -1,17 +1,17 @@
-// select_candidates: the score rule becomes one bound on the logit per point, so that almost every
-// logit costs one comparison, and the best of what exceeds it are found by the size of their keys.
+// select_candidates: the score rule becomes one bound on the logits of each point, so almost every
+// logit costs one comparison. The best of those above their bound are selected by unique keys.
 //
-// 1. scan_kernel reads all logits once. Candidates of a segment (one level of one image) go to a list,
-//    and are counted by rank. Where there are more than the list can hold, the counts tell later
-//    blocks below which rank nothing matters any more.
-// 2. finish_kernel has a block for each segment, which sorts the best of the list and writes boxes,
-//    scores and classes. Of segments whose list has overflowed, all blocks first collect what the
-//    counts say is good enough, and the last to be done goes on. Where more candidates than the list
-//    can hold have all but the same rank, this one narrows the range of keys down until they fit,
-//    reading the segment again each time.
+// 1. scan_kernel reads all logits once. Candidates of a segment (one level of one image) go to a list
+//    and are counted by rank. If there are more than the list can hold, the counts tell later blocks
+//    which ranks no longer matter.
+// 2. finish_kernel has a block per segment, which sorts the best candidates of the list and writes
+//    boxes, scores and classes. If a list has overflowed, all blocks first collect the candidates that
+//    are good enough by the counts, and the last block to finish continues. If more candidates than
+//    the list can hold have nearly the same rank, it narrows the range of keys until they fit, reading
+//    the segment again each time.
 //
-// Keys are unique, so neither the order in which candidates come nor which of them a full list has
-// missed changes a result.
+// Keys are unique, so results depend neither on the order of candidates nor on which of them a full
+// list has missed.
 
 #include "ops.h"
 
@@ -20,8 +20,8 @@
 namespace fcos::cuda {
 namespace {
 
-// Adds to the counts of a segment and raises its lowest bin. Counts that other blocks are about to add
-// are missed, which makes the bin too low, if anything.
+// Adds to the counts of a segment and raises its lowest bin. Missing the counts that other blocks are
+// about to add can only make the bin too low.
 __device__ void add_counts(const Segment& segment, Scratch<kScanThreads>& scratch) {
 #pragma unroll
   for (unsigned i = threadIdx.x; i < kBins; i += kScanThreads) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
   if (many) {
     scratch.clear();
   }
-  // Then there is no need to queue up for the list. The lanes of a warp must agree.
+  // Skips the atomics of the list. The lanes of a warp must agree.
   bool full = __any_sync(kAllLanes, read_now(&state.found) > segment.capacity);
   for_each_survivor<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
     if (many) {
@@ -77,7 +77,7 @@ struct FinishScratch : Scratch<kFinishThreads> {
   uint64_t sorted[kSortable];
 };
 
-// Appends what may be candidates of a tile with keys of `low` and more to the list.
+// Appends possible candidates of a tile with keys of at least `low` to the list.
 template <class T>
 __device__ void collect_tile(
     const Plan& plan, const Segment& segment, unsigned index, uint64_t low,
@@ -89,7 +89,7 @@ __device__ void collect_tile(
   });
 }
 
-// Collects what `bin` leaves over from this block's share of the tiles, which begins with `first`.
+// Collects candidates up to `bin` from this block's share of the tiles, which begins at `first`.
 // Returns whether all other blocks are done.
 template <class T>
 __device__ bool collect(
@@ -178,7 +178,7 @@ __device__ void write_candidate(
   args.classes[to] = channel;
 }
 
-// From the list of a segment to its slots.
+// Writes the list of a segment to its slots.
 template <class T>
 __device__ void finish(const Plan& plan, const Segment& segment, FinishScratch& scratch) {
   State& state = *segment.state;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
   }
 }
 
-// ---- the host's side ----
+// ---- host ----
 
 LevelPlan make_level(const SelectCandidates& args, int l) {
   const Map& map = args.logits.level[l];

@@ -1,4 +1,4 @@
-// The focal loss of all logits, read where they lie, NCHW or channels_last.
+// The focal loss of all logits, read in place, in NCHW or channels_last order.
 //
 // A level of an image is a matrix: classes x points (NCHW) or points x classes (channels_last), its
 // rows contiguous. A thread owns a few columns (16 bytes, or one where a plane is odd or not
@@ -51,7 +51,7 @@ struct FocalPlan {
   LossScale scale;
 };
 
-// What a thread owns.
+// The elements that a thread owns.
 struct Patch {
   unsigned image;
   int first_row, num_rows;
@@ -63,7 +63,7 @@ struct Patch {
   }
 };
 
-// False for the threads that are left over.
+// False for surplus threads.
 __device__ bool find_patch(
     const FocalPlan& plan, const Matrix& m, int block, int vector, Patch* patch) {
   unsigned index = unsigned(block) * kLossThreads + threadIdx.x;
@@ -147,7 +147,7 @@ struct Cursor {
   }
 };
 
-// Hands the next `Count` rows to the pass. All are on their way before the first is computed.
+// Passes the next `Count` rows to the pass. All loads start before the first row is computed.
 // Special elements count as negatives of logit minus infinity, which cost nothing; then the positive
 // ones are computed one by one.
 template <class T, int V, int Count, class Pass>
@@ -204,9 +204,9 @@ __device__ __forceinline__ void take_patch(
   }
 }
 
-// What a kernel makes of the logits. In a loss the errors of single logits cancel; in a gradient of
-// float32 they do not, one of a half type does not show them. An exponent beyond 2 multiplies every
-// error, so the kernels for any exponent take exact functions.
+// What a kernel computes from the logits. Errors of single logits cancel in a loss, and are below the
+// rounding of half-precision gradients, but not of float32 gradients. Exponents above 2 multiply every
+// error, so the kernels for arbitrary exponents use exact functions.
 template <class T, int Gamma, bool Loss, bool Grad>
 struct Kind {
   using Real = typename Compute<T>::Type;
@@ -277,7 +277,7 @@ __device__ double pass_over(const FocalPlan& plan, const Matrix& m, const Patch&
   return pass.loss();
 }
 
-// The loss and the gradients of what a thread of this block owns.
+// The loss and the gradients of the elements that a thread of this block owns.
 template <class T, int Gamma, bool Loss, bool Grad>
 __device__ double take_logits(const FocalPlan& plan, int block) {
   constexpr int V = kVectorBytes / sizeof(T);
@@ -291,7 +291,7 @@ __device__ double take_logits(const FocalPlan& plan, int block) {
                          : pass_over<Pass<T, Gamma, Loss, Grad, 1>, T, 1>(plan, m, patch);
 }
 
-// ---- the host's side ----
+// ---- host ----
 
 inline bool is_aligned(const void* data, const RowStrides& strides, int64_t bytes) {
   return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&

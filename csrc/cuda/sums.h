@@ -1,4 +1,4 @@
-// Sums that come out the same to the last bit on every run: double precision, fixed order.
+// Sums that are bit-identical in every run: double precision, fixed order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 
 namespace fcos::cuda {
 
-// Sum over all threads of a block, right in thread 0. Every thread must call it. `of_warps` is
+// Sum over all threads of a block, valid in thread 0. Every thread must call it. `of_warps` is
 // shared memory for one number per warp.
 __device__ __forceinline__ double block_sum(double value, double* of_warps) {
   int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
@@ -28,12 +28,12 @@ __device__ __forceinline__ double block_sum(double value, double* of_warps) {
   return sum;
 }
 
-// Counters of blocks that have ended, zero whenever no kernel that counts there runs.
+// Counters of finished blocks, zero while no kernel uses them.
 constexpr unsigned kTickets = 4096;
 static __device__ unsigned tickets[2 * kTickets];
 
-// Of a launch: the one used longest ago. What a graph has captured may run at any time, so it counts
-// elsewhere than what is launched at once.
+// The counter of a launch: the least recently used one. Launches captured in a graph may run at any
+// time, so they have counters of their own.
 inline cudaError_t take_ticket(cudaStream_t stream, unsigned* ticket) {
   static std::atomic<unsigned> launched = 0, captured = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -43,7 +43,7 @@ inline cudaError_t take_ticket(cudaStream_t stream, unsigned* ticket) {
   return error;
 }
 
-// Whether this block is the last to come here, and so sees what thread 0 of each other has written.
+// Whether this block is the last one here; it then sees what thread 0 of every other block wrote.
 __device__ __forceinline__ bool is_last_block(unsigned ticket) {
   bool is_last = false;
   if (threadIdx.x == 0) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ bool is_last_block(unsigned ticket) {
   return __syncthreads_or(is_last) != 0;
 }
 
-// Sum over what the blocks of a kernel have left, right in thread 0. Every thread must call it.
+// Sum of the partial sums of a kernel's blocks, valid in thread 0. Every thread must call it.
 __device__ __forceinline__ double sum_partials(
     const double* partials, int count, double* of_warps) {
   double sum = 0;
