@@ -19,7 +19,7 @@ from .tiny_training import ROOT
 
 @pytest.fixture
 def output(tmp_path):
-    """OUTPUT_DIR of a training without weights, and a function that saves some."""
+    """OUTPUT_DIR of a training run without weights, and a function that saves some."""
     data = ("DATASETS.TRAIN", (), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path))
     (tmp_path / "config.yaml").write_text(tiny_cfg(*data).dump())
 

@@ -171,7 +171,7 @@ def _refusal(path: str, error: Exception) -> InputError:
     if name:
         return InputError(
             f"{path} was not loaded because it would call {format_value(name[1])}; if you trust "
-            "its author, extract its tensors with python tools/convert_weights.py --trust-pickle "
+            "its author, extract its tensors with fcos-d2 convert --trust-pickle "
             f"{path} OUT.safetensors"
         )
     cause = cause.rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]

@@ -1,6 +1,6 @@
 """Counts the parameters and the multiply-adds of the network of a config, by part.
 
-    python tools/analyze_model.py --config-file FILE [--size HEIGHT WIDTH] [--depth N]
+    fcos-d2 analyze --config-file FILE [--size HEIGHT WIDTH] [--depth N]
 
 No weights and no data are needed. What is counted is what runs for one image: backbone and head,
 without decoding and NMS. One multiply-add counts as one flop, as fvcore and most papers do.

@@ -1,7 +1,7 @@
 """Measures the parts of training and inference one by one, and all together.
 
-    python tools/benchmark.py --config-file FILE [--batch N] [--seconds S] [KEY VALUE ...]
-    python tools/benchmark.py --config-file FILE --size 800 1344      random images: no data needed
+    fcos-d2 benchmark --config-file FILE [--batch N] [--seconds S] [KEY VALUE ...]
+    fcos-d2 benchmark --config-file FILE --size 800 1344      random images: no data needed
 
 Prints a Markdown table that says what each time includes. Weights are those of MODEL.WEIGHTS, if
 any: an untrained model has no candidates, which makes post-processing look cheap. Times are medians

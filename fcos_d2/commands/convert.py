@@ -1,7 +1,7 @@
 """Converts weights of any FCOS to this package's, or this package's to those of another.
 
-    python tools/convert_weights.py fcos_R_50.pth ours.safetensors
-    python tools/convert_weights.py output/model_final.pth theirs.pth --to torchvision
+    fcos-d2 convert fcos_R_50.pth ours.safetensors
+    fcos-d2 convert output/model_final.pth theirs.pth --to torchvision
 
 A target that ends in .safetensors is written in that format, any other by torch.save. To use
 weights of others here no conversion is needed: MODEL.WEIGHTS takes them as they are.

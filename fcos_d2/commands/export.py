@@ -1,8 +1,8 @@
 """Writes a trained detector as one file that runs without fcos_d2 and without detectron2.
 
-    python tools/export_model.py --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
-    python tools/export_model.py ... --format torch_export --output FILE.pt2 --half --verify
-    python tools/export_model.py ... --format onnx --output FILE --int8 --verify
+    fcos-d2 export --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
+    fcos-d2 export ... --format torch_export --output FILE.pt2 --half --verify
+    fcos-d2 export ... --format onnx --output FILE --int8 --verify
 
 Formats are onnx (onnxruntime, TensorRT), openvino (.xml and .bin), torch_export (torch.export.load)
 and aoti (compiled by AOTInductor for this kind of machine; C++ loads it without Python). --verify

@@ -1,7 +1,7 @@
 """Writes a config for a folder of images and annotations, with comments that explain the choices.
 
-    python tools/new_config.py FOLDER -o mine.yaml
-    python train_net.py --config-file mine.yaml
+    fcos-d2 new-config FOLDER -o mine.yaml
+    fcos-d2 train --config-file mine.yaml
 
 Recognizes COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML, Roboflow's exports.
 Without a validation set, a fifth of the images becomes one, listed in mine_val.txt: every class is
@@ -245,11 +245,11 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
     print(f"{output}: {len(found[0].records)} images to train on, {len(classes)} classes")
     if problems := sum(inspection.num_problems for inspection in found):
         print(
-            f"{problems} problems must be corrected first: python tools/visualize_data.py "
-            f"--config-file {output} --check --clean"
+            f"{problems} problems must be corrected first: "
+            f"fcos-d2 check --config-file {output} --clean"
         )
         return 1
-    print(f"now: python train_net.py --config-file {output}")
+    print(f"now: fcos-d2 train --config-file {output}")
     return 0
 
 

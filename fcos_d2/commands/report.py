@@ -1,6 +1,6 @@
 """Draws a training run: its curves, detections, and a page to browse the mistakes.
 
-    python tools/report.py OUTPUT_DIR [--images N] [--score S] [--mistakes N]
+    fcos-d2 report OUTPUT_DIR [--images N] [--score S] [--mistakes N]
 
 Reads what train_net.py left in OUTPUT_DIR and writes curves.png and contact_sheet.png beside it,
 and report/index.html, which opens from disk. The images of the contact sheet are evenly spaced over

@@ -1,7 +1,7 @@
 """Draws and checks the datasets of a config before training.
 
-    python tools/visualize_data.py --config-file FILE [--output DIR] [--images N]
-    python tools/visualize_data.py --config-file FILE --check [--clean] [--skip-images]
+    fcos-d2 visualize --config-file FILE [--output DIR] [--images N]
+    fcos-d2 check --config-file FILE [--clean] [--skip-images]
 
 Draws images as training sees them, with their boxes and the points that learn them on each level.
 --check reads all images and annotations instead and reports defects, classes, boxes that no point

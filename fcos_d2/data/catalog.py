@@ -33,7 +33,7 @@ from .image_files import NO_FILE, locate_images, suggest_folder
 from .records import coco_records, is_flat, review_records, set_classes, why_nothing_is_learned
 from .review import Review
 
-CHECK = "python tools/visualize_data.py --config-file FILE --check"
+CHECK = "fcos-d2 check --config-file FILE"
 logger = logging.getLogger(__name__)
 
 
@@ -183,7 +183,7 @@ def coco_content(name: str, masks: bool = False) -> dict:
         raise InputError(f"dataset {name!r}: {missing_images(name, sources, review)}")
     if review.repaired:
         text = f"{file}: repaired {', '.join(describe_repairs(review.repaired))}"
-        text += "; --check --clean writes a repaired file"
+        text += "; fcos-d2 check --clean writes a repaired file"
         log_first_n(logging.WARNING, text, name=__name__, key="message")
     if is_own:
         set_classes(name, review.content["categories"])

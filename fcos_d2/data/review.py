@@ -336,7 +336,7 @@ class _Reviewer:
             return
         example = format_value(annotations[0]["bbox"])
         text = f"the boxes fit the images only as [x1, y1, x2, y2], such as bbox {example}, but "
-        text += "must be [x, y, width, height]; --check --clean converts them"
+        text += "must be [x, y, width, height]; fcos-d2 check --clean converts them"
         self.problems.append(Problem("corners", text))
         for annotation in annotations:
             x, y, right, bottom = annotation["bbox"]

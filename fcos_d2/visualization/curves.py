@@ -1,4 +1,4 @@
-"""Curves: of a training, from detectron2's metrics.json, and precision over recall.
+"""Curves: of a training run, from detectron2's metrics.json, and precision over recall.
 
 Nothing here opens a window, keeps state or needs a display.
 """

@@ -82,7 +82,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(how, attack,
         if name.endswith(".safetensors") and isinstance(how, str):
             continue  # torch.load looks at the file name
         assert f"{name} was not loaded because it would call " in message
-        assert f"tools/convert_weights.py --trust-pickle {tmp_path / name} OUT" in message
+        assert f"fcos-d2 convert --trust-pickle {tmp_path / name} OUT" in message
 
 
 def test_the_attacks_of_this_test_are_real(tmp_path):

@@ -186,7 +186,7 @@ LAYOUTS += [voc, voc_beside_the_images, voc_by_split, labelme, via, cvat]
 def test_folder_becomes_a_config_that_loads(data, capsys, make):
     expected = make(data)
     assert write_config() == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.endswith("now: python train_net.py --config-file mine.yaml\n")
+    assert capsys.readouterr().out.endswith("now: fcos-d2 train --config-file mine.yaml\n")
     cfg = read_cfg("mine.yaml")
     assert set(cfg.DATASETS.REGISTER) == expected
     train, test = (loaded(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))

@@ -31,7 +31,7 @@ static char *a[] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a training leaves: config.yaml, weights that find something everywhere, thresholds."""
+    """A training run's output: config, weights that find something everywhere, thresholds."""
     folder = tmp_path_factory.mktemp("trained")
     sizes = ("INPUT.MIN_SIZE_TEST", 64, "OUTPUT_DIR", str(folder), "DATASETS.TRAIN", ())
     (folder / "config.yaml").write_text(tiny_cfg(*sizes, "DATASETS.TEST", ()).dump())

@@ -1,4 +1,4 @@
-"""The report on a training: a synthetic output folder, a tiny model, five small images."""
+"""The report on a training run: a synthetic output folder, a tiny model, five small images."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
-    """What a training leaves, but with detections at (16, 16) to (48, 48), class 1, score 0.9."""
+    """A training run's output, with detections at (16, 16) to (48, 48), class 1, score 0.9."""
     folder = tmp_path_factory.mktemp("output")
     sizes = ("INPUT.MIN_SIZE_TEST", SIZE, "DATASETS.TEST", (dataset,))
     (folder / "config.yaml").write_text(tiny_cfg(*sizes).dump())

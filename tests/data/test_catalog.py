@@ -301,4 +301,4 @@ def test_training_data_without_any_object_is_refused(coco, change):
         annotation.update(change)
     name = coco.register()
     text = message(check_objects, load_dataset(name, filter_empty=False), [name])
-    assert "dataset 'shapes_train': all 3 " in text and "--check" in text
+    assert "dataset 'shapes_train': all 3 " in text and "fcos-d2 check" in text

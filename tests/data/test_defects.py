@@ -227,7 +227,7 @@ def test_structure_is_checked_on_every_load(coco, change, text):
 def test_number_of_problems_is_told(coco):
     for annotation in coco.content["annotations"]:
         annotation["bbox"] = None
-    with pytest.raises(InputError, match=r"annotation 101: .* \(3 problems; .* --check lists them"):
+    with pytest.raises(InputError, match=r"annotation 101: .* \(3 problems; fcos-d2 .* lists them"):
         load_dataset(coco.register())
 
 
