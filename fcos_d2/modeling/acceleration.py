@@ -1,14 +1,45 @@
-"""Faster inference with the same detections: folded batch norms, memory format, precision."""
+"""Folded batch norms, memory format and precision: a faster network with the same results."""
 
 from __future__ import annotations
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class FrozenNormConv2d(Conv2d):
+    """detectron2's convolution, which applies its frozen batch norm to the weights.
+
+    The weights are far smaller than the feature maps, whose passes through the norm take 15 percent
+    of an R-50 training step on a CPU. Parameters and buffers keep their names.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[B, C, H, W] -> Tensor[B, C', H', W']."""
+        norm = self.norm
+        if not isinstance(norm, FrozenBatchNorm2d):  # folded for good by ``accelerate``
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, bias = (
+            self.weight * scale[:, None, None, None],
+            norm.bias - norm.running_mean * scale,
+        )
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_norms(model: nn.Module) -> None:
+    """Makes FrozenNormConv2d of detectron2's convolutions with a frozen batch norm, in place."""
+    for layer in model.modules():
+        if type(layer) is Conv2d and isinstance(layer.norm, FrozenBatchNorm2d):
+            layer.__class__ = FrozenNormConv2d
 
 
 class InFloat32(nn.Module):

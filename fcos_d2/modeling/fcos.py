@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import fcos_settings
 from ..ops import Candidates, Detections, Levels
+from .acceleration import fold_frozen_norms
 from .backbone import build_named_backbone
 from .head import FCOSHead
 from .losses import FCOSLoss
@@ -60,6 +61,7 @@ class FCOS(DenseDetector):
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
         )
+        fold_frozen_norms(backbone)
         self.losses, self.postprocess, self.grid = losses, postprocess, grid
         self.input_format = input_format
 

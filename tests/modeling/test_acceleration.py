@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
 from fcos_d2 import InputError
 from fcos_d2.inference import accelerated
 from fcos_d2.modeling import acceleration
-from fcos_d2.modeling.acceleration import accelerate, fastest_dtype
+from fcos_d2.modeling.acceleration import accelerate, fastest_dtype, fold_frozen_norms
 
 from .tiny import tiny_cfg, tiny_fcos
 
@@ -44,6 +45,39 @@ def test_folded_norms_change_predictions_by_rounding_alone(norm):
     assert not any(isinstance(layer, acceleration.NORMS) for layer in fast.backbone.modules())
     for ours, theirs in zip(dense(fast, images), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_frozen_norm_in_the_weights_changes_output_and_gradients_by_rounding_alone(has_bias):
+    norm = FrozenBatchNorm2d(6)
+    for name, low, high in (("weight", 0.5, 2), ("running_var", 0.5, 2), ("bias", -1, 1)):
+        nn.init.uniform_(getattr(norm, name), low, high)
+    nn.init.normal_(norm.running_mean)
+    arguments = {"stride": 2, "padding": 1, "groups": 2, "bias": has_bias}
+    plain = Conv2d(4, 6, 3, **arguments, norm=norm, activation=torch.relu)
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    outputs, gradients = [], []
+    image = torch.randn(2, 4, 9, 8)
+    for conv in (plain, folded):
+        x = image.clone().requires_grad_()
+        outputs.append(conv(x))
+        outputs[-1].square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in conv.parameters())])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    with torch.no_grad():
+        accelerate(folded)
+        torch.testing.assert_close(folded(image), plain(image))
+
+
+def test_fcos_folds_the_frozen_norms_of_its_backbone():
+    model = build_model(tiny_cfg(*RESNET))
+    norms = [layer for layer in model.modules() if isinstance(layer, FrozenBatchNorm2d)]
+    for norm in norms:
+        norm.forward = None  # not callable
+    assert norms and dense(model.eval(), batch())
 
 
 @pytest.mark.parametrize("settings", [{"NORM": "GN"}, {"NORM": "BN"}, {"USE_SCALE": False}])
