@@ -6,7 +6,6 @@ registered datasets are loaded by their own functions.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections import Counter
@@ -24,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from torch.utils.data import ConcatDataset
 
-from ..errors import InputError, format_value
+from ..errors import InputError, format_value, suggest
 from . import digits
 from .custom import check_entry, forget_sources, read_sources, review_entry
 from .defects import describe_repairs
@@ -101,10 +100,10 @@ def prepare(name: str) -> None:
         InputError: there is no such dataset, or its annotation file is missing.
     """
     if name not in DatasetCatalog:
-        close = " or ".join(difflib.get_close_matches(name, DatasetCatalog.list()))
-        advice = f"did you mean {close}? Otherwise describe it" if close else "describe it"
+        similar = suggest(name, DatasetCatalog.list(), "")
         raise InputError(
-            f"unknown dataset {name!r}; {advice} in the config: DATASETS: {{REGISTER: {{{name}: "
+            f"unknown dataset {name!r}; {similar and similar + ' Otherwise '}describe it in the "
+            f"config: DATASETS: {{REGISTER: {{{name}: "
             "{json: annotations.json, images: image_folder}}}"
         )
     metadata = MetadataCatalog.get(name)
@@ -277,11 +276,9 @@ def _load_one(name: str, masks: bool) -> Sequence[dict]:
     if not isinstance(records, list):
         return records
     classes = MetadataCatalog.get(name).get("thing_classes") or ()
-    records, repaired, problems = review_records(records, len(classes) or None)
+    records, problems = review_records(records, len(classes) or None)
     if problems:
         raise InputError(f"{label([name])}: {problems[0].text}")
-    if repaired:
-        logger.warning(f"{label([name])}: repaired {', '.join(describe_repairs(repaired))}")
     paths = [path for record in records if (path := record.get("file_name")) and "://" not in path]
     if missing := locate_images("", paths).missing:
         path = paths[next(iter(missing))]

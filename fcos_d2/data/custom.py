@@ -6,7 +6,6 @@ merges classes, joins several files, and selects a part of the images.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -19,7 +18,7 @@ from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 
-from ..errors import InputError, format_value
+from ..errors import InputError, format_value, suggest
 from .defects import Problem
 from .formats import Source, read_annotations, read_cvat, read_text, read_voc, read_yolo
 from .review import Review, review_coco
@@ -266,7 +265,10 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
     known = [category["name"] for category in categories]
     for name in rename:
         if name not in known:
-            raise InputError(f"{file}: rename names {format_value(name)}, {_unknown(name, known)}")
+            advice = format_value(suggest(name, known, f"it has {', '.join(known)}"))
+            raise InputError(
+                f"{file}: rename names {format_value(name)}, which is not a class; {advice}"
+            )
     groups: dict[str, list] = {}
     for category in categories:
         groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
@@ -294,12 +296,6 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
             annotation["category_id"] = ids[annotation["category_id"]]
         result["annotations"] = chosen
     return result
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-    return f"which is not a class; {format_value(advice)}"
 
 
 # ---- a share of the images ----

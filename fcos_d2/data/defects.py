@@ -2,7 +2,7 @@
 
 Defects with only one possible meaning are repaired in memory whenever data is loaded. Training
 stops at the first of the others, and the check lists them all. ``review.py`` applies the table to
-COCO files and ``records.py`` to records; nothing else in this package decides what is a defect.
+COCO files, and ``records.py`` checks records registered in Python against the same limits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..errors import format_value
 HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
 MARGIN = 1.0  # pixels by which a box may exceed its image
 SCALED = 0.01  # relative difference in size that is due to rounding
+FORM = "[x, y, width, height]"
 
 
 class Defect(NamedTuple):
@@ -91,39 +92,36 @@ def describe_repairs(repaired: Counter) -> list[str]:
 
 
 def usable_box(
-    box: object, mask: object, is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
+    box: object, mask: object, size: tuple[float, float], repaired: Counter
 ) -> list[float]:
-    """The box of an annotation as four numbers, repaired if necessary.
+    """[x, y, width, height] of an annotation, repaired if necessary.
 
     Args:
         box: value of ``bbox``.
         mask: value of ``segmentation``, used if there is no valid box.
-        is_xyxy: whether boxes are [x1, y1, x2, y2] instead of [x, y, width, height].
-        size: width and height of the image, if known.
+        size: width and height of the image.
         repaired: counts the repairs.
 
     Raises:
         Unusable: the box cannot be repaired.
     """
     try:
-        return _ordered(_numbers(box, is_xyxy, repaired), is_xyxy, size, repaired)
+        return _ordered(_numbers(box, repaired), size, repaired)
     except Unusable:
         enclosing = box_of_mask(mask)
         if enclosing is None:
             raise
         repaired["no box"] += 1
-        x, y, width, height = enclosing
-        return [x, y, x + width, y + height] if is_xyxy else enclosing
+        return enclosing
 
 
-def _numbers(box: object, is_xyxy: bool, repaired: Counter) -> list[float]:
-    names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
+def _numbers(box: object, repaired: Counter) -> list[float]:
     if box is None:
-        raise Unusable("box", f"bbox is missing; add {names} or remove the annotation")
-    values = list(box) if isinstance(box, (list, tuple, np.ndarray)) else []
+        raise Unusable("box", f"bbox is missing; add {FORM} or remove the annotation")
+    values = box if isinstance(box, list) else []
     numbers = [_number(value) for value in values]
     if len(numbers) != 4 or None in numbers:
-        raise Unusable("box", f"bbox must be {names} in numbers, got {format_value(box)}")
+        raise Unusable("box", f"bbox must be {FORM} in numbers, got {format_value(box)}")
     if not all(abs(number) < HUGE for number in numbers):
         raise Unusable("box", f"bbox must be finite, got {format_value(box)}; remove it")
     repaired["number"] += any(isinstance(value, str) for value in values)
@@ -133,31 +131,26 @@ def _numbers(box: object, is_xyxy: bool, repaired: Counter) -> list[float]:
 def _number(value: object) -> float | None:
     """``value`` as a number, also if it is a string; None if it is not a number."""
     try:
-        return (
-            float(value) if isinstance(value, str) else value if isinstance(value, Real) else None
-        )
+        value = float(value) if isinstance(value, str) else value
     except ValueError:
         return None
+    return value if isinstance(value, Real) else None
 
 
-def _ordered(
-    numbers: list[float], is_xyxy: bool, size: tuple[float, float] | None, repaired: Counter
-) -> list[float]:
+def _ordered(numbers: list[float], size: tuple[float, float], repaired: Counter) -> list[float]:
     """The same box with nonnegative sides."""
-    start = numbers[:2]
-    end = numbers[2:] if is_xyxy else [start[0] + numbers[2], start[1] + numbers[3]]
-    if start[0] <= end[0] and start[1] <= end[1]:
+    x, y, width, height = numbers
+    if width >= 0 and height >= 0:
         return numbers
-    low, high = ([choose(*pair) for pair in zip(start, end, strict=True)] for choose in (min, max))
-    if size and (min(low) < -MARGIN or high[0] > size[0] + MARGIN or high[1] > size[1] + MARGIN):
-        names = "[x1, y1, x2, y2]" if is_xyxy else "[x, y, width, height]"
+    (left, right), (top, bottom) = sorted((x, x + width)), sorted((y, y + height))
+    if min(left, top) < -MARGIN or right > size[0] + MARGIN or bottom > size[1] + MARGIN:
         raise Unusable(
             "box",
             f"bbox {format_value(numbers)} has a negative size and leaves the image if its corners "
-            f"are swapped; it must be {names}",
+            f"are swapped; it must be {FORM}",
         )
     repaired["negative"] += 1
-    return [*low, *high] if is_xyxy else [*low, high[0] - low[0], high[1] - low[1]]
+    return [left, top, abs(width), abs(height)]
 
 
 def is_written_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -241,7 +234,7 @@ def usable_flag(value: object, repaired: Counter) -> int:
     if isinstance(value, str) and value.strip().lower() in FLAGS:
         repaired["flag"] += 1
         return FLAGS[value.strip().lower()]
-    if isinstance(value, (int, float, np.bool_, np.number)) and value in (0, 1):
+    if isinstance(value, (int, float)) and value in (0, 1):
         return int(value)
     raise Unusable("iscrowd", f"iscrowd must be 0 or 1, got {format_value(value, quote=True)}")
 

@@ -87,7 +87,8 @@ def inspect_dataset(
             problems = [*problems, Problem("image", missing_images(name, sources, review))]
             unusable, missing, records = missing, {}, []
     else:
-        records, repaired, problems = _registered(name)
+        repaired = Counter()
+        records, problems = _registered(name)
     records, found = [r for r in records if r["file_name"] not in missing], dict(missing)
     with ThreadPoolExecutor(READERS) as pool:
         reasons = pool.map(_problem_in_image if read_images else _problem_in_path, records)
@@ -103,7 +104,7 @@ def inspect_dataset(
     return Inspection(name, names, records, problems, +repaired, found, unusable, files)
 
 
-def _registered(name: str) -> tuple[list[dict], Counter, list[Problem]]:
+def _registered(name: str) -> tuple[list[dict], list[Problem]]:
     """Reviewed copies of the records of a dataset registered in Python."""
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import InputError, format_value
-from .defects import HUGE, Problem, Unusable, check_size, usable_box, usable_flag
+from .defects import HUGE, Problem, check_size
 from .images import image_sizes, read_image
 
 
@@ -109,7 +108,7 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
         the image, uint8 [H, W, C], and whether the record had another size.
 
     Raises:
-        Unusable: the boxes may refer to another size.
+        defects.Unusable: the boxes may refer to another size.
         Exception: as ``read_image``.
     """
     file_name = record["file_name"]
@@ -169,65 +168,41 @@ def _shows_object(annotation: Mapping, record: Mapping) -> bool:
 
 def review_records(
     records: Sequence[dict], num_classes: int | None
-) -> tuple[list[dict], Counter, list[Problem]]:
+) -> tuple[list[dict], list[Problem]]:
     """Reviews records that were not made from a COCO file.
 
     Returns:
-        the records, copied where annotations were repaired or dropped; the repairs; the problems.
+        the records, copied where annotations had to be dropped; the problems with those.
     """
-    repaired, problems, kept = Counter(), [], []
+    problems, kept = [], []
     for record in records:
         annotations = record.get("annotations", ())
-        if all(_is_plain(annotation, num_classes) for annotation in annotations):
-            kept.append(record)
-            continue
-        usable = list(_usable_annotations(record, num_classes, repaired, problems))
-        kept.append({**record, "annotations": usable})
-    return kept, +repaired, problems
+        broken = [i for i, a in enumerate(annotations) if not _is_valid(a, num_classes)]
+        for index in broken:
+            keys = ("bbox", "bbox_mode", "iscrowd", "category_id")
+            got = {key: annotations[index].get(key) for key in keys}
+            text = (
+                f"annotation {index} of image {record.get('file_name')}: bbox must be four finite "
+                "numbers without negative sides, bbox_mode BoxMode.XYXY_ABS or XYWH_ABS, iscrowd "
+                f"0 or 1, and category_id 0 to {num_classes or 'K'}-1, got {format_value(got)}"
+            )
+            problems.append(Problem("entry", text))
+        usable = [a for i, a in enumerate(annotations) if i not in broken]
+        kept.append({**record, "annotations": usable} if broken else record)
+    return kept, problems
 
 
-def _is_plain(annotation: dict, num_classes: int | None) -> bool:
+def _is_valid(annotation: dict, num_classes: int | None) -> bool:
     try:
         x, y, right, bottom = annotation["bbox"]
         if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
             right, bottom = x + right, y + bottom
-        elif annotation["bbox_mode"] != BoxMode.XYXY_ABS:
-            return False
         return bool(
-            -HUGE < x <= right < HUGE
+            annotation["bbox_mode"] in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+            and -HUGE < x <= right < HUGE
             and -HUGE < y <= bottom < HUGE
             and annotation.get("iscrowd", 0) in (0, 1)
             and 0 <= annotation["category_id"] < (num_classes or HUGE)
         )
     except (KeyError, TypeError, ValueError):
         return False
-
-
-def _usable_annotations(
-    record: dict, num_classes: int | None, repaired: Counter, problems: list[Problem]
-) -> Iterator[dict]:
-    size = (record["width"], record["height"]) if {"width", "height"} <= record.keys() else None
-    for index, annotation in enumerate(record["annotations"]):
-        if _is_plain(annotation, num_classes):
-            yield annotation
-            continue
-        done = Counter()
-        try:
-            mode, class_ = annotation.get("bbox_mode"), annotation.get("category_id")
-            is_xyxy, mask = mode == BoxMode.XYXY_ABS, annotation.get("segmentation")
-            box = usable_box(annotation.get("bbox"), mask, is_xyxy, size, done)
-            crowd = usable_flag(annotation.get("iscrowd"), done)
-            fixed = {**annotation, "bbox": box, "iscrowd": crowd}
-            if not _is_plain(fixed, num_classes):
-                raise Unusable(
-                    "entry",
-                    f"bbox_mode {mode!r} and category_id {class_!r} must be BoxMode.XYXY_ABS or "
-                    f"XYWH_ABS and 0 to {num_classes or 'K'}-1",
-                )
-        except Unusable as error:
-            name = record.get("file_name")
-            text = f"annotation {index} of image {name}: {error}"
-            problems.append(Problem(error.kind, text))
-        else:
-            repaired.update(done)
-            yield fixed

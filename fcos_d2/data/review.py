@@ -314,7 +314,7 @@ class _Reviewer:
             raise Unusable("image_id", "its image cannot be used")
         self._categories.match(fixed, "category_id", repaired)
         mask, size = fixed.get("segmentation"), self._sizes[fixed["image_id"]]
-        fixed["bbox"] = usable_box(fixed.get("bbox"), mask, False, size, repaired)
+        fixed["bbox"] = usable_box(fixed.get("bbox"), mask, size, repaired)
         fixed["iscrowd"] = usable_flag(fixed.get("iscrowd"), repaired)
         if usable_flag(fixed.pop("ignore", 0), repaired) and not fixed["iscrowd"]:
             fixed["iscrowd"] = 1
