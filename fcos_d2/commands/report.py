@@ -2,15 +2,14 @@
 
     fcos-d2 report OUTPUT_DIR [--images N] [--score S] [--mistakes N]
 
-Reads what train_net.py left in OUTPUT_DIR and writes curves.png and contact_sheet.png beside it,
-and report/index.html, which opens from disk. The images of the contact sheet are evenly spaced over
-the first test set, so nobody chose the pretty ones.
+Runs the model that train_net.py left in OUTPUT_DIR on the first test set, and writes curves.png,
+contact_sheet.png and report/index.html, which opens from disk. The images of the contact sheet are
+evenly spaced over the test set, so nobody chose the pretty ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,17 +17,18 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.structures import BoxMode
 from PIL import Image
 from tqdm import tqdm
 
 from ..config_file import choose_device, read_cfg
-from ..data import FCOSDatasetMapper, load_dataset
+from ..data import load_dataset
 from ..data.images import read_image
+from ..data.records import evenly_spaced
 from ..errors import InputError, exit_status
 from ..evaluation import Objects, ground_truth
 from ..evaluation.report import write_report
-from ..inference import accelerated, load_detector
+from ..inference import accelerated, build_test_loader, load_detector
+from ..predictor import FINAL_WEIGHTS
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import Series, ap_series, plot_training, read_metrics
 from ..visualization.sheet import contact_sheet
@@ -48,10 +48,8 @@ def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: in
     metrics = read_metrics(_require(output_dir / "metrics.json", "train first"))
     name = cfg.DATASETS.TEST[0]
     records = load_dataset(name, filter_empty=False)
-    sample = records[:: max(1, len(records) // num_images)][:num_images]
-    found = _saved_detections(output_dir, cfg, records)
-    if found is None:
-        found = _run_model(output_dir, cfg, records)
+    sample = evenly_spaced(records, num_images)
+    found = _detect(cfg, _require(output_dir / FINAL_WEIGHTS, "finish the training"))
     precision = ", ".join(f"{key} {value:.1f}" for key, value in _final(ap_series(metrics)).items())
     shown = f"{len(sample)} of {len(records)} images, evenly spaced"
     heading = f"{name}:  {shown};  score ≥ {min_score}" + (f";  {precision}" if precision else "")
@@ -94,55 +92,14 @@ def _load_config(output_dir: Path) -> CfgNode:
     return cfg
 
 
-def _saved_detections(
-    output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]
-) -> dict[object, Objects] | None:
-    """What the last evaluation found, by image id; None unless it is sure to be of this model."""
-    folder, weights = output_dir / "inference" / cfg.DATASETS.TEST[0], _weights(output_dir)
-    path = folder / "coco_instances_results.json"
-    if not path.is_file() or _evaluated_other_weights(output_dir, cfg):
-        return None
-    if weights.is_file() and weights.stat().st_mtime > path.stat().st_mtime:
-        return None
-    number = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_dataset_id_to_contiguous_id", {})
-    rows: dict[object, list[tuple]] = {record["image_id"]: [] for record in records}
-    try:
-        for row in json.loads(path.read_text()):
-            box = BoxMode.convert(row["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-            rows[row["image_id"]].append((box, number[row["category_id"]], row["score"]))
-    except (KeyError, TypeError, ValueError):
-        return None  # of another dataset, or cut off
-    return {key: Objects(*_columns(value, 3)) for key, value in rows.items()}
-
-
-def _weights(output_dir: Path) -> Path:
-    return output_dir / "model_final.pth"
-
-
-def _evaluated_other_weights(output_dir: Path, cfg: CfgNode) -> bool:
-    """Whether ``--eval-only`` came last, which rewrites config.yaml, and with which weights."""
-    config, weights = output_dir / "config.yaml", _weights(output_dir)
-    if not weights.is_file() or config.stat().st_mtime < weights.stat().st_mtime:
-        return False
-    return Path(cfg.MODEL.WEIGHTS).resolve() != weights.resolve()
-
-
-def _run_model(output_dir: Path, cfg: CfgNode, records: Sequence[Mapping]) -> dict[object, Objects]:
-    weights = _require(_weights(output_dir), "finish the training")
-    model = accelerated(cfg, load_detector(cfg, str(weights)))
-    mapper = FCOSDatasetMapper(cfg, is_train=False)
-    found = {}
+def _detect(cfg: CfgNode, weights: Path) -> dict[object, Objects]:
+    """What the model finds in the first test set, by image id."""
+    model, found = accelerated(cfg, load_detector(cfg, str(weights))), {}
     with torch.no_grad():
-        for record in tqdm(records, disable=None):
-            instances = model([mapper(dict(record))])[0]["instances"]
-            found[record["image_id"]] = Objects.of(instances)
+        for batch in tqdm(build_test_loader(cfg, cfg.DATASETS.TEST[0]), disable=None):
+            for inputs, output in zip(batch, model(batch), strict=True):
+                found[inputs["image_id"]] = Objects.of(output["instances"])
     return found
-
-
-def _columns(rows: Sequence[tuple], count: int) -> list:
-    """Rows (box, ...) -> columns, the first an array [n, 4]."""
-    boxes, *others = zip(*rows, strict=True) if rows else [()] * count
-    return [np.array(boxes, dtype=float).reshape(-1, 4), *map(list, others)]
 
 
 def _sheet(

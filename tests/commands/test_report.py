@@ -1,7 +1,6 @@
 """The report on a training run: a synthetic output folder, a tiny model, five small images."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from fcos_d2.commands import report
+from fcos_d2.evaluation import Objects
 from fcos_d2.visualization.boxes import GRAY, PALETTE, PANEL_SIDE
 from fcos_d2.visualization.sheet import GUTTER
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
@@ -50,18 +50,16 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
-    """A training run's output, with detections at (16, 16) to (48, 48), class 1, score 0.9."""
+    """A training run's output."""
     folder = tmp_path_factory.mktemp("output")
-    sizes = ("INPUT.MIN_SIZE_TEST", SIZE, "DATASETS.TEST", (dataset,))
+    sizes = ("INPUT.MIN_SIZE_TEST", SIZE, "DATASETS.TEST", (dataset,), "DATALOADER.NUM_WORKERS", 0)
     (folder / "config.yaml").write_text(tiny_cfg(*sizes).dump())
     rows = [{"iteration": i, "total_loss": 1.0, "lr": 0.1} for i in range(5)]
     rows.append({"iteration": 5, "bbox/AP": 61.24, "bbox/AP50": 80.0, "bbox/AP75": 70.0})
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
     model = tiny_fcos()
-    nn.init.constant_(model.head.cls_logits.bias, -9.0)  # finds nothing
+    nn.init.constant_(model.head.cls_logits.bias, 3.0)  # finds something everywhere
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / "inference" / dataset).mkdir(parents=True)
-    write_detections(folder, [detection(100 + i) for i in range(5)] + [detection(100, 0.2, 20)])
     return folder
 
 
@@ -71,25 +69,14 @@ def output(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "output"))
 
 
-def detection(image_id, score=0.9, category=11) -> dict:
-    box = [16, 16, 32, 32]
-    return {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
-
-
-def write_detections(folder, rows) -> None:
-    path = results_in(folder)
-    path.write_text(json.dumps(rows))
-    make_newest(path)
-
-
-def results_in(folder) -> Path:
-    (path,) = (folder / "inference").glob("*")
-    return path / "coco_instances_results.json"
-
-
-def make_newest(path) -> None:
-    times = [p.stat().st_mtime for p in path.parents[2].rglob("*") if p.is_file()]
-    os.utime(path, (max(times) + 10,) * 2)
+@pytest.fixture
+def found(monkeypatch):
+    """What stands for the model's detections: class 1 everywhere, class 2 in the first image."""
+    box, images = np.array([[16.0, 16, 48, 48]]), {}
+    for i in range(5):
+        images[100 + i] = Objects(box, [1], [0.9])
+    images[100] = Objects(np.concatenate([box, box]), [1, 2], [0.9, 0.2])
+    monkeypatch.setattr(report, "_detect", lambda cfg, weights: images)
 
 
 def picture(output, row, column) -> np.ndarray:
@@ -105,31 +92,30 @@ def at(image: np.ndarray, x: int, y: int) -> tuple[int, ...]:
     return tuple(image[y * SCALE, x * SCALE].tolist())
 
 
-def test_report_shows_ground_truth_beside_saved_detections(output, capsys, monkeypatch):
-    monkeypatch.setattr(report, "_run_model", None)  # nothing to run
+def test_report_shows_ground_truth_beside_detections(output, found, capsys):
     assert report.main([str(output)]) == 0
     for place in range(5):
         row, column = place // 3, place % 3 * 2
-        truth, found = picture(output, row, column), picture(output, row, column + 1)
+        truth, drawn = picture(output, row, column), picture(output, row, column + 1)
         color = [PALETTE[0], PALETTE[1], PALETTE[2], GRAY, (100, 100, 100)][place]
         assert at(truth, 24, 16) == color and at(truth, 8, 24) == color
         assert at(truth, 16, 40) == (100, 100, 100)
-        assert at(found, 40, 16) == at(found, 16, 40) == PALETTE[1]
-        assert at(found, 30, 25) == (100, 100, 100)
+        assert at(drawn, 40, 16) == at(drawn, 16, 40) == PALETTE[1]
+        assert at(drawn, 30, 25) == (100, 100, 100)
     assert Image.open(output / "curves.png").size[0] > 1000
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "AP 61.2   AP50 80.0   AP75 70.0"
     assert lines[1].endswith("curves.png") and lines[2].endswith("contact_sheet.png")
 
 
-def test_score_decides_what_is_shown(output):
+def test_score_decides_what_is_shown(output, found):
     yellow = PALETTE[2]  # class 2, score 0.2
     for score, shown in ((0.1, True), (0.3, False)):
         assert report.main([str(output), "--score", str(score), "--images", "1"]) == 0
         assert (picture(output, 0, 1) == yellow).all(axis=-1).any() == shown
 
 
-def test_images_are_evenly_spaced(output):
+def test_images_are_evenly_spaced(output, found):
     assert report.main([str(output), "--images", "2"]) == 0
     sheet = Image.open(output / "contact_sheet.png")
     assert sheet.size[0] == 6 * GUTTER + 2 * GUTTER - GUTTER + 4 * PANEL_SIDE
@@ -137,60 +123,13 @@ def test_images_are_evenly_spaced(output):
     assert at(picture(output, 0, 2), 24, 16) == PALETTE[2]  # the image after the next
 
 
-def spoil_with_unknown_image(output):
-    write_detections(output, [detection(100 + i) for i in range(4)] + [detection(1)])
-
-
-def spoil_with_unknown_category(output):
-    write_detections(output, [detection(100 + i, category=1) for i in range(5)])
-
-
-def spoil_by_cutting_off(output):
-    path = results_in(output)
-    path.write_text(path.read_text()[:-9])
-    make_newest(path)
-
-
-def spoil_by_training_on(output):
-    os.utime(output / "model_final.pth", (2e9, 2e9))
-
-
-def spoil_by_evaluating_other_weights(output):
-    config = output / "config.yaml"
-    text = config.read_text().replace("WEIGHTS: ''", "WEIGHTS: other.pth")
-    assert "other.pth" in text
-    config.write_text(text)
-    os.utime(config, ((output / "model_final.pth").stat().st_mtime + 5,) * 2)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        spoil_with_unknown_image,
-        spoil_with_unknown_category,
-        spoil_by_cutting_off,
-        spoil_by_training_on,
-        spoil_by_evaluating_other_weights,
-        lambda output: shutil.rmtree(output / "inference"),
-    ],
-)
-def test_detections_that_are_not_of_this_model_are_not_used(output, spoil):
-    spoil(output)
-    assert report.main([str(output), "--images", "1"]) == 0
-    assert (picture(output, 0, 1) == 100).all()  # the model finds nothing
-
-
 def test_model_runs_at_its_own_size_and_its_boxes_come_back_to_the_image(output):
-    shutil.rmtree(output / "inference")
     config = output / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace(f"MIN_SIZE_TEST: {SIZE}", f"MIN_SIZE_TEST: {2 * SIZE}"))
-    model = tiny_fcos()
-    nn.init.constant_(model.head.cls_logits.bias, 3.0)
-    torch.save({"model": model.state_dict()}, output / "model_final.pth")
     assert report.main([str(output), "--images", "1", "--score", "0"]) == 0
-    found = picture(output, 0, 1)
-    colored = np.any([(found == c).all(axis=-1) for c in PALETTE[:3]], axis=0)
+    drawn = picture(output, 0, 1)
+    colored = np.any([(drawn == c).all(axis=-1) for c in PALETTE[:3]], axis=0)
     assert colored[:100].any() and colored[-100:].any() and colored[:, -100:].any()
 
 
@@ -204,7 +143,6 @@ def test_model_runs_at_its_own_size_and_its_boxes_come_back_to_the_image(output)
 )
 def test_missing_file_is_named_with_the_command_that_makes_it(output, capsys, missing, command):
     (output / missing).unlink()
-    shutil.rmtree(output / "inference")
     assert report.main([str(output)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1
@@ -212,19 +150,15 @@ def test_missing_file_is_named_with_the_command_that_makes_it(output, capsys, mi
     assert "python train_net.py --config-file" in printed and command in printed
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["- 1\n", "VERSION: 2\nMODEL:\n  NOVEL: 1\n", "a: [", "train: {}\n", "_BASE_: config.yaml\n"],
-)
-def test_config_of_something_else_is_one_line(output, capsys, text):
-    (output / "config.yaml").write_text(text)
+def test_config_of_something_else_is_one_line(output, capsys):
+    (output / "config.yaml").write_text("train: {}\n")
     assert report.main([str(output)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and f"{output}/config.yaml" in printed
     assert printed.count("\n") == 1
 
 
-def test_run_without_evaluation_is_reported_without_ap(output, capsys):
+def test_run_without_evaluation_is_reported_without_ap(output, found, capsys):
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
     assert report.main([str(output), "--images", "1"]) == 0
     assert capsys.readouterr().out.startswith("AP unknown")
