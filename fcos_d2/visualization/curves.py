@@ -147,19 +147,19 @@ def _plot_losses(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Training losses", loc="left", fontsize=12, color="#222222")
     names = sorted(name for name in metrics if name.startswith("loss"))
     colors = {name: LOSS_COLORS[i % len(LOSS_COLORS)] for i, name in enumerate(names)}
-    ends, top = [], 0.0
+    top = 0.0
     for name, color in (colors | {"total_loss": "#555555"}).items():
         iterations, values = _finite(metrics, name)
         if not len(values):
             continue
         smooth = _smooth(values)
         axes.plot(iterations, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(iterations, smooth, color=color, linewidth=1.8)
-        ends.append((iterations[-1], smooth[-1], f"{_short(name)} {smooth[-1]:.2f}", color))
+        text = f"{_short(name)} {smooth[-1]:.2f}"
+        axes.plot(iterations, smooth, color=color, linewidth=1.8, label=text)
         # The first few iterations may be far above all that follows.
         top = max(top, 1.1 * float(np.percentile(values, 97)))
     axes.set_ylim(0, top or 1)
-    _label_ends(axes, ends)
+    _legend(axes, "upper right")
 
 
 def _short(name: str) -> str:
@@ -180,30 +180,22 @@ def _plot_precision(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Box AP, %", loc="left", fontsize=12, color="#222222")
     axes.set_xlabel("iteration", fontsize=9, color="#666666")
     axes.set_ylim(0, 100)
-    found, ends = ap_series(metrics), []
+    found = ap_series(metrics)
     for name, color in AP_COLORS.items():
         iterations, values = _finite(found, name)
         if len(values):
             style = {"linewidth": 2.2 if name == "AP" else 1.4, "marker": "o", "markersize": 4}
-            axes.plot(iterations, values, color=color, **style, clip_on=False)
-            ends.append((iterations[-1], values[-1], f"{name} {values[-1]:.1f}", color))
-    if not ends:
+            text = f"{name} {values[-1]:.1f}"
+            axes.plot(iterations, values, color=color, label=text, **style, clip_on=False)
+    if not axes.lines:
         middle = {"transform": axes.transAxes, "ha": "center", "color": "#888888"}
         axes.text(0.5, 0.5, "not evaluated yet", **middle)
-    _label_ends(axes, ends)
+    _legend(axes, "lower right")
 
 
-def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each text beside the end of its line, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap, bottom = 0.055 * (high - low), high
-    room = len(ends) * gap
-    for x, y, text, color in sorted(ends, key=lambda end: -end[1]):  # from the top down
-        room -= gap
-        bottom = min(bottom, max(y, low + room))
-        style = {"color": color, "fontsize": 10, "va": "center", "annotation_clip": False}
-        axes.annotate(text, (x, bottom), xytext=(7, 0), textcoords="offset points", **style)
-        bottom -= gap
+def _legend(axes, place: str) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=place, frameon=False, fontsize=10, labelcolor="linecolor")
 
 
 def _finite(metrics: Mapping[str, Series], name: str) -> Series:
