@@ -162,9 +162,8 @@ def choose_targets(
         InputError: an image file for several frames, or of a format that cannot be written.
     """
     if output.is_dir() or not (is_image(output) or is_video(output)):
-        names = [_name_of_drawn(source) for source in sources]
-        targets = [output / n for n in distinct_names(names, [_folder(s) for s in sources])]
-        return [s._replace(target=t) for s, t in zip(sources, targets, strict=True)]
+        names = distinct_names(map(_name_of_drawn, sources))
+        return [s._replace(target=output / name) for s, name in zip(sources, names, strict=True)]
     is_single = num_frames == 1 or [source.kind for source in sources] == ["image"]
     if is_image(output) and not is_single:
         raise InputError(
@@ -180,11 +179,6 @@ def _name_of_drawn(source: Source) -> Path:
     if source.kind != "image":
         return source.name.with_suffix(".mp4")
     return source.name if can_hold_rgb(source.name) else source.name.with_suffix(".png")
-
-
-def _folder(source: Source) -> str:
-    """The name of the folder that the source's name starts from."""
-    return Path(os.path.abspath(source.path)).parents[len(source.name.parts) - 1].name
 
 
 def check_targets(sources: Sequence[Source], json_file: Path | None) -> None:
@@ -217,14 +211,9 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 class FrameWriter:
-    """Writes drawn frames into the targets of their sources, which are images or videos.
+    """Writes drawn frames into the targets of their sources, which are images or videos."""
 
-    Args:
-        rate: frames per second of videos; that of the source where None.
-    """
-
-    def __init__(self, rate: float | None = None):
-        self._rate = rate
+    def __init__(self):
         self._video = self._current = None
         self._size = (0, 0)
 
@@ -251,8 +240,7 @@ class FrameWriter:
             # Most codecs want even sides.
             self._size = (drawn.shape[1] // 2 * 2, drawn.shape[0] // 2 * 2)
             codec = cv2.VideoWriter_fourcc(*CODECS.get(path.suffix.lower(), "mp4v"))
-            rate = self._rate or frame.rate
-            self._video = cv2.VideoWriter(str(path), codec, rate, self._size)
+            self._video = cv2.VideoWriter(str(path), codec, frame.rate, self._size)
             if not self._video.isOpened():
                 raise InputError(
                     f"cannot write video {path}; choose an --output that ends in .mp4 or .avi"

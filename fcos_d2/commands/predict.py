@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         writer = json_writer = None
         if options.output:
-            writer = FrameWriter(options.fps)
+            writer = FrameWriter()
             stack.callback(writer.close)
         if options.json:
             file = stack.enter_context(open_json(options.json))
@@ -134,7 +133,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tile", type=int, metavar="N", help="detect in overlapping tiles of N x N pixels")
     add("--webcam", type=int, metavar="N", help="number of a camera, like 0")
     add("--frames", type=int, metavar="N", help="stop after so many frames")
-    add("--fps", type=float, metavar="F", help="of written videos; default: the source's")
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="override the config")
     options = parser.parse_args(arguments)
     if not options.inputs and options.webcam is None:
@@ -145,8 +143,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.frames is not None and options.frames < 1:
         parser.error(f"--frames must be at least 1, got {options.frames}")
-    if options.fps is not None and not 0 < options.fps < math.inf:
-        parser.error(f"--fps must be above 0, got {options.fps}")
     return options
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +47,7 @@ from ..data.level_fit import (
     sample_of,
     suggest_pyramid,
 )
-from ..data.records import why_nothing_is_learned
+from ..data.records import evenly_spaced, why_nothing_is_learned
 from ..errors import InputError, exit_status
 from ..modeling.losses import FCOSLoss
 from ..modeling.structures import PointGrid, pack_ground_truth
@@ -76,19 +74,14 @@ def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> N
     mapper = FCOSDatasetMapper(cfg, is_train=True)
     for name in names:
         records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
-        records = records[:: max(1, len(records) // num_images)][:num_images]
-        for record, file in zip(records, _file_names(records), strict=True):
+        records = evenly_spaced(records, num_images)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        files = [Path(record["file_name"]) for record in records]
+        targets = distinct_names(Path(file.name).with_suffix(".png") for file in files)
+        for record, target in zip(records, targets, strict=True):
             drawing = _draw_record(mapper(dict(record)), cfg.INPUT.FORMAT, losses, grid, name)
-            path = folder / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawing).save(path)
+            Image.fromarray(drawing).save(folder / name / target)
         print(f"{name}: images in {folder / name}")
-
-
-def _file_names(records: Sequence[dict]) -> list[Path]:
-    files = [Path(os.path.abspath(record["file_name"])) for record in records]
-    names = [Path(file.name).with_suffix(".png") for file in files]
-    return distinct_names(names, [file.parent.name for file in files])
 
 
 def _draw_record(sample: dict, image_format: str, losses, grid, name: str) -> np.ndarray:
@@ -179,9 +172,6 @@ def _print_contents(inspection: Inspection, contents: Contents) -> None:
     for count, what in notes:
         if count:
             print(f"  note: {count} {what}")
-    lower = Counter(name.lower() for name in inspection.class_names)
-    if alike := [name for name in inspection.class_names if lower[name.lower()] > 1]:
-        print(f"  note: classes whose names differ by case alone: {', '.join(alike)}")
     print("\n  class                     boxes    images")
     counts = zip(contents.boxes_per_class, contents.images_per_class, strict=True)
     most = max(contents.boxes_per_class, default=1)
@@ -257,7 +247,7 @@ def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bo
 
 def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
     """Prints how the configured and the suggested levels fit, at the sizes of training."""
-    records = inspection.records[:: max(1, len(inspection.records) // MOST_MEASURED)]
+    records = evenly_spaced(inspection.records, MOST_MEASURED)
     sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
     samples = {
         size: [sample_of(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes

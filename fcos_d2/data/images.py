@@ -7,8 +7,7 @@ detectron2's reader applies the orientation of TIFFs twice and clips values at 2
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -131,28 +130,14 @@ def why_unreadable(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-def distinct_names(names: Sequence[Path], folders: Sequence[str]) -> list[Path]:
-    """Makes ``names`` unique; those that are unique stay as they are.
-
-    Args:
-        names: relative paths of files to be written.
-        folders: the name of the folder that each comes from, which is put before a duplicate name
-            if that makes it unique. Other duplicates get a number.
-    """
-    longer = [Path(folder, name) for folder, name in zip(folders, names, strict=True)]
-    met, met_again = Counter(names), Counter(longer)
-    taken = {name for name in names if met[name] == 1}
-    distinct = []
-    for name, long in zip(names, longer, strict=True):
-        if met[name] > 1:
-            wanted = long if met_again[long] == 1 else name
-            name = next(free for free in _numbered(wanted) if free not in taken)
-            taken.add(name)
-        distinct.append(name)
+def distinct_names(names: Iterable[Path]) -> list[Path]:
+    """Relative paths of files to be written, made unique: all but the first get a number."""
+    names = list(names)
+    taken, met, distinct = set(names), set(), []
+    for name in names:
+        numbered = (name.with_name(f"{name.stem}_{n}{name.suffix}") for n in count(2))
+        chosen = next(path for path in numbered if path not in taken) if name in met else name
+        met.add(name)
+        taken.add(chosen)
+        distinct.append(chosen)
     return distinct
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    yield path
-    for number in count(2):
-        yield path.with_name(f"{path.stem}_{number}{path.suffix}")

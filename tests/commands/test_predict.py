@@ -13,20 +13,13 @@ from torch import nn
 
 from fcos_d2.commands import predict
 from fcos_d2.evaluation import THRESHOLD_FILE
+from fcos_d2.media import Skipped, choose_targets, find_sources
 from fcos_d2.predictor import Predictor
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV")
 
 NAMES = ["disc", "box", "cross"]
-XPM = """/* XPM */
-static char *a[] = {
-"2 2 2 1",
-". c #000000",
-"x c #ffffff",
-".x",
-"x."};
-"""
 
 
 @pytest.fixture(scope="module")
@@ -98,39 +91,29 @@ def test_folder_becomes_a_folder_of_the_same_names(fcos_d2, photos, tmp_path):
     assert not (tmp_path / "found" / "notes.txt").exists()
 
 
-def test_formats_that_are_only_read_become_png(fcos_d2, photos, tmp_path):
-    Image.open(photos / "a.png").save(photos / "bare", "PNG")
-    (photos / "a.xpm").write_text(XPM)
-    status, _, err = fcos_d2(photos, photos / "bare", "--output", tmp_path / "found")
-    assert status == 0, err
-    found = tmp_path / "found"
-    names = ("a.png", "a_2.png", "b.jpg", "bare.png", "more/c.png")
-    assert files_in(found) == {str(photos.parent / "found" / name) for name in names}
-    status, _, err = fcos_d2(photos / "a.png", "--output", tmp_path / "a.xpm")
-    assert status == 2 and "its format cannot be written; name a .png or .jpg" in err
+def test_every_source_has_a_target_of_its_own(photos, tmp_path):
+    for name in ("a.xpm", "bare.psd", "w.avi", "w.mkv"):
+        (photos / name).touch()
+    copytree(photos / "more", tmp_path / "other" / "more")
+    sources = find_sources([str(photos), str(tmp_path / "other")], Skipped())
+    found = {
+        str(Path(s.path).relative_to(tmp_path)): str(s.target.relative_to("found"))
+        for s in choose_targets(sources, Path("found"))
+    }
+    assert found == {
+        "photos/a.png": "a.png",
+        "photos/a.xpm": "a_2.png",
+        "photos/b.jpg": "b.jpg",
+        "photos/bare.psd": "bare.png",
+        "photos/more/c.png": "more/c.png",
+        "photos/w.avi": "w.mp4",
+        "photos/w.mkv": "w_2.mp4",
+        "other/more/c.png": "more/c_2.png",
+    }
 
 
 def files_in(folder) -> set[str]:
     return {str(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def test_equal_names_from_several_folders_are_all_there(fcos_d2, photos, tmp_path):
-    copytree(photos, tmp_path / "other")
-    (tmp_path / "other" / "a.png").rename(tmp_path / "other" / "d.png")
-    status, out, _ = fcos_d2(photos, tmp_path / "other", "--output", tmp_path / "found")
-    names = ("a.png", "d.png", "photos/b.jpg", "other/b.jpg", "photos/more/c.png")
-    assert status == 0 and "in 6 images" in out
-    assert files_in(tmp_path / "found") == {
-        str(tmp_path / "found" / name) for name in (*names, "other/more/c.png")
-    }
-
-
-def test_videos_of_equal_names_become_a_video_each(fcos_d2, tmp_path):
-    videos = [write_video(tmp_path / f"w.{suffix}", 3) for suffix in ("avi", "mkv")]
-    assert fcos_d2(*videos, "--output", tmp_path / "found")[0] == 0
-    found = sorted((tmp_path / "found").iterdir())
-    assert [path.name for path in found] == ["w.mp4", "w_2.mp4"]
-    assert [len(frames_of(path)) for path in found] == [3, 3]
 
 
 def test_image_file_holds_one_picture_and_no_more(fcos_d2, photos, tmp_path, no_model):
@@ -216,41 +199,35 @@ def test_json_holds_every_picture_with_names_and_boxes_in_its_pixels(fcos_d2, ph
             assert item["class"] == NAMES[item["class_id"]] and 0 <= item["score"] <= 1
 
 
-def test_video_becomes_a_video_of_as_many_frames(fcos_d2, tmp_path):
-    video = write_video(tmp_path / "street.avi")
-    status, out, _ = fcos_d2(video, "--output", tmp_path / "found", "--batch-size", 2)
-    assert status == 0 and "in 5 images" in out
-    capture = cv2.VideoCapture(str(tmp_path / "found" / "street.mp4"))
-    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
-    frames = frames_of(tmp_path / "found" / "street.mp4")
-    assert len(frames) == 5 and frames[0].shape == (240, 320, 3)
-
-
 def test_images_of_different_sizes_become_one_video_undistorted(fcos_d2, photos, tmp_path):
     Image.new("RGB", (48, 96)).save(photos / "z.png")
-    assert fcos_d2(photos, "--output", tmp_path / "all.mp4", "--fps", 2, "--score", 1.0)[0] == 0
+    assert fcos_d2(photos, "--output", tmp_path / "all.mp4", "--score", 1.0)[0] == 0
     frames = frames_of(tmp_path / "all.mp4")
     assert len(frames) == 4 and {frame.shape for frame in frames} == {(240, 320, 3)}
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
-def test_video_that_does_not_know_its_rate_or_length_gets_five_a_second(
-    fcos_d2, tmp_path, monkeypatch, rate
+@pytest.mark.parametrize("rate, expected", [(None, 10), (0.0, 5), (-1.0, 5), (float("nan"), 5)])
+def test_video_becomes_a_video_of_its_rate_or_five_frames_a_second(
+    fcos_d2, tmp_path, monkeypatch, rate, expected
 ):
     video, real = write_video(tmp_path / "street.avi"), cv2.VideoCapture
 
     class Capture:
         def __init__(self, path):
-            self.read, self.release = (capture := real(path)).read, capture.release
+            self.capture = capture = real(path)
+            self.read, self.release = capture.read, capture.release
 
         def get(self, key):
-            return rate
+            return self.capture.get(key) if rate is None else rate
 
     monkeypatch.setattr(cv2, "VideoCapture", Capture)
-    status, out, _ = fcos_d2(video, "--output", tmp_path / "found")
+    status, out, _ = fcos_d2(video, "--output", tmp_path / "found", "--batch-size", 2)
+    monkeypatch.undo()
     assert status == 0 and "in 5 images" in out
-    found = real(str(tmp_path / "found" / "street.mp4"))
-    assert found.get(cv2.CAP_PROP_FPS) == pytest.approx(5)
+    found = tmp_path / "found" / "street.mp4"
+    assert real(str(found)).get(cv2.CAP_PROP_FPS) == pytest.approx(expected)
+    frames = frames_of(found)
+    assert len(frames) == 5 and frames[0].shape == (240, 320, 3)
 
 
 def test_frames_stop_a_video(fcos_d2, tmp_path):
@@ -289,6 +266,7 @@ def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, 
         (["nothing.png", "--output", "x"], "no input that can be read"),
         (["a.png", "--output", "x", "--weights", "none.pth"], "none.pth: no such file"),
         (["a.png", "--output", "x", "--opts", "MODEL.FCOS.NMS", "1"], "unknown config key"),
+        (["a.png", "--output", "a.xpm"], "its format cannot be written; name a .png or .jpg"),
         (["a.png", "--output", "/proc/x/a"], "cannot write"),
         (["a.png", "--output", "/proc/x/a.mp4"], "cannot write"),
         (["a.png", "--output", "b.jpg/a.mp4"], "cannot write"),
@@ -310,8 +288,6 @@ def test_what_makes_everything_impossible_is_one_line(
     [
         [],
         ["a.png", "--output", "x", "--frames", "0"],
-        ["a.png", "--output", "x", "--fps", "0"],
-        ["a.png", "--output", "x", "--fps", "nan"],
     ],
 )
 def test_senseless_command_line_is_refused(fcos_d2, arguments, capsys):

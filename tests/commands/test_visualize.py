@@ -151,13 +151,6 @@ def test_training_and_validation_without_a_common_class_are_a_problem(labels, ca
     assert status == 1 and "seen_val and seen_train have no class in common" in out
 
 
-def test_classes_that_differ_by_case_alone_are_noted(labels, capsys):
-    labels["categories"][1]["name"] = "Dot"
-    write(labels)
-    status, out, _ = run(capsys, "--check", "--skip-images")
-    assert status == 0 and "note: classes whose names differ by case alone: dot, Dot" in out
-
-
 def test_data_that_teaches_nothing_is_not_ready(labels, capsys):
     for annotation in labels["annotations"]:
         annotation["iscrowd"] = 1
@@ -193,25 +186,6 @@ def test_pictures_show_objects_and_the_points_of_every_level(labels, capsys):
     assert len(files) == 4
     picture = np.asarray(Image.open(files[0]))
     assert picture.shape[1] > 2 * 320 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
-
-
-def test_pictures_of_equal_names_from_several_folders_are_all_there(labels, capsys):
-    for folder in "pq":
-        Path("photos", folder).mkdir()
-        for n in range(2):
-            Path(f"photos/{2 * 'pq'.index(folder) + n}.png").rename(f"photos/{folder}/{n}.png")
-    for image, name in zip(labels["images"], ("p/0", "p/1", "q/0", "q/1"), strict=False):
-        image["file_name"] = f"{name}.png"
-    labels["images"] = labels["images"][:4]
-    labels["annotations"] = [a for a in labels["annotations"] if a["image_id"] < 4]
-    write(labels)
-    Path("all.yaml").write_text(CONFIG.replace(", part: [0, 0.5]", ""))
-    arguments = ["--config-file", "all.yaml", "--dataset", "seen_train", "--output", "drawn"]
-    assert visualize.main(arguments) == 0
-    drawn = Path("drawn/seen_train")
-    assert {str(file.relative_to(drawn)) for file in drawn.rglob("*.png")} == {
-        "p/0.png", "p/1.png", "q/0.png", "q/1.png",
-    }  # fmt: skip
 
 
 def test_data_registered_without_sizes_is_checked(labels, capsys):
