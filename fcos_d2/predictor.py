@@ -21,7 +21,7 @@ from .config_file import choose_device, read_cfg
 from .data import find_classes
 from .data.images import read_image, why_unreadable
 from .errors import InputError, import_optional
-from .evaluation import THRESHOLD_FILE, Thresholds, read_thresholds
+from .evaluation.thresholds import THRESHOLD_FILE, Thresholds, read_thresholds
 from .inference import accelerated, load_detector
 from .visualization.boxes import PANEL_SIDE, class_color, draw_boxes
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..config_file import choose_device, read_cfg
 from ..data import FCOSDatasetMapper, find_classes, load_dataset
+from ..data.records import evenly_spaced
 from ..errors import InputError, exit_status
 from ..export import (
     FORMATS,
@@ -163,8 +164,8 @@ def export(options: argparse.Namespace) -> int:
         if options.format != "onnx" or options.half or not cfg.DATASETS.TRAIN:
             raise InputError("--int8 needs --format onnx, no --half, and images of DATASETS.TRAIN")
         records = load_dataset(cfg.DATASETS.TRAIN[0], filter_empty=False)
-        images = read_images(cfg, records[:: max(1, len(records) // CALIBRATION_IMAGES)])
-        export_int8(model, options.output, images[:CALIBRATION_IMAGES], describe(cfg))
+        images = read_images(cfg, evenly_spaced(records, CALIBRATION_IMAGES))
+        export_int8(model, options.output, images, describe(cfg))
     else:
         export_detector(
             model, options.output, options.format, half=options.half, metadata=describe(cfg)

@@ -32,7 +32,7 @@ from ..data.custom import photo, share
 from ..data.formats.folders import recognize
 from ..data.inspection import inspect_dataset
 from ..data.level_fit import pyramid_keys, sample_of, suggest_pyramid
-from ..data.records import boxes_of
+from ..data.records import boxes_of, evenly_spaced
 from ..errors import InputError, exit_status
 from .arguments import parser_of
 
@@ -201,7 +201,7 @@ def _gpu_batch() -> int:
 
 def _levels(found: Fingerprint, has_gpu: bool, size: float, longest: int) -> str:
     """Levels for the measured boxes; on a GPU those of the published weights if possible."""
-    records = found.records[:: max(1, len(found.records) // SAMPLED)]
+    records = evenly_spaced(found.records, SAMPLED)
     samples = [sample_of(r, round(size), longest) for r in records]
     pyramid = suggest_pyramid(samples, found.small * size / found.short)
     _, *keys = pyramid_keys(pyramid)

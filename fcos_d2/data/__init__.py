@@ -16,7 +16,6 @@ from .classes import (
     find_classes,
 )
 from .mapper import FCOSDatasetMapper
-from .records import is_flat
 
 __all__ = [
     "FCOSDatasetMapper",
@@ -27,7 +26,6 @@ __all__ = [
     "coco_content",
     "count_classes",
     "find_classes",
-    "is_flat",
     "load_dataset",
     "prepare",
     "register_datasets",

@@ -24,10 +24,13 @@ from detectron2.utils.logger import log_first_n
 from torch.utils.data import ConcatDataset
 
 from ..errors import InputError, format_value, suggest
-from . import digits
 from .custom import check_entry, forget_sources, read_sources, review_entry
 from .defects import describe_repairs
-from .formats import Source, kind_of, read_json
+from .digits.files import SPLITS, annotation_file, default_root, ensure_digits, image_folder
+from .digits.scenes import CLASSES
+from .formats.builder import Source
+from .formats.files import read_json
+from .formats.json_files import kind_of
 from .image_files import NO_FILE, locate_images, suggest_folder
 from .records import coco_records, is_flat, review_records, set_classes, why_nothing_is_learned
 from .review import Review
@@ -45,14 +48,14 @@ def register_digits(root: str | os.PathLike | None = None) -> None:
     Args:
         root: the folder that holds ``digits/``. Default: $DETECTRON2_DATASETS or ./datasets.
     """
-    root = digits.default_root() if root is None else os.fspath(root)
-    for split in digits.SPLITS:
+    root = default_root() if root is None else os.fspath(root)
+    for split in SPLITS:
         _register(
             f"digits_{split}",
-            thing_classes=list(digits.CLASSES),
-            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(digits.CLASSES))},
-            json_file=str(digits.annotation_file(root, split)),
-            image_root=str(digits.image_folder(root, split)),
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+            json_file=str(annotation_file(root, split)),
+            image_root=str(image_folder(root, split)),
             digits_root=str(root),
         )
 
@@ -108,7 +111,7 @@ def prepare(name: str) -> None:
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("digits_root"):
-        digits.ensure_digits(metadata.digits_root)
+        ensure_digits(metadata.digits_root)
     json_file = metadata.get("json_file")
     if json_file and "://" not in json_file and not PathManager.exists(json_file):
         where = _where_data_lives(name)

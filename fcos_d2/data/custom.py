@@ -20,7 +20,11 @@ from pathlib import Path
 
 from ..errors import InputError, format_value, suggest
 from .defects import Problem
-from .formats import Source, read_annotations, read_cvat, read_text, read_voc, read_yolo
+from .formats.builder import Source
+from .formats.files import read_text
+from .formats.json_files import read_annotations
+from .formats.xml_files import read_cvat, read_voc
+from .formats.yolo import read_yolo
 from .review import Review, review_coco
 
 KINDS = {"json": "images", "cvat": "images", "voc": "split", "yolo": "split"}  # -> a further key

@@ -16,7 +16,7 @@ from ..errors import InputError
 from .catalog import is_coco, missing_images, prepare, review_dataset, sources_of
 from .classes import class_names
 from .defects import DEFECTS, Problem, Unusable
-from .formats import Source
+from .formats.builder import Source
 from .image_files import NO_FILE
 from .images import why_unreadable
 from .records import boxes_of, coco_records, is_flat, read_record, review_records, set_classes

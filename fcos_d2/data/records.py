@@ -123,6 +123,11 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
     return image, True
 
 
+def evenly_spaced(records: Sequence, count: int) -> Sequence:
+    """At most ``count`` of the records."""
+    return records[:: max(1, len(records) // count)][:count]
+
+
 # ---- what there is to learn ----
 
 

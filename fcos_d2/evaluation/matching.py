@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.structures import BoxMode, Instances
+from detectron2.structures import Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data import is_flat
+from ..data.records import boxes_of, is_flat
 
 SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
 COCO_DETECTIONS = 100  # per image and class, which AP counts
@@ -90,11 +90,8 @@ class Evaluation(NamedTuple):
 def ground_truth(record: Mapping) -> Objects:
     """The annotations of a record in detectron2's form; those without area are crowds."""
     annotations = record.get("annotations", ())
-    boxes = [
-        BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
-    ]
     return Objects(
-        np.array(boxes, dtype=float).reshape(-1, 4),
+        boxes_of(annotations),
         [a["category_id"] for a in annotations],
         crowd=[bool(a.get("iscrowd", 0)) or is_flat(a) for a in annotations],
     )

@@ -8,7 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from fcos_d2.data import digits, register_datasets, register_digits
+from fcos_d2.data import register_datasets, register_digits
+from fcos_d2.data.digits.files import Recipe, ensure_digits
 
 from .two_images import HEIGHT, OBJECTS, WIDTH
 
@@ -17,7 +18,7 @@ from .two_images import HEIGHT, OBJECTS, WIDTH
 def digits_root(tmp_path_factory):
     """A root with 40 training and 8 validation images; read only."""
     root = tmp_path_factory.mktemp("datasets")
-    digits.ensure_digits(root, digits.Recipe(num_images=(40, 8)))
+    ensure_digits(root, Recipe(num_images=(40, 8)))
     return root
 
 

@@ -12,7 +12,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from fcos_d2.data import class_names, is_flat, load_dataset
+from fcos_d2.data import class_names, load_dataset
+from fcos_d2.data.records import is_flat
 from fcos_d2.engine import Trainer
 from fcos_d2.errors import InputError
 from fcos_d2.evaluation import THRESHOLD_FILE, ThresholdEvaluator, evaluator_for

@@ -11,7 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from fcos_d2.evaluation import Objects, evaluate_boxes, ground_truth, match_boxes
+from fcos_d2.evaluation.matching import Objects, evaluate_boxes, ground_truth, match_boxes
 
 
 def objects(boxes, classes, scores=None, crowd=None) -> Objects:

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcos_d2.errors import InputError
-from fcos_d2.evaluation import (
+from fcos_d2.evaluation.matching import Curve
+from fcos_d2.evaluation.thresholds import (
     THRESHOLD_FILE,
+    Threshold,
     ThresholdEvaluator,
     best_threshold,
     f1_score,
     read_thresholds,
     write_thresholds,
 )
-from fcos_d2.evaluation.matching import Curve
-from fcos_d2.evaluation.thresholds import Threshold
 
 
 def curve(scores, correct, num_objects) -> Curve:

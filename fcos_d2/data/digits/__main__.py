@@ -8,17 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...errors import InputError
-from . import (
-    NUM_IMAGES,
-    SPLITS,
-    Recipe,
-    annotation_file,
-    default_root,
-    ensure_digits,
-    image_folder,
-)
+from ...errors import exit_status
 from .export import export
+from .files import NUM_IMAGES, Recipe, default_root, ensure_digits
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,38 +18,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[2]
     )
-    parser.add_argument("--root", type=Path, default=default_root(), help="default: %(default)s")
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=NUM_IMAGES[0],
-        metavar="N",
-        help="training images (default: %(default)s); validation gets a fifth of that",
-    )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FOLDER",
-        help="write N training images there under other names, with typical mistakes",
-    )
+    add = parser.add_argument
+    add("--root", type=Path, default=default_root(), help="default: %(default)s")
+    images = "training images (default: %(default)s); validation gets a fifth of that"
+    add("--images", type=int, default=NUM_IMAGES[0], metavar="N", help=images)
+    other = "write N training images there under other names, with typical mistakes"
+    add("--export", type=Path, metavar="FOLDER", help=other)
     options = parser.parse_args(arguments)
     if options.images < 1:
         parser.error(f"--images must be at least 1, got {options.images}")
+    return exit_status(_generate, options)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.export:
+        print(f"labels in {export(options.root, options.export, options.images)}")
+        return
     num_images = (options.images, max(1, options.images // 5))
-    try:
-        if options.export:
-            print(f"labels in {export(options.root, options.export, options.images)}")
-            return 0
-        ensure_digits(options.root, Recipe(num_images))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for split, count in zip(SPLITS, num_images, strict=True):
-        print(
-            f"digits_{split}: {count} images in {image_folder(options.root, split)}, "
-            f"boxes in {annotation_file(options.root, split)}"
-        )
-    return 0
+    folder = ensure_digits(options.root, Recipe(num_images))
+    print(f"{num_images[0]} training and {num_images[1]} validation images in {folder}")
 
 
 if __name__ == "__main__":
