@@ -91,13 +91,13 @@ def check_selection(
         assert len(left_out) == 0, "a pair above the threshold is missing"
     elif len(left_out) and slots:
         assert left_out.max() <= ceiling.min(), "a better pair was left out"
-    _check_order_of_equals(index, valid, logits, quality)
     want = {"cls": cls, "product": product, "sqrt": product**0.5}[options["score_rule"]][index]
     np.testing.assert_allclose(scores.double(), want, rtol=TOLERANCE, atol=SMALLEST**0.5)
 
 
-def _check_order_of_equals(index, valid, logits, quality):
+def check_order_of_equals(index: np.ndarray, logits: Tensor, quality: Tensor) -> None:
     """Of pairs with equal logits, the first ones are selected, in order."""
+    valid = ~np.isnan(scores_of(logits, quality)[1])
     inputs = torch.broadcast_tensors(logits.flatten(1).t(), quality.flatten()[:, None])
     inputs = torch.stack(inputs, dim=-1).flatten(0, 1).float().numpy()
     group = np.unique(inputs, axis=0, return_inverse=True)[1].ravel()
