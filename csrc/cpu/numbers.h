@@ -19,7 +19,11 @@ namespace fcos::cpu {
 struct BFloat16 {
   uint16_t bits;
 };
+#ifdef __aarch64__
+using Half = __fp16; // the same; g++ has _Float16 there since 13 only
+#else
 using Half = _Float16;
+#endif
 
 FCOS_HD float widen(float x) { return x; }
 FCOS_HD double widen(double x) { return x; }
