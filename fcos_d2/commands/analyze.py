@@ -20,7 +20,7 @@ from ..errors import InputError, exit_status
 from ..inference import build_detector
 from ..modeling import FCOS
 from ..ops import make_levels
-from .arguments import config_parser
+from .arguments import check_fcos, config_parser
 
 # fvcore does not know these, and their work is little beside the convolutions'.
 CHEAP = (
@@ -55,11 +55,7 @@ def analyze(options: argparse.Namespace) -> None:
     if min(size) < 1:
         raise InputError(f"the size is {size[0]} x {size[1]}; pass --size HEIGHT WIDTH above 0")
     model = build_detector(cfg).eval()
-    if not isinstance(model, FCOS):
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; use "
-            "detectron2's own tools/analyze_model.py for other detectors"
-        )
+    check_fcos(cfg, model)
     unit = max(model.backbone.size_divisibility, 1)
     height, width = (-(-side // unit) * unit for side in size)
     network = Network(model)

@@ -29,7 +29,7 @@ from ..errors import InputError, exit_status
 from ..inference import accelerated, load_detector
 from ..modeling import FCOS
 from ..ops import backend
-from .arguments import config_parser
+from .arguments import check_fcos, config_parser
 
 BOXES_PER_IMAGE = 7  # of random images; COCO has as many
 
@@ -161,11 +161,7 @@ def benchmark(options: argparse.Namespace) -> None:
         )
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.GRADIENT_ACCUMULATION = options.batch, 1
     model = load_detector(cfg)
-    if not isinstance(model, FCOS):
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; pass the "
-            "--config-file of a detector of this package"
-        )
+    check_fcos(cfg, model)
     options.channels = len(model.pixel_mean)
     for line in _circumstances(cfg, options):
         print(line)

@@ -41,7 +41,7 @@ from ..export import (
 from ..export.quantization import export_int8
 from ..inference import load_detector
 from ..modeling import FCOS
-from .arguments import config_parser
+from .arguments import check_fcos, config_parser
 
 SCALES = (0.75, 1.0, 1.25)  # of the images as the evaluation sees them
 BATCH_SIZES = (1, 4)
@@ -59,25 +59,6 @@ FLOAT32 = Tolerance(0.05, 1e-4, 0.0)
 FLOAT16 = Tolerance(0.5, 0.005, 0.05)  # rounding moves some over a threshold
 INT8 = Tolerance(3.0, 0.1, 0.2)
 CALIBRATION_IMAGES = 100
-
-
-def load_model(cfg: CfgNode) -> FCOS:
-    """The trained detector of ``cfg``.
-
-    Raises:
-        InputError: it is no FCOS, or has no weights.
-    """
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE must be FCOS, got {cfg.MODEL.META_ARCHITECTURE}; pass the "
-            "--config-file that the model was trained with"
-        )
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError(
-            "MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and the file of the weights"
-        )
-    cfg.MODEL.COMPILE = False  # a graph is captured from the plain model
-    return load_detector(cfg)
 
 
 def describe(cfg: CfgNode) -> dict[str, object]:
@@ -159,7 +140,13 @@ def export(options: argparse.Namespace) -> int:
     """
     cfg = read_cfg(options.config_file, options.opts)
     choose_device(cfg)
-    model = load_model(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError(
+            "MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and the file of the weights"
+        )
+    cfg.MODEL.COMPILE = False  # a graph is captured from the plain model
+    model = load_detector(cfg)
+    check_fcos(cfg, model)
     if options.int8:
         if options.format != "onnx" or options.half or not cfg.DATASETS.TRAIN:
             raise InputError("--int8 needs --format onnx, no --half, and images of DATASETS.TRAIN")

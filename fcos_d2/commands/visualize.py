@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
 from PIL import Image
-from tqdm import tqdm
 
 from ..config import fcos_settings
 from ..config_file import read_cfg
@@ -126,7 +124,7 @@ def check(
         InputError: an annotation file cannot be read at all.
     """
     masks = cfg.MODEL.MASK_ON
-    inspections = [inspect_dataset(name, read_images, partial(_bar, name), masks) for name in names]
+    inspections = [inspect_dataset(name, read_images, masks) for name in names]
     reasons = []
     for inspection in inspections:
         contents = describe_contents(inspection)
@@ -146,10 +144,6 @@ def check(
         print("--clean writes repaired annotation files without defects")
     print(f"problems to correct: {problems}" if problems else "ready to train")
     return not problems and (not write_clean or is_written)
-
-
-def _bar(name: str, images: Iterable, total: int) -> Iterable:
-    return tqdm(images, desc=name, total=total, leave=False, disable=None)
 
 
 def _print_contents(inspection: Inspection, contents: Contents) -> None:

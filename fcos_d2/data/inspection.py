@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch.utils.data import IterableDataset
+from tqdm import tqdm
 
 from ..errors import InputError
 from .catalog import is_coco, missing_images, prepare, review_dataset, sources_of
@@ -56,19 +57,13 @@ class Contents(NamedTuple):
     num_repeated: int  # duplicate boxes of the same class
 
 
-def inspect_dataset(
-    name: str,
-    read_images: bool = True,
-    progress: Callable[[Iterable, int], Iterable] | None = None,
-    masks: bool = False,
-) -> Inspection:
-    """Checks all annotations and images of a dataset.
+def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) -> Inspection:
+    """Checks all annotations and images of a dataset, with a progress bar on a terminal.
 
     Args:
         name: registered dataset.
         read_images: decode the images; otherwise only check that the files exist, unless their
             sizes are unknown.
-        progress: wraps the iteration over the images; called with it and the number of images.
         masks: also check ``segmentation``.
 
     Raises:
@@ -92,8 +87,8 @@ def inspect_dataset(
     records, found = [r for r in records if r["file_name"] not in missing], dict(missing)
     with ThreadPoolExecutor(READERS) as pool:
         reasons = pool.map(_problem_in_image if read_images else _problem_in_path, records)
-        reasons = progress(reasons, len(records)) if progress else reasons
-        for record, reason in zip(records, reasons, strict=True):
+        bar = tqdm(reasons, name, len(records), leave=False, disable=None)
+        for record, reason in zip(records, bar, strict=True):
             if isinstance(reason, str):
                 found[record["file_name"]] = reason
             else:

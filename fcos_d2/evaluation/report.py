@@ -142,10 +142,10 @@ def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> lis
     rows = []
     for class_, (name, threshold) in enumerate(zip(names, best, strict=True)):
         averages = [evaluation.average(iou, class_) for iou in (None, 0, 5)]
-        averages += [evaluation.average(None, class_, size) for size in (1, 2, 3)]
-        keys = ("ap", "ap50", "ap75", "small", "medium", "large")
         row = {"name": name, "count": evaluation.curves[class_].num_objects}
-        row |= dict(zip(keys, averages, strict=True)) | {"threshold": f"{threshold.score:.2f}"}
+        row |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True)) | {
+            "threshold": f"{threshold.score:.2f}"
+        }
         row |= {k: 100 * getattr(threshold, k) for k in ("f1", "precision", "recall")}
         rows.append(row | {"color": "#{:02x}{:02x}{:02x}".format(*class_color(class_))})
     return rows

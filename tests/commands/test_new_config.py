@@ -1,7 +1,6 @@
 """fcos-d2 new-config: from a folder of any kind to a config that trains."""
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from fcos_d2.commands import new_config
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.custom import photo
-from fcos_d2.data.inspection import inspect_dataset
 
 SIZE = (96, 72)
 
@@ -64,185 +62,49 @@ def loaded(name) -> set[str]:
     return {Path(r["file_name"]).name for r in load_dataset(name, filter_empty=False)}
 
 
-# ---- what is in a folder ----
-
-
-def one_coco_file(data):
+@pytest.fixture
+def labels(data):
+    """A folder of photos with a COCO file."""
     images(data / "photos", NAMES)
     coco(data / "labels.json", NAMES)
-    return {"mine_train", "mine_val"}
+    return data / "labels.json"
 
 
-def cocos_folders(data):
-    for split, names in (("train", NAMES[:20]), ("val", NAMES[20:])):
-        images(data / f"{split}2017", names)
-        coco(data / "annotations" / f"instances_{split}2017.json", names)
-        (data / "annotations" / f"captions_{split}2017.json").write_text('{"images": []}')
-    return {"mine_train", "mine_val"}
-
-
-def roboflow(data):
-    for split, names in (("train", NAMES[:15]), ("valid", NAMES[15:20]), ("test", NAMES[20:])):
-        images(data / split, names)
-        coco(data / split / "_annotations.coco.json", names)
-    return {"mine_train", "mine_val", "mine_test"}
-
-
-def several_coco_files(data):
-    for part, names in (("one", NAMES[:15]), ("two", NAMES[15:])):
-        images(data / part, names)
-        coco(data / part / "labels.json", names)
-    return {"mine_train", "mine_val"}
-
-
-def yolo(data):
-    for split, names in (("train", NAMES[:20]), ("valid", NAMES[20:])):
-        images(data / split / "images", names)
-        (data / split / "labels").mkdir()
-        for n, name in enumerate(names):
-            path = data / split / "labels" / f"{Path(name).stem}.txt"
-            path.write_text(f"{n % 2} 0.3 0.4 0.3 0.5\n")
-    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: [a, b]"
-    (data / "data.yaml").write_text(text)
-    return {"mine_train", "mine_val"}
-
-
-def yolo_without_splits(data):
-    images(data / "images", NAMES)
-    (data / "labels").mkdir()
-    (data / "labels" / "classes.txt").write_text("a\nb\n")
-    for n, name in enumerate(NAMES):
-        (data / "labels" / f"{Path(name).stem}.txt").write_text(f"{n % 2} 0.3 0.4 0.3 0.5\n")
-    return {"mine_train", "mine_val"}
-
-
-def voc_xml(path, file, label="a"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f"<annotation><filename>{file}</filename><object><name>{label}</name><bndbox><xmin>10</xmin>"
-        "<ymin>10</ymin><xmax>40</xmax><ymax>50</ymax></bndbox></object></annotation>"
-    )
-
-
-def voc(data):
-    images(data / "JPEGImages", NAMES)
-    for n, name in enumerate(NAMES):
-        voc_xml(data / "Annotations" / f"{n}.xml", name, "ab"[n % 2])
-    (data / "ImageSets" / "Main").mkdir(parents=True)
-    for split, numbers in (("train", range(10)), ("val", range(10, 20)), ("trainval", range(20))):
-        (data / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(map(str, numbers)))
-    (data / "ImageSets/Main/test.txt").write_text("\n".join(map(str, range(20, 30))))
-    return {"mine_trainval", "mine_test"}
-
-
-def voc_beside_the_images(data):
-    images(data, NAMES)
-    for n, name in enumerate(NAMES):
-        voc_xml(data / f"{n}.xml", name, "ab"[n % 2])
-    return {"mine_train", "mine_val"}
-
-
-def voc_by_split(data):
-    for split, names in (("train", NAMES[:20]), ("valid", NAMES[20:])):
-        images(data / split, names)
-        for name in names:
-            voc_xml(data / split / f"{Path(name).stem}.xml", name)
-    return {"mine_train", "mine_val"}
-
-
-def labelme(data):
-    images(data, NAMES)
-    for n, name in enumerate(NAMES):
-        shape = {"label": "ab"[n % 2], "points": [[10, 10], [40, 50]], "shape_type": "rectangle"}
-        content = {"imagePath": name, "shapes": [shape], "imageWidth": 96, "imageHeight": 72}
-        (data / f"{n}.json").write_text(json.dumps(content))
-    return {"mine_train", "mine_val"}
-
-
-def via(data):
-    images(data / "images", NAMES)
-    shape = {"name": "rect", "x": 10, "y": 12, "width": 30, "height": 40}
-    region = {"shape_attributes": shape, "region_attributes": {"class": "a"}}
-    content = {name: {"filename": name, "regions": [region]} for name in NAMES}
-    (data / "via_region_data.json").write_text(json.dumps(content))
-    return {"mine_train", "mine_val"}
-
-
-def cvat(data):
-    images(data / "images", NAMES)
-    items = "".join(
-        f'<image name="{name}"><box label="a" xtl="10" ytl="9" xbr="40" ybr="50"/></image>'
-        for name in NAMES
-    )
-    (data / "annotations.xml").write_text(f"<annotations>{items}</annotations>")
-    return {"mine_train", "mine_val"}
-
-
-LAYOUTS = [one_coco_file, cocos_folders, roboflow, several_coco_files, yolo, yolo_without_splits]
-LAYOUTS += [voc, voc_beside_the_images, voc_by_split, labelme, via, cvat]
-
-
-@pytest.mark.parametrize("make", LAYOUTS)
-def test_folder_becomes_a_config_that_loads(data, capsys, make):
-    expected = make(data)
+def test_folder_becomes_a_config_that_loads(labels, capsys):
     assert write_config() == 0, capsys.readouterr().err
     assert capsys.readouterr().out.endswith("now: fcos-d2 train --config-file mine.yaml\n")
     cfg = read_cfg("mine.yaml")
-    assert set(cfg.DATASETS.REGISTER) == expected
+    assert set(cfg.DATASETS.REGISTER) == {"mine_train", "mine_val"}
     train, test = (loaded(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
-    assert train and test and not train & test
-    assert len(set().union(*map(loaded, expected))) == 30
-    assert not any(inspect_dataset(name).repaired["path"] for name in expected)
-    assert len(class_names(cfg.DATASETS.TRAIN[0])) == cfg.MODEL.FCOS.NUM_CLASSES
+    assert train and test and not train & test and train | test == set(NAMES)
+    assert len(class_names("mine_train")) == cfg.MODEL.FCOS.NUM_CLASSES == 3
     assert cfg.SOLVER.MAX_ITER == 1500 and cfg.OUTPUT_DIR == "output/mine"
 
 
-def test_group_that_roboflow_lists_as_a_class_is_none(data):
-    one_coco_file(data)
-    content = json.loads((data / "labels.json").read_text())
-    group = {"id": 0, "name": "letters", "supercategory": "none"}
-    named = [{**category, "supercategory": "letters"} for category in content["categories"]]
-    (data / "labels.json").write_text(json.dumps({**content, "categories": [group, *named]}))
-    assert write_config() == 0
-    assert read_cfg("mine.yaml").MODEL.FCOS.NUM_CLASSES == 3
-    assert class_names("mine_train") == class_names("mine_val") == ["a", "b", "c"]
-
-
-def test_cleaned_file_is_taken_for_its_original(data):
-    one_coco_file(data)
-    shutil.copy(data / "labels.json", data / "labels_clean.json")
-    (data / "labels.json").write_text('{"images": [], "categories": [], "annotations": []}')
-    assert write_config() == 0
-    assert "labels_clean.json" in Path("mine.yaml").read_text()
-
-
 @pytest.mark.parametrize(
-    "files, text",
+    "splits, train, test",
     [
-        ({}, "data contains no annotations of a known format, but 0 files"),
-        ({"a.csv": "", "b.csv": ""}, "but 2 files (2 .csv)"),
-        ({"a.json": '{"type": 1, "features": 2}'}, "data/a.json: GeoJSON"),
+        ("train val test", "train", "val"),
+        ("train test", "train", "test"),
+        ("train val trainval test", "trainval", "test"),
     ],
 )
-def test_folder_of_nothing_known_says_what_it_looks_like(data, capsys, files, text):
-    for name, content in files.items():
-        (data / name).write_text(content)
-    assert write_config() == 2
-    assert text in capsys.readouterr().err
+def test_splits_of_the_folder_are_used(splits, train, test):
+    found = {split: {"yolo": split} for split in splits.split()}
+    entries, *roles, _ = new_config.assign_roles(found, "mine", Path("mine.yaml"))
+    assert roles == [f"mine_{train}", f"mine_{test}"]
+    assert all(entries[role] == {"yolo": role.removeprefix("mine_")} for role in roles)
 
 
-def test_defects_come_first(data, capsys):
-    one_coco_file(data)
-    coco(data / "labels.json", NAMES, box=(10, 12, None, 5))
-    content = json.loads((data / "labels.json").read_text())
-    content["annotations"][0]["bbox"] = [1, 2, 30, 40]
-    content["annotations"][1]["bbox"] = [1, 2, 30, 40]
-    (data / "labels.json").write_text(json.dumps(content))
-    assert write_config() in (1, 2)
+def test_defects_come_first(labels, capsys):
+    content = json.loads(labels.read_text())
+    content["annotations"][0]["category_id"] = 9
+    labels.write_text(json.dumps(content))
+    assert write_config() == 1
+    assert "1 problems must be corrected first: fcos-d2 check" in capsys.readouterr().out
 
 
-def test_nothing_is_written_over(data, capsys):
-    one_coco_file(data)
+def test_nothing_is_written_over(labels, capsys):
     Path("mine.yaml").write_text("mine")
     assert write_config() == 2 and Path("mine.yaml").read_text() == "mine"
     assert "mine.yaml exists" in capsys.readouterr().err
@@ -280,8 +142,7 @@ def test_few_photos_change_sides_when_more_are_added():
     assert len(before - after) + len((after - before) & set(list(labels)[:300])) <= 3
 
 
-def test_list_of_validation_images_is_kept_and_new_images_are_trained_on(data, capsys):
-    one_coco_file(data)
+def test_list_of_validation_images_is_kept_and_new_images_are_trained_on(labels, data):
     assert write_config() == 0
     before = loaded("mine_val")
     assert 3 <= len(before) <= 9
@@ -329,8 +190,7 @@ def test_length_of_training_follows_the_amount_of_data():
     assert few["iterations"] == 1500 and many["iterations"] == 50_000 and many["epochs"] == 20
 
 
-def test_gpu_starts_from_published_weights(data):
-    one_coco_file(data)
+def test_gpu_starts_from_published_weights(labels):
     assert new_config.main(["data", "-o", "mine.yaml", "--device", "cuda"]) == 0
     cfg = read_cfg("mine.yaml")
     assert cfg.MODEL.WEIGHTS == "zoo://torchvision/fcos_R_50_FPN"

@@ -45,18 +45,6 @@ def test_images_may_be_left_unread_but_not_missing(coco):
     assert found.image_problems == {str(coco.folder / "2.png"): "no such file"}
 
 
-def test_progress_sees_every_image(coco):
-    seen = []
-
-    def progress(images, total):
-        for image in images:
-            seen.append(total)
-            yield image
-
-    inspect_dataset(coco.register(), progress=progress)
-    assert seen == [3, 3, 3]
-
-
 def test_contents_are_counted(coco):
     annotations = coco.content["annotations"]
     annotations += [

@@ -9,7 +9,7 @@ from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.inspection import clean, inspect_dataset
 from fcos_d2.errors import InputError
 
-from .two_images import HEIGHT, OBJECTS, WIDTH, assert_same, write
+from .two_images import HEIGHT, OBJECTS, WIDTH, assert_recognized, assert_same, write
 
 
 def labelme_file(file, *shapes):
@@ -104,6 +104,7 @@ def test_json_of_annotation_tools_is_told_by_its_content(described, root, make):
     assert class_names("mine") == ["bird", "cat & co", "dog"]
     assert_same("mine")
     assert inspect_dataset("mine").num_problems == 0
+    assert_recognized(described, root, all=OBJECTS)
 
 
 @pytest.mark.parametrize("make", JSON)

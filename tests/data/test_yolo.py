@@ -9,7 +9,7 @@ from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.inspection import inspect_dataset
 from fcos_d2.errors import InputError
 
-from .two_images import HEIGHT, OBJECTS, WIDTH, assert_same, boxes
+from .two_images import HEIGHT, OBJECTS, WIDTH, assert_recognized, assert_same, boxes
 
 NAMES = ["dog", "cat & co", "bird"]
 
@@ -56,6 +56,7 @@ def test_yolo_splits(described, yolo, text):
     assert class_names("train") == class_names("val") == NAMES
     assert_same("train")
     assert_same("val", {"b.png": OBJECTS["b.png"]})
+    assert_recognized(described, yolo, train=OBJECTS, val=["b.png"])
 
 
 def test_roboflow_folders_of_yolo(described, yolo):
@@ -76,6 +77,7 @@ def test_yolo_without_a_yaml_has_its_labels_beside_the_images(described, yolo):
     described(mine={"yolo": str(flat)})
     assert class_names("mine") == NAMES
     assert_same("mine")
+    assert_recognized(described, flat, all=OBJECTS)
 
 
 def test_yolo_polygons_points_and_scores(described, yolo):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fcos_d2.data import class_names, load_dataset
+from fcos_d2.data.formats.folders import recognize
 
 # Two images of 50 x 60 and their boxes: class, then x, y, width and height.
 OBJECTS = {"a.jpg": [("dog", 0, 0, 10, 20), ("cat & co", 4, 5, 26, 35)], "b.png": []}
@@ -37,3 +38,12 @@ def write(path, content) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return str(path)
+
+
+def assert_recognized(described, folder, **splits):
+    """``recognize`` finds these splits, and in each of them the objects of these files."""
+    entries = recognize(folder)
+    assert entries.keys() == splits.keys()
+    described(**{f"found_{split}": entry for split, entry in entries.items()})
+    for split, files in splits.items():
+        assert_same(f"found_{split}", {file: OBJECTS[file] for file in files})

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..image_files import locate_images
 from ..images import is_image
 from .files import read_json, read_xml, read_yaml
-from .json_files import kind_of, to_coco
+from .json_files import UPLOADED, kind_of, to_coco
 from .yolo import yolo_splits
 
 DEPTH = 4  # folders below FOLDER that are looked into
@@ -143,5 +143,7 @@ def _images_of(beside: Path, folder: Path, names: Sequence[str]) -> str:
     candidates = [path for path in (beside, *usual, *near, folder) if path.is_dir()]
     exact = (c for c in candidates if all((c / name).is_file() for name in names))
     moved = (c for c in candidates if not locate_images(str(c), names).missing)
-    found = chain(exact, moved) if names else (path for path in usual if path.is_dir())
+    plain = [UPLOADED.sub(r"\1", name.rpartition("/")[2]) for name in names]
+    uploaded = (c for c in candidates if all((c / name).is_file() for name in plain))
+    found = chain(exact, moved, uploaded) if names else (path for path in usual if path.is_dir())
     return str(next(found, folder))

@@ -1,0 +1,89 @@
+"""What a folder contains: COCO files in several layouts, and folders of nothing known."""
+
+import json
+import shutil
+
+import pytest
+
+from fcos_d2.data.formats.folders import recognize
+from fcos_d2.errors import InputError
+
+from .two_images import HEIGHT, OBJECTS, WIDTH, assert_recognized, write
+
+CLASSES = ["dog", "cat & co", "bird"]
+
+
+@pytest.fixture
+def coco(root):
+    """Writes a COCO file about some of the images; moves those into a folder."""
+
+    def make(path, files, folder):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for number, file in enumerate(files, 1):
+            shutil.move(root / "images" / file, root / folder / file)
+            size = {"width": WIDTH, "height": HEIGHT}
+            images.append({"id": number, "file_name": file, **size})
+            for label, *box in OBJECTS[file]:
+                annotation = {"image_id": number, "category_id": CLASSES.index(label), "bbox": box}
+                annotations.append({"id": len(annotations) + 1, **annotation})
+        categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write(root / path, content)
+        return content
+
+    make.folder = root
+    return make
+
+
+def test_one_file_with_a_folder_of_photos(described, coco):
+    coco("labels.json", OBJECTS, "photos")
+    assert_recognized(described, coco.folder, all=OBJECTS)
+
+
+@pytest.mark.parametrize("suffix, split", [("train2017", "train"), ("val2017", "val")])
+def test_cocos_own_folders(described, coco, suffix, split):
+    coco(f"annotations/instances_{suffix}.json", OBJECTS, suffix)
+    write(coco.folder / f"annotations/captions_{suffix}.json", {"images": []})
+    assert_recognized(described, coco.folder, **{split: OBJECTS})
+
+
+def test_roboflows_splits_beside_their_images(described, coco):
+    for split, file in zip(("valid", "test"), OBJECTS, strict=True):
+        coco(f"{split}/_annotations.coco.json", [file], split)
+    assert_recognized(described, coco.folder, val=["a.jpg"], test=["b.png"])
+
+
+def test_several_files_are_one_dataset(described, coco):
+    for folder, file in zip(("one", "two"), OBJECTS, strict=True):
+        coco(f"{folder}/labels.json", [file], folder)
+    assert_recognized(described, coco.folder, all=OBJECTS)
+
+
+def test_group_that_roboflow_lists_as_a_class_is_none(coco):
+    content = coco("labels.json", OBJECTS, "photos")
+    named = [{**category, "supercategory": "pets"} for category in content["categories"]]
+    content["categories"] = [{"id": 9, "name": "pets", "supercategory": "none"}, *named]
+    write(coco.folder / "labels.json", content)
+    assert recognize(coco.folder)["all"]["classes"] == CLASSES
+
+
+def test_clean_file_is_taken_for_its_original(coco):
+    coco("labels_clean.json", OBJECTS, "photos")
+    write(coco.folder / "labels.json", {"images": [], "categories": [], "annotations": []})
+    assert recognize(coco.folder)["all"]["json"] == str(coco.folder / "labels_clean.json")
+
+
+@pytest.mark.parametrize(
+    "files, text",
+    [
+        ({}, "contains no annotations of a known format, but 0 files"),
+        ({"a.csv": "", "b.csv": ""}, r"but 2 files \(2 .csv\)"),
+        ({"a.json": json.dumps({"type": 1, "features": 2})}, "/a.json: GeoJSON"),
+    ],
+)
+def test_folder_of_nothing_known_says_what_it_looks_like(tmp_path, files, text):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=text):
+        recognize(tmp_path)
