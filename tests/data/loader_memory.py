@@ -1,7 +1,6 @@
 """What training data costs in memory, measured in a process of its own; prints MiB as JSON.
 
-python -m tests.data.loader_memory coco WORKERS     in a folder that write_coco has filled
-python -m tests.data.loader_memory records COUNT    kept by TrainLoader, and in a list of dicts
+python -m tests.data.loader_memory WORKERS     in a folder that write_coco has filled
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from fcos_d2.config_file import read_cfg
-from fcos_d2.engine import Trainer, TrainLoader
+from fcos_d2.engine import Trainer
 
 BOXES = 8.6  # per image, as in COCO train2017
 CONFIG = """
@@ -57,13 +55,13 @@ def resident(key: str = "VmRSS") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def private(pid: int | str = "self") -> float:
+def private(pid: int) -> float:
     """Memory that a process shares with no other."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
-def measure_coco(workers: int) -> dict:
+def measure(workers: int) -> dict:
     """Builds the training's loader and reads some batches."""
     cfg = read_cfg("many.yaml", ["DATALOADER.NUM_WORKERS", workers])
     before = resident()
@@ -75,46 +73,5 @@ def measure_coco(workers: int) -> dict:
     return built | {"workers": [private(worker.pid) for worker in workers]}
 
 
-class AsTheyAre(Dataset):
-    """Records as a list of dicts, whose reference counts every reader changes."""
-
-    def __init__(self, records: list[dict]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._records[index]
-
-
-def memory_of_worker(record: dict) -> float:
-    """A mapper; every 100th record is worth a look at the memory."""
-    assert len(record["annotations"]) == int(BOXES)
-    return private() if record["image_id"] % 100 == 0 else 0.0
-
-
-def growth_of_worker(records: list[dict] | Dataset) -> float:
-    """What a worker takes to itself while it reads every record once."""
-    loader = TrainLoader(
-        records,
-        mapper=memory_of_worker, total_batch_size=100, aspect_ratio_grouping=False, num_workers=1,
-    )  # fmt: skip
-    seen = [value for batch in islice(loader, len(records) // 100) for value in batch if value]
-    return max(seen) - seen[0]
-
-
-def measure_records(count: int) -> dict:
-    """Both ways to keep records, in this order: the second one leaves traces in this process."""
-    rng = np.random.default_rng(0)
-    records = [
-        {"image_id": number, "annotations": [{"bbox": box} for box in boxes]}
-        for number, boxes in enumerate(rng.uniform(0, 9, (count, int(BOXES), 4)).tolist())
-    ]
-    kept = {"serialized": records, "as_they_are": AsTheyAre(records)}
-    return {name: growth_of_worker(dataset) for name, dataset in kept.items()}
-
-
 if __name__ == "__main__":
-    measure = {"coco": measure_coco, "records": measure_records}[sys.argv[1]]
-    print(json.dumps(measure(int(sys.argv[2]))))
+    print(json.dumps(measure(int(sys.argv[1]))))

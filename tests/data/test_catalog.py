@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset
 from fcos_d2.data import (
     check_class_order,
     check_num_classes,
-    check_objects,
     load_dataset,
     prepare,
 )
@@ -162,15 +161,9 @@ def test_broken_json_is_named_with_line_and_column(coco, broken, place):
     assert f"{coco.json_file} is not valid JSON" in text and f"in {place}" in text
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("[]", " must be a COCO file, but is JSON of type list"),
-        ("{}", ": it has no 'images'"),
-    ],
-)
-def test_json_that_is_not_coco_is_told_so(coco, text, expected):
-    assert f"{coco.json_file}{expected}" in message(load_dataset, coco.register(text=text))
+def test_json_that_is_not_coco_is_told_so(coco):
+    text = message(load_dataset, coco.register(text="[]"))
+    assert f"{coco.json_file} must be a COCO file, but is JSON of type list" in text
 
 
 def test_boxes_of_zero_size_are_legal_and_counted(coco, caplog):
@@ -241,23 +234,9 @@ def test_stream_is_handed_on_as_it_is(custom):
     assert isinstance(load_dataset(custom(Endless, thing_classes=["disc"])), Endless)
 
 
-def test_a_bug_in_somebodys_loader_keeps_its_traceback(custom):
-    def load():
-        raise ZeroDivisionError("mine")
-
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        load_dataset(custom(load))
-
-
 def test_a_file_that_somebodys_loader_cannot_open_is_named(custom):
     text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
     assert "dataset 'custom_train': " in text and "/no/such/labels.txt" in text
-
-
-def test_class_names_are_quoted_briefly(custom):
-    name = custom(lambda: [], thing_classes=["a\nb", "x" * 1000])
-    text = message(check_num_classes, name, 3)
-    assert "2 classes ('a\\nb', xxx" in text and len(text) < 500
 
 
 def test_class_count_that_does_not_match_names_key_and_value(coco, registered_digits):
@@ -291,14 +270,3 @@ def test_classes_of_another_order_than_the_trainings_are_refused(coco):
     (coco.folder / "shapes.json").unlink()
     MetadataCatalog.remove(train)
     check_class_order([train], val)  # the training data is not at hand
-
-
-@pytest.mark.parametrize(
-    "change", [{"iscrowd": 1}, {"bbox": [5, 6, 0, 10]}, {"bbox": [500, 6, 10, 10]}]
-)
-def test_training_data_without_any_object_is_refused(coco, change):
-    for annotation in coco.content["annotations"]:
-        annotation.update(change)
-    name = coco.register()
-    text = message(check_objects, load_dataset(name, filter_empty=False), [name])
-    assert "dataset 'shapes_train': all 3 " in text and "fcos-d2 check" in text
