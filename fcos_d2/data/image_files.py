@@ -26,9 +26,8 @@ class Located(NamedTuple):
 def locate_images(root: str, names: Sequence[str]) -> Located:
     """Finds image files under ``root``.
 
-    If a name is not a path under ``root``, the longest tail of it that is one is used, ignoring
-    case, URL encoding and the kind of slashes; otherwise the file under ``root`` whose path has the
-    most folders in common with it, counted from the end.
+    If a name is not a path under ``root``, the file whose path has the longest end in common with
+    it is used, ignoring case, URL encoding and the kind of slashes.
 
     Args:
         root: the folder to which names are relative. URLs are not searched.
@@ -78,39 +77,29 @@ def _listed(folder: str) -> frozenset[str]:
 
 
 class _Tree:
-    """All files under a folder, by path in lower case."""
+    """All files under a folder, by every end of their path in lower case."""
 
     def __init__(self, root: str):
-        self._by_path: dict[str, list[str]] = {}
-        self._by_name: dict[str, list[str]] = {}
+        self._by_end: dict[str, list[str]] = {}
         for path in _files(root):
-            self._by_path.setdefault(path.lower(), []).append(path)
-            self._by_name.setdefault(path.lower().rpartition("/")[2], []).append(path)
+            for end in _ends(path):
+                self._by_end.setdefault(end.lower(), []).append(path)
 
     def find(self, name: str) -> list[str]:
         """The files that ``name`` may refer to; several if it is ambiguous."""
         written = _plain(name)
         for text in dict.fromkeys((written, unquote(written))):
-            parts = [part for part in text.split("/") if part not in ("", ".", "..")]
-            for first in range(len(parts)):
-                tail = "/".join(parts[first:])
-                if found := self._by_path.get(tail.lower()):
-                    return [tail] if tail in found else found
-            if found := self._by_name.get(parts[-1].lower() if parts else ""):
-                return _most_alike(parts, found)
+            for end in _ends(text):
+                if found := self._by_end.get(end.lower()):
+                    whole = [path for path in found if path.lower() == end.lower()]
+                    return [end] if end in whole else whole or found
         return []
 
 
-def _most_alike(parts: list[str], paths: list[str]) -> list[str]:
-    """Those of ``paths`` that have the most components in common with ``parts`` at the end."""
-    wanted = [part.lower() for part in reversed(parts)]
-
-    def agreement(path: str) -> int:
-        found = path.lower().split("/")[::-1]
-        return len(os.path.commonprefix([wanted, found]))
-
-    best = max(map(agreement, paths))
-    return [path for path in paths if agreement(path) == best]
+def _ends(path: str) -> Iterator[str]:
+    """The path without its first components, from the longest to the name of the file."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return ("/".join(parts[first:]) for first in range(len(parts)))
 
 
 def _plain(name: str) -> str:

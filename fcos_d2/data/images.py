@@ -6,6 +6,7 @@ detectron2's reader applies the orientation of TIFFs twice and clips values at 2
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from io import BytesIO
@@ -15,21 +16,11 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 
 NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
-# EXIF orientation -> how to turn the stored image upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # What the pixels are, by the beginning of Pillow's mode.
 DEEP = {"I;16": "16-bit integers", "I": "integers of more than 8 bits", "F": "floats"}
 
@@ -56,8 +47,8 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
     Args:
         file_name: its path.
         image_format: "RGB", "BGR", or another that detectron2 knows.
-        upright: apply the EXIF or TIFF orientation. False for boxes that were drawn on the pixels
-            as stored.
+        upright: apply the EXIF orientation. False for boxes that were drawn on the pixels as
+            stored, which Pillow cannot read from TIFFs.
 
     Returns:
         uint8 [H, W, C].
@@ -70,7 +61,10 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
     with PathManager.open(file_name, "rb") as file:
         image = Image.open(file)
         _check_depth(image)
-        image = _oriented(image, upright)
+        image.load()  # applies the orientation of TIFFs
+        if upright:
+            with contextlib.suppress(Exception):  # a broken tag does not make the image unusable
+                ImageOps.exif_transpose(image, in_place=True)
         return utils.convert_PIL_to_numpy(image, image_format)
 
 
@@ -86,32 +80,16 @@ def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         _check_depth(image)
         size = image.size
         # Pillow would decode a PNG to search for a tag after its pixels.
-        orientation = 1 if image.format == "PNG" and "exif" not in image.info else _tag(image)
-    if orientation < 5:
-        return size, size
-    # Pillow reports the upright size of TIFFs.
-    return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
+        has_tag = image.format != "PNG" or "exif" in image.info
+        is_turned = has_tag and image.format != "TIFF" and _orientation(image) >= 5
+    return size[::-1] if is_turned else size, size
 
 
-def _oriented(image: Image.Image, upright: bool) -> Image.Image:
-    """The image upright or as stored; its decoder may have applied the orientation."""
-    stored = _tag(image)
-    image.load()
-    left = _tag(image)
-    if upright:
-        return image.transpose(TURNS[left]) if left in TURNS else image
-    if stored in TURNS and left != stored:  # Pillow applies the orientation of TIFFs
-        return image.transpose(TURNS[{6: 8, 8: 6}.get(stored, stored)])
-    return image
-
-
-def _tag(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 is upright."""
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a broken tag does not make the image unusable
         return 1
-    return orientation if orientation in TURNS else 1
 
 
 def _check_depth(image: Image.Image) -> None:
