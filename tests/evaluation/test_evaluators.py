@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from fcos_d2.data import class_names, load_dataset
-from fcos_d2.data.records import is_flat
+from fcos_d2.data.records import boxes_of, is_flat
 from fcos_d2.engine import Trainer
 from fcos_d2.errors import InputError
 from fcos_d2.evaluation import THRESHOLD_FILE, ThresholdEvaluator, evaluator_for
@@ -68,16 +68,23 @@ def test_a_data_set_without_a_fitting_evaluator_is_refused(named_data, kind):
 # ---- evaluation ----
 
 
-def evaluate_shifted(evaluator, name: str) -> dict:
-    """Results of detections a little beside the objects of a dataset."""
+def detections(name: str, shift: float = 0.0) -> list[tuple]:
+    """Every object, found a little beside it, as inputs and outputs of a model."""
+    found = []
+    for record in load_dataset(name, filter_empty=False):
+        annotations = [a for a in record["annotations"] if not is_flat(a)]
+        boxes = torch.tensor(boxes_of(annotations)).float() + shift
+        instances = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
+        instances.scores = torch.linspace(0.9, 0.8, len(boxes))
+        found.append(([record], [{"instances": instances}]))
+    return found
+
+
+def results_of(evaluator, found) -> dict:
     evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float()
-        boxes[:, 2:] += boxes[:, :2]
-        found = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes + 1))
-        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        found.scores = torch.linspace(0.9, 0.8, len(boxes))
-        evaluator.process([record], [{"instances": found}])
+    for inputs, outputs in found:
+        evaluator.process(inputs, outputs)
     return evaluator.evaluate()
 
 
@@ -93,7 +100,8 @@ def evaluation_of(tmp_path):
         (tmp_path / "changed.json").write_text(json.dumps(content))
         names.append(f"changed_{len(names)}")
         register_coco_instances(names[-1], {}, str(tmp_path / "changed.json"), str(tmp_path))
-        return evaluate_shifted(make_evaluator(names[-1], str(tmp_path)), names[-1])
+        evaluator = make_evaluator(names[-1], str(tmp_path))
+        return results_of(evaluator, detections(names[-1], shift=1.0))
 
     yield evaluate_changed
     for name in names:
@@ -145,26 +153,8 @@ def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change
     np.testing.assert_equal(evaluation_of(change), evaluation_of(changed()))
 
 
-def perfect(name: str) -> list[list[dict]]:
-    """Detections of every object with a score of 1."""
-    found = []
-    for record in load_dataset(name, filter_empty=False):
-        annotations = [a for a in record["annotations"] if not is_flat(a)]
-        boxes = torch.tensor([a["bbox"] for a in annotations]).float().reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        instances = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
-        instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
-        instances.scores = torch.ones(len(boxes))
-        found.append(([record], [{"instances": instances}]))
-    return found
-
-
-def average_precision(name: str, folder, found) -> float:
-    evaluator = evaluator_for(name, str(folder))
-    evaluator.reset()
-    for inputs, outputs in found:
-        evaluator.process(inputs, outputs)
-    return evaluator.evaluate()["bbox"]["AP"]
+def average_precision(name: str, found) -> float:
+    return results_of(evaluator_for(name), found)["bbox"]["AP"]
 
 
 def test_boxes_of_no_area_are_not_evaluated(tmp_path, caplog):
@@ -173,13 +163,11 @@ def test_boxes_of_no_area_are_not_evaluated(tmp_path, caplog):
     (tmp_path / "flat.json").write_text(json.dumps(content))
     register_coco_instances("flat", {}, str(tmp_path / "flat.json"), str(tmp_path))
     try:
-        found = perfect("flat")
-        assert average_precision("flat", tmp_path, found) == pytest.approx(100)
+        found = detections("flat")
+        assert average_precision("flat", found) == pytest.approx(100)
         assert "1 boxes without area are left out of the evaluation" in caplog.text
         thresholds = ThresholdEvaluator("flat", str(tmp_path))
-        for inputs, outputs in found:
-            thresholds.process(inputs, outputs)
-        assert thresholds.evaluate()["best_f1"]["F1"] == pytest.approx(100)
+        assert results_of(thresholds, found)["best_f1"]["F1"] == pytest.approx(100)
     finally:
         DatasetCatalog.remove("flat")
         MetadataCatalog.remove("flat")
@@ -198,10 +186,10 @@ def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path)
     MetadataCatalog.get("in_python").set(thing_classes=class_names("as_file"))
     MetadataCatalog.get("in_python").set(evaluator_type="coco")
     try:
-        found = perfect("as_file")
-        assert average_precision("in_python", tmp_path, found) < 1
+        found = detections("as_file")
+        assert average_precision("in_python", found) < 1
         versions.pop(0)
-        assert average_precision("in_python", tmp_path, found) == pytest.approx(100)
+        assert average_precision("in_python", found) == pytest.approx(100)
         assert not MetadataCatalog.get("in_python").get("json_file")
     finally:
         for name in ("as_file", "in_python"):
