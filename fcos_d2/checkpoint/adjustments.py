@@ -1,6 +1,6 @@
-"""Adjustments of renamed weights where implementations differ in tensors or values.
+"""Adjusts renamed weights where implementations differ in more than names.
 
-Each takes weights by name and returns weights that give the same detections.
+Each function takes a state dict and returns one that yields the same detections.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ..errors import InputError
 Weights = dict[str, Tensor]
 
 CLASS_LAYER = "head.cls_logits."
-# Category ids that COCO does not use, and 0; torchvision's class layer has rows for them.
+# Background, and category ids that COCO does not use; torchvision's class layer has rows for them.
 COCO_GAPS = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 NEVER = -1e4  # logit of a class that is never detected
 
 
 def count_classes(weights: Weights) -> int:
-    """K of renamed weights."""
+    """Returns the number of classes K of renamed weights."""
     return len(weights[f"{CLASS_LAYER}weight"])
 
 
 def is_scale(key: str) -> bool:
-    """Whether ``key`` is the scale of a level."""
+    """Returns whether ``key`` names the scale of a level."""
     return re.fullmatch(r"head\.scales\.\d+\.scale", key) is not None
 
 
@@ -34,9 +34,9 @@ def is_scale(key: str) -> bool:
 
 
 def subtract_epsilon(weights: Weights) -> Weights:
-    """Subtracts the 1e-5 that tianzhi0549/FCOS does not add to the variance of frozen batch norms.
+    """Subtracts 1e-5 from the variance of frozen batch norms, to which tianzhi0549/FCOS adds none.
 
-    Its BatchNorm2d, recognized by its counter of batches, does add it.
+    Its BatchNorm2d layers, recognizable by ``num_batches_tracked``, do add it.
     """
     adjusted = dict(weights)
     for key, value in weights.items():
@@ -47,7 +47,7 @@ def subtract_epsilon(weights: Weights) -> Weights:
 
 
 def drop_unused_projections(weights: Weights) -> Weights:
-    """Drops the unused projections in AdelaiDet's DLA trees of more than one level."""
+    """Drops the projections that AdelaiDet's nested DLA trees define but never use."""
     suffix = ".tree1.tree1.conv1.weight"
     unused = tuple(f"{k.removesuffix(suffix)}.project." for k in weights if k.endswith(suffix))
     return {key: value for key, value in weights.items() if not key.startswith(unused)}
@@ -84,7 +84,7 @@ def add_zero_biases(weights: Weights) -> Weights:
 
 
 def copy_norms_to_levels(weights: Weights) -> Weights:
-    """Copies batch norms that levels share, in part or as a whole, to every level."""
+    """Copies batch norms that levels share, fully or in part, to every level."""
     levels = range(_count_levels(weights))
     copied: Weights = {}
     for key, value in weights.items():
@@ -98,7 +98,7 @@ def copy_norms_to_levels(weights: Weights) -> Weights:
 
 
 def select_classes(weights: Weights, wanted: int | None) -> Weights:
-    """Drops the rows of torchvision's class layer that are not classes if K is ``wanted``."""
+    """Drops rows of torchvision's class layer that no class uses; ``wanted`` is the model's K."""
     count = count_classes(weights)
     rows = list(range(1 if wanted == count - 1 else 0, count))  # 0 is background
     if count == 91 != wanted:
@@ -110,7 +110,7 @@ def select_classes(weights: Weights, wanted: int | None) -> Weights:
     }
 
 
-# Apply to all formats; they leave weights that match already unchanged.
+# Applied to every format; weights that already match stay unchanged.
 IMPORTING = (drop_unused_projections, nest_deformable_convs, rename_paddle_leaves)
 IMPORTING += (add_zero_biases, copy_norms_to_levels)
 
@@ -142,7 +142,7 @@ def fold_scales(weights: Weights) -> Weights:
 
 
 def merge_norms_of_levels(weights: Weights) -> Weights:
-    """The reverse of ``copy_norms_to_levels`` for weight and bias, which detectron2 shares."""
+    """Reverses ``copy_norms_to_levels`` for weight and bias, which detectron2's levels share."""
     own = re.compile(r"(head\.\w+_tower\.\d+)\.\d+\.(weight|bias)")
     merged: Weights = {}
     for key, value in weights.items():
@@ -157,7 +157,7 @@ def merge_norms_of_levels(weights: Weights) -> Weights:
 
 
 def check_group_norms(weights: Weights) -> Weights:
-    """Refuses batch norms in the head, which torchvision's head does not have."""
+    """Refuses weights with batch norms in the head, which torchvision does not support."""
     if any(re.fullmatch(r"head\.\w+_tower\..*running_var", key) for key in weights):
         raise InputError(
             "torchvision's FCOS has group norms in its head and these weights have batch norms; "
@@ -167,7 +167,7 @@ def check_group_norms(weights: Weights) -> Weights:
 
 
 def add_unused_classes(weights: Weights) -> Weights:
-    """80 classes -> 91 by COCO's ids; any other K -> K + 1, of which 0 is background."""
+    """Pads 80 classes to 91 by COCO's category ids, any other K to K + 1 (0 is background)."""
     classes = count_classes(weights)
     gaps = COCO_GAPS if classes == 80 else (0,)
     rows = [row for row in range(classes + len(gaps)) if row not in gaps]

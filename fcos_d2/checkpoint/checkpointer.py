@@ -1,4 +1,4 @@
-"""Loads the weights of any FCOS, and refuses weights that do not fit before changing the model."""
+"""Loads the weights of any FCOS implementation; refuses a misfit before changing the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .requirements import Requirements
 from .saving import AtomicSaving
 
 MOST_SHOWN = 5  # tensors named in an error; the others are counted
-# State without influence on detections.
+# State that does not affect detections.
 NEGLIGIBLE = ("losses.moving_fg", "num_batches_tracked", "pixel_mean", "pixel_std", "cell_anchors")
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the file
 
 
 class Checkpointer(AtomicSaving, DetectionCheckpointer):
-    """DetectionCheckpointer that reads every FCOS and refuses weights that do not fit.
+    """DetectionCheckpointer that reads any FCOS implementation and refuses weights that do not fit.
 
-    No code in a file is run. Weights of other implementations are recognized, renamed and
-    converted, and one log line reports what they require of the config.
+    It never runs code from a file. Weights of other implementations are recognized, renamed and
+    converted, and one log line reports the config settings that they require.
 
-    With ``reset_class_layer``, the weights initialize a training run: they may belong to a backbone
-    only, or to a detector with another number of classes, whose class layer then keeps its initial
-    values. Otherwise they must match the model completely.
+    With ``reset_class_layer``, the weights initialize a training run: they may be those of a
+    backbone alone, or of a detector with another number of classes; the model's class layer then
+    keeps its initial values. Otherwise they must match the model completely.
 
     With ``averaged``, the EMA (MODEL_EMA) is loaded from checkpoints that contain one.
     """
@@ -51,8 +51,8 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         """Loads a file or URL; see DetectionCheckpointer.
 
         Raises:
-            InputError: the file is missing, is not a checkpoint, or does not fit. The model is
-                unchanged then.
+            InputError: the file is missing, is not a checkpoint, or does not fit. The model stays
+                unchanged.
         """
         self._source = path
         check_url(path)
@@ -113,7 +113,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         return incompatible
 
     def _check(self, weights: Weights, state: Weights, wrong: list[Misfit]) -> list[str]:
-        """Refuses weights that do not fit; names of the class layer if it keeps its values."""
+        """Refuses weights that do not fit; returns the class layer's names if it is reset."""
         names = [name for name, _ in self.model.named_parameters()]
         if names and not set(names) & set(weights) and not wrong:
             found = ", ".join(map(format_value, list(weights)[:2]))
@@ -162,7 +162,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         return [name for name, _, _ in other]
 
     def _describe_recognized(self, what: str) -> tuple[str, bool]:
-        """One line about the weights, and whether the model meets their requirements."""
+        """Returns one line about the weights, and whether the model meets their requirements."""
         name, _, required = self._recognized
         text = f"recognized as {name}, convention {' or '.join(required.conventions)}, {what}; "
         convention, different = differences(self.model, required)
@@ -181,7 +181,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
 def differences(
     model: nn.Module, required: Requirements
 ) -> tuple[str, dict[str, tuple[object, object]]]:
-    """Where ``model`` differs from the requirements: (convention, key -> (required, in use)).
+    """Returns how ``model`` differs from the requirements: convention, {key: (required, in use)}.
 
     If the weights may follow several conventions, the one closest to the model's is compared.
     """
@@ -202,7 +202,7 @@ def differences(
 
 
 def _settings_in_use(model: FCOS) -> dict[str, object]:
-    """The settings that affect detections, by config key, read from the model itself."""
+    """Reads the settings that affect detections from the model itself, by config key."""
     head, grid, post = model.head, model.grid, model.postprocess
     fcos = {
         "NUM_CLASSES": head.cls_logits.out_channels,
@@ -228,7 +228,7 @@ def _settings_in_use(model: FCOS) -> dict[str, object]:
     for module in model.backbone.modules():
         if isinstance(module, CNNBlockBase) and module.stride == 2 and hasattr(module, "conv3"):
             settings["MODEL.RESNETS.STRIDE_IN_1X1"] = max(module.conv1.stride) == 2
-        if type(module).__name__ == "OsaBlock":  # of timm's VoVNets; the last block tells
+        if type(module).__name__ == "OsaBlock":  # timm's VoVNet; the last block decides
             options = ["residual=True"] if module.residual else []
             settings["MODEL.TIMM.OPTIONS"] = options
     return settings | {f"MODEL.FCOS.{key}": value for key, value in fcos.items()}
@@ -241,7 +241,7 @@ def _equal(wanted: object, used: object) -> bool:
 
 
 def _unplaced_by_shape(weights: Weights, state: Weights) -> list[Misfit]:
-    """Tensors that detectron2's matching of names skipped only because of their shape."""
+    """Finds tensors that detectron2's name matching skipped only because of their shape."""
     return [
         (name, tuple(value.shape), tuple(state[name].shape))
         for ending, value in weights.items()

@@ -1,6 +1,6 @@
-"""Converts the weights of other FCOS implementations, and back: dict -> dict, without a model.
+"""Converts weights from and to other FCOS implementations: dict -> dict, without a model.
 
-formats.py holds what is specific to an implementation.
+formats.py holds everything specific to one implementation.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .adjustments import CLASS_LAYER, IMPORTING, Weights, count_classes, is_scal
 from .formats import FORMATS, CheckpointFormat, Names
 from .requirements import Requirements
 
-# Where checkpoints keep the weights, averaged ones first, which published results come from.
-# mmengine's ema_state_dict is not listed: it swaps the two when it saves.
+# Keys of the weights in checkpoints; averaged weights first, as published results come from them.
+# Without ema_state_dict: mmengine swaps it with state_dict when it saves.
 WRAPPERS = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state", "blobs")
-# Prefixes of DistributedDataParallel, torch.compile and Lightning.
+# Prefixes added by DistributedDataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Tensors that are not weights of a detector.
 NO_WEIGHTS = re.compile(r"pixel_(mean|std)|((rpn\.)?anchor_generator|data_preprocessor)\..*")
 
 OURS = "fcos_d2"
-PREDICTIONS = {f"{CLASS_LAYER}weight", "head.ctrness.weight"}  # in all weights of a detector
-MOST_REPEATED = 2**26  # elements of a tensor that are not in its file
+PREDICTIONS = {f"{CLASS_LAYER}weight", "head.ctrness.weight"}  # in every detector's weights
+MOST_REPEATED = 2**26  # elements that a tensor with repeated values may have
 WRITABLE = tuple(known.name for known in FORMATS if known.exporting is not None)
-# How boxes and qualities are predicted, which other implementations cannot change.
+# Settings of box and quality prediction that other implementations cannot change.
 BOX_KEYS = (
     *("USE_RELU", "NORM_REG_TARGETS", "CENTERNESS_ON_REG"),
     *("LOCATION_OFFSET", "LOCATION_PITCH"),
@@ -43,8 +43,7 @@ class Recognized(NamedTuple):
 
     Attributes:
         format: name of its CheckpointFormat.
-        weights: by the names of this package's model. Tensors unknown to the format keep their
-            names.
+        weights: keyed by this package's names; tensors unknown to the format keep theirs.
         requirements: what the weights require of the config.
     """
 
@@ -54,7 +53,7 @@ class Recognized(NamedTuple):
 
 
 def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
-    """Removes wrappers around the weights and prefixes of their names.
+    """Unwraps the weights in a checkpoint and strips prefixes from their names.
 
     Returns:
         The weights, and everything else in the checkpoint.
@@ -74,14 +73,14 @@ def extract_weights(checkpoint: Mapping) -> tuple[Weights, dict]:
         )
     weights = {k: _to_tensor(k, v) for k, v in found.items() if isinstance(k, str) and _is_array(v)}
     weights.pop("n_averaged", None)  # torch's AveragedModel
-    for prefix in PREFIXES * 2:  # they nest
+    for prefix in PREFIXES * 2:  # they may be nested
         if all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return {key: value for key, value in weights.items() if not NO_WEIGHTS.fullmatch(key)}, rest
 
 
 def _find_weights(mapping: Mapping, rest: dict) -> Mapping | None:
-    """The innermost dict of tensors; its siblings go into ``rest``."""
+    """Returns the innermost dict of tensors, and collects its siblings in ``rest``."""
     for key in WRAPPERS:
         inner = mapping.get(key)
         found = _find_weights(inner, rest) if isinstance(inner, Mapping) else None
@@ -98,22 +97,22 @@ def _is_array(value: object) -> bool:
 
 
 def _to_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
-    """A plain tensor of real numbers."""
+    """Converts ``value`` to a plain tensor of real numbers."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
     is_dense = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
     is_plain = is_dense and not (value.is_meta or value.is_complex())
     if not is_plain or value.numel() > max(MOST_REPEATED, value.untyped_storage().nbytes()):
         raise InputError(
-            f"tensor {format_value(name)} is sparse, quantized, nested, complex, without numbers "
-            "or a few numbers repeated many times; save plain arrays: "
+            f"tensor {format_value(name)} is sparse, quantized, nested, complex, on the meta "
+            "device, or expanded from a few values; save plain tensors: "
             "torch.save({k: v.contiguous() for k, v in model.state_dict().items()}, FILE)"
         )
     return value
 
 
 def recognize(weights: Collection[str]) -> CheckpointFormat | None:
-    """The format with these names; None if they belong to no known FCOS, or to this package."""
+    """Returns the format with these names; None for this package's and for unknown names."""
     for known in FORMATS:
         if {rename(key, known.modules) for key in weights} >= PREDICTIONS:
             return known
@@ -121,12 +120,12 @@ def recognize(weights: Collection[str]) -> CheckpointFormat | None:
 
 
 def is_ours(weights: Collection[str]) -> bool:
-    """Whether the names are those of this package's detector."""
+    """Returns whether the names are those of this package's detector."""
     return set(weights) >= PREDICTIONS
 
 
 def rename(key: str, modules: Names) -> str | None:
-    """Renames ``key`` by the entry for its longest prefix; None if there is none."""
+    """Renames ``key`` by its longest prefix in ``modules``; returns None if there is none."""
     module = key
     while "." in module:
         module = module.rpartition(".")[0]
@@ -139,7 +138,7 @@ def import_weights(checkpoint: Mapping, num_classes: int | None = None) -> Recog
     """Converts a checkpoint of any known format to this package's weights.
 
     Args:
-        checkpoint: as it was saved, including wrappers.
+        checkpoint: as saved, including wrappers.
         num_classes: K of the model that will use the weights, if known. It decides whether
             torchvision's rows for unused category ids are dropped.
 
@@ -155,7 +154,7 @@ def import_weights(checkpoint: Mapping, num_classes: int | None = None) -> Recog
         return None
     weights = {rename(key, known.modules) or key: value for key, value in theirs.items()}
     if weights[f"{CLASS_LAYER}weight"].dim() == 0:
-        raise InputError("the layer that predicts classes has no row per class; save it anew")
+        raise InputError("the class layer is a scalar, not a row per class; save it again")
     for adjust in (*known.importing, *IMPORTING):
         weights = adjust(weights)
     weights = {
@@ -176,7 +175,7 @@ def export_weights(
     """Converts this package's weights to those of another format.
 
     Args:
-        weights: by the names of this package's model.
+        weights: keyed by this package's names.
         name: one of ``WRITABLE``.
         requirements: what the weights are known to require.
 
@@ -192,21 +191,21 @@ def export_weights(
     weights = {key: value for key, value in weights.items() if not key.startswith("losses.")}
     for adjust in known.exporting:
         weights = adjust(weights)
-    # If two modules map to one of ours, the first is the current one.
+    # If two of their modules map to one of ours, the first has the current name.
     modules = {ours: theirs for theirs, ours in reversed(known.modules.items())}
     renamed = {key: rename(key, modules) for key in weights}
-    homeless = [key for key, new in renamed.items() if new is None]
-    if homeless:
+    unmapped = [key for key, new in renamed.items() if new is None]
+    if unmapped:
         raise InputError(
-            f"{name} has no place for {', '.join(homeless[:3])}"
-            + (f" and {len(homeless) - 3} more" if len(homeless) > 3 else "")
-            + "; no format but adelaidet holds every variant of the head"
+            f"{name} has no place for {', '.join(unmapped[:3])}"
+            + (f" and {len(unmapped) - 3} more" if len(unmapped) > 3 else "")
+            + "; only adelaidet holds every variant of the head"
         )
     return {renamed[key]: value for key, value in weights.items()}
 
 
 def _check_same_boxes(required: Requirements, name: str) -> None:
-    """Refuses weights that no option of the other implementation could reproduce."""
+    """Refuses weights whose boxes the other implementation cannot reproduce with any option."""
     theirs = CONVENTIONS[name]
     settings = {key.removeprefix("MODEL.FCOS."): value for key, value in required.settings.items()}
     choices = [{**CONVENTIONS[convention], **settings} for convention in required.conventions]
@@ -214,15 +213,15 @@ def _check_same_boxes(required: Requirements, name: str) -> None:
     if all(different):
         key = different[0][0]
         raise InputError(
-            f"{name} predicts otherwise: it has {key} {theirs[key]}, and these weights need "
+            f"{name} decodes boxes differently: it has {key} {theirs[key]}, but these weights need "
             f"{choices[0][key]}; they cannot be written for it"
         )
 
 
 def adapt_weights(weights: Weights, names: Collection[str]) -> Weights:
-    """Fits weights to a model with tensors of these ``names`` without changing any result.
+    """Adapts weights to a model whose tensors have these ``names`` without changing any result.
 
-    Level scales of 1 are added or dropped, and counters of batches are dropped.
+    Adds or drops level scales of 1, and drops unused ``num_batches_tracked``.
     """
 
     def is_needed(key: str) -> bool:

@@ -1,9 +1,9 @@
-"""The names of weights in every other FCOS implementation, one ``CheckpointFormat`` each.
+"""Weight names in every other FCOS implementation, one ``CheckpointFormat`` each.
 
 To support another implementation, write its table of names and a function that returns its
 requirements (requirements.py), and append both to ``FORMATS``; conversion.py does the rest.
 
-Each row of a table maps a module of theirs to the same module here. ``{s}``, ``{s-1}`` and
+Each row of a table maps one of their modules to the same module here. ``{s}``, ``{s-1}`` and
 ``{3*n+1}`` stand for numbers: stages (s), blocks in a stage (b), convolutions in a block (c),
 convolutions of a tower or levels (n); ``{b:a}`` stands for a letter, and ``<a|b>`` for the first
 alternative on both sides, then the second. The row with the longest matching prefix applies, and
@@ -22,7 +22,7 @@ from . import adjustments, requirements
 from .adjustments import Weights
 from .requirements import Requirements
 
-Names = dict[str, str]  # of modules: theirs, ours
+Names = dict[str, str]  # module names, theirs to ours
 Adjustment = Callable[[Weights], Weights]
 
 
@@ -35,7 +35,7 @@ class CheckpointFormat(NamedTuple):
         requirements: (renamed weights, rest of the checkpoint) -> Requirements.
         importing: adjustments after renaming, in addition to those of all formats.
         exporting: adjustments before renaming back; None if the format cannot be written.
-        has_unused_classes: the class layer has rows that are not classes.
+        has_unused_classes: the class layer has rows that no class uses.
     """
 
     name: str
@@ -86,7 +86,7 @@ RESNET = _table("""
     layer{s-1}.{b}.bn{c}             res{s}.{b}.conv{c}.norm
     layer{s-1}.{b}.downsample.<0|1>  res{s}.{b}.shortcut<|.norm>
 """)
-# Backbones that come from timm here; VoVNet has the names of youngwanLEE/vovnet-detectron2.
+# Backbones that are timm's here; VoVNet has the names of youngwanLEE/vovnet-detectron2.
 DLA = {name: name for name in ("base_layer", *(f"level{i}" for i in range(6)))}
 VOVNET = _table("""
     stem.stem_{c}/<conv|norm>                                   stem_{c-1}.<conv|bn>
@@ -96,7 +96,7 @@ VOVNET = _table("""
         stages_{s-2}.blocks.{b-1}.conv_concat.<conv|bn>
     stage{s}.OSA{s}_{b}.ese.fc                                  stages_{s-2}.blocks.{b-1}.attn.fc
 """)
-# Blocks of a MobileNetV2: (stage, block), features.1 being (0, 0), which has no first convolution.
+# (stage, block) of each MobileNetV2 block; features.1 is (0, 0) and has no expansion convolution.
 _BLOCKS = [(s, b) for s, count in enumerate((1, 2, 3, 4, 3, 3, 1)) for b in range(count)]
 _UNITS = "<conv_pw|bn1|conv_dw|bn2|conv_pwl|bn3>"
 MOBILENET_V2 = _table("features.0.<0|1> <conv_stem|bn1>")

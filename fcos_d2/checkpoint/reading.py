@@ -1,8 +1,8 @@
-"""Reads checkpoint files without running code in them.
+"""Reads checkpoint files without running any code in them.
 
-``torch.load(weights_only=True)`` reads files of ``torch.save``, the safetensors library reads its
-own format, and anything else must be a plain pickle of NumPy arrays. A pickle is a program, so it
-may only name what is in ``ALLOWED`` and what torch allows.
+``torch.load(weights_only=True)`` reads ``torch.save`` files, the safetensors library reads its own
+format, and anything else must be a plain pickle of NumPy arrays. A pickle is a program, so it may
+reference only the globals in ``ALLOWED`` and those that torch allows.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
 
 class Ignored:
-    """Replaces an object that is not a weight and is not needed, whatever it contains."""
+    """Replaces an object that is not needed, whatever it contains."""
 
     def __init__(self, *args: object):
         pass
 
 
 class DType:
-    """Replaces numpy.dtype, whose unpickling would let a file pass off bytes as objects."""
+    """Replaces numpy.dtype, with which a file could pass off bytes as object pointers."""
 
     def __init__(self, code: str, *flags: object):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):  # those that torch has
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):  # torch has these
             raise ValueError(f"it holds an array of dtype {format_value(code)}, not of numbers")
         self.value = np.dtype(code)
 
@@ -64,7 +64,7 @@ def _number(dtype: DType, data: bytes | str) -> float:
     return np.frombuffer(data, dtype.value, count=1)[0].item()
 
 
-# What a pickle may name, and what it gets instead; torch.load also allows its own names.
+# Globals that a pickle may reference, and their replacements; torch.load also allows its own.
 ALLOWED: dict[str, object] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
@@ -94,7 +94,7 @@ def check_url(path: str) -> None:
     """Refuses a URL that iopath would store outside its cache because of ``..``.
 
     Raises:
-        InputError: it has ``..`` in its path.
+        InputError: the URL has ``..`` in its path.
     """
     if "://" in path and ".." in re.split(r"[/?#]", path):
         raise InputError(f"URL {format_value(path)} leads out of its folder; write it without ..")
@@ -124,7 +124,7 @@ def load_safely(path: str) -> object:
 
 
 def load_trusted(path: str) -> object:
-    """Loads a file by running whatever code it contains, for files from trusted authors."""
+    """Loads a file from a trusted author, running whatever code it contains."""
     with open(path, "rb") as file:
         if _is_torch(file.read(40)):
             return torch.load(path, map_location="cpu", weights_only=False)
@@ -137,7 +137,7 @@ def _is_torch(start: bytes) -> bool:
 
 
 def _load(path: str, start: bytes) -> object:
-    if start[8:9] == b"{":  # behind the size of the header
+    if start[8:9] == b"{":  # after the header size
         return safetensors.torch.load_file(path)
     if _is_torch(start):
         stubs = [(stub, name) for name, stub in ALLOWED.items()]
@@ -159,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: object) -> object:
-    """Copies dicts without their attributes, with which a file could replace their methods."""
+    """Copies dicts without instance attributes, which a file could use to shadow their methods."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in dict.items(value)}
     return value

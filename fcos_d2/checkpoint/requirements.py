@@ -1,4 +1,4 @@
-"""What weights of each format require of the config, derived from the weights themselves."""
+"""Derives the config settings that weights of each format require from the weights themselves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .adjustments import Weights
 
 
 class Requirements(NamedTuple):
-    """What weights require of the config that uses them.
+    """Config settings that weights require.
 
     Attributes:
-        conventions: MODEL.FCOS.CONVENTION; several, most likely first, if the file does not tell.
+        conventions: MODEL.FCOS.CONVENTION; several, most likely first, if the file is ambiguous.
         settings: other config keys and their values.
     """
 
@@ -46,7 +46,7 @@ def _require(
     weights: Weights,
     rest: Mapping,
 ) -> Requirements:
-    """``in_1x1``: which convolution of a bottleneck, if there are any, has the stride."""
+    """``in_1x1``: whether the stride of a bottleneck is in its first 1x1 convolution."""
     bottlenecks = "backbone.bottom_up.res3.0.conv3.weight" in weights
     stride = {"MODEL.RESNETS.STRIDE_IN_1X1": in_1x1} if bottlenecks else {}
     return Requirements(conventions, {**pixels, **stride, **settings})
@@ -63,20 +63,20 @@ paddledetection = partial(_require, ("adelaidet",), RGB, False, _PRODUCT)
 
 
 def original(weights: Weights, rest: Mapping) -> Requirements:
-    """Both sets of rules: the weights do not show which one they follow."""
+    """Returns both conventions: the weights do not show which one they follow."""
     is_resnet = _groups(weights) == 1
     return _require(("original_imprv", "original"), CAFFE, is_resnet, {}, weights, rest)
 
 
 def adelaidet(weights: Weights, rest: Mapping) -> Requirements:
-    """ResNeXts with 32 groups take pixels on a scale of their own."""
+    """Distinguishes ResNeXts with 32 groups, whose pixel statistics differ."""
     groups = _groups(weights)
     pixels = MSRA_32X8D if groups == 32 else MSRA
     return _require(("adelaidet",), pixels, groups == 1, {}, weights, rest)
 
 
 def mmdetection(weights: Weights, rest: Mapping) -> Requirements:
-    """From the config that mmdetection saves with the weights, else from its published configs."""
+    """Reads the config that mmdetection saves with the weights, or assumes a published one."""
     meta = rest.get("meta") if isinstance(rest.get("meta"), Mapping) else {}
     sources = (meta.get("cfg"), meta.get("config"))
     source = next((text for text in sources if isinstance(text, str)), "")
@@ -96,7 +96,7 @@ def mmdetection(weights: Weights, rest: Mapping) -> Requirements:
 
 
 def _find(source: str, name: str, pattern: str) -> str | None:
-    """The first value matching the pattern that Python source assigns to ``name``."""
+    """Finds the first value matching ``pattern`` that Python source assigns to ``name``."""
     match = re.search(rf"\b{name}['\"]?\s*[=:]\s*{pattern}", source)
     return match and match[1]
 
@@ -111,7 +111,7 @@ def _numbers(source: str, name: str) -> list[float] | None:
 
 
 def _groups(weights: Weights) -> int:
-    """Number of groups of a ResNeXt's 3x3 convolutions."""
+    """Returns the number of groups in a ResNeXt's 3x3 convolutions."""
     weight = weights.get("backbone.bottom_up.res2.0.conv2.weight")
     if weight is None or weight.dim() != 4 or not weight.numel():
         return 1

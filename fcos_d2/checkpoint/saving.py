@@ -1,6 +1,6 @@
 """Atomic writes: files are written under a temporary name, flushed and renamed.
 
-Whatever interrupts the writing of a checkpoint (kill -9, a full disk, a power cut), the previous
+If saving a checkpoint is interrupted (by kill -9, a full disk, a power failure), the previous
 checkpoint and ``last_checkpoint``, which names it, stay intact.
 """
 
@@ -24,7 +24,7 @@ PARTIAL = ".partial"
 def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """Opens a binary file that is renamed to ``path`` when the block ends without an exception.
 
-    Readers see either the old content or the new one, even after a power cut.
+    Readers see either the old or the new content, even after a power failure.
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flushes a folder, and so the renames in it, to disk."""
+    """Flushes a folder to disk, including the renames in it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:  # Windows cannot open folders
@@ -55,9 +55,8 @@ def _flush_folder(folder: Path) -> None:
 class AtomicSaving:
     """Atomic saving for subclasses of fvcore's Checkpointer; must precede it among the bases.
 
-    With a ``save_dir`` behind a handler of PathManager ("s3://..."), it is as atomic as that
-    handler. All methods raise an InputError if a file cannot be written; the previous checkpoint
-    then stays intact.
+    A ``save_dir`` like "s3://..." is as atomic as its PathManager handler. All methods raise an
+    InputError if a file cannot be written; the previous checkpoint then stays intact.
     """
 
     def save(self, name: str, **extra) -> None:
@@ -101,7 +100,7 @@ class AtomicSaving:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's error, wherever it is in the chain of exceptions."""
+    """Returns the operating system's error message from the chain of exceptions."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

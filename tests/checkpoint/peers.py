@@ -1,7 +1,7 @@
-"""Complete names and shapes of the tensors in every other FCOS.
+"""Names and shapes of all tensors in every other FCOS implementation.
 
-peer_tensors.json.gz was written by running each implementation: it has ``model.state_dict()`` of
-the models that its keys name. Models that differ from these by a rule are derived (``VARIANTS``).
+peer_tensors.json.gz was written by running each implementation: it maps the names of models to the
+shapes in ``model.state_dict()``. Models that follow from these by rules are in ``VARIANTS``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DCN_HEAD = (
     (r"(.*_tower\.9)\.weight", r"\1.conv.weight", r"\1.offset.weight", r"\1.offset.bias"),
     (r"(.*_tower\.9)\.bias", r"\1.conv.bias"),
 )
-# Name -> (source list, rules: pattern of names -> replacements).
+# Name -> (model in LISTS, rules: pattern of tensor names, replacements).
 VARIANTS = {
     "original_R_50_dcn": (
         "original_R_50",
@@ -206,7 +206,7 @@ MODELS = {
 
 
 def shapes_of(name: str) -> dict[str, list[int]]:
-    """All tensors of a model in ``LISTS`` or ``VARIANTS``."""
+    """Returns the shapes of all tensors of a model in ``LISTS`` or ``VARIANTS``."""
     if name in LISTS:
         return LISTS[name]
     source, *rules = VARIANTS[name]
@@ -222,7 +222,7 @@ def shapes_of(name: str) -> dict[str, list[int]]:
 
 
 def weights(name: str) -> dict[str, Tensor]:
-    """Random weights, each a single number expanded to the shape to save memory."""
+    """Returns random weights, each a single number expanded to its shape to save memory."""
     tensors = {}
     for key, shape in shapes_of(name).items():
         number = torch.rand(1) + 0.1 if key.endswith(("var", "variance")) else torch.randn(1)

@@ -1,4 +1,4 @@
-"""Conversion of weights of every other FCOS: each format, its variants and its pitfalls."""
+"""Weight conversion from and to every other FCOS implementation, with variants and pitfalls."""
 
 import re
 
@@ -32,7 +32,7 @@ def config(name: str, *options):
 
 
 def meta_model(name: str, *options) -> torch.nn.Module:
-    """The detector of a config, on the meta device."""
+    """Builds the detector of a config on the meta device."""
     cfg = config(name, *options)
     with torch.device("meta"):
         model = build_model(cfg)
@@ -73,7 +73,7 @@ def test_every_published_model_is_read_completely_and_agrees_with_its_config(
     (line,) = [line for line in caplog.messages if "recognized as" in line]
     assert f"recognized as {format_name}, convention " in line
     assert f"{len(recognized.weights)} tensors loaded; the config agrees with it" in line
-    # The same names and shapes, except counters, and level scales that theirs does not have.
+    # Names and shapes agree, except for counters and for level scales that theirs does not have.
     extra = {key for key in state if re.search(r"num_batches_tracked$|moving_fg$", key)}
     if format_name in ("detectron2", "torchvision"):
         extra |= {key for key in state if key.endswith(".scale")}
@@ -86,15 +86,15 @@ def test_every_published_model_is_read_completely_and_agrees_with_its_config(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_kind_of_tensor_is_put_where_it_belongs(model):
+def test_every_kind_of_tensor_is_mapped_to_its_counterpart(model):
     theirs = peers.weights(model)
-    weights = import_weights(theirs, num_classes=91).weights  # all rows of torchvision's
+    weights = import_weights(theirs, num_classes=91).weights  # keeps all of torchvision's rows
     sampled = set()
     for key, value in theirs.items():
         module, _, leaf = key.rpartition(".")
         if module in peers.SAMPLES and leaf != "num_batches_tracked":
             ours, leaf = peers.SAMPLES[module], PADDLE_LEAVES.get(leaf, leaf)
-            ours = ours if f"{ours}.{leaf}" in weights else f"{ours}.1"  # of a level
+            ours = ours if f"{ours}.{leaf}" in weights else f"{ours}.1"  # of one level
             got = weights[f"{ours}.{leaf}"]
             # 1e-5 has been subtracted from the original's variances.
             torch.testing.assert_close(got.flatten(), value.flatten(), rtol=0, atol=1.1e-5)
@@ -131,7 +131,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrappers_and_prefixes_are_taken_off(wrap):
+def test_wrappers_and_prefixes_are_removed(wrap):
     theirs = peers.weights("mmdetection_R_50_tricks")
     assert_same(import_weights(wrap(theirs)).weights, import_weights(theirs).weights)
 
@@ -151,7 +151,7 @@ def test_frozen_norms_of_the_original_have_no_epsilon_and_batch_norms_have_one()
 
 
 def torchvision(rows: torch.Tensor) -> dict:
-    """Weights whose class layer has one of these values in each row."""
+    """Returns weights whose class layer is filled with these values, one per row."""
     layer = "head.classification_head.cls_logits"
     weight = rows.view(-1, 1, 1, 1).expand(-1, 256, 3, 3)
     theirs = peers.weights("torchvision_R_50")
@@ -176,7 +176,7 @@ def test_rows_of_torchvisions_class_layer_are_category_ids(rows, wanted, kept):
     assert requirements.settings["MODEL.FCOS.NUM_CLASSES"] == len(kept)
 
 
-# ---- What weights require of the config ----
+# ---- Required settings ----
 
 
 def requirements_of(theirs: dict, **rest):
@@ -191,7 +191,7 @@ def requirements_of(theirs: dict, **rest):
         ("mmdetection/fcos_X_101_64x4d_FPN_2x", 64),
     ],
 )
-def test_pixels_of_a_resnext_follow_from_the_shape_of_its_grouped_convolutions(name, groups):
+def test_pixel_statistics_of_a_resnext_follow_from_its_number_of_groups(name, groups):
     format_name = name.rpartition("/")[0] or "adelaidet"
     theirs = peers.weights(f"{format_name}_R_50{'_base' if 'mm' in format_name else ''}")
     conv = next(key for key in theirs if re.search(r"(res2|layer1)\.0\.conv2\.weight$", key))
@@ -218,7 +218,7 @@ MMDET_3 = (
 )
 
 
-def test_config_that_mmdetection_saves_decides_what_keys_do_not_tell():
+def test_config_saved_by_mmdetection_decides_what_weights_do_not_show():
     theirs = peers.weights("mmdetection_R_50_base")
     conventions, settings = requirements_of(theirs, meta={"cfg": MMDET_2})
     assert conventions == ("mmdet_tricks",)
@@ -277,7 +277,7 @@ HEAD = "proposal_generator.fcos_head."
 MISFITS = {
     "missing": ({f"{HEAD}bbox_pred.bias": None}, {}, "they lack head.bbox_pred.bias; recognized"),
     "unexpected": ({"mask.weight": torch.zeros(3)}, {}, "there is no place for mask.weight"),
-    "factors": (
+    "scales": (
         {f"{HEAD}scales.0.scale": torch.tensor([2.0])},
         {"USE_SCALE": False},
         "there is no place for head.scales.0.scale",
@@ -287,7 +287,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(case, tiny, tmp_path):
+def test_misfits_are_named_and_nothing_is_loaded(case, tiny, tmp_path):
     changes, settings, message = MISFITS[case]
     weights = {k: v for k, v in {**tiny, **changes}.items() if v is not None}
     model = tiny_fcos(**settings)
@@ -300,12 +300,12 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(case, tiny, tmp_path):
     assert_same(model.state_dict(), before)
 
 
-def test_factors_that_are_1_are_left_out_where_a_model_has_none(tiny, tmp_path):
+def test_scales_of_1_are_dropped_for_a_model_without_scales(tiny, tmp_path):
     model = load(tiny_fcos(USE_SCALE=False), tiny, tmp_path)
     assert torch.equal(model.head.bbox_pred.weight, tiny[f"{HEAD}bbox_pred.weight"])
 
 
-def test_a_backbone_alone_starts_a_training_and_is_no_detector(tiny, tmp_path):
+def test_a_backbone_alone_initializes_training_but_is_no_detector(tiny, tmp_path):
     backbone = {k: v for k, v in tiny.items() if k.startswith("backbone.bottom_up.")}
     with pytest.raises(InputError, match="they lack backbone.fpn_lateral3.weight, .* more;"):
         load(tiny_fcos(), backbone, tmp_path)
@@ -316,7 +316,7 @@ def test_a_backbone_alone_starts_a_training_and_is_no_detector(tiny, tmp_path):
         load(tiny_fcos(), other, tmp_path, reset_class_layer=True)
 
 
-def test_training_on_another_class_count_keeps_all_but_the_class_layer(tiny, tmp_path, caplog):
+def test_another_class_count_initializes_all_but_the_class_layer(tiny, tmp_path, caplog):
     model = tiny_fcos(NUM_CLASSES=2)
     initial = model.head.cls_logits.weight.clone()
     load(model, tiny, tmp_path, reset_class_layer=True)
@@ -335,16 +335,16 @@ def test_a_checkpoint_without_tensors_is_refused(content, tmp_path):
 
 
 def imported(model: str, *scales: float) -> dict:
-    """Weights of a model with our names, and with these level scales if given."""
-    factors = {f"head.scales.{i}.scale": torch.tensor([value]) for i, value in enumerate(scales)}
-    return import_weights(peers.weights(model)).weights | factors
+    """Imports the weights of a model, with these level scales if given."""
+    given = {f"head.scales.{i}.scale": torch.tensor([value]) for i, value in enumerate(scales)}
+    return import_weights(peers.weights(model)).weights | given
 
 
 ONES = [1.0] * LEVELS
 
 
 @pytest.mark.parametrize("name", ["detectron2", "torchvision"])
-def test_one_factor_for_all_levels_goes_into_the_prediction(name):
+def test_a_scale_that_all_levels_share_is_folded_into_the_prediction(name):
     ours = imported(f"{name}_R_50")
     scaled = ours | {f"head.scales.{i}.scale": torch.tensor([1.5]) for i in range(LEVELS)}
     back = import_weights(export_weights(scaled, name)).weights
@@ -400,7 +400,7 @@ def test_what_torchvision_lacks_cannot_be_written(model, name):
         ("mmdetection_R_50_tricks", "mmdetection", "choose adelaidet, detectron2, torchvision"),
     ],
 )
-def test_weights_are_written_only_where_they_mean_the_same_boxes(source, target, difference):
+def test_weights_are_written_only_where_they_yield_the_same_boxes(source, target, difference):
     theirs = peers.weights(source)
     if source == "mmdetection_R_50_tricks":
         theirs["bbox_head.cls_convs.0.conv.bias"] = torch.ones(256)
@@ -412,18 +412,18 @@ def test_weights_are_written_only_where_they_mean_the_same_boxes(source, target,
         assert import_weights(export_weights(weights, target, requirements)).format == target
 
 
-def test_weights_of_this_package_are_nobody_elses():
+def test_weights_of_this_package_match_no_other_format():
     assert import_weights({"model": imported("adelaidet_R_50"), "iteration": 3}) is None
 
 
-def test_names_are_renamed_by_the_longest_beginning():
+def test_names_are_mapped_by_their_longest_prefix():
     modules = {"a": "b", "a.x.1": "c.2"}
     names = {"a.x.1.weight": "c.2.weight", "a.x.10.bias": "b.x.10.bias", "a.bias": "b.bias"}
     assert {name: rename(name, modules) for name in names} == names
     assert rename("aa.weight", modules) is None and rename("a", modules) is None
 
 
-def test_train_net_evaluates_weights_of_others(script, fcos_cfg, tmp_path):
+def test_train_net_evaluates_weights_of_another_implementation(script, fcos_cfg, tmp_path):
     fcos_cfg.merge_from_file("tiny.yaml")
     fcos_cfg.MODEL.DEVICE = "cpu"
     theirs = export_weights(build_model(fcos_cfg).state_dict(), "adelaidet")

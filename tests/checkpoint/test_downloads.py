@@ -16,9 +16,8 @@ from fcos_d2.errors import InputError
 
 from ..tiny_training import ROOT, python, write_config
 
-# Python reports every use of a socket to audit hooks, from any library. Sockets between processes
-# of one machine have a path (str) instead of an address. The file also records uses whose error
-# was caught.
+# Audit hooks see all uses of sockets by any library. The address of a Unix domain socket is a str.
+# The file also records uses whose exception was caught.
 GUARD = """
 import sys
 
@@ -35,7 +34,7 @@ RUN = """
 import importlib, json, pkgutil, runpy, fcos_d2
 
 for module in pkgutil.walk_packages(fcos_d2.__path__, "fcos_d2."):
-    # Compiled libraries hold no module, and __main__ is a command.
+    # Compiled libraries are not Python modules, and __main__ runs a command.
     if not module.name.startswith("fcos_d2._C") and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 for words in json.loads(sys.argv[1]):
@@ -67,7 +66,7 @@ def test_imports_training_evaluation_demo_and_export_of_local_files_use_no_netwo
     assert not (tmp_path / "network.txt").exists(), (tmp_path / "network.txt").read_text()
 
 
-def test_the_guard_of_this_test_sees_a_url(tmp_path):
+def test_guard_detects_a_download(tmp_path):
     code = "import fvcore.common.download as d; d.download('http://127.0.0.1/model.pth', '.')"
     done = python("-c", GUARD + code, cwd=tmp_path)
     assert "RuntimeError: network: " in done.stderr

@@ -13,33 +13,33 @@ from fcos_d2.checkpoint import Checkpointer
 from fcos_d2.checkpoint.conversion import import_weights
 from fcos_d2.engine import Trainer
 
-# Short sides differ. Most sizes are padded, and with torchvision, the points of their P6 and P7 are
-# not spaced by the stride.
+# Short sides differ. Most sizes need padding, where torchvision does not space the points of P6 and
+# P7 by the stride.
 SIZES = [[(160, 221), (160, 187)], [(97, 130)], [(256, 192), (192, 320)], [(128, 128)]]
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Random statistics and weights of batch norms that neither kill nor blow up signals."""
+    """Randomizes batch norms so that activations neither vanish nor explode."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
         norms = (nn.BatchNorm2d, FrozenBatchNorm2d, CycleBatchNormList)
-        if isinstance(module, norms) and module.weight is not None:  # in a list it is the list's
+        if isinstance(module, norms) and module.weight is not None:  # else a list has them
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
     return model.eval()
 
 
-def enliven(logits: nn.Conv2d, box: nn.Conv2d, quality: nn.Conv2d, spread: float) -> None:
-    """Makes predictions differ from point to point, so that some tens of them are detections."""
+def vary_predictions(logits: nn.Conv2d, box: nn.Conv2d, quality: nn.Conv2d, spread: float) -> None:
+    """Makes predictions differ between points, so that a few dozen of them are detections."""
     for conv, std, bias in ((logits, spread, -6.2), (box, 0.06, 1.0), (quality, 0.06, 1.0)):
         nn.init.normal_(conv.weight, std=std)
         nn.init.constant_(conv.bias, bias)
 
 
 def our_model(weights, *options) -> nn.Module:
-    """The detector of a config with these MODEL.WEIGHTS and the settings they require."""
+    """Builds our detector with these MODEL.WEIGHTS and the settings that they require."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file("configs/fcos_R_50_FPN_1x.yaml")
@@ -53,7 +53,7 @@ def our_model(weights, *options) -> nn.Module:
 
 
 def detect(model: nn.Module, images: list) -> list[dict]:
-    """Detections of a detectron2 model in torchvision's format."""
+    """Returns the detections of a detectron2 model in torchvision's format."""
     with torch.no_grad():
         outputs = model([{"image": image} for image in images])
     found = [output["instances"] for output in outputs]
@@ -75,10 +75,10 @@ def assert_same_detections(got: list[dict], expected: list[dict]) -> int:
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """fcos_resnet50_fpn and its detections in images of several sizes."""
+    """torchvision's fcos_resnet50_fpn with random weights that detect something."""
     torch.manual_seed(0)
     model = randomise(fcos_resnet50_fpn(weights=None, weights_backbone=None))
-    enliven(
+    vary_predictions(
         model.head.classification_head.cls_logits,
         model.head.regression_head.bbox_reg,
         model.head.regression_head.bbox_ctrness,
@@ -88,7 +88,7 @@ def torchvision():
 
 
 def torchvision_detections(model: nn.Module, batch: list) -> list[dict]:
-    """Without resizing, which differs from detectron2's and does not depend on weights."""
+    """Runs the model without resizing, which differs from detectron2's and has no weights."""
     model.transform.min_size = (min(min(image.shape[1:]) for image in batch),)
     model.transform.max_size = 10_000
     assert all(min(image.shape[1:]) == model.transform.min_size[0] for image in batch)
@@ -112,7 +112,7 @@ def test_torchvision_detects_the_same_with_all_its_91_classes(torchvision, tmp_p
 
 
 def test_torchvision_detects_the_same_with_cocos_80_classes(torchvision, tmp_path):
-    """Trained weights never detect the 11 unused category ids; random ones are adjusted to."""
+    """Trained weights never predict the 11 unused category ids; random ones are made to."""
     weights = {key: value.clone() for key, value in torchvision.state_dict().items()}
     gaps = [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
     weights["head.classification_head.cls_logits.bias"][gaps] = -1e4
@@ -129,7 +129,7 @@ def test_torchvision_detects_the_same_with_cocos_80_classes(torchvision, tmp_pat
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """ "GN", which detectron2 0.6 also builds for 1 channel, and torch refuses."""
+    """Builds "GN", which detectron2 0.6 also requests for 1 channel: torch refuses 32 groups."""
     return nn.GroupNorm(min(32, channels), channels)
 
 
@@ -138,9 +138,9 @@ def test_detectron2_detects_the_same(norm, spread, tmp_path):
     config = model_zoo.get_config("common/models/fcos.py").model
     config.head.norm = {"GN": group_norm, "BN": "BN"}[norm]
     theirs = randomise(instantiate(config))
-    for p in (3, 4, 5):  # group norms would hide features in the tens of thousands
+    for p in (3, 4, 5):  # without group norms, features would be in the tens of thousands
         getattr(theirs.backbone, f"fpn_output{p}").weight.data /= 1e4
-    enliven(theirs.head.cls_score, theirs.head.bbox_pred, theirs.head.ctrness, spread)
+    vary_predictions(theirs.head.cls_score, theirs.head.bbox_pred, theirs.head.ctrness, spread)
     torch.save({"model": theirs.state_dict()}, tmp_path / "detectron2.pth")
     ours = our_model(tmp_path / "detectron2.pth", "MODEL.FCOS.NORM", norm)
     found = 0

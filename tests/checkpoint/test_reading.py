@@ -39,7 +39,7 @@ class Malicious:
 
 
 def attacks(trace):
-    """Objects that run code when unpickled, by all known methods."""
+    """Returns objects that run code when unpickled, one for each known method."""
     code = f"open({str(trace)!r}, 'w')"
     return {
         "system": Malicious(trace),
@@ -52,7 +52,7 @@ def attacks(trace):
 
 
 def saved(content, how) -> bytes:
-    """``content`` as serialized by torch.save or pickle.dumps."""
+    """Serializes ``content`` with torch.save or pickle.dumps."""
     if isinstance(how, int):
         return pickle.dumps(content, protocol=how)
     file = io.BytesIO()
@@ -61,7 +61,7 @@ def saved(content, how) -> bytes:
 
 
 def refused(path, load=load_safely) -> str:
-    """The one-line error for a file that is refused."""
+    """Returns the one-line error for a file that is refused."""
     with pytest.raises(InputError) as caught:
         load(str(path))
     message = str(caught.value)
@@ -85,7 +85,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(how, attack,
         assert f"fcos-d2 convert --trust-pickle {tmp_path / name} OUT" in message
 
 
-def test_the_attacks_of_this_test_are_real(tmp_path):
+def test_attacks_succeed_with_an_unsafe_loader(tmp_path):
     for name in ("system", "eval", "open"):
         trace = tmp_path / name
         (tmp_path / "evil.pkl").write_bytes(saved(attacks(trace)[name], 2))
@@ -118,8 +118,8 @@ def test_a_config_that_calls_python_is_refused_in_one_line(script, text):
     ["os.system", "builtins.eval", "numpy.load", "operator.call", "numpy.dtype.__reduce__"]
     + ["fcos_d2.checkpoint.reading.load_trusted", "collections.OrderedDict.__init__.__globals__"],
 )
-def test_nothing_but_what_is_listed_can_be_named(name, tmp_path):
-    """With the opcodes GLOBAL and STACK_GLOBAL; the latter resolves dots in names."""
+def test_only_listed_globals_can_be_referenced(name, tmp_path):
+    """Uses the opcodes GLOBAL and STACK_GLOBAL; the latter resolves dots in names."""
     module, _, function = name.partition(".")
     texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, function))
     for program in (f"c{module}\n{function}\n.".encode(), b"\x80\x04" + texts + b"\x93."):
@@ -153,13 +153,13 @@ ARRAYS = {
     "bool": np.array([True, False]),
     "permuted": np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1),
     "column-major": np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4)),
-    "no dimension": np.array(3.5, np.float32),
+    "scalar": np.array(3.5, np.float32),
     "empty": np.zeros((0, 3), np.float32),
 }
 
 
 @pytest.mark.parametrize("how", [*HOW, "python 2"])
-def test_arrays_come_back_as_they_were(how, tmp_path):
+def test_arrays_are_loaded_as_saved(how, tmp_path):
     content = collections.OrderedDict(ARRAYS, number=np.float64(0.25))
     data = python_2_pickle(content) if how == "python 2" else saved(content, how)
     (tmp_path / "arrays.pkl").write_bytes(data)
@@ -178,7 +178,7 @@ def test_arrays_come_back_as_they_were(how, tmp_path):
         np.zeros(2, np.longdouble),
     ],
 )
-def test_arrays_of_other_than_numbers_are_refused(array, how, tmp_path):
+def test_arrays_of_unsupported_dtypes_are_refused(array, how, tmp_path):
     """NumPy's own unpickling would take bytes for pointers to objects."""
     (tmp_path / "arrays.pkl").write_bytes(saved({"w": array}, how))
     message = refused(tmp_path / "arrays.pkl")
@@ -186,7 +186,7 @@ def test_arrays_of_other_than_numbers_are_refused(array, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy"])
-def test_what_torch_saved_comes_back(how, tmp_path):
+def test_torch_save_files_are_loaded_as_saved(how, tmp_path):
     x = torch.randn(2, 3, 4)
     names = ("float64", "float16", "bfloat16", "int64", "uint8", "bool")
     content = {
@@ -206,7 +206,7 @@ def test_what_torch_saved_comes_back(how, tmp_path):
     assert loaded["scheduler"] == content["scheduler"]
 
 
-def test_what_training_scripts_save_beside_the_weights_is_ignored(tmp_path, monkeypatch):
+def test_other_objects_that_training_scripts_save_are_ignored(tmp_path, monkeypatch):
     """As written by torchvision's script and mmengine. Torch's own safe globals are unchanged."""
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -259,7 +259,7 @@ def test_a_backbone_of_the_model_zoo_is_loaded_by_name_or_refused_by_shape(wrapp
 
 @pytest.mark.parametrize("how", [*HOW, "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
-def test_a_file_that_is_cut_off_is_refused(how, share, tmp_path):
+def test_a_truncated_file_is_refused(how, share, tmp_path):
     weights = {f"{i}.weight": torch.randn(40, 40) for i in range(4)}
     if isinstance(how, int):
         weights = {key: value.numpy() for key, value in weights.items()}
@@ -292,7 +292,7 @@ def test_a_foreign_file_is_refused(tmp_path):
         refused(tmp_path / "other.pth", Checkpointer(nn.Linear(2, 2)).load)
 
 
-def test_trusted_files_are_read_whatever_is_in_them(tmp_path):
+def test_trusted_files_are_read_whatever_they_contain(tmp_path):
     content = {"model": {"w": torch.ones(2)}, "args": types.SimpleNamespace(a=1)}
     for how in ("zip", "legacy", 4):
         (tmp_path / "a.pth").write_bytes(saved(content, how))
@@ -301,7 +301,7 @@ def test_trusted_files_are_read_whatever_is_in_them(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy"])
-def test_attributes_of_a_dict_hide_none_of_its_methods(how, tmp_path):
+def test_attributes_of_a_dict_do_not_shadow_its_methods(how, tmp_path):
     weights = nn.Linear(2, 2).state_dict()
     for name in ("get", "values", "pop", "_metadata"):
         weights.__dict__[name] = "x"
@@ -322,6 +322,6 @@ def test_attributes_of_a_dict_hide_none_of_its_methods(how, tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
-def test_a_dict_of_something_else_is_refused_in_one_line(content, suffix, tmp_path):
+def test_a_dict_without_usable_weights_is_refused_in_one_line(content, suffix, tmp_path):
     (tmp_path / f"a{suffix}").write_bytes(pickle.dumps(content))
     refused(tmp_path / f"a{suffix}", Checkpointer(nn.Linear(2, 2)).load)
