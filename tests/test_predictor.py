@@ -83,17 +83,25 @@ def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     assert taken == ["https://host/a//w.pth"]
 
 
-@pytest.mark.parametrize("shape", [(1, 6000), (6000, 1)])
-def test_picture_of_a_single_row_is_a_picture(shape):
-    class Model(nn.Module):
-        def forward(self, batch):
-            self.seen = batch[0]["image"].shape
-            raise StopIteration
+class Seeing(nn.Module):
+    """Keeps what it is asked for."""
 
-    model = Model()
+    def forward(self, batch):
+        self.seen = batch[0]
+        raise StopIteration
+
+
+@pytest.mark.parametrize("input_format, channel", [("RGB", 0), ("BGR", 2)])
+@pytest.mark.parametrize("shape, size", [((20, 40), (30, 60)), ((1, 6000), (1, 60))])
+def test_model_gets_its_channel_order_and_size(input_format, channel, shape, size):
+    model, image = Seeing(), np.zeros((*shape, 3), np.uint8)
+    image[..., 0] = 200  # red
     with pytest.raises(StopIteration):
-        Predictor(model, (40, 60), "RGB", 0.5)(np.zeros((*shape, 3), np.uint8))
-    assert sorted(model.seen) == [1, 3, 60]
+        Predictor(model, (40, 60), input_format, 0.5)(image)
+    assert model.seen["image"].shape == (3, *size)
+    assert (model.seen["height"], model.seen["width"]) == shape
+    assert (model.seen["image"][channel] == 200).all()
+    assert model.seen["image"].sum() == 200 * size[0] * size[1]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def training_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> It
         InputError: a dataset cannot be used.
     """
     synthetic = options.size is not None
-    training = _random_batches(options) if synthetic else _training_batches(cfg)
+    training = _random_batches(options) if synthetic else iter(Trainer.build_train_loader(cfg))
     if not synthetic:
         yield Part(
             "data loading",
@@ -92,22 +92,14 @@ def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> I
         )
 
 
-def _training_batches(cfg: CfgNode) -> Iterator[list[dict]]:
-    return iter(Trainer.build_train_loader(cfg))
-
-
 def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
     """Batches of the first test set, over and over."""
     if not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty; set it, or pass --size for random images")
+    loader = itertools.repeat(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
+    images = itertools.chain.from_iterable(itertools.chain.from_iterable(loader))
     while True:
-        images = itertools.chain.from_iterable(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
-        complete = False
-        while len(batch := list(itertools.islice(images, size))) == size:
-            complete = True
-            yield batch
-        if not complete:
-            raise InputError(f"{cfg.DATASETS.TEST[0]} has fewer than {size} images; lower --batch")
+        yield list(itertools.islice(images, size))
 
 
 def _random_batches(options: argparse.Namespace) -> Iterator[list[dict]]:

@@ -14,7 +14,6 @@ from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
-import pycocotools.mask as mask_util
 
 from ..errors import format_value
 
@@ -48,7 +47,7 @@ DEFECTS = {
     "image": Defect("unusable images"),
     # Of annotations.
     "number": Defect("boxes and sizes written as strings", "converted"),
-    "no box": Defect("annotations without a valid bbox", "computed from the masks"),
+    "no box": Defect("annotations without a valid bbox", "computed from polygons"),
     "negative": Defect("boxes with negative width or height", "corners swapped"),
     "flag": Defect("iscrowd written as a string", "converted"),
     "ignore": Defect("annotations with 'ignore'", "treated as crowd regions"),
@@ -108,7 +107,7 @@ def usable_box(
     try:
         return _ordered(_numbers(box, repaired), size, repaired)
     except Unusable:
-        enclosing = box_of_mask(mask)
+        enclosing = box_of_polygons(mask)
         if enclosing is None:
             raise
         repaired["no box"] += 1
@@ -176,9 +175,7 @@ def is_run_lengths(mask: object) -> bool:
     if not isinstance(mask, dict):
         return False
     counts, size = mask.get("counts"), mask.get("size")
-    if isinstance(counts, str):  # compressed
-        return True
-    return _are_counts(counts) and _are_counts(size) and len(size) == 2
+    return isinstance(counts, str) or _are_counts(counts) and _are_counts(size) and len(size) == 2
 
 
 def is_polygons(mask: object) -> bool:
@@ -192,10 +189,8 @@ def _are_counts(values: object) -> bool:
     )
 
 
-def box_of_mask(mask: object) -> list[float] | None:
-    """[x, y, width, height] around polygons or run lengths; None if the mask is not valid."""
-    if is_run_lengths(mask):
-        return _box_of_run_lengths(mask)
+def box_of_polygons(mask: object) -> list[float] | None:
+    """[x, y, width, height] around polygons; None if they are not valid."""
     if isinstance(mask, list) and all(isinstance(value, Real) for value in mask):
         mask = [mask]  # a polygon that is not in a list
     if not is_polygons(mask):
@@ -207,20 +202,6 @@ def box_of_mask(mask: object) -> list[float] | None:
     points = np.array(values, float).reshape(-1, 2)
     low, high = points.min(0), points.max(0)
     return [*low.tolist(), *(high - low).tolist()]
-
-
-def _box_of_run_lengths(mask: dict) -> list[float] | None:
-    size = mask.get("size")
-    if not _are_counts(size) or len(size) != 2 or min(size) < 1:
-        return None
-    size = [int(side) for side in size]
-    try:
-        if isinstance(mask["counts"], list):
-            mask = mask_util.frPyObjects({**mask, "size": size}, *size)
-        box = mask_util.toBbox({**mask, "size": size}).tolist()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return box if min(box[2:]) > 0 else None
 
 
 def usable_flag(value: object, repaired: Counter) -> int:

@@ -58,13 +58,7 @@ def test_random_images_need_no_data(run):
     )
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("--batch", -3), "--batch and --size must be positive, got -3"),
-        (("--batch", 7), "fewer than 7 images; lower --batch"),
-    ],
-)
-def test_mistake_is_one_line(run, words, message):
-    status, printed = run(*words)
-    assert status == 2 and message in printed.err and len(printed.err.splitlines()) == 1
+def test_mistake_is_one_line(run):
+    status, printed = run("--batch", -3)
+    assert status == 2 and "--batch and --size must be positive, got -3" in printed.err
+    assert len(printed.err.splitlines()) == 1

@@ -113,19 +113,13 @@ def test_evaluator_measures_and_writes(coco, tmp_path):
     assert names == ["disc", "box"] and scores == pytest.approx([0.3, 0.9])
 
 
-def test_proposals_have_no_thresholds(coco, tmp_path):
+def test_proposals_and_data_without_annotations_have_no_thresholds(coco, tmp_path):
     evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
-    evaluator.reset()
     evaluator.process([{"image_id": 1}], [{"proposals": Instances((40, 60))}])
     assert evaluator.evaluate() == {}
-
-
-def test_data_without_annotations_has_no_thresholds(coco, tmp_path):
     del coco.content["annotations"]
-    evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
-    evaluator.reset()
-    assert evaluator.evaluate() == {}
-    assert not (tmp_path / THRESHOLD_FILE).exists()
+    evaluator = ThresholdEvaluator(coco.register("unlabeled"), str(tmp_path))
+    assert evaluator.evaluate() == {} and not (tmp_path / THRESHOLD_FILE).exists()
 
 
 def test_evaluator_measures_more_than_100_detections_of_an_image(coco, tmp_path):

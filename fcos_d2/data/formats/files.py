@@ -7,6 +7,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+import zlib
 from pathlib import Path
 
 import yaml
@@ -27,19 +28,14 @@ def read_json(path: str | os.PathLike):
     path = os.fspath(path)
     try:
         with PathManager.open(path, "rb") as file:
-            beginning = file.read(4)
-        opened = gzip.open if beginning.startswith(GZIP) else open
-        local = PathManager.get_local_path(path)
-        with opened(local, "rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-        with opened(local, "rt", encoding=encoding) as file:
-            return json.load(file)
+            content = file.read()
+        return json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path} is not valid JSON: {error.msg} in line {error.lineno} column {error.colno}; "
             "copy or export it again"
         ) from error
-    except (EOFError, OSError, RecursionError, ValueError) as error:
+    except (EOFError, OSError, RecursionError, ValueError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
 
