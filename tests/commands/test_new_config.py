@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fcos_d2.commands import new_config
@@ -19,14 +18,10 @@ SIZE = (96, 72)
 
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
-    """An empty working directory, with a folder data; names of its datasets are forgotten."""
+    """An empty working directory, with a folder data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    before = set(DatasetCatalog)
-    yield tmp_path / "data"
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return tmp_path / "data"
 
 
 def images(folder, names, size=SIZE):

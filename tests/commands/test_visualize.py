@@ -46,10 +46,7 @@ def labels(tmp_path, monkeypatch):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "config.yaml").write_text(CONFIG)
     write(content)
-    yield content
-    for name in ("seen_train", "seen_val"):
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
+    return content
 
 
 def write(content) -> None:
@@ -182,14 +179,10 @@ def test_data_registered_without_sizes_is_checked(labels, capsys):
     records = [{"file_name": f"photos/{n}.png", "annotations": [box]} for n in range(3)]
     DatasetCatalog.register("in_python", lambda: records)
     MetadataCatalog.get("in_python").thing_classes = ["disc"]
-    try:
-        for arguments in (["--check"], ["--check", "--skip-images"]):
-            arguments += ["--dataset", "in_python", "MODEL.FCOS.NUM_CLASSES", "1"]
-            status, out, _ = run(capsys, *arguments)
-            assert status == 0 and "levels at INPUT.MIN_SIZE_TRAIN 64, 3 images" in out
-    finally:
-        DatasetCatalog.remove("in_python")
-        MetadataCatalog.remove("in_python")
+    for arguments in (["--check"], ["--check", "--skip-images"]):
+        arguments += ["--dataset", "in_python", "MODEL.FCOS.NUM_CLASSES", "1"]
+        status, out, _ = run(capsys, *arguments)
+        assert status == 0 and "levels at INPUT.MIN_SIZE_TRAIN 64, 3 images" in out
 
 
 def test_clean_file_lacks_what_is_broken_in_the_folder_of_every_entry(labels, capsys):

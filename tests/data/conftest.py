@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from fcos_d2.data import register_datasets, register_digits
 from fcos_d2.data.digits.files import Recipe, ensure_digits
+from tests.catalogs import catalogs_as_before  # noqa: F401  a fixture
 
 from .two_images import HEIGHT, OBJECTS, WIDTH
 
@@ -36,7 +36,6 @@ class CocoData:
     def __init__(self, folder):
         self.folder = folder
         self.json_file = folder / "shapes.json"
-        self.names = []
         for number in (1, 2, 3):
             pixels = np.full((40, 60, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -62,33 +61,19 @@ class CocoData:
     def register(self, name="shapes_train", text=None):
         self.json_file.write_text(json.dumps(self.content) if text is None else text)
         register_coco_instances(name, {}, str(self.json_file), str(self.folder))
-        self.names.append(name)
         return name
 
 
 @pytest.fixture
 def coco(tmp_path):
     """A valid dataset of three images to spoil and register."""
-    data = CocoData(tmp_path)
-    yield data
-    for name in data.names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return CocoData(tmp_path)
 
 
 @pytest.fixture
 def described():
-    """register_datasets, undone afterwards."""
-    names = []
-
-    def register(**entries):
-        names.extend(entries)
-        register_datasets(entries)
-
-    yield register
-    for name in names:
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
+    """register_datasets with an argument for each entry."""
+    return lambda **entries: register_datasets(entries)
 
 
 @pytest.fixture

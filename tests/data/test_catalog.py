@@ -33,18 +33,13 @@ def message(function, *arguments, **options):
 @pytest.fixture
 def custom():
     """Registers a function of the test as a dataset, as users without COCO files do."""
-    names = []
 
     def register(function, name="custom_train", **metadata):
         DatasetCatalog.register(name, function)
         MetadataCatalog.get(name).set(**metadata)
-        names.append(name)
         return name
 
-    yield register
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return register
 
 
 def test_valid_data_is_what_detectron2_loads(coco):
@@ -189,7 +184,6 @@ def test_folder_that_holds_the_images_is_suggested_once(coco, monkeypatch):
     (coco.folder / "empty").mkdir()
     coco.json_file.write_text(json.dumps(coco.content))
     register_coco_instances("lost", {}, str(coco.json_file), "empty")
-    coco.names.append("lost")
     text = message(load_dataset, "lost")
     assert "image empty/1.png: no such file (missing: 3 of 3); 1.png is in moved/here" in text
     (problem,) = inspect_dataset("lost").problems

@@ -62,11 +62,6 @@ def masks_for_boxes(content):
     content["annotations"][1]["segmentation"] = [5, 6, 25, 6, 25, 16]
 
 
-def swapped_size(content):
-    for image in content["images"]:
-        image.update(width=40, height=60)
-
-
 def elsewhere(beginning, separator="/", end=""):
     def change(content):
         for image in content["images"]:
@@ -349,7 +344,6 @@ def test_broken_record_is_named_by_image_and_index(coco, change):
     record["annotations"] = [OWN, {**OWN, **change}]
     DatasetCatalog.register("own", lambda: [record])
     MetadataCatalog.get("own").thing_classes = ["disc", "box"]
-    coco.names.append("own")
     expected = (
         "dataset 'own': annotation 1 of image .*1.png: bbox must be four finite numbers .*got"
     )

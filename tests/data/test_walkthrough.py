@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
@@ -64,9 +63,6 @@ def shell(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
     yield run
-    for name in ("dice_train", "dice_val"):
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
     # Handlers of detectron2 hold on to this test's captured stdout.
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()

@@ -1,3 +1,4 @@
-"""The small COCO file of the tests of data."""
+"""Fixtures: the small COCO file of the tests of data, and datasets that are forgotten."""
 
+from tests.catalogs import catalogs_as_before  # noqa: F401  a fixture
 from tests.data.conftest import coco  # noqa: F401  a fixture

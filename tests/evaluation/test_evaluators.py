@@ -24,32 +24,22 @@ from ..tiny_training import write_shapes
 pytest_plugins = ["tests.script"]
 
 
-@pytest.fixture
-def named_data():
+def named_data(kind) -> str:
     """Registers an empty dataset with the given evaluator_type."""
-    names = []
-
-    def register(kind):
-        name = f"engine_test_{kind}"
-        DatasetCatalog.register(name, lambda: [])
-        metadata = MetadataCatalog.get(name).set(thing_classes=["thing"], dirname="", year=2007)
-        metadata.set(split="train", json_file=None, image_root="")
-        names.append(name)
-        if kind:
-            metadata.set(evaluator_type=kind)
-        return name
-
-    yield register
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    name = f"engine_test_{kind}"
+    DatasetCatalog.register(name, lambda: [])
+    metadata = MetadataCatalog.get(name).set(thing_classes=["thing"], dirname="", year=2007)
+    metadata.set(split="train", json_file=None, image_root="")
+    if kind:
+        metadata.set(evaluator_type=kind)
+    return name
 
 
 @pytest.mark.parametrize(
     ("kind", "evaluator"),
     [("pascal_voc", "PascalVOCDetectionEvaluator"), ("lvis", "LVISEvaluator")],
 )
-def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch, kind, evaluator):
+def test_the_evaluator_follows_the_type_of_the_data_set(monkeypatch, kind, evaluator):
     made = []
     monkeypatch.setattr(
         f"fcos_d2.evaluation.evaluators.{evaluator}", lambda *a, **k: made.append(a)
@@ -60,7 +50,7 @@ def test_the_evaluator_follows_the_type_of_the_data_set(named_data, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["cityscapes_instance", None])
-def test_a_data_set_without_a_fitting_evaluator_is_refused(named_data, kind):
+def test_a_data_set_without_a_fitting_evaluator_is_refused(kind):
     with pytest.raises(InputError, match=f"evaluator_type {kind!r}.*coco, pascal_voc and lvis"):
         evaluator_for(named_data(kind), "output")
 
@@ -103,10 +93,7 @@ def evaluation_of(tmp_path):
         evaluator = make_evaluator(names[-1], str(tmp_path))
         return results_of(evaluator, detections(names[-1], shift=1.0))
 
-    yield evaluate_changed
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return evaluate_changed
 
 
 def as_published(annotation):
@@ -162,15 +149,11 @@ def test_boxes_of_no_area_are_not_evaluated(tmp_path, caplog):
     content["annotations"][0]["bbox"][2] = 0
     (tmp_path / "flat.json").write_text(json.dumps(content))
     register_coco_instances("flat", {}, str(tmp_path / "flat.json"), str(tmp_path))
-    try:
-        found = detections("flat")
-        assert average_precision("flat", found) == pytest.approx(100)
-        assert "1 boxes without area are left out of the evaluation" in caplog.text
-        thresholds = ThresholdEvaluator("flat", str(tmp_path))
-        assert results_of(thresholds, found)["best_f1"]["F1"] == pytest.approx(100)
-    finally:
-        DatasetCatalog.remove("flat")
-        MetadataCatalog.remove("flat")
+    found = detections("flat")
+    assert average_precision("flat", found) == pytest.approx(100)
+    assert "1 boxes without area are left out of the evaluation" in caplog.text
+    thresholds = ThresholdEvaluator("flat", str(tmp_path))
+    assert results_of(thresholds, found)["best_f1"]["F1"] == pytest.approx(100)
 
 
 def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path):
@@ -183,18 +166,13 @@ def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path)
             annotation["bbox"] = [0, 0, 2, 2]
     versions = [wrong, records]
     DatasetCatalog.register("in_python", lambda: versions[0])
-    MetadataCatalog.get("in_python").set(thing_classes=class_names("as_file"))
-    MetadataCatalog.get("in_python").set(evaluator_type="coco")
-    try:
-        found = detections("as_file")
-        assert average_precision("in_python", found) < 1
-        versions.pop(0)
-        assert average_precision("in_python", found) == pytest.approx(100)
-        assert not MetadataCatalog.get("in_python").get("json_file")
-    finally:
-        for name in ("as_file", "in_python"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+    metadata = MetadataCatalog.get("in_python")
+    metadata.set(thing_classes=class_names("as_file"), evaluator_type="coco")
+    found = detections("as_file")
+    assert average_precision("in_python", found) < 1
+    versions.pop(0)
+    assert average_precision("in_python", found) == pytest.approx(100)
+    assert not metadata.get("json_file")
 
 
 def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):
@@ -218,7 +196,7 @@ def test_thresholds_lie_beside_the_weights_that_were_evaluated(script, tmp_path)
     assert (tmp_path / "output" / THRESHOLD_FILE).read_text() != "of the training"
 
 
-def test_thresholds_are_not_measured_on_lvis(named_data, fcos_cfg, monkeypatch):
+def test_thresholds_are_not_measured_on_lvis(fcos_cfg, monkeypatch):
     monkeypatch.setattr("fcos_d2.evaluation.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
     fcos_cfg.DATASETS.TEST = (named_data("lvis"),)
     assert Trainer.build_evaluator(fcos_cfg, fcos_cfg.DATASETS.TEST[0]) == "LVIS"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -98,9 +98,7 @@ def random_data(tmp_path):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "r.json").write_text(json.dumps(content, default=float))
     register_coco_instances("random_boxes", {}, str(tmp_path / "r.json"), str(tmp_path))
-    yield DatasetCatalog.get("random_boxes"), found
-    DatasetCatalog.remove("random_boxes")
-    MetadataCatalog.remove("random_boxes")
+    return DatasetCatalog.get("random_boxes"), found
 
 
 def test_matches_alone_are_those_of_the_evaluation(random_data):
