@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .data.images import can_hold_rgb, distinct_names, is_image, read_image, why_unreadable
+from .data.images import can_hold_rgb, distinct_names, is_image, read_image
 from .errors import InputError, import_optional
 from .predictor import Prediction
 
@@ -92,8 +92,8 @@ def read_frames(sources: Sequence[Source], skipped: Skipped) -> Iterator[Frame]:
             continue
         try:
             yield Frame(source, None, FRAMES_PER_SECOND, read_image(source.path, "RGB"))
-        except Exception as error:  # Pillow raises whatever a broken file leads it to
-            skipped.add(source.path, why_unreadable(error))
+        except InputError as error:
+            skipped.add(source.path, str(error))
 
 
 def _read_video(source: Source, skipped: Skipped) -> Iterator[Frame]:

@@ -19,7 +19,7 @@ from torch import nn
 from . import model_zoo
 from .config_file import choose_device, read_cfg
 from .data import find_classes
-from .data.images import read_image, why_unreadable
+from .data.images import read_image
 from .errors import InputError, import_optional
 from .evaluation.thresholds import THRESHOLD_FILE, Thresholds, read_thresholds
 from .inference import accelerated, load_detector
@@ -247,8 +247,8 @@ def _as_rgb(image: str | PathLike | Image.Image | np.ndarray) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         try:
             return read_image(image, "RGB")
-        except Exception as error:  # Pillow raises whatever a broken file leads it to
-            raise InputError(f"{image} cannot be read: {why_unreadable(error)}") from error
+        except InputError as error:
+            raise InputError(f"{image} cannot be read: {error}") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(
             f"Predictor: image must be uint8 [H, W, 3] RGB, got {image.dtype} {list(image.shape)}"

@@ -23,7 +23,13 @@ from PIL import Image
 
 from ..config import fcos_settings
 from ..config_file import read_cfg
-from ..data import FCOSDatasetMapper, class_names, load_dataset
+from ..data import (
+    FCOSDatasetMapper,
+    check_class_order,
+    check_num_classes,
+    class_names,
+    load_dataset,
+)
 from ..data.defects import describe_repairs
 from ..data.images import distinct_names
 from ..data.inspection import (
@@ -156,16 +162,8 @@ def _print_contents(inspection: Inspection, contents: Contents) -> None:
     if broken:
         print(f"\n  broken: {len(broken)}")
         _print_some(broken)
-    notes = [
-        (contents.num_empty, "images without objects"),
-        (contents.num_crowds, "crowd regions (see MODEL.FCOS.IGNORE_CROWD)"),
-        (contents.num_flat, "boxes of zero width or height, which are not learned"),
-        (contents.num_over, "boxes that exceed their image"),
-        (contents.num_repeated, "duplicate boxes"),
-    ]
-    for count, what in notes:
-        if count:
-            print(f"  note: {count} {what}")
+    for what, count in contents.notes.items():
+        print(f"  note: {count} {what}")
     print("\n  class                     boxes    images")
     counts = zip(contents.boxes_per_class, contents.images_per_class, strict=True)
     most = max(contents.boxes_per_class, default=1)
@@ -183,19 +181,13 @@ def _print_some(lines: Sequence[str]) -> None:
 
 def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
     """Mismatches between datasets, or between a dataset and the model."""
-    first, lines = inspections[0], []
-    for other in inspections[1:]:
-        if not set(other.class_names) & set(first.class_names):
-            lines.append(f"{other.name} and {first.name} have no class in common")
-        elif other.class_names != first.class_names:
-            lines.append(
-                f"{other.name} has the classes {', '.join(other.class_names)}, but {first.name} "
-                f"has {', '.join(first.class_names)}; set the same 'classes' for both in "
-                "DATASETS.REGISTER, as a model knows classes only by their order"
-            )
-    count, num_classes = len(first.class_names), cfg.MODEL.FCOS.NUM_CLASSES
-    if count and count != num_classes:
-        lines.append(f"MODEL.FCOS.NUM_CLASSES is {num_classes}; set it to {count} or leave it out")
+    lines = []
+    for inspection in inspections:
+        try:
+            check_num_classes(inspection.name, cfg.MODEL.FCOS.NUM_CLASSES)
+            check_class_order([inspections[0].name], inspection.name)
+        except InputError as error:
+            lines.append(str(error))
     trained = {
         r["file_name"] for i in inspections if i.name in cfg.DATASETS.TRAIN for r in i.records
     }

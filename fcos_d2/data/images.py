@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, one_line_cause
 
 NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
 # What the pixels are, by the beginning of Pillow's mode.
@@ -54,11 +54,10 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
         uint8 [H, W, C].
 
     Raises:
-        InputError: the pixels have more than 8 bits.
-        Exception: whatever Pillow raises for a file that is missing or broken; see
-            ``why_unreadable``.
+        InputError: the file is missing or broken, or the pixels have more than 8 bits; the message
+            does not name the file.
     """
-    with PathManager.open(file_name, "rb") as file:
+    with _one_error(), PathManager.open(file_name, "rb") as file:
         image = Image.open(file)
         _check_depth(image)
         image.load()  # applies the orientation of TIFFs
@@ -72,10 +71,9 @@ def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height of an image, upright and as stored; reads only the header.
 
     Raises:
-        InputError: the pixels have more than 8 bits.
-        Exception: as ``read_image``.
+        InputError: as ``read_image``.
     """
-    with PathManager.open(file_name, "rb") as file:
+    with _one_error(), PathManager.open(file_name, "rb") as file:
         image = Image.open(file)
         _check_depth(image)
         size = image.size
@@ -101,11 +99,16 @@ def _check_depth(image: Image.Image) -> None:
             )
 
 
-def why_unreadable(error: Exception) -> str:
-    """Why ``read_image`` failed, without the name of the file."""
-    if isinstance(error, UnidentifiedImageError):  # whose message is about Python objects
-        return "it is not an image of a known format"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:  # whose message is about Python objects
+        raise InputError("it is not an image of a known format") from error
+    except Exception as error:  # Pillow raises whatever a broken file leads it to
+        raise InputError(getattr(error, "strerror", None) or one_line_cause(error)) from error
 
 
 def distinct_names(names: Iterable[Path]) -> list[Path]:

@@ -19,7 +19,6 @@ from .classes import class_names
 from .defects import DEFECTS, Problem, Unusable
 from .formats.builder import Source
 from .image_files import NO_FILE
-from .images import why_unreadable
 from .records import boxes_of, coco_records, is_flat, read_record, review_records, set_classes
 from .review import Review, review_coco
 
@@ -50,11 +49,7 @@ class Contents(NamedTuple):
     boxes_per_class: list[int]
     images_per_class: list[int]
     num_boxes: int
-    num_empty: int  # images without boxes other than crowd regions
-    num_crowds: int
-    num_flat: int  # boxes of zero width or height
-    num_over: int  # boxes that exceed their image by more than a pixel
-    num_repeated: int  # duplicate boxes of the same class
+    notes: dict[str, int]  # what there is beside, by its name
 
 
 def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) -> Inspection:
@@ -122,15 +117,13 @@ def _problem_in_image(record: dict) -> str | bool:
     """Why the image of ``record`` is unusable, or whether its size in the record was corrected."""
     try:
         return read_record(record, "RGB")[1]
-    except Unusable as error:
+    except (InputError, Unusable) as error:
         return str(error)
-    except Exception as error:  # Pillow raises whatever a broken file leads it to
-        return why_unreadable(error)
 
 
 def describe_contents(inspection: Inspection) -> Contents:
     """Counts the usable annotations."""
-    boxes_per_class, images_per_class, counts = Counter(), Counter(), Counter()
+    boxes_per_class, images_per_class, notes = Counter(), Counter(), Counter()
     for record in inspection.records:
         objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
         classes = [a["category_id"] for a in objects]
@@ -138,20 +131,18 @@ def describe_contents(inspection: Inspection) -> Contents:
         images_per_class.update(set(classes))
         boxes = boxes_of(objects)
         size = np.array([record["width"], record["height"]] * 2)
-        counts["empty"] += not objects
-        counts["crowds"] += len(record["annotations"]) - len(objects)
-        counts["flat"] += sum(map(is_flat, objects))
-        counts["over"] += int(((boxes < -1) | (boxes > size + 1)).any(axis=1).sum())
-        counts["repeated"] += len(objects) - len(
-            set(zip(classes, map(tuple, boxes.tolist()), strict=True))
-        )
+        distinct = set(zip(classes, map(tuple, boxes.tolist()), strict=True))
+        crowds, over = len(record["annotations"]) - len(objects), (boxes < -1) | (boxes > size + 1)
+        notes.update({
+            "images without objects": not objects,
+            "crowd regions (see MODEL.FCOS.IGNORE_CROWD)": crowds,
+            "boxes of zero width or height, which are not learned": sum(map(is_flat, objects)),
+            "boxes that exceed their image": int(over.any(axis=1).sum()),
+            "duplicate boxes": len(objects) - len(distinct),
+        })  # fmt: skip
     classes = range(len(inspection.class_names))
-    return Contents(
-        [boxes_per_class[c] for c in classes],
-        [images_per_class[c] for c in classes],
-        boxes_per_class.total(),
-        *(counts[key] for key in ("empty", "crowds", "flat", "over", "repeated")),
-    )
+    boxes, images = ([counts[c] for c in classes] for counts in (boxes_per_class, images_per_class))
+    return Contents(boxes, images, boxes_per_class.total(), dict(+notes))
 
 
 class Cleaned(NamedTuple):

@@ -21,7 +21,6 @@ from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
 from .defects import Unusable
-from .images import why_unreadable
 from .records import boxes_of, read_record
 
 IGNORED = -1  # the label of ground truth that is neither object nor background
@@ -122,10 +121,10 @@ class FCOSDatasetMapper(DatasetMapper):
             image, has_other_size = read_record(sample, self.image_format)
         except Unusable as error:
             raise InputError(f"image {file_name}: {error}") from error
-        except Exception as error:  # Pillow raises whatever a broken file leads it to
+        except InputError as error:
             raise InputError(
-                f"cannot read image {file_name}: {why_unreadable(error)}; replace the file or "
-                "remove it from the annotations"
+                f"cannot read image {file_name}: {error}; replace the file or remove it from the "
+                "annotations"
             ) from error
         if has_other_size:
             text = f"image {file_name} is {sample['width']} x {sample['height']}, but annotated as "

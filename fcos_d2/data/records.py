@@ -109,7 +109,7 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
 
     Raises:
         defects.Unusable: the boxes may refer to another size.
-        Exception: as ``read_image``.
+        InputError: as ``read_image``.
     """
     file_name = record["file_name"]
     image = read_image(file_name, image_format, record.get("upright", True))

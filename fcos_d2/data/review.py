@@ -23,7 +23,7 @@ from .defects import (
 )
 from .formats.builder import UNSIZED
 from .image_files import locate_images
-from .images import image_sizes, why_unreadable
+from .images import image_sizes
 
 PLAIN = (None, 0, 1)  # values of iscrowd that need no repair
 SAMPLE = 20_000  # boxes that are tested for being corners
@@ -230,10 +230,10 @@ class _Reviewer:
         try:
             image["width"], image["height"] = image_sizes(image["path"])[0 if self._upright else 1]
             self.repaired["no size"] += not image.pop(UNSIZED, False)
-        except Exception as error:  # Pillow raises whatever a broken file leads it to
+        except InputError as error:
             self._broken.add(image["id"])
             if image["path"] not in self.missing:
-                text = f"image {format_value(image['path'])}: {why_unreadable(error)}"
+                text = f"image {format_value(image['path'])}: {error}"
                 self.problems.append(Problem("image", text))
 
     # ---- annotations ----

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +88,9 @@ def write_report(
         summary=_summary(evaluation, best, truth),
         sizes=_size_rows(evaluation, truth),
         classes=_class_rows(evaluation, best, class_names),
-        galleries=_galleries(folder / "images", records, truth, found, best, class_names, most),
+        galleries=list(
+            _galleries(folder / "images", records, truth, found, best, class_names, most)
+        ),
         names=class_names,
         has_curves=bool(metrics),
     )
@@ -242,7 +244,7 @@ def _galleries(
     best: Sequence[Threshold],
     names: Sequence[str],
     most: int,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Both galleries of the page; their images replace those in ``folder``."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jpg"):
@@ -251,40 +253,19 @@ def _galleries(
     matches = match_boxes(truth, kept, len(names)).images
     false = false_positives(truth, kept, matches, names)
     missed = false_negatives(truth, kept, found, matches, names)
-    return [
-        _gallery("False positives", false[:most], records, truth, names, folder) | _totals(false),
-        _gallery("False negatives", missed[:most], records, truth, names, folder) | _totals(missed),
-    ]
-
-
-def _totals(mistakes: Sequence[Mistake]) -> dict:
-    kinds = Counter(mistake.kind for mistake in mistakes).most_common()
-    return {"kinds": kinds, "total": len(mistakes)}
-
-
-def _gallery(
-    title: str,
-    mistakes: Sequence[Mistake],
-    records: Sequence[Mapping],
-    truth: Sequence[Objects],
-    names: Sequence[str],
-    folder: Path,
-) -> dict:
-    """The items of one gallery; writes their images."""
-    items, prefix = [], title.lower().replace(" ", "_")
-    for number, mistake in enumerate(mistakes):
-        record = records[mistake.image]
-        image = read_image(record["file_name"], "RGB")
-        file = f"{prefix}_{number:03d}.jpg"
-        Image.fromarray(_close_up(image, mistake, truth[mistake.image], names)).save(
-            folder / file, quality=90
-        )
-        score = "" if mistake.score is None else f" {mistake.score:.2f}"
-        caption = f"{names[mistake.class_]}{score}"
-        name = Path(record["file_name"]).name
-        items.append({"file": file, "caption": caption, "kind": mistake.kind, "image": name})
-        items[-1] |= {"detail": mistake.detail, "class_": names[mistake.class_]}
-    return {"title": title, "items": items}
+    for title, mistakes in (("False positives", false), ("False negatives", missed)):
+        items = []
+        for number, mistake in enumerate(mistakes[:most]):
+            path = Path(records[mistake.image]["file_name"])
+            drawn = _close_up(read_image(str(path), "RGB"), mistake, truth[mistake.image], names)
+            file = f"{title.lower().replace(' ', '_')}_{number:03d}.jpg"
+            Image.fromarray(drawn).save(folder / file, quality=90)
+            score = "" if mistake.score is None else f" {mistake.score:.2f}"
+            name = names[mistake.class_]
+            item = {"file": file, "caption": f"{name}{score}", "class_": name, "image": path.name}
+            items.append(item | {"kind": mistake.kind, "detail": mistake.detail})
+        kinds = Counter(mistake.kind for mistake in mistakes).most_common()
+        yield {"title": title, "items": items, "kinds": kinds, "total": len(mistakes)}
 
 
 def _close_up(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,21 @@ def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
     Raises:
         InputError: it is not readable, holds no measurement, or a line before the last is broken.
     """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     measured: dict[str, dict[int, float]] = {}
-    for row in _metric_rows(Path(path)):
-        iteration = int(row.pop("iteration"))
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            iteration = int(row.pop("iteration"))
+        except (AttributeError, ValueError, TypeError, KeyError) as error:
+            if number == len(lines) or not line.strip():
+                continue
+            raise InputError(
+                f"{path} line {number} is not a JSON object with an iteration; delete that line"
+            ) from error
         for name, value in row.items():
             if isinstance(value, (int, float)):
                 measured.setdefault(name, {})[iteration] = float(value)
@@ -49,24 +61,6 @@ def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
         name: Series(*map(np.array, zip(*sorted(points.items()), strict=True)))
         for name, points in measured.items()
     }
-
-
-def _metric_rows(path: Path) -> Iterator[dict]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            int(row["iteration"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) or not line.strip():
-                continue
-            raise InputError(
-                f"{path} line {number} is not a JSON object with an iteration; delete that line"
-            ) from error
-        yield row
 
 
 def ap_series(metrics: Mapping[str, Series]) -> dict[str, Series]:

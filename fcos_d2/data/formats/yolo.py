@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import InputError, format_value
-from ..images import image_sizes, is_image, why_unreadable
+from ..images import image_sizes, is_image
 from .builder import Builder, Source, enclosing_box
 from .files import read_text, read_yaml
 
@@ -137,8 +137,8 @@ def _add_image(
     labels = _label_file(image)
     try:
         width, height = image_sizes(str(image))[0 if upright else 1]
-    except Exception as error:  # Pillow raises whatever a broken file leads it to
-        builder.add_broken_image(f"image {format_value(str(image))}: {why_unreadable(error)}")
+    except InputError as error:
+        builder.add_broken_image(f"image {format_value(str(image))}: {error}")
         return labels.is_file()
     number = builder.add_image(name, width, height)
     if not labels.is_file():  # a background
