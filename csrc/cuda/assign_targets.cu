@@ -158,8 +158,7 @@ __device__ void check_offsets(const AssignTargets& args, int image, int64_t begi
 }
 
 // Valid in thread 0.
-__device__ Tally
-assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles, double* of_warps) {
+__device__ Tally assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles) {
   __shared__ Survivor survivors[kThreads];
   __shared__ int count;
   Tile tile = find_tile(args, tiles, blockIdx.x);
@@ -198,13 +197,12 @@ assign_tile(const AssignTargets& args, const BlocksOfLevels& tiles, double* of_w
     return {0, 0, 0};
   }
   int ambiguous = __syncthreads_count(choice.candidates > 1);
-  return {positive, ambiguous, block_sum(quality, of_warps)};
+  return {positive, ambiguous, block_sum<0>(quality)};
 }
 
 // Each warp sums a level of an image.
 __device__ void add_tallies(
-    const AssignTargets& args, const BlocksOfLevels& tiles, const Tally* tallies,
-    double* of_warps) {
+    const AssignTargets& args, const BlocksOfLevels& tiles, const Tally* tallies) {
   int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, levels = args.levels.count;
   double positive = 0, centerness = 0;
   for (int64_t i = warp; i < args.num_images * levels; i += kThreads / 32) {
@@ -224,9 +222,8 @@ __device__ void add_tallies(
       args.counts[2 * i] = of_level[0], args.counts[2 * i + 1] = of_level[1];
     }
   }
-  positive = block_sum(positive, of_warps);
-  __syncthreads();
-  centerness = block_sum(centerness, of_warps);
+  positive = block_sum<0>(positive);
+  centerness = block_sum<1>(centerness);
   if (threadIdx.x == 0) {
     args.totals[0] = float(positive), args.totals[1] = float(centerness);
   }
@@ -235,15 +232,14 @@ __device__ void add_tallies(
 __global__ void __launch_bounds__(kThreads, kMinBlocks) assign_kernel(
     const __grid_constant__ AssignTargets args, const __grid_constant__ BlocksOfLevels tiles,
     Tally* tallies, unsigned ticket) {
-  __shared__ double of_warps[kThreads / 32];
   if (blockIdx.x < args.num_images * tiles.total()) { // there may be none
-    Tally tally = assign_tile(args, tiles, of_warps);
+    Tally tally = assign_tile(args, tiles);
     if (threadIdx.x == 0) {
       tallies[blockIdx.x] = tally;
     }
   }
   if (is_last_block(ticket)) {
-    add_tallies(args, tiles, tallies, of_warps);
+    add_tallies(args, tiles, tallies);
   }
 }
 

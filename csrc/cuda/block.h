@@ -13,7 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
 // Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` loads of a thread are in
-// flight at once. In place, `take` may write where keys have been loaded.
+// flight at once. In place, `take` may write where keys have been loaded, and what the caller wrote
+// before is visible to it.
 template <int Threads, int Each, bool InPlace, class Load, class Take>
 __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
   for (int64_t first = 0; first < count; first += Each * Threads) {
@@ -51,14 +52,14 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
         }
       }
       int next = step > 0 ? step - 1 : run + 1;
-      if (max(step, next) < 6) { // a warp has 64 keys to itself
+      bool is_last = step == 0 && (1u << next) >= count; // then all threads see the result
+      if (max(step, next) < 6 && !is_last) {             // a warp has 64 keys to itself
         __syncwarp();
       } else {
         __syncthreads();
       }
     }
   }
-  __syncthreads();
 }
 
 // Appends the keys of all lanes of a warp for which `valid` holds to a list that may overflow: then

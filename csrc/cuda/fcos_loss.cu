@@ -32,19 +32,20 @@ __device__ void write_loss(void* to, double sum, const LossScale& scale) {
 }
 
 template <class Real>
-__device__ void add_partials(const Plan& plan, double* of_warps) {
+__device__ void add_partials(const Plan& plan) {
   const double* at = plan.partials;
   int boxes = plan.box_blocks, logits = plan.focal.blocks.total();
-  double box = sum_partials(at, boxes, of_warps);
+  double box = sum_partials<0>(at, boxes);
   write_loss<Real>(plan.box.box_loss, box, plan.box.box_scale);
-  double quality = sum_partials(at + boxes, boxes, of_warps);
+  double quality = sum_partials<1>(at + boxes, boxes);
   write_loss<Real>(plan.box.quality_loss, quality, plan.box.quality_scale);
-  double focal = sum_partials(at + 2 * boxes, logits, of_warps);
+  double focal = sum_partials<2>(at + 2 * boxes, logits);
   write_loss<Real>(plan.focal_loss, focal, plan.focal.scale);
 }
 
-__device__ void leave_sum(double value, double* of_warps, double* to) {
-  double sum = block_sum(value, of_warps);
+template <int Number>
+__device__ void leave_sum(double value, double* to) {
+  double sum = block_sum<Number>(value);
   if (threadIdx.x == 0) {
     *to = sum;
   }
@@ -58,25 +59,23 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
       all_upstream_are_one<Real>(plan.focal.scale, plan.box.box_scale, plan.box.quality_scale)) {
     return; // the saved gradients are correct
   }
-  __shared__ double of_warps[kLossThreads / 32];
   int block = int(blockIdx.x) - plan.box_blocks; // of the logits
   if (block < 0) {
     PointLosses<Real> losses =
         take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kLossThreads + threadIdx.x);
     if constexpr (Loss) {
-      leave_sum(losses.box, of_warps, plan.partials + blockIdx.x);
-      __syncthreads();
-      leave_sum(losses.quality, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
+      leave_sum<0>(losses.box, plan.partials + blockIdx.x);
+      leave_sum<1>(losses.quality, plan.partials + plan.box_blocks + blockIdx.x);
     }
   } else if (block < plan.focal.blocks.total()) { // else there is nothing to sum
     double loss = take_logits<T, Gamma, Loss, Grad>(plan.focal, block);
     if constexpr (Loss) {
-      leave_sum(loss, of_warps, plan.partials + plan.box_blocks + blockIdx.x);
+      leave_sum<2>(loss, plan.partials + plan.box_blocks + blockIdx.x);
     }
   }
   if constexpr (Loss) {
     if (is_last_block(plan.ticket)) {
-      add_partials<Real>(plan, of_warps);
+      add_partials<Real>(plan);
     }
   }
 }

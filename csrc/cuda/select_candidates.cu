@@ -89,26 +89,31 @@ __device__ void collect_tile(
   });
 }
 
-// Collects candidates up to `bin` from this block's share of the tiles, which begins at `first`.
-// Returns whether all other blocks are done.
+// Collects the candidates that are good enough by the counts from this block's share of the tiles: every
+// gridDim.x-th from `first` on, which becomes that of the next segment. Returns whether all other blocks
+// are done.
 template <class T>
 __device__ bool collect(
-    const Plan& plan, const Segment& segment, unsigned first, FinishScratch& scratch) {
+    const Plan& plan, const Segment& segment, unsigned* first, FinishScratch& scratch) {
   unsigned tiles = unsigned(plan.level[segment.level].tiles), done = 0;
-  Bin bin = scratch.find(segment.state->bins, segment.wanted);
-  bool fits = bin.above + bin.inside <= segment.capacity; // or replace_list() will do it
-  for (unsigned i = first; i < tiles; i += gridDim.x, ++done) {
-    if (fits) {
-      collect_tile<T>(plan, segment, i, scan_range(bin.index).low, scratch);
-    }
-  }
   bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&segment.state->tiles_done, done) + done == tiles;
-    __threadfence();
+  if (*first < tiles) {
+    Bin bin = scratch.find(segment.state->bins, segment.wanted);
+    bool fits = bin.above + bin.inside <= segment.capacity; // or replace_list() will do it
+    for (; *first < tiles; *first += gridDim.x, ++done) {
+      if (fits) {
+        collect_tile<T>(plan, segment, *first, scan_range(bin.index).low, scratch);
+      }
+    }
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(&segment.state->tiles_done, done) + done == tiles;
+      __threadfence();
+    }
+    last = __syncthreads_or(last);
   }
-  return __syncthreads_or(last);
+  *first -= tiles;
+  return last;
 }
 
 // Shortens a list of `count` keys to those from range->low on: the best ones, no more than `most`,
@@ -117,14 +122,15 @@ __device__ bool collect(
 __device__ unsigned shorten(
     const Segment& segment, unsigned count, Bin bin, Range* range, bool in_place,
     FinishScratch& scratch) {
-  auto for_each = [&](auto&& take) {
-    for_each_key<kFinishThreads, 4, true>(count, [&](int64_t i) { return segment.keys[i]; }, take);
-  };
+  auto load = [&](int64_t i) { return segment.keys[i]; };
+  auto for_each = [&](auto&& take) { for_each_key<kFinishThreads, 4, false>(count, load, take); };
   unsigned most = unsigned(min(longest_sorted(segment.wanted), int64_t(segment.capacity)));
   unsigned left = scratch.narrow(bin, segment.wanted, most, range, for_each);
   uint64_t* to = in_place || left > kSortable ? segment.keys : scratch.sorted;
-  scratch.clear();
-  for_each([&](bool valid, uint64_t key) {
+  if (threadIdx.x == 0) {
+    scratch.count = 0;
+  }
+  for_each_key<kFinishThreads, 4, true>(count, load, [&](bool valid, uint64_t key) {
     append(valid && key >= range->low, key, to, left, &scratch.count);
   });
   return left;
@@ -138,7 +144,7 @@ __device__ unsigned replace_list(
   unsigned count = 0;
   for (int i = 0; i < plan.level[segment.level].tiles; ++i) {
     collect_tile<T>(plan, segment, i, low, scratch);
-    count = read_now(&segment.state->collected);
+    count = segment.state->collected;
     if (count + kTileSize > segment.capacity) {
       Range range = {low, kEndOfKeys};
       count = shorten(segment, count, {0, 0, count}, &range, true, scratch);
@@ -146,7 +152,6 @@ __device__ unsigned replace_list(
       if (threadIdx.x == 0) {
         segment.state->collected = count;
       }
-      __syncthreads();
     }
   }
   return count;
@@ -205,23 +210,17 @@ template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_kernel(const __grid_constant__ Plan plan) {
   __shared__ FinishScratch scratch;
-  if (blockIdx.x < plan.num_segments) {
-    Segment segment = find_segment(plan, blockIdx.x);
-    if (segment.state->found <= segment.capacity) {
-      finish<T>(plan, segment, scratch);
+  unsigned first = blockIdx.x;                       // tile of the next segment that has overflowed
+  for (unsigned i = 0; i <= *plan.overflowed; ++i) { // the block's own segment, then these
+    unsigned number = i == 0 ? blockIdx.x : plan.overflowed[i];
+    if (number < plan.num_segments) {
+      Segment segment = find_segment(plan, number);
+      bool is_complete = i == 0 ? segment.state->found <= segment.capacity
+                                : collect<T>(plan, segment, &first, scratch);
+      if (is_complete) {
+        finish<T>(plan, segment, scratch);
+      }
     }
-  }
-  unsigned first = blockIdx.x; // tile of the next segment that is this block's
-  for (unsigned i = 0; i < *plan.overflowed; ++i) {
-    Segment segment = find_segment(plan, plan.overflowed[1 + i]);
-    unsigned tiles = unsigned(plan.level[segment.level].tiles);
-    if (first < tiles && collect<T>(plan, segment, first, scratch)) {
-      finish<T>(plan, segment, scratch);
-    }
-    while (first < tiles) {
-      first += gridDim.x;
-    }
-    first -= tiles;
   }
 }
 

@@ -8,9 +8,11 @@
 
 namespace fcos::cuda {
 
-// Sum over all threads of a block, valid in thread 0. Every thread must call it. `of_warps` is
-// shared memory for one number per warp.
-__device__ __forceinline__ double block_sum(double value, double* of_warps) {
+// Sum over all threads of a block, valid in thread 0. Every thread must call it. Sums with no barrier
+// between them must differ in `Number`.
+template <int Number>
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double of_warps[32];
   int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
   for (int step = 16; step > 0; step /= 2) {
     value += __shfl_down_sync(0xffffffff, value, step);
@@ -57,16 +59,14 @@ __device__ __forceinline__ bool is_last_block(unsigned ticket) {
   return __syncthreads_or(is_last) != 0;
 }
 
-// Sum of the partial sums of a kernel's blocks, valid in thread 0. Every thread must call it.
-__device__ __forceinline__ double sum_partials(
-    const double* partials, int count, double* of_warps) {
+// The block_sum() of the partial sums of a kernel's blocks.
+template <int Number>
+__device__ __forceinline__ double sum_partials(const double* partials, int count) {
   double sum = 0;
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
     sum += partials[i];
   }
-  sum = block_sum(sum, of_warps);
-  __syncthreads(); // for the next sum
-  return sum;
+  return block_sum<Number>(sum);
 }
 
 } // namespace fcos::cuda

@@ -146,7 +146,8 @@ class Decoder {
     if (starts_with(statement_, ".reg")) {
       names_.declare_registers(statement_);
     } else if (starts_with(statement_, ".shared")) {
-      names_.declare_shared(Declaration(statement_));
+      Declaration variable(statement_);
+      names_.declare_address(variable.name, names_.allocate_shared(variable));
     } else if (starts_with(statement_, ".param")) { // of a call
       Declaration parameter(statement_);
       names_.declare_register(parameter.name, width_of(parameter.type));

@@ -69,11 +69,11 @@ void Names::declare_registers(const std::string& text) {
   }
 }
 
-void Names::declare_shared(const Declaration& variable) {
+uint64_t Names::allocate_shared(const Declaration& variable) {
   size_t begin = round_up(kernel_.shared_bytes, std::max<size_t>(variable.align, 16));
   kernel_.shared.push_back({begin, begin + variable.bytes});
   kernel_.shared_bytes = round_up(begin + variable.bytes, 16) + kGap;
-  declare_address(variable.name, begin);
+  return begin;
 }
 
 void Names::declare_address(const std::string& name, uint64_t address) {
@@ -101,6 +101,8 @@ Names::Symbol* Names::find(const std::string& name) {
   } else if (name[0] == '%') { // "%tid.x"
     symbol = {true, allocate(4), 4, 0};
     kernel_.special_registers[name] = symbol.place;
+  } else if (auto found = text_.shared.find(name); found != text_.shared.end()) {
+    symbol.address = allocate_shared(found->second);
   } else if (!text_.dynamic_shared.count(name)) {
     return nullptr;
   }

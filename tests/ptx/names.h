@@ -28,7 +28,7 @@ class Names {
   void close() { scopes_.pop_back(); }
   void declare_register(const std::string& name, int width);
   void declare_registers(const std::string& text); // ".reg .b32 %r<12>", ".reg .b32 low, high"
-  void declare_shared(const Declaration& variable);
+  uint64_t allocate_shared(const Declaration& variable); // returns its address
   void declare_address(const std::string& name, uint64_t address);
   void declare_same(const std::string& name, const Symbol& symbol);
 

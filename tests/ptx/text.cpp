@@ -70,6 +70,9 @@ Text::Text(const std::string& path) : name(path.substr(path.rfind('/') + 1)) {
       note_file(stripped);
     } else if (starts_with(line, ".global")) {
       note_variable(stripped);
+    } else if (starts_with(line, ".shared")) {
+      Declaration variable(stripped.substr(0, stripped.size() - 1));
+      shared.emplace(variable.name, variable);
     } else if (starts_with(line, ".extern .shared")) {
       dynamic_shared.insert(Declaration(stripped.substr(0, stripped.size() - 1)).name);
     } else if (starts_with(line, ".") && !starts_with(line, ".extern")) {

@@ -32,8 +32,9 @@ struct Text {
   Strings lines;
   std::map<std::string, size_t> functions; // and kernels: the lines where they begin
   std::map<std::string, std::vector<char>> variables;
-  std::set<std::string> dynamic_shared;     // variables whose size the launch says
-  std::map<std::string, std::string> files; // of the source, by number
+  std::map<std::string, Declaration> shared; // variables outside of functions
+  std::set<std::string> dynamic_shared;      // those whose size the launch says
+  std::map<std::string, std::string> files;  // of the source, by number
 
   explicit Text(const std::string& path);
   // What a kernel or a function takes; first comes what it returns.
