@@ -51,7 +51,6 @@ DEFECTS = {
     "negative": Defect("boxes with negative width or height", "corners swapped"),
     "flag": Defect("iscrowd written as a string", "converted"),
     "ignore": Defect("annotations with 'ignore'", "treated as crowd regions"),
-    "keypoints": Defect("annotations with invalid keypoints", "keypoints dropped"),
     "image_id": Defect("annotations of unknown images"),
     "category_id": Defect("annotations of unknown classes"),
     "box": Defect("annotations with an invalid bbox"),

@@ -41,7 +41,7 @@ def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
 
 
 def coco_records(content: dict, indices: dict[object, int], masks: bool = False) -> list[dict]:
-    """One record per image, ordered by image id, as ``load_coco_json`` makes them.
+    """One record per image, ordered by image id, as ``load_coco_json`` does; no keypoints.
 
     Args:
         content: of a ``Review``; its boxes become part of the records.
@@ -56,8 +56,6 @@ def coco_records(content: dict, indices: dict[object, int], masks: bool = False)
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": indices[annotation["category_id"]],
         }
-        if annotation.get("keypoints"):
-            record["keypoints"] = _pixel_centers(annotation["keypoints"])
         if masks and annotation.get("segmentation"):
             record["segmentation"] = _mask(annotation["segmentation"])
             if not record["segmentation"]:
@@ -83,11 +81,6 @@ def _mask(segmentation: dict | list) -> dict | list:
             return mask_util.frPyObjects(segmentation, *segmentation["size"])
         return segmentation
     return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
-
-
-def _pixel_centers(keypoints: list) -> list:
-    """COCO's keypoints are pixel indices, detectron2's coordinates are continuous."""
-    return [value + 0.5 if i % 3 != 2 else value for i, value in enumerate(keypoints)]
 
 
 # ---- images and boxes of records ----

@@ -263,7 +263,6 @@ class _Reviewer:
                     and 0 <= height < HUGE
                     and annotation.get("iscrowd") in PLAIN
                     and not annotation.get("ignore")
-                    and not annotation.get("keypoints")
                     and not (masks and _is_no_mask(annotation.get("segmentation")))
                     and annotation["id"] not in seen
                 )
@@ -319,9 +318,6 @@ class _Reviewer:
         if usable_flag(fixed.pop("ignore", 0), repaired) and not fixed["iscrowd"]:
             fixed["iscrowd"] = 1
             repaired["ignore"] += 1
-        if not _are_coordinates(fixed.get("keypoints") or []):
-            del fixed["keypoints"]
-            repaired["keypoints"] += 1
         if self._masks and _is_no_mask(mask):
             mask = format_value(mask)
             raise Unusable("mask", f"segmentation must be polygons or run lengths, got {mask}")
@@ -346,9 +342,3 @@ class _Reviewer:
 
 def _is_no_mask(mask: object) -> bool:
     return bool(mask) and not (is_run_lengths(mask) or is_polygons(mask))
-
-
-def _are_coordinates(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and abs(value) < HUGE for value in values
-    )

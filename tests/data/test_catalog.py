@@ -106,12 +106,10 @@ def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
     [
         {"segmentation": {"counts": "PPYo0"}},  # compressed: detectron2 asks for no size
         {"segmentation": {"counts": [0, 2400.0], "size": [40, 60]}},
-        {"keypoints": [-1, -1, 0]},
-        {"keypoints": [-0.5, 3.2, 2]},
     ],
     ids=str,
 )
-def test_masks_and_keypoints_that_detectron2_loads_are_right(coco, shape):
+def test_masks_that_detectron2_loads_are_right(coco, shape):
     coco.content["annotations"][1].update(shape)
     name = coco.register()
     assert load_dataset(name, masks=True) == DatasetCatalog.get(name)

@@ -72,18 +72,13 @@ def test_part_can_be_a_list_of_images_and_all_others(described, coco, tmp_path):
 
 
 def test_part_is_decided_by_the_file_on_disk(described, coco):
-    plain = inspect_part(described, coco)
-    for image in coco.content["images"]:
-        image["file_name"] = f"..\\images\\{image['file_name']}"
-    assert inspect_part(described, coco) == plain
-
-
-def inspect_part(described, coco):
-    described(mine=entry(coco, part=[0, 0.5]))
-    found = inspect_dataset("mine")
-    moved = "images" in coco.content["images"][0]["file_name"]
-    assert found.repaired == ({"path": len(found.records)} if moved else {})
-    return [record["image_id"] for record in found.records]
+    parts = []
+    for folder in ("", "..\\images\\"):
+        for number, image in enumerate(coco.content["images"], 1):
+            image["file_name"] = f"{folder}{number}.png"
+        described(mine=entry(coco, part=[0, 0.5]))
+        parts.append([record["image_id"] for record in inspect_dataset("mine").records])
+    assert parts[0] == parts[1]
 
 
 def test_problem_in_a_part_is_told_by_that_part_alone(described, coco):
@@ -208,7 +203,7 @@ def test_name_that_could_be_a_path_is_refused(coco, name):
     assert name not in DatasetCatalog
 
 
-@pytest.mark.parametrize("name", ["x", "DOTA-1.0_val", "2024", "Würfel", "x" * 200])
+@pytest.mark.parametrize("name", ["DOTA-1.0_val", "Würfel", "x" * 200])
 def test_usual_names_are_fine(described, coco, name):
     described(**{name: entry(coco, part=[0, 1])})
     assert len(load_dataset(name)) == 3

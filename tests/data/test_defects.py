@@ -78,7 +78,6 @@ REPAIRED = [
     (masks_for_boxes, {"no box": 2}, BOX),
     (annotate(iscrowd="False"), {"flag": 1}, BOX),
     (annotate(iscrowd=None), {}, BOX),
-    (annotate(keypoints=["1", 2, 2]), {"keypoints": 1}, BOX),
     (without("annotations", "id"), {"id": 3}, BOX),
     (annotate(id=101), {"id": 1}, BOX),
     (annotate(id=[1]), {"id": 1}, BOX),

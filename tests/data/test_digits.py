@@ -119,23 +119,14 @@ def test_registration_writes_nothing_and_prepare_makes_what_the_evaluator_opens(
         register_digits()
 
 
-def _make_at_once(root, barrier, answers):
-    barrier.wait()
+def _make(root):
     ensure_digits(root, FEW)
-    answers.put(fingerprint(root))
+    return fingerprint(root)
 
 
 def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(3), context.Queue()
-    workers = [
-        context.Process(target=_make_at_once, args=(tmp_path, barrier, answers)) for _ in range(3)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [answers.get() for _ in workers]
-    for worker in workers:
-        worker.join()
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.map(_make, [tmp_path] * 3, chunksize=1)
     assert len(found[0]) == 8 and found[0] == found[1] == found[2]
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", "digits.lock"}
 

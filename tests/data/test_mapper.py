@@ -90,15 +90,10 @@ def test_crowds_are_kept_as_boxes_of_class_minus_one(image_file):
     assert data == before
 
 
-def test_crowds_are_flipped_and_resized_like_objects(image_file):
+def test_crowds_are_flipped_and_resized(image_file):
     augmentations = [T.RandomFlip(prob=1.0), T.Resize((80, 120))]
     crowd = mapper(augmentations=augmentations)(record(image_file, CROWD))["instances"]
-    as_object = mapper(augmentations=augmentations)(
-        record(image_file, {**CROWD, "iscrowd": 0, "segmentation": []})
-    )["instances"]
-    assert crowd.gt_boxes.tensor.tolist() == [[20, 20, 60, 50]]
-    assert torch.equal(crowd.gt_boxes.tensor, as_object.gt_boxes.tensor)
-    assert crowd.image_size == (80, 120)
+    assert crowd.gt_boxes.tensor.tolist() == [[20, 20, 60, 50]] and crowd.image_size == (80, 120)
 
 
 def test_evaluation_gets_no_ground_truth(image_file):
