@@ -61,20 +61,17 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
     sources: list[Source] = []
     for text in inputs:
         path = Path(text).expanduser()
-        if path.is_dir():
-            found = [(file, file.relative_to(path)) for file in sorted(path.rglob("*"))]
-            found = [pair for pair in found if is_image(pair[0]) or is_video(pair[0])]
-            empty = "the folder holds no image and no video"
-        elif path.exists():
-            found, empty = [(path, Path(path.name))], ""
+        if is_folder := path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if is_image(file) or is_video(file)]
         else:
-            files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-            found = [(file, Path(file.name)) for file in files if file.is_file()]
-            empty = "no such file"
+            matching = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            found = [path] if path.exists() else [file for file in matching if file.is_file()]
         if not found:
-            skipped.add(text, empty)
-        for file, name in found:
+            reason = "the folder holds no image and no video" if is_folder else "no such file"
+            skipped.add(text, reason)
+        for file in found:
             kind = "video" if is_video(file) else "image"
+            name = file.relative_to(path) if is_folder else Path(file.name)
             sources.append(Source(str(file), kind, name))
     return sources
 

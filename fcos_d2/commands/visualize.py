@@ -6,8 +6,7 @@
 Draws images as training sees them, with their boxes and the points that learn them on each level.
 --check reads all images and annotations instead and reports defects, classes, boxes that no point
 learns, and levels that would fit better; the exit status is 1 if training would stop. --clean also
-writes repaired annotation files without defects, with --accept-loss even if they lose more than 10
-percent of the annotations.
+writes repaired annotation files without defects.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.sheet import contact_sheet
 from .arguments import config_parser
 
-KEPT = 0.9  # share of the annotations that a clean file has without being asked twice
 MOST_SHOWN = 20  # broken things that are listed, the others are counted
 MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
 
@@ -121,9 +119,7 @@ def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, Poin
 # ---- check ----
 
 
-def check(
-    cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool, accept_loss: bool
-) -> bool:
+def check(cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool) -> bool:
     """Prints a report on the datasets; returns whether training can use them as they are.
 
     Raises:
@@ -145,11 +141,11 @@ def check(
         print(line)
     problems = len(reasons) + sum(inspection.num_problems for inspection in inspections)
     if write_clean:
-        is_written = _write_clean(inspections, masks, accept_loss)
+        _write_clean(inspections, masks)
     elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
         print("--clean writes repaired annotation files without defects")
     print(f"problems to correct: {problems}" if problems else "ready to train")
-    return not problems and (not write_clean or is_written)
+    return not problems
 
 
 def _print_contents(inspection: Inspection, contents: Contents) -> None:
@@ -202,33 +198,26 @@ def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
     return lines
 
 
-def _write_clean(inspections: Sequence[Inspection], masks: bool, accept_loss: bool) -> bool:
-    """Writes clean copies of annotation files with defects; returns whether all were written."""
+def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
+    """Writes clean copies of annotation files with defects."""
     broken = [i for i in inspections if i.num_problems or i.repaired]
     for inspection in broken:
         if not inspection.files:
             print(f"--clean: {inspection.name} has no annotation file; correct it in Python")
-    is_written = True
     for file, content, num_before, repaired, removed in clean(inspections, broken, masks):
         for line in describe_repairs(repaired):
             print(f"repaired: {line}")
         for line in removed:
             print(f"removed: {line}")
-        count = len(content["annotations"])
-        path = Path(file.removesuffix(".gz"))
+        count, path = len(content["annotations"]), Path(file.removesuffix(".gz"))
         path = path.with_name(f"{path.stem}_clean.json")
-        if count == 0 or (count < KEPT * num_before and not accept_loss):
-            is_written = False
-            print(
-                f"not written: {path} would keep {count} of {num_before} annotations; correct the "
-                "defects first" + ("" if count == 0 else ", or pass --accept-loss")
-            )
+        if not count:
+            print(f"not written: {path} would keep none of {num_before} annotations")
             continue
         path.write_text(json.dumps(content))
         print(
             f"{count} of {num_before} annotations: {path}; name it in the config instead of {file}"
         )
-    return is_written
 
 
 def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
@@ -288,8 +277,7 @@ def run(options: argparse.Namespace) -> int:
     if not names:
         raise InputError("no dataset is named; set DATASETS.TRAIN or pass --dataset NAME")
     if options.check or options.clean:
-        read_images, is_clean = not options.skip_images, options.clean
-        return int(not check(cfg, names, read_images, is_clean, options.accept_loss))
+        return int(not check(cfg, names, not options.skip_images, options.clean))
     draw(cfg, names, options.output or Path(cfg.OUTPUT_DIR) / "data", options.images)
     return 0
 
@@ -301,7 +289,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", action="append", metavar="NAME", help="instead of the config's")
     add("--check", action="store_true", help="report instead of drawing")
     add("--clean", action="store_true", help="write repaired annotation files")
-    add("--accept-loss", action="store_true", help="even if they lose more than 10 percent")
     add("--skip-images", action="store_true", help="check without reading images")
     add("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")
     add("--images", type=int, default=12, metavar="N", help="default: %(default)s")

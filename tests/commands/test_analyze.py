@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from fcos_d2.commands import analyze
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +45,3 @@ def test_size_that_is_none_is_one_line(capsys):
     config = str(ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml")
     assert analyze.main(["--config-file", config, "--size", "0", "9"]) == 2
     assert capsys.readouterr().err == "error: the size is 0 x 9; pass --size HEIGHT WIDTH above 0\n"
-
-
-@pytest.mark.parametrize("config", ["no.yaml"])
-def test_missing_config_is_one_line(capsys, config):
-    assert analyze.main(["--config-file", config]) == 2
-    assert "no.yaml does not exist" in capsys.readouterr().err

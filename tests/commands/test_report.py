@@ -150,14 +150,6 @@ def test_missing_file_is_named_with_the_command_that_makes_it(output, capsys, mi
     assert "python train_net.py --config-file" in printed and command in printed
 
 
-def test_config_of_something_else_is_one_line(output, capsys):
-    (output / "config.yaml").write_text("train: {}\n")
-    assert report.main([str(output)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and f"{output}/config.yaml" in printed
-    assert printed.count("\n") == 1
-
-
 def test_run_without_evaluation_is_reported_without_ap(output, found, capsys):
     (output / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
     assert report.main([str(output), "--images", "1"]) == 0
