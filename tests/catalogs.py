@@ -1,4 +1,6 @@
-"""A fixture for the conftest.py of packages whose tests register datasets."""
+"""What tests that register datasets share."""
+
+from collections.abc import Iterable, Mapping
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,3 +14,25 @@ def catalogs_as_before():
     for catalog, names in before:
         for name in set(catalog) - names:
             del catalog[name]
+
+
+def coco_content(
+    objects: Mapping[str, Iterable[tuple]], classes: Iterable[str], size: tuple[int, int]
+) -> dict:
+    """A COCO file.
+
+    Args:
+        objects: by the file name of each image, class (from 1), box [x, y, width, height] and
+            perhaps iscrowd of its objects.
+        classes: names.
+        size: width and height of all images.
+    """
+    images, annotations = [], []
+    for number, (name, found) in enumerate(objects.items(), 1):
+        images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        for class_, box, *iscrowd in found:
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": class_}
+            annotation |= {"bbox": list(map(float, box)), "area": float(box[2] * box[3])}
+            annotations.append({**annotation, "iscrowd": iscrowd[0] if iscrowd else 0})
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}

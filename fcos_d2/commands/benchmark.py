@@ -42,54 +42,30 @@ class Part(NamedTuple):
     run: Callable[[], object]
 
 
-def training_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
-    """The parts of a training iteration, each created when it is measured.
+def parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
+    """What training and inference consist of, each created when it is measured.
 
     Raises:
         InputError: a dataset cannot be used.
     """
-    synthetic = options.size is not None
-    training = _random_batches(options) if synthetic else iter(Trainer.build_train_loader(cfg))
+    workers, synthetic = f"{cfg.DATALOADER.NUM_WORKERS} workers", options.size is not None
+    training = testing = _random_batches(options) if synthetic else None
     if not synthetic:
-        yield Part(
-            "data loading",
-            f"training: read, augment, batch; {cfg.DATALOADER.NUM_WORKERS} workers",
-            lambda: next(training),
-        )
+        training, testing = iter(Trainer.build_train_loader(cfg)), _test_batches(cfg, options.batch)
+        reading = f"training: read, augment, batch; {workers}"
+        yield Part("data loading", reading, lambda: next(training))
     step = _training_step(cfg, model, next(training))
     yield Part("training step", "copy to the device, forward, losses, backward, optimizer", step)
-
-
-def inference_parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
-    """What finding objects consists of.
-
-    Raises:
-        InputError: a dataset cannot be used.
-    """
     accelerated(cfg, model.eval())
-    synthetic = options.size is not None
-    testing = _random_batches(options) if synthetic else _test_batches(cfg, options.batch)
-    batch = next(testing)
-
-    @torch.no_grad()
-    def network():
-        return model.dense_predictions(batch)
-
+    batch, infer = next(testing), torch.no_grad()(model.__call__)
+    network = torch.no_grad()(lambda: model.dense_predictions(batch))
     yield Part("network", "copy to the device, normalization, backbone, head", network)
     outputs = network()
     yield Part("post-processing", "candidates, decoding, NMS", lambda: model.detect(*outputs))
-
-    @torch.no_grad()
-    def infer(inputs):
-        return model(inputs)
-
     yield Part("inference", "network, post-processing, instances on the host", lambda: infer(batch))
     if not synthetic:
-        yield Part(
-            "end to end",
-            f"read, resize, inference; {cfg.DATALOADER.NUM_WORKERS} workers",
-            lambda: infer(next(testing)),
-        )
+        reading = f"read, resize, inference; {workers}"
+        yield Part("end to end", reading, lambda: infer(next(testing)))
 
 
 def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
@@ -158,10 +134,7 @@ def benchmark(options: argparse.Namespace) -> None:
     for line in _circumstances(cfg, options):
         print(line)
     print("\n| part | ms per batch | images per second | includes |\n|---|---|---|---|")
-    parts = itertools.chain(
-        training_parts(cfg, model, options), inference_parts(cfg, model, options)
-    )
-    for part in parts:
+    for part in parts(cfg, model, options):
         milliseconds = _milliseconds(part.run, options.seconds)
         speed = options.batch / milliseconds * 1e3
         print(f"| {part.name} | {milliseconds:.2f} | {speed:.1f} | {part.includes} |", flush=True)

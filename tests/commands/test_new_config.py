@@ -12,6 +12,7 @@ from fcos_d2.commands import new_config
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.custom import photo
+from tests.catalogs import coco_content
 
 SIZE = (96, 72)
 
@@ -24,26 +25,17 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def images(folder, names, size=SIZE):
+def images(folder, names):
     for name in names:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size).save(path)
+        Image.new("RGB", SIZE).save(path)
 
 
-def coco(path, names, classes=lambda n: [n % 2 + 1], box=(10, 12, 30, 40), size=SIZE):
-    """A COCO file of images with a box of every class that ``classes`` gives."""
-    content = {"images": [], "annotations": [], "categories": []}
-    content["categories"] = [{"id": i, "name": name} for i, name in enumerate("abc", 1)]
-    for n, name in enumerate(names):
-        width, height = size
-        image = {"id": n, "file_name": name, "width": width, "height": height}
-        content["images"].append(image)
-        for class_ in classes(n):
-            annotation = {"id": len(content["annotations"]), "image_id": n, "category_id": class_}
-            content["annotations"].append({**annotation, "bbox": list(box), "iscrowd": 0})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content))
+def write_labels(path, names):
+    """A COCO file of images with a box each."""
+    objects = {name: [(n % 2 + 1, (10, 12, 30, 40))] for n, name in enumerate(names)}
+    path.write_text(json.dumps(coco_content(objects, "abc", SIZE)))
 
 
 NAMES = [f"{n}.jpg" for n in range(30)]
@@ -61,7 +53,7 @@ def loaded(name) -> set[str]:
 def labels(data):
     """A folder of photos with a COCO file."""
     images(data / "photos", NAMES)
-    coco(data / "labels.json", NAMES)
+    write_labels(data / "labels.json", NAMES)
     return data / "labels.json"
 
 
@@ -143,7 +135,7 @@ def test_list_of_validation_images_is_kept_and_new_images_are_trained_on(labels,
     assert 3 <= len(before) <= 9
     more = [*NAMES, *(f"more{n}.jpg" for n in range(20))]
     images(data / "photos", more)
-    coco(data / "labels.json", more)
+    write_labels(data / "labels.json", more)
     read_cfg("mine.yaml")
     assert loaded("mine_val") == before and len(loaded("mine_train")) == 50 - len(before)
     Path("mine.yaml").unlink()

@@ -16,31 +16,23 @@ from fcos_d2.commands import report
 from fcos_d2.evaluation import Objects
 from fcos_d2.visualization.boxes import GRAY, PALETTE, PANEL_SIDE
 from fcos_d2.visualization.sheet import GUTTER
+from tests.catalogs import coco_content
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 SIZE = 64
 SCALE = PANEL_SIDE // SIZE
 TOP = GUTTER + 30 + 22  # of the first row of panels: below the heading and the titles
-CATEGORIES = (7, 11, 20)  # COCO's numbers have gaps, too
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """Five gray images; image i has a box of class i % 3 at (8, 16) to (40, 32), the last none."""
     folder = tmp_path_factory.mktemp("images")
-    annotations = []
+    objects = {}
     for i in range(5):
         Image.fromarray(np.full((SIZE, SIZE, 3), 100, np.uint8)).save(folder / f"{i}.png")
-        box = {"bbox": [8, 16, 32, 16], "area": 512, "iscrowd": int(i == 3)}
-        if i < 4:
-            annotations.append(
-                {"id": i + 1, "image_id": i + 100, "category_id": CATEGORIES[i % 3], **box}
-            )
-    images = [
-        {"id": i + 100, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(5)
-    ]
-    categories = [{"id": number, "name": f"class{number}"} for number in CATEGORIES]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+        objects[f"{i}.png"] = [(i % 3 + 1, (8, 16, 32, 16), int(i == 3))] if i < 4 else []
+    content = coco_content(objects, ("class0", "class1", "class2"), (SIZE, SIZE))
     (folder / "test.json").write_text(json.dumps(content))
     register_coco_instances("report_test", {}, str(folder / "test.json"), str(folder))
     yield "report_test"
@@ -74,8 +66,8 @@ def found(monkeypatch):
     """What stands for the model's detections: class 1 everywhere, class 2 in the first image."""
     box, images = np.array([[16.0, 16, 48, 48]]), {}
     for i in range(5):
-        images[100 + i] = Objects(box, [1], [0.9])
-    images[100] = Objects(np.concatenate([box, box]), [1, 2], [0.9, 0.2])
+        images[1 + i] = Objects(box, [1], [0.9])
+    images[1] = Objects(np.concatenate([box, box]), [1, 2], [0.9, 0.2])
     monkeypatch.setattr(report, "_detect", lambda cfg, weights: images)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fcos_d2.commands import visualize
 from fcos_d2.data.custom import chooser
+from tests.catalogs import coco_content
 
 CONFIG = """
 MODEL:
@@ -35,15 +36,11 @@ def labels(tmp_path, monkeypatch):
     """Twenty photos of 64 x 64 with a box of 3 pixels and one of 40 each; two of three classes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    images, annotations = [], []
+    objects = {}
     for n in range(20):
         Image.new("RGB", (64, 64), (90, 90, 90)).save(tmp_path / "photos" / f"{n}.png")
-        images.append({"id": n, "file_name": f"{n}.png", "width": 64, "height": 64})
-        for category, box in ((1, [17 + n % 3, 17, 3, 3]), (2, [12, 12, 40, 40])):
-            annotation = {"id": len(annotations) + 1, "image_id": n, "category_id": category}
-            annotations.append(annotation | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-    categories = [{"id": i, "name": name} for i, name in enumerate(("dot", "disc", "never"), 1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+        objects[f"{n}.png"] = [(1, (17 + n % 3, 17, 3, 3)), (2, (12, 12, 40, 40))]
+    content = coco_content(objects, ("dot", "disc", "never"), (64, 64))
     (tmp_path / "config.yaml").write_text(CONFIG)
     write(content)
     return content

@@ -7,6 +7,7 @@ import pytest
 
 from fcos_d2.data.formats.folders import recognize
 from fcos_d2.errors import InputError
+from tests.catalogs import coco_content
 
 from .two_images import HEIGHT, OBJECTS, WIDTH, assert_recognized, write
 
@@ -19,16 +20,11 @@ def coco(root):
 
     def make(path, files, folder):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
-        for number, file in enumerate(files, 1):
+        objects = {}
+        for file in files:
             shutil.move(root / "images" / file, root / folder / file)
-            size = {"width": WIDTH, "height": HEIGHT}
-            images.append({"id": number, "file_name": file, **size})
-            for label, *box in OBJECTS[file]:
-                annotation = {"image_id": number, "category_id": CLASSES.index(label), "bbox": box}
-                annotations.append({"id": len(annotations) + 1, **annotation})
-        categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
+            objects[file] = [(CLASSES.index(label) + 1, box) for label, *box in OBJECTS[file]]
+        content = coco_content(objects, CLASSES, (WIDTH, HEIGHT))
         write(root / path, content)
         return content
 
