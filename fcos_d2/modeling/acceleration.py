@@ -1,4 +1,4 @@
-"""Folded batch norms, memory format and precision: a faster network with the same results."""
+"""Makes a network faster: folds batch norms, sets memory format and precision."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class FrozenNormConv2d(Conv2d):
-    """detectron2's convolution, which applies its frozen batch norm to the weights.
+    """detectron2's convolution, with its frozen batch norm applied to the weights.
 
-    The weights are far smaller than the feature maps, whose passes through the norm take 15 percent
+    The weights are far smaller than the feature maps, to which applying the norm takes 15 percent
     of an R-50 training step on a CPU. Parameters and buffers keep their names.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[B, C, H, W] -> Tensor[B, C', H', W']."""
         norm = self.norm
-        if not isinstance(norm, FrozenBatchNorm2d):  # folded for good by ``accelerate``
+        if not isinstance(norm, FrozenBatchNorm2d):  # folded permanently by ``accelerate``
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight, bias = (
@@ -36,14 +36,14 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(model: nn.Module) -> None:
-    """Makes FrozenNormConv2d of detectron2's convolutions with a frozen batch norm, in place."""
+    """Turns detectron2's convolutions with a frozen batch norm into FrozenNormConv2d, in place."""
     for layer in model.modules():
         if type(layer) is Conv2d and isinstance(layer.norm, FrozenBatchNorm2d):
             layer.__class__ = FrozenNormConv2d
 
 
 class InFloat32(nn.Module):
-    """A layer that computes in float32 inside a network of lower precision."""
+    """Runs a layer in float32 inside a network of lower precision."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -58,12 +58,12 @@ def accelerate(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     """Makes a detector fast for inference, in place; it can no longer be trained or saved.
 
     Batch norms are folded into the preceding convolutions, which only changes rounding, and feature
-    maps are channels_last. With a lower ``dtype``, the network computes in it, except the layers
-    that predict distances and box quality: they are small, and bfloat16 is too coarse for them.
-    Candidates and detections are always float32.
+    maps become channels_last. The network computes in ``dtype``, except the layers that predict
+    distances and box quality: they are small, and bfloat16 is too coarse for them. Candidates and
+    detections are always float32.
 
     Args:
-        model: in evaluation mode; below float32 an FCOS.
+        model: detector in evaluation mode; must be an FCOS unless ``dtype`` is float32.
         dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -106,7 +106,7 @@ def use_channels_last(model: nn.Module, dtype: torch.dtype | None = None) -> nn.
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which ``device`` computes convolutions fastest, float16 only on GPUs."""
+    """Returns the dtype of the fastest convolutions on ``device``; float16 only on GPUs."""
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bfloat16 else torch.float16

@@ -1,6 +1,6 @@
 """Backbones of FCOS: an FPN with extra levels computed from P5 or C5 (1904.01355 section 3.2).
 
-The bottom-up part is detectron2's ResNet, with deformable convolutions on torchvision's kernel.
+The bottom-up network is detectron2's ResNet, with deformable convolutions on torchvision's kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..config import fcos_settings
 class DeformConv2d(nn.Module):
     """A deformable convolution of a detectron2 ResNet (DCN or DCNv2) on torchvision's kernel.
 
-    detectron2's own layer needs its compiled extension, and for DCNv2 a GPU. The weights have the
-    same names.
+    detectron2's own layer needs its compiled extension and, for DCNv2, a GPU. Parameter names are
+    the same.
 
     Args:
-        conv: layer whose weight, norm and geometry are taken over.
+        conv: layer whose weight, norm and geometry are reused.
     """
 
     def __init__(self, conv: DeformConv | ModulatedDeformConv):
@@ -78,10 +78,10 @@ class LastLevelP6(nn.Module):
 
 
 def build_fpn(cfg, bottom_up: Backbone) -> FPN:
-    """FPN over ``bottom_up`` with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
+    """Builds an FPN on ``bottom_up`` with ``MODEL.FCOS.TOP_LEVELS`` extra levels.
 
     Raises:
-        ValueError: invalid MODEL.FPN.IN_FEATURES, TOP_LEVELS or TOP_LEVELS_FROM.
+        ValueError: MODEL.FPN.IN_FEATURES, TOP_LEVELS or TOP_LEVELS_FROM is invalid.
     """
     fcos = fcos_settings(cfg)
     top_levels, source, channels = fcos.TOP_LEVELS, fcos.TOP_LEVELS_FROM, cfg.MODEL.FPN.OUT_CHANNELS
@@ -113,11 +113,11 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_d2_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """detectron2's ResNet or ResNeXt (``MODEL.RESNETS``, DCN included) under ``build_fpn``."""
+    """Builds detectron2's ResNet or ResNeXt (``MODEL.RESNETS``, including DCN) with an FPN."""
     return build_fpn(cfg, use_torchvision_deform_conv(build_resnet_backbone(cfg, input_shape)))
 
 
-# AdelaiDet's names of its backbones; they mean ours unless AdelaiDet has registered them.
+# AdelaiDet's backbone names; they refer to our backbones unless AdelaiDet has registered its own.
 ADELAIDET_NAMES = {
     "build_fcos_resnet_fpn_backbone": "build_fcos_d2_resnet_fpn_backbone",
     "build_fcos_vovnet_fpn_backbone": "build_fcos_d2_vovnet_fpn_backbone",

@@ -39,8 +39,8 @@ class FCOS(DenseDetector):
         postprocess: Predictions -> Detections.
         grid: lays points over the feature maps.
         head_in_features: names of the feature maps the head reads, by ascending stride.
-        pixel_mean: per channel, in the order of the input.
-        pixel_std: per channel, in the order of the input.
+        pixel_mean: mean of each channel, in the order of the input.
+        pixel_std: standard deviation of each channel, in the order of the input.
         input_format: "BGR" or "RGB", channel order of the input.
     """
 
@@ -67,9 +67,9 @@ class FCOS(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg):
-        """Arguments from ``cfg``."""
+        """Returns the arguments from ``cfg``."""
         backbone = build_named_backbone(cfg)
-        _warn_of_unread(backbone, fcos_settings(cfg).IN_FEATURES)
+        _warn_about_unused_maps(backbone, fcos_settings(cfg).IN_FEATURES)
         return {
             "backbone": backbone,
             **build_parts(cfg, backbone.output_shape()),
@@ -83,12 +83,12 @@ class FCOS(DenseDetector):
     def dense_predictions(
         self, batched_inputs: Sequence[dict]
     ) -> tuple[ImageList, list[Tensor], Predictions]:
-        """The padded and normalized batch, its feature maps, and the head's predictions."""
+        """Returns the padded and normalized batch, its feature maps, and the predictions."""
         images = self.preprocess_image(batched_inputs)
         return images, *self.network(images.tensor)
 
     def preprocess_image(self, batched_inputs: Sequence[dict]) -> ImageList:
-        """The padded and normalized batch, in the dtype of the weights."""
+        """Returns the padded and normalized batch, in the dtype of the weights."""
         images = super().preprocess_image(batched_inputs)
         return ImageList(images.tensor.to(self.pixel_mean.dtype), images.image_sizes)
 
@@ -105,7 +105,7 @@ class FCOS(DenseDetector):
         predictions: Predictions,
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Losses by name."""
+        """Returns the losses by name."""
         return self.losses(
             predictions, pack_ground_truth(gt_instances), self.levels(features, images)
         )
@@ -113,44 +113,44 @@ class FCOS(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> list[Instances]:
-        """Detections of each image, in pixels of the network input."""
+        """Returns the detections of each image, in pixels of the network input."""
         detections = self.detect(images, features, predictions)
         return to_instances(detections, images.image_sizes)
 
     def detect(
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> Detections:
-        """Detections of the whole batch in fixed shapes, without host synchronization."""
+        """Returns detections of the whole batch in fixed shapes, without host synchronization."""
         return self.postprocess.suppress(self.select(images, features, predictions))
 
     def select(
         self, images: ImageList, features: list[Tensor], predictions: Predictions
     ) -> Candidates:
-        """The candidates that NMS selects the detections from."""
+        """Returns the candidates for NMS."""
         sizes = torch.tensor([tuple(size) for size in images.image_sizes])
         sizes = sizes.to(self.device, non_blocking=True)
         return self.postprocess.select(predictions, self.levels(features, images), sizes)
 
     def levels(self, features: list[Tensor], images: ImageList) -> Levels:
-        """Positions of the points of ``features`` in ``images``."""
+        """Returns the geometry of the points of ``features`` in ``images``."""
         return self.grid.levels(features, images.tensor)
 
 
-def _warn_of_unread(backbone: Backbone, in_features: Sequence[str]) -> None:
-    unread = [name for name in backbone.output_shape() if name not in in_features]
-    if unread:
+def _warn_about_unused_maps(backbone: Backbone, in_features: Sequence[str]) -> None:
+    unused = [name for name in backbone.output_shape() if name not in in_features]
+    if unused:
         logger.warning(
-            f"the backbone computes {', '.join(unread)}, which MODEL.FCOS.IN_FEATURES does not "
-            "read: a waste, and an error where several GPUs train, since its parameters get no "
+            f"the backbone computes {', '.join(unused)}, which MODEL.FCOS.IN_FEATURES does not "
+            "use: this is wasteful, and fails on several GPUs, since its parameters get no "
             "gradient; lower MODEL.FCOS.TOP_LEVELS or shorten MODEL.FPN.IN_FEATURES"
         )
 
 
 def build_parts(cfg, backbone_shape: dict) -> dict[str, object]:
-    """Head, losses and point grid of ``cfg``, for a backbone of the given output shape.
+    """Builds head, losses and point grid from ``cfg`` for a backbone with the given output shape.
 
     Raises:
-        ValueError: IN_FEATURES or FPN_STRIDES that the backbone does not have.
+        ValueError: IN_FEATURES or FPN_STRIDES do not match the backbone.
     """
     fcos = fcos_settings(cfg)
     missing = [name for name in fcos.IN_FEATURES if name not in backbone_shape]

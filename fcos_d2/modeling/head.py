@@ -22,7 +22,7 @@ NORMS = ("GN", "BN", "SyncBN", "none", "")
 
 
 class Scale(nn.Module):
-    """Multiplies by one learnable number, ``s_i`` of 1904.01355 equation 2."""
+    """Multiplies by a learnable scalar, ``s_i`` of 1904.01355 section 3.2."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[B, in_channels, H, W] -> Tensor[B, out_channels, H, W]."""
-        # Not in autocast's dtype, which the kernels lack and which is too coarse for positions.
+        # Not in autocast's dtype, which the kernels do not support and is too coarse for positions.
         weight, bias = self.conv.weight, self.conv.bias
         offset, mask = self.offset(x).to(weight.dtype).split((18, 9), dim=1)
         return deform_conv2d(
@@ -93,7 +93,7 @@ class FCOSHead(nn.Module):
     Args:
         in_channels: channels of every input feature map.
         num_classes: K, without background.
-        strides: of the levels, in pixels.
+        strides: stride of each level, in pixels.
         num_cls_convs: convolutions of the classification tower.
         num_box_convs: convolutions of the box tower.
         num_share_convs: convolutions before both towers.
@@ -107,7 +107,7 @@ class FCOSHead(nn.Module):
         yield_box_features: fill ``Predictions.box_features``.
 
     Raises:
-        ValueError: an unknown norm, or GN with channels that 32 does not divide.
+        ValueError: the norm is unknown, or is GN and 32 does not divide the number of channels.
     """
 
     @configurable
@@ -133,7 +133,7 @@ class FCOSHead(nn.Module):
         check_choice("NORM", norm, NORMS)
         if norm == "GN" and in_channels % 32:
             raise ValueError(
-                f"FCOSHead: norm GN needs channels that 32 divides, got {in_channels}; "
+                f"FCOSHead: norm GN needs channels divisible by 32, got {in_channels}; "
                 "set MODEL.FCOS.NORM BN or MODEL.FPN.OUT_CHANNELS to a multiple of 32"
             )
         self.strides = tuple(strides)
@@ -153,7 +153,7 @@ class FCOSHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape: Sequence[ShapeSpec]):
-        """Arguments from ``cfg`` and the shapes of the feature maps that the head reads."""
+        """Returns the arguments from ``cfg`` and the shapes of the head's input feature maps."""
         fcos = fcos_settings(cfg)
         return {
             "in_channels": input_shape[0].channels,

@@ -20,26 +20,26 @@ QUALITIES = {"ctrness": "centerness", "iou": "iou"}
 
 
 class FCOSLoss(nn.Module):
-    """Assigns targets and sums the three losses, each divided by its normalizer on the device.
+    """Assigns targets and computes the three losses, each divided by its normalizer on the device.
 
-    Targets do not depend on predictions, so the normalizers are known, and exchanged between
-    processes in one message, before the losses are computed.
+    Targets do not depend on predictions, so the normalizers are known, and averaged over processes
+    with one all-reduce, before the losses are computed.
 
     Args:
         num_classes: K.
-        strides: of the levels, in pixels.
+        strides: stride of each level, in pixels.
         sizes_of_interest: bounds in pixels between the size ranges of the levels, one fewer than
             levels.
         range_inclusive: whether a largest distance equal to a bound belongs to the range.
-        center_radius: of center sampling, in strides; 0 for none.
+        center_radius: radius of center sampling, in strides; 0 disables it.
         pixel_extent: 1 if x2 and y2 are the last pixels of a box, else 0.
-        alpha: of the focal loss.
-        gamma: of the focal loss.
+        alpha: weight of positives in the focal loss.
+        gamma: exponent of the focal loss.
         cls_weight: weight of the classification loss.
         loc_loss_type: "iou", "linear_iou", "giou", "diou" or "ciou".
         box_quality: "ctrness" or "iou".
         iou_smooth: added to intersection and union, in squared units of the regression targets.
-        norm_reg_targets: the unit of the regression targets is the stride instead of the pixel.
+        norm_reg_targets: regression targets are in strides instead of pixels.
         weight_by_centerness: weight the box loss by centerness; only with box_quality "ctrness".
         cls_normalizer: "fg", "fg_and_images", "moving_fg" or "all".
         box_normalizer: "fg", or "cls" for that of the classification loss.
@@ -47,10 +47,10 @@ class FCOSLoss(nn.Module):
         sync_normalizer: average the normalizers over all processes.
 
     Raises:
-        ValueError: an unknown choice, or a number of sizes that does not fit the strides.
+        ValueError: a choice is unknown, or the number of sizes does not match the strides.
     """
 
-    MOMENTUM = 0.9  # of moving_fg, in AdelaiDet and detectron2 alike
+    MOMENTUM = 0.9  # of moving_fg, as in AdelaiDet and detectron2
 
     @configurable
     def __init__(
@@ -108,7 +108,7 @@ class FCOSLoss(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
-        """Arguments from ``cfg``."""
+        """Returns the arguments from ``cfg``."""
         fcos = fcos_settings(cfg)
         return {
             "num_classes": fcos.NUM_CLASSES,
@@ -134,7 +134,7 @@ class FCOSLoss(nn.Module):
     def forward(
         self, predictions: Predictions, ground_truth: GroundTruth, levels: Levels
     ) -> dict[str, Tensor]:
-        """Losses by name: ``loss_fcos_cls``, ``loss_fcos_loc``, ``loss_fcos_ctr`` (or ``_iou``)."""
+        """Returns ``loss_fcos_cls``, ``loss_fcos_loc`` and ``loss_fcos_ctr`` (or ``_iou``)."""
         targets = self.assign(ground_truth, levels)
         self._last = ground_truth, targets
         cls, loc, quality = fcos_loss(
@@ -146,7 +146,7 @@ class FCOSLoss(nn.Module):
             cls_weight=self.cls_weight,
             alpha=self.alpha,
             gamma=self.gamma,
-            # float16 trains with a gradient scaler, so that a saved gradient would never be right.
+            # With float16, gradients are scaled, so a saved gradient would never be valid.
             save_gradient=predictions.logits[0].dtype != torch.float16,
             **self.box_rule,
         )
@@ -154,15 +154,15 @@ class FCOSLoss(nn.Module):
         return {"loss_fcos_cls": cls, "loss_fcos_loc": loc, name: quality}
 
     def assign(self, ground_truth: GroundTruth, levels: Levels) -> Targets:
-        """What every point must predict; see ``fcos_d2.ops.assign_targets``."""
+        """Returns the targets of every point; see ``fcos_d2.ops.assign_targets``."""
         return assign_targets(*ground_truth, levels, self.size_ranges, **self.assignment)
 
     @property
     def stats(self) -> dict[str, Tensor]:
-        """How the last batch was assigned, as scalars on the device; empty before the first.
+        """Statistics of the last assignment, as scalars on the device; empty before the first.
 
-        Per image: positive points of each level, ambiguous points (several boxes qualified), and
-        boxes that no point serves.
+        Per image: positive points of each level, ambiguous points (several boxes qualify), and
+        boxes that no point is assigned to.
         """
         if self._last is None:
             return {}
@@ -184,12 +184,12 @@ class FCOSLoss(nn.Module):
 
     @torch.no_grad()
     def _normalizers(self, targets: Targets) -> list[tuple[Tensor, float]]:
-        """Divisors of the classification, box and quality loss, with the least they count for."""
+        """Returns the divisors of classification, box and quality loss, with their lower bounds."""
         totals = targets.totals
         if self.cls_normalizer == "all":
             totals = torch.cat((totals, totals.new_full((1,), float(targets.labels.numel()))))
         if self.sync_normalizer and comm.get_world_size() > 1:
-            # Unconditional on every process: one without objects must not leave the others waiting.
+            # Every process takes part: one without objects must not leave the others waiting.
             totals = totals.clone()
             torch.distributed.all_reduce(totals)
             totals = totals / comm.get_world_size()
@@ -207,11 +207,11 @@ class FCOSLoss(nn.Module):
 
 
 def _size_ranges(bounds: Sequence[float], strides: Sequence[int]) -> list[tuple[float, float]]:
-    """Bounds between levels -> (low, high) per level; the first and the last are open."""
+    """Bounds between levels -> (low, high) per level; the outermost bounds are open."""
     bounds = list(map(float, bounds))
     if len(bounds) != len(strides) - 1 or bounds != sorted(bounds):
         raise ValueError(
             "FCOSLoss: sizes_of_interest (MODEL.FCOS.SIZES_OF_INTEREST) must be "
-            f"{len(strides) - 1} rising bounds between {len(strides)} levels, got {bounds}"
+            f"{len(strides) - 1} ascending bounds between {len(strides)} levels, got {bounds}"
         )
     return list(zip([-1.0, *bounds], [*bounds, math.inf], strict=True))

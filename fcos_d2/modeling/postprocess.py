@@ -17,10 +17,10 @@ class PostProcessor:
     """Selects candidates and suppresses duplicates, in fixed shapes, without host synchronization.
 
     Args:
-        score_threshold: on the class probability, or with ``threshold_with_quality`` on its product
-            with the box quality; in [0, 1].
-        threshold_with_quality: see above.
-        topk: candidates per level and image.
+        score_threshold: minimum class probability, or with ``threshold_with_quality`` its product
+            with the box quality; exclusive, in [0, 1].
+        threshold_with_quality: see ``score_threshold``.
+        topk: candidates kept per level and image.
         rank_with_quality: rank candidates by the product instead of the class probability.
         score_rule: final score, "sqrt" of the product, "product" or "cls".
         clip: clip boxes to the image before NMS.
@@ -28,12 +28,12 @@ class PostProcessor:
         pixel_extent: 1 if x2 and y2 are the last pixels of a box, else 0.
         nms_threshold: IoU above which the lower-scored box is suppressed.
         nms_method: "hard", "linear" or "gaussian".
-        nms_sigma: of "gaussian".
+        nms_sigma: parameter of "gaussian".
         class_agnostic: boxes of different classes suppress each other.
         max_detections: D.
 
     Raises:
-        ValueError: an unknown choice, or a number out of range.
+        ValueError: a choice is unknown, or a number is out of range.
     """
 
     @configurable
@@ -83,7 +83,7 @@ class PostProcessor:
 
     @classmethod
     def from_config(cls, cfg, *, split: str = "TEST"):
-        """Arguments from ``cfg``: those for testing, or (``split`` "TRAIN") for proposals."""
+        """Returns the arguments from ``cfg``, for testing or (``split`` "TRAIN") for proposals."""
         fcos = fcos_settings(cfg)
         return {
             "score_threshold": fcos[f"INFERENCE_TH_{split}"],
@@ -102,16 +102,16 @@ class PostProcessor:
         }
 
     def __call__(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Detections:
-        """Detections of images whose (height, width) without padding are int64 Tensor[B, 2]."""
+        """Returns detections; ``image_sizes``: int64 Tensor[B, 2], (height, width) unpadded."""
         return self.suppress(self.select(predictions, levels, image_sizes))
 
     @torch.no_grad()
     def select(self, predictions: Predictions, levels: Levels, image_sizes: Tensor) -> Candidates:
-        """The candidates for NMS; arguments as above."""
+        """Returns the candidates for NMS; arguments as above."""
         logits, ltrb, quality, _ = predictions
         return select_candidates(logits, ltrb, quality, levels, image_sizes, **self.selection)
 
     @torch.no_grad()
     def suppress(self, candidates: Candidates) -> Detections:
-        """NMS."""
+        """Performs NMS."""
         return batched_nms_padded(*candidates, **self.suppression)

@@ -46,7 +46,7 @@ class FCOSProposals(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        """Arguments from ``cfg`` and the backbone's output shape.
+        """Returns the arguments from ``cfg`` and the backbone's output shape.
 
         Raises:
             ValueError: ROI heads need proposals to train on, but YIELD_PROPOSAL is False.
@@ -71,9 +71,10 @@ class FCOSProposals(nn.Module):
         features: dict[str, Tensor],
         gt_instances: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """Proposals (``proposal_boxes``, ``objectness_logits``) of each image, and losses by name.
+        """Returns proposals (``proposal_boxes``, ``objectness_logits``) per image, and losses.
 
-        Evaluation gives no losses; training gives empty proposals without ``train_postprocess``.
+        There are no losses in evaluation, and no proposals in training without
+        ``train_postprocess``.
         """
         maps = [features[name] for name in self.in_features]
         predictions = self.head(maps)

@@ -18,13 +18,13 @@ from ..ops import Detections, Levels, make_levels
 
 
 class Predictions(NamedTuple):
-    """Output of the head, one tensor per level, as the convolutions wrote them.
+    """Outputs of the head, one tensor per level, in the layout of the convolutions.
 
     Attributes:
         logits: Tensor[B, K, H, W], class logits.
         ltrb: Tensor[B, 4, H, W], distances to the box's sides in strides, >= 0.
         quality: Tensor[B, 1, H, W], logits of centerness or IoU.
-        box_features: Tensor[B, C, H, W], features of the box tower; empty unless asked for.
+        box_features: Tensor[B, C, H, W], features of the box tower; empty unless requested.
     """
 
     logits: list[Tensor]
@@ -53,7 +53,7 @@ class PointGrid:
     Args:
         strides: pixels between adjacent points, one per level.
         offset: position of the first point as a fraction of the stride.
-        pitch: "stride", or "floor": the spacing is padded image size // feature size.
+        pitch: spacing of the points, the "stride" or ("floor") padded image size // feature size.
     """
 
     def __init__(self, strides: Sequence[int], offset: float = 0.5, pitch: str = "stride"):
@@ -65,7 +65,7 @@ class PointGrid:
         self.strides, self.offset, self.pitch = tuple(strides), offset, pitch
 
     def levels(self, maps: Sequence[Tensor], padded_image: Tensor) -> Levels:
-        """Geometry of feature ``maps`` [B, C, H, W] computed from ``padded_image`` [B, 3, H, W]."""
+        """Returns the geometry of ``maps`` [B, C, H, W] of ``padded_image`` [B, 3, H, W]."""
         shapes = [tuple(level.shape[-2:]) for level in maps]
         image_shape = tuple(padded_image.shape[-2:]) if self.pitch == "floor" else None
         return make_levels(shapes, self.strides, offset=self.offset, image_shape=image_shape)
@@ -85,7 +85,7 @@ def check_number(key: str, value: float, low: float, high: float = math.inf) -> 
 
 
 def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
-    """Instances with ``gt_boxes`` and ``gt_classes``, one per image -> GroundTruth."""
+    """Packs Instances with ``gt_boxes`` and ``gt_classes``, one per image, into GroundTruth."""
     boxes = torch.cat([image.gt_boxes.tensor for image in instances]).float()
     classes = torch.cat([image.gt_classes for image in instances]).long()
     counts = torch.tensor([0] + [len(image) for image in instances])
@@ -93,9 +93,9 @@ def pack_ground_truth(instances: Sequence[Instances]) -> GroundTruth:
 
 
 def to_instances(detections: Detections, image_sizes: Sequence[tuple[int, int]]) -> list[Instances]:
-    """Detections -> Instances(pred_boxes, scores, pred_classes) per image.
+    """Converts Detections to Instances(pred_boxes, scores, pred_classes) per image.
 
-    The only host synchronization of inference: it needs the number of detections.
+    This is the only host synchronization of inference: it needs the number of detections.
     """
     counts = detections.counts.tolist()
     return [

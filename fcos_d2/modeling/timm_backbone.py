@@ -1,6 +1,6 @@
-"""Backbones of timm under the FPN of FCOS: any model by name that halves its feature maps.
+"""timm models as backbones of FCOS: any model whose feature maps form a pyramid.
 
-Feature maps are named by stride as detectron2's ResNets name theirs, so that one config fits both:
+Feature maps are named by stride like those of detectron2's ResNets, so that one config fits both:
 res2 has stride 4, res3 8, res4 16 and res5 32.
 """
 
@@ -22,8 +22,8 @@ from ..errors import InputError, import_optional, one_line_cause, suggest
 from .backbone import build_fpn
 
 NORMS = ("", "FrozenBN", "SyncBN")
-# Not square, so that a model that mixes up height and width is found; the sides are multiples of
-# the largest stride, as all images that FCOS pads are.
+# Not square, to detect models that mix up height and width; multiples of 64, since FCOS pads images
+# to a multiple of the largest stride.
 PROBE_SIZE = (128, 192)
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class FeatureMap(NamedTuple):
     """One feature map that a timm model can return.
 
     Attributes:
-        index: what timm calls it in ``out_indices``.
-        stride: pixels of the image per cell.
+        index: its index in timm's ``out_indices``.
+        stride: in pixels.
         channels: number of channels.
     """
 
@@ -44,11 +44,11 @@ class FeatureMap(NamedTuple):
 
 
 class Blueprint(NamedTuple):
-    """All it takes to create a timm model: several times, because its shapes are asked for first.
+    """The arguments that create a timm model, repeatedly, since its shapes are inspected first.
 
     Attributes:
         name: one of ``timm.list_models()``, with or without a tag of pretrained weights.
-        options: more arguments of ``timm.create_model``.
+        options: further arguments of ``timm.create_model``.
         ese_in_all_blocks: see ``TimmBackbone``.
     """
 
@@ -57,10 +57,10 @@ class Blueprint(NamedTuple):
     ese_in_all_blocks: bool = False
 
     def create(self, indices: Sequence[int] | None = None, pretrained: bool = False) -> nn.Module:
-        """The model that returns the feature maps ``indices``, by default those timm suggests.
+        """Creates a model that returns the feature maps ``indices``, by default timm's choice.
 
         Raises:
-            InputError: timm is not installed, has no such model, or cannot build it like that.
+            InputError: timm is not installed, has no such model, or cannot build it.
         """
         timm = import_timm()
         if not timm.is_model(self.name):
@@ -72,34 +72,34 @@ class Blueprint(NamedTuple):
             )
         except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"MODEL.TIMM.NAME {self.name}: timm cannot make a backbone of it "
-                f"({one_line_cause(error)}); take another model, or correct MODEL.TIMM.OPTIONS"
+                f"MODEL.TIMM.NAME {self.name}: timm cannot build it as a backbone "
+                f"({one_line_cause(error)}); choose another model, or correct MODEL.TIMM.OPTIONS"
             ) from error
         if self.ese_in_all_blocks:
             _add_ese(body)
         return body
 
     def pyramid(self) -> dict[str, FeatureMap]:
-        """All feature maps by name, by ascending stride; the deepest of each stride."""
-        with torch.device("meta"):  # shapes without the time of initial values
+        """Returns the deepest feature map of each stride by name, in ascending order of stride."""
+        with torch.device("meta"):  # shapes without initializing parameters
             info = self.create().feature_info.info
         maps = {
             feature["reduction"]: FeatureMap(index, feature["reduction"], feature["num_chs"])
             for index, feature in enumerate(info)
         }
-        # "res1" is the map of stride 2; one of the image's size is no use to a detector.
+        # "res1" has stride 2; a map of stride 1 is of no use to a detector.
         named = {f"res{i}": maps[2**i] for i in range(1, 8) if 2**i in maps}
         if len(named) < 2:
             raise InputError(
-                f"MODEL.TIMM.NAME {self.name} has feature maps of stride "
-                f"{', '.join(map(str, maps))} alone, and an FPN needs several; take a model with "
-                "a pyramid, like convnext_tiny or swin_tiny_patch4_window7_224"
+                f"MODEL.TIMM.NAME {self.name} only has feature maps of stride "
+                f"{', '.join(map(str, maps))}, but an FPN needs several; choose a model with "
+                "a pyramid, such as convnext_tiny or swin_tiny_patch4_window7_224"
             )
         self._check_sizes(list(named.values()))
         return named
 
     def _check_sizes(self, maps: Sequence[FeatureMap]) -> None:
-        """Raises an InputError unless an image of any padded size gives maps of size / stride."""
+        """Raises InputError unless feature maps have the size of the padded image over stride."""
         with torch.device("meta"):
             body = self.create([feature.index for feature in maps]).eval()
             try:
@@ -107,9 +107,9 @@ class Blueprint(NamedTuple):
             except (AssertionError, RuntimeError, ValueError) as error:
                 swin = """set MODEL.TIMM.OPTIONS '["strict_img_size=False"]'"""
                 raise InputError(
-                    f"MODEL.TIMM.NAME {self.name} does not take images of any size "
+                    f"MODEL.TIMM.NAME {self.name} does not accept images of arbitrary size "
                     f"({one_line_cause(error)}); "
-                    + (swin if "swin" in self.name else "take another model")
+                    + (swin if "swin" in self.name else "choose another model")
                 ) from error
         first = 1 if _is_channels_last(body) else 2
         for feature, tensor in zip(maps, found, strict=True):
@@ -118,14 +118,14 @@ class Blueprint(NamedTuple):
             if size != expected:
                 raise InputError(
                     f"MODEL.TIMM.NAME {self.name}: its feature map of stride {feature.stride} has "
-                    f"size {size} for an image of {PROBE_SIZE} instead of {expected}, so that no "
-                    "FPN can add it to the next; take another model"
+                    f"size {size} for an image of {PROBE_SIZE} instead of {expected}, so an "
+                    "FPN cannot add it to the next one; choose another model"
                 )
 
     def ancestors(self, indices: Sequence[int]) -> set[str]:
-        """Names of the parameters that the feature maps ``indices`` are computed from.
+        """Returns the names of the parameters that the feature maps ``indices`` depend on.
 
-        timm's models are built in many ways, but autograd knows what has gone into a tensor.
+        timm's models share no common structure, but autograd knows what a tensor depends on.
         """
         with torch.device("meta"), torch.enable_grad():
             body = self.create(indices).eval()
@@ -137,27 +137,27 @@ class Blueprint(NamedTuple):
 
 
 class TimmBackbone(Backbone):
-    """Feature maps of a timm model, as Tensor[B, C, H / stride, W / stride] by name.
+    """A timm model that returns feature maps Tensor[B, C, H / stride, W / stride] by name.
 
-    It starts from random values and opens no connection: MODEL.WEIGHTS "timm://NAME" downloads the
-    model's own weights where a checkpoint is read.
+    Parameters are initialized randomly, without network access: MODEL.WEIGHTS "timm://NAME"
+    downloads the model's pretrained weights when a checkpoint is loaded.
 
     Args:
         name: one of ``timm.list_models()``, with or without a tag of pretrained weights.
-        out_features: the feature maps to return, of "res1" (stride 2) to "res7" (stride 128); what
-            the model computes beyond the last of them is left out.
-        norm: "" leaves the model as it is; its batch norms become "FrozenBN" (statistics and
-            weights are constants) or "SyncBN" (statistics of all GPUs).
-        freeze_at: 0 trains everything; 2 freezes all that res2 is computed from, 3 all that res3
-            is, and so on, and turns the batch norms in it into FrozenBN. 1 freezes what a map of
-            stride 2 is computed from. For detectron2's ResNets 2 to 5 are the same, 1 is the stem.
-        options: more arguments of ``timm.create_model``, written "key=value".
-        ese_in_all_blocks: for VoVNets. The detectors of CenterMask and AdelaiDet have attention
-            (eSE, 1911.06667) in all blocks, timm's models in the last one of each stage.
+        out_features: feature maps to return, from "res1" (stride 2) to "res7" (stride 128); layers
+            that none of them depends on are left out where timm can.
+        norm: "" keeps the model's batch norms, "FrozenBN" makes their statistics and weights
+            constant, "SyncBN" synchronizes their statistics across GPUs.
+        freeze_at: 0 trains everything; n freezes all parameters that feature map res<n> depends on,
+            and turns their batch norms into FrozenBN. For detectron2's ResNets, 2 to 5 mean the
+            same, and 1 is the stem.
+        options: further arguments of ``timm.create_model``, written "key=value".
+        ese_in_all_blocks: for VoVNets, add attention (eSE, 1911.06667) to all blocks, as the
+            detectors of CenterMask and AdelaiDet do, not only to the last of each stage.
 
     Raises:
-        InputError: timm is not installed; it has no such model; the model has no feature maps of
-            these strides, or takes images of one size only.
+        InputError: timm is not installed or has no such model, or the model has no feature maps of
+            these strides or only accepts images of one size.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class TimmBackbone(Backbone):
 
     @property
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation, of RGB pixels in [0, 255], that timm's weights expect."""
+        """Mean and standard deviation of RGB pixels in [0, 255] that timm's weights expect."""
         pretrained = self.body.pretrained_cfg
         return tuple([255 * value for value in pretrained[key]] for key in ("mean", "std"))
 
@@ -216,7 +216,7 @@ class TimmBackbone(Backbone):
         from timm.layers import freeze_batch_norm_2d
 
         for name, parameter in self.body.named_parameters():
-            # DistributedDataParallel refuses parameters to train that no output depends on.
+            # DistributedDataParallel rejects trainable parameters that no output depends on.
             parameter.requires_grad_(name in used - frozen)
         for name, module in list(self.body.named_modules()):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen:
@@ -233,7 +233,7 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The model ``MODEL.TIMM.NAME`` under ``build_fpn``; MODEL.BACKBONE.FREEZE_AT applies.
+    """Builds ``MODEL.TIMM.NAME`` with an FPN; MODEL.BACKBONE.FREEZE_AT applies.
 
     Raises:
         InputError: see ``TimmBackbone``.
@@ -244,7 +244,7 @@ def build_fcos_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_d2_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same for "ese_vovnet39b", "ese_vovnet57b" and "ese_vovnet99b", with eSE in all blocks.
+    """Builds "ese_vovnet39b", "ese_vovnet57b" or "ese_vovnet99b", eSE in all blocks, with an FPN.
 
     Raises:
         InputError: see ``TimmBackbone``.
@@ -254,7 +254,7 @@ def build_fcos_d2_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 
 
 def build_timm_backbone(cfg, **options) -> TimmBackbone:
-    """The model ``MODEL.TIMM.NAME`` alone; ``options`` are more arguments of TimmBackbone."""
+    """Builds ``MODEL.TIMM.NAME`` alone; ``options`` are further arguments of TimmBackbone."""
     timm = cfg.MODEL.TIMM
     body = TimmBackbone(
         timm.NAME,
@@ -265,11 +265,11 @@ def build_timm_backbone(cfg, **options) -> TimmBackbone:
         **options,
     )
     if cfg.MODEL.WEIGHTS.startswith("timm://"):
-        _warn_of_other_pixels(body, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        _warn_about_pixels(body, cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     return body
 
 
-def _warn_of_other_pixels(
+def _warn_about_pixels(
     body: TimmBackbone, channel_order: str, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     expected = body.pixel_statistics
@@ -282,21 +282,21 @@ def _warn_of_other_pixels(
         mean, std = ([round(value, 3) for value in values] for values in expected)
         logger.warning(
             f"timm's weights were trained with INPUT.FORMAT RGB, MODEL.PIXEL_MEAN {mean} and "
-            f"MODEL.PIXEL_STD {std}, the config says otherwise"
+            f"MODEL.PIXEL_STD {std}, but the config has other values"
         )
 
 
 def import_timm() -> ModuleType:
-    """The package timm.
+    """Imports timm.
 
     Raises:
-        InputError: it is not installed.
+        InputError: timm is not installed.
     """
     return import_optional("timm", "the backbone of MODEL.TIMM")
 
 
 def _unknown_model(name: str, models: list[str]) -> str:
-    # To "convnext" belongs any "convnext_...", however long its name is.
+    # "convnext" may mean any "convnext_...", however long its name.
     longer = [model for model in models if name and model.startswith(name)]
     advice = suggest(name.partition(".")[0], models, "timm.list_models() has all names", longer)
     return f"MODEL.TIMM.NAME: timm has no model {name!r}; {advice}"

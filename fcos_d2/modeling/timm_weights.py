@@ -1,4 +1,4 @@
-"""``MODEL.WEIGHTS "timm://NAME"``: the pretrained weights of a timm model, for a TimmBackbone."""
+"""``MODEL.WEIGHTS "timm://NAME"``: pretrained weights of a timm model for a TimmBackbone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..errors import InputError, suggest
 from .timm_backbone import Blueprint, import_timm
 
 PREFIX = "timm://"
-PARAMETERS = "backbone.bottom_up.body."  # of a TimmBackbone in the detector
+PARAMETERS = "backbone.bottom_up.body."  # prefix of a TimmBackbone's parameters in the detector
 
 
 class TimmWeights(PathHandler):
-    """Makes a checkpoint of the detector's backbone from the weights that timm downloads.
+    """Converts weights downloaded by timm to a checkpoint of the detector's backbone.
 
     Weights are downloaded when the checkpoint is read, and only once: the file stays in iopath's
     cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache).
@@ -26,7 +26,7 @@ class TimmWeights(PathHandler):
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        """The file for ``timm://NAME``; NAME is one of ``timm.list_pretrained()``.
+        """Returns the file for ``timm://NAME``; NAME is one of ``timm.list_pretrained()``.
 
         Raises:
             InputError: timm is not installed, or has no such weights.
@@ -44,7 +44,7 @@ class TimmWeights(PathHandler):
             }
             os.makedirs(os.path.dirname(file), exist_ok=True)
             torch.save({"model": weights}, f"{file}.{os.getpid()}")
-            os.replace(f"{file}.{os.getpid()}", file)  # several processes may come here at once
+            os.replace(f"{file}.{os.getpid()}", file)  # several processes may do this at once
         return file
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
@@ -55,7 +55,7 @@ def _check_name(name: str) -> None:
     known = import_timm().list_pretrained()
     model = name.partition(".")[0]
     of_model = [weights for weights in known if weights.partition(".")[0] == model]
-    if name in of_model or (of_model and name == model):  # a model's name means its best weights
+    if name in of_model or (of_model and name == model):  # a bare model name: its default weights
         return
     known, of_model = ([PREFIX + weights for weights in names] for names in (known, of_model))
     advice = suggest(path := PREFIX + name, known, "timm.list_pretrained() has all names", of_model)

@@ -1,8 +1,8 @@
-"""Test-time augmentation: several scales of every image, and their mirror images (TEST.AUG).
+"""Test-time augmentation: several scales and horizontal flips of every image (TEST.AUG).
 
 The published recipe for FCOS: the candidates of all views are merged in pixels of the original
-image, and one NMS over all of them decides (1904.01355 section 4.1, "multi-scale testing"). It is
-the NMS of MODEL.FCOS, so soft-NMS works here as well.
+image and go through a single NMS (1904.01355 section 4.1, "multi-scale testing"). It is the NMS
+configured in MODEL.FCOS, so soft-NMS works here as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FCOSWithTTA(nn.Module):
     Args:
         model: the detector.
         views: input dict (``image`` uint8 Tensor[C, H, W], ``height``, ``width``) -> one dict per
-            view, with the ``transforms`` that made its ``image`` from the original one.
+            view, with the ``transforms`` that produced its ``image`` from the original one.
     """
 
     @configurable
@@ -39,12 +39,12 @@ class FCOSWithTTA(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, model: FCOS):
-        """Arguments from TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP."""
+        """Returns the arguments from TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP."""
         return {"model": model, "views": DatasetMapperTTA(cfg)}
 
     @torch.no_grad()
     def forward(self, batched_inputs: Sequence[dict]) -> list[dict]:
-        """One dict with ``instances`` per image, in pixels of (``height``, ``width``)."""
+        """Returns a dict with ``instances`` per image, in pixels of (``height``, ``width``)."""
         return [{"instances": self._detect(image)} for image in batched_inputs]
 
     def _detect(self, original: dict) -> Instances:
@@ -52,14 +52,14 @@ class FCOSWithTTA(nn.Module):
         height = original.get("height", image.shape[1])
         width = original.get("width", image.shape[2])
         views = self.views({"image": image, "height": height, "width": width})
-        found = [part for batch in _of_one_size(views) for part in self._look(batch)]
+        found = [part for batch in _batches(views) for part in self._select(batch)]
         merged = Candidates(*(torch.cat(column)[None] for column in zip(*found, strict=True)))
         detections = self.model.postprocess.suppress(merged)
         instances = to_instances(detections, [(height, width)])[0]
         return detector_postprocess(instances, height, width)
 
-    def _look(self, views: Sequence[dict]) -> Iterator[Candidates]:
-        """Candidates of every view, in pixels of the original image."""
+    def _select(self, views: Sequence[dict]) -> Iterator[Candidates]:
+        """Yields the candidates of every view, in pixels of the original image."""
         batch = self.model.select(*self.model.dense_predictions(views))
         for view, boxes, scores, classes in zip(views, *batch, strict=True):
             back = view["transforms"].inverse()
@@ -67,7 +67,7 @@ class FCOSWithTTA(nn.Module):
             yield Candidates(original.to(boxes), scores, classes)
 
 
-def _of_one_size(views: Sequence[dict]) -> Iterator[list[dict]]:
-    """Batches of views, without any padding between them."""
+def _batches(views: Sequence[dict]) -> Iterator[list[dict]]:
+    """Yields batches of consecutive views of equal size, which need no padding."""
     for _, batch in groupby(views, key=lambda view: view["image"].shape):
         yield list(batch)

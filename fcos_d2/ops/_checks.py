@@ -15,12 +15,12 @@ from torch import Tensor
 from .levels import Levels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LONGEST = 300  # characters of a quoted value
-MOST_POINTS = 2**31 - 1  # of a level: kernels count points in 32 bits, everything else in 64
+MAX_LENGTH = 300  # characters of a quoted value
+MAX_POINTS = 2**31 - 1  # per level: kernels index points with 32 bits, everything else with 64
 
 
 def describe(value: object) -> str:
-    """``float32 Tensor[3, 4] on cpu`` for a tensor, type and value for anything else."""
+    """Returns ``float32 Tensor[3, 4] on cpu`` for a tensor, type and value for anything else."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         if not is_dense(value):
@@ -30,26 +30,26 @@ def describe(value: object) -> str:
 
 
 def format_value(value: object) -> str:
-    """``repr(value)``, shortened."""
+    """Returns ``repr(value)``, shortened."""
     try:
         text = reprlib.repr(value)
     except ValueError:  # Python does not format integers of more than 4300 digits
         return "of thousands of digits"
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 3]}..."
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is strided, and neither nested nor quantized."""
+    """Returns whether a tensor is strided and neither nested nor quantized."""
     return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
-def is_whole(value: object) -> bool:
-    """Whether ``value`` is an integer, or a symbolic one of torch.compile."""
+def is_int64(value: object) -> bool:
+    """Returns whether ``value`` is a 64-bit integer, or a symbolic one of torch.compile."""
     return isinstance(value, (int, torch.SymInt)) and -(2**63) <= value < 2**63
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Whether ``value`` is a number in [low, high] that a float can represent."""
+    """Returns whether ``value`` is a float or a 64-bit integer in [low, high]."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     return good and (isinstance(value, float) or abs(value) < 2**63)
 
@@ -96,17 +96,17 @@ def check_same_device(function: str, **tensors: Tensor) -> None:
 def check_maps(
     function: str, name: str, maps: object, channels: int | str, like: Sequence[Tensor] = ()
 ) -> None:
-    """Checks one floating-point [B, channels, H, W] tensor per level, equal in all but H and W.
+    """Checks that ``maps`` are floating-point [B, channels, H, W] tensors, alike except for H, W.
 
-    If ``like`` is given, ``maps`` must match its number, batch, heights, widths and device.
+    If ``like`` is given, ``maps`` must have its number of levels, batch size, H, W and device.
     """
     good = isinstance(maps, (list, tuple)) and len(maps) > 0
     check(good, function, f"{name} must be a non-empty list of Tensor[B, {channels}, H, W]", maps)
     for tensor in maps:
         check_tensor(function, f"{name}[l]", tensor, ["B", channels, "H", "W"], FLOATING)
         points = tensor.shape[2] * tensor.shape[3]
-        expected = f"{name}[l] must have at most {MOST_POINTS} points and as many channels"
-        good = points <= MOST_POINTS and tensor.shape[1] <= MOST_POINTS
+        expected = f"{name}[l] must have at most {MAX_POINTS} points and at most as many channels"
+        good = points <= MAX_POINTS and tensor.shape[1] <= MAX_POINTS
         check(good, function, expected, tensor)
         check(
             tensor.shape[:2] == maps[0].shape[:2]
@@ -126,7 +126,7 @@ def check_maps(
 
 
 def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> None:
-    """Checks ``levels`` and, if ``maps`` are given, that they have its heights and widths."""
+    """Checks ``levels`` and, if ``maps`` are given, that their heights and widths match."""
     remedy = "build it with fcos_d2.ops.make_levels"
     check(isinstance(levels, Levels), function, "levels must be fcos_d2.ops.Levels", levels, remedy)
     check(
@@ -139,7 +139,7 @@ def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> 
     )
     for name, pairs in (("shapes", levels.shapes), ("pitches", levels.pitches)):
         good = all(
-            isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_whole, pair))
+            isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_int64, pair))
             for pair in pairs
         )
         check(good, function, f"levels.{name} must be pairs of integers", pairs, remedy)
@@ -147,8 +147,8 @@ def check_levels(function: str, levels: object, maps: Sequence[Tensor] = ()) -> 
         check_count(function, "levels.strides[l]", stride)
     check_number(function, "levels.offset", levels.offset, 0, 1)
     for height, width in levels.shapes:
-        expected = f"levels.shapes must be sizes of at most {MOST_POINTS} points"
-        good = height >= 0 and width >= 0 and height * width <= MOST_POINTS
+        expected = f"levels.shapes must be sizes of at most {MAX_POINTS} points"
+        good = height >= 0 and width >= 0 and height * width <= MAX_POINTS
         check(good, function, expected, (height, width))
     if maps:
         shapes = [tuple(t.shape[2:]) for t in maps]

@@ -38,14 +38,14 @@ class Definition(NamedTuple):
 
 OPS: dict[str, Definition] = {}
 
-_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}  # by the device whose kernels they hold
+_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}  # by device type
 _HOW_TO_BUILD = (
-    "in the source folder of fcos_d2 with: {}pip install -e . "
+    "in the source directory of fcos_d2 with: {}pip install -e . "
     "(or: {}python setup.py build_ext --inplace)"
 )
 _loaded: set[str] = set()
 _has_warned = False
-_one_at_a_time = threading.Lock()
+_warning_lock = threading.Lock()
 
 
 def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
@@ -57,13 +57,13 @@ def define_op(schema: str, reference: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
     OPS[name] = Definition(schema, reference, fake)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _announced(name, reference), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _reporting(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Gives op ``name`` the derivative ``backward`` (see ``torch.library.register_autograd``)."""
+    """Registers the derivative of op ``name`` (see ``torch.library.register_autograd``)."""
     OPS[name] = OPS[name]._replace(backward=backward, setup_context=setup_context)
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
@@ -80,7 +80,7 @@ def forbid_double_backward(name: str) -> None:
 
 
 def without_second_derivative(name: str, gradient: list[torch.Tensor], inputs: tuple) -> tuple:
-    """The gradient that op ``name`` made of ``inputs``; differentiating it is an error."""
+    """Returns ``gradient``, computed by op ``name`` from ``inputs``; differentiating it raises."""
     return _WithoutSecondDerivative.apply(name, gradient, *inputs)
 
 
@@ -101,44 +101,44 @@ def _no_second_derivative(name: str) -> NotImplementedError:
     )
 
 
-def _announced(name: str, reference: Callable) -> Callable:
+def _reporting(name: str, reference: Callable) -> Callable:
     """Wraps ``reference`` to report that it runs because a library is not built."""
 
     @functools.wraps(reference)
-    def announced(*args):
-        _announce_reference(name, _device_type(args))
+    def wrapper(*args):
+        _report_reference(name, _device_type(args))
         return reference(*args)
 
-    return announced
+    return wrapper
 
 
 def _device_type(args: tuple) -> str:
-    """Device type of the first tensor, also inside a list."""
+    """Returns the device type of the first tensor in ``args`` or in a list among them."""
     values = (value for arg in args for value in (arg if isinstance(arg, list) else [arg]))
     return next(value.device.type for value in values if isinstance(value, torch.Tensor))
 
 
-def _announce_reference(name: str, device_type: str) -> None:
+def _report_reference(name: str, device_type: str) -> None:
     global _has_warned
     library = _LIBRARIES.get(device_type)
     can_be_built = library is not None and (device_type != "cuda" or torch.version.cuda is not None)
     if not can_be_built or library in _loaded:
         return
-    demand = "FCOS_D2_CUDA=1 " if device_type == "cuda" else ""
+    variable = "FCOS_D2_CUDA=1 " if device_type == "cuda" else ""
     message = (
         f"fcos_d2: {name} runs on {device_type} as plain PyTorch, which is slow, because "
-        f"{_FOLDER / library}.so is not built; build it {_HOW_TO_BUILD.format(demand, demand)}"
+        f"{_FOLDER / library}.so is not built; build it {_HOW_TO_BUILD.format(variable, variable)}"
     )
     if os.environ.get("FCOS_D2_STRICT") == "1":
         raise RuntimeError(f"{message}; FCOS_D2_STRICT=1 makes this an error")
-    with _one_at_a_time:
+    with _warning_lock:
         is_first, _has_warned = not _has_warned, True
     if is_first:
         warnings.warn(message, stacklevel=2)
 
 
 def backend() -> dict[str, dict[str, str]]:
-    """Which implementation runs: op -> {"CPU" or "CUDA": "compiled" or "reference"}."""
+    """Returns which implementation runs: op -> {"CPU" or "CUDA": "compiled" or "reference"}."""
     return {
         name: {
             key: "compiled" if _has_kernel(name, key) else "reference" for key in ("CPU", "CUDA")
@@ -148,7 +148,7 @@ def backend() -> dict[str, dict[str, str]]:
 
 
 def build_info() -> dict | None:
-    """How the compiled library was built (torch, compiler, ...); None if there is none."""
+    """Returns how the compiled library was built (torch, compiler, ...); None if there is none."""
     if not _compiled_libraries():
         return None
     return json.loads(getattr(torch.ops, NAMESPACE).build_info())

@@ -1,4 +1,4 @@
-"""The ops behind ``fcos_loss`` and a saved gradient: all losses in one pass."""
+"""The ops behind ``fcos_loss`` and ``save_gradient``: all losses in one pass."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ._library import define_op, without_second_derivative
 
 
 class Losses(torch.autograd.Function):
-    """Losses of the logits, of the boxes and of their quality, or of the logits alone.
+    """Classification, box and quality losses, or the classification loss alone.
 
-    Each is ``weight / max(divisor, floor)`` times the sum that the other ops return. With
-    ``save_gradient``, the forward pass also makes the gradient; the backward pass then only looks
-    whether the gradients that come in are 1, and where they are not, makes it again.
+    Each is ``weight / max(divisor, floor)`` times the sum that its own op returns. With
+    ``save_gradient``, the forward pass also computes the gradient; the backward pass then only
+    checks that the upstream gradients are 1, and recomputes the gradients for which they are not.
     """
 
     @staticmethod
     def forward(ctx, num_levels, targets, divisors, options, save_gradient, *maps):
-        """Returns one or three losses; ``options`` are those of the op from ``weights`` on."""
+        """Returns one or three losses; ``options`` are the op's arguments from ``weights`` on."""
         ctx.num_levels, ctx.num_targets, ctx.options = num_levels, len(targets), options
         ctx.save_for_backward(*maps, *targets, *divisors)
         losses, gradient = _op(*_inputs(ctx, (*maps, *targets, *divisors)), save_gradient)
@@ -28,10 +28,10 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        """Gradients of ``maps``."""
+        """Returns the gradients of ``maps``."""
         tensors = ctx.saved_tensors
         maps = tensors[: -ctx.num_targets - len(upstream)]
-        # Given away: who gets it may write to it, so a second backward pass makes another.
+        # Autograd may modify it in place, so a second backward pass has to recompute it.
         gradient, ctx.gradient = ctx.gradient, None
         is_saved = gradient is not None
         with torch.no_grad():
@@ -43,7 +43,7 @@ class Losses(torch.autograd.Function):
 
 
 def _inputs(ctx, tensors: tuple[Tensor, ...]) -> tuple:
-    """The arguments that both ops share."""
+    """Returns the arguments that both ops share."""
     n, divisors = ctx.num_levels, len(ctx.options[0])
     maps, rest = tensors[: -ctx.num_targets - divisors], tensors[-ctx.num_targets - divisors :]
     maps = list(maps[:n]), list(maps[n : 2 * n]), list(maps[2 * n :])

@@ -26,7 +26,7 @@ from .levels import Levels
 
 
 class Targets(NamedTuple):
-    """What every point must predict.
+    """Training targets of every point.
 
     Attributes:
         labels: int32 Tensor[B, P]; class in [0, K), background K, or -1 for points to ignore.
@@ -34,9 +34,9 @@ class Targets(NamedTuple):
         ltrb: float32 Tensor[B, P, 4]; distances to the sides of the matched box, in strides;
             0 for none.
         centerness: float32 Tensor[B, P] in (0, 1]; 0 for none.
-        counts: int32 Tensor[B, L, 2]; per image and level the number of positive points, and of
-            ambiguous points (more than one box qualified).
-        totals: float32 Tensor[2]; the number of positive points of the batch and the sum of their
+        counts: int32 Tensor[B, L, 2]; number of positive points and of ambiguous points (more than
+            one box qualifies) per image and level.
+        totals: float32 Tensor[2]; number of positive points in the batch and the sum of their
             centerness, by which losses are divided. ``box_loss`` does not need them.
     """
 
@@ -80,14 +80,14 @@ def assign_targets(
         center_radius: in strides; 0 disables center sampling (any point inside the box).
         inclusive: whether a distance equal to low or high is in the range.
         pixel_extent: added to width and height when areas are compared: 1 if x2 and y2 are the last
-            pixels of a box (the original FCOS), 0 if they are its ends.
+            pixels inside a box (the original FCOS), 0 if they are its edges.
 
     Returns:
         Targets, on the device of ``gt_boxes``. Not differentiable.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
-        RuntimeError: a class outside [-1, num_classes), or offsets that do not ascend from 0 to M
+        ValueError: an argument has the wrong dtype, shape, device or value.
+        RuntimeError: a class is outside [-1, num_classes), or the offsets do not ascend from 0 to M
             (checked on the device, asynchronously on GPUs).
 
     Example:
@@ -103,7 +103,7 @@ def assign_targets(
     name = "assign_targets"
     check_tensor(name, "gt_boxes", gt_boxes, ["M", 4], [torch.float32], "cast with .float()")
     m = gt_boxes.shape[0]
-    check(m < 2**31, name, "gt_boxes must be at most 2^31 - 1", gt_boxes)
+    check(m < 2**31, name, "gt_boxes must have at most 2^31 - 1 rows", gt_boxes)
     check_tensor(name, "gt_classes", gt_classes, [m], [torch.int64], "cast with .long()")
     check_tensor(name, "gt_offsets", gt_offsets, ["B + 1"], [torch.int64], "cast with .long()")
     check(gt_offsets.shape[0] > 0, name, "gt_offsets must have B + 1 >= 1 elements", gt_offsets)

@@ -25,7 +25,7 @@ NMS_METHODS = ("hard", "linear", "gaussian")
 
 
 class Detections(NamedTuple):
-    """Final detections of a batch, in fixed shapes, by descending score.
+    """Final detections of a batch in fixed shapes, sorted by descending score.
 
     Attributes:
         boxes: float32 Tensor[B, D, 4], xyxy in pixels; zeros in empty slots.
@@ -41,7 +41,7 @@ class Detections(NamedTuple):
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy NMS among boxes of equal ``idxs``; a drop-in for ``torchvision.ops.batched_nms``.
+    """Performs greedy NMS per value of ``idxs``; a drop-in for ``torchvision.ops.batched_nms``.
 
     Groups are compared by id, never by shifting coordinates, so results are exact for negative
     coordinates and any number of groups. A box is suppressed if ``intersection > iou_threshold *
@@ -50,17 +50,17 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     this function cannot be scripted; ``torch.compile`` and ``torch.export`` support it.
 
     Args:
-        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``. If it is
-            empty, in whatever shape, the other arguments are not looked at.
+        boxes: floating-point Tensor[N, 4], xyxy with ``x1 <= x2`` and ``y1 <= y2``. An empty
+            tensor of another rank, such as ``torch.tensor([])``, means no boxes.
         scores: floating-point Tensor[N]; equal scores keep their order, NaN sorts first.
         idxs: integer or floating-point Tensor[N], group (class, or class and image) of each box.
         iou_threshold: in [0, 1].
 
     Returns:
-        int64 Tensor of the indices of kept boxes, by descending score.
+        int64 Tensor, indices of the kept boxes, sorted by descending score.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
+        ValueError: an argument has the wrong dtype, shape, device or value.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 7], [0, 0, 8, 8]])
@@ -93,7 +93,7 @@ def batched_nms_padded(
     min_score: float = 0.001,
     pixel_extent: int = 0,
 ) -> Detections:
-    """Greedy NMS of a whole batch in fixed shapes, without synchronizing with the device.
+    """Performs greedy NMS on a whole batch in fixed shapes, without synchronizing with the device.
 
     Boxes of each image are visited by descending score (lower index first for equal scores), and
     the first ``max_detections`` that survive are returned: a prefix of the full greedy result.
@@ -108,16 +108,16 @@ def batched_nms_padded(
         method: "hard" removes a suppressed box; "linear" multiplies its score by 1 - IoU;
             "gaussian" multiplies every overlapping box's score by exp(-IoU^2 / sigma), whatever the
             threshold (soft-NMS, 1704.04503).
-        sigma: of "gaussian", > 0.
-        min_score: "linear" and "gaussian" drop boxes whose score fell to this or below.
-        pixel_extent: added to x2 and y2 for the IoU: 1 if they are the last pixels of a box (the
-            original FCOS), 0 if they are its ends.
+        sigma: parameter of "gaussian", > 0.
+        min_score: "linear" and "gaussian" drop boxes whose score falls to this value or below.
+        pixel_extent: added to x2 and y2 for the IoU: 1 if they are the last pixels inside a box
+            (the original FCOS), 0 if they are its edges.
 
     Returns:
         Detections. Not differentiable.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
+        ValueError: an argument has the wrong dtype, shape, device or value.
 
     Example:
         >>> boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 7]]])
@@ -154,7 +154,7 @@ def batched_nms_padded(
 
 
 def _is_empty_placeholder(boxes: object, idxs: object) -> bool:
-    """Whether ``boxes`` has no elements. False for well-formed calls, whose N may be unknown."""
+    """Returns whether ``boxes`` is empty; False for well-formed calls, whose N may be unknown."""
     if not isinstance(boxes, Tensor) or (boxes.dim() == 2 and isinstance(idxs, Tensor)):
         return False
     return boxes.numel() == 0

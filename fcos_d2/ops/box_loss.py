@@ -35,7 +35,7 @@ def box_loss(
     weight_by_centerness: bool = True,
     smoothing: Sequence[float] | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the positive points of the box loss and of the box-quality loss.
+    """Computes the box loss and the box-quality loss, each summed over the positive points.
 
     The predicted and the true box of a point contain it, so the distances determine their IoU
     (1904.01355 section 3.1). The quality loss is the binary cross-entropy between the predicted
@@ -56,12 +56,12 @@ def box_loss(
             the original uses 1, which softens the loss of small objects; 0 is the plain IoU.
 
     Returns:
-        box loss and quality loss, float32 (float64 for float64 predictions) scalars, differentiable
-        once in ``ltrb`` and ``quality``; zero if there are no positive points.
+        Box loss and quality loss, float32 (float64 for float64 predictions) scalars, once
+        differentiable in ``ltrb`` and ``quality``; zero if there are no positive points.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
-        NotImplementedError: on differentiating a second time.
+        ValueError: an argument has the wrong dtype, shape, device or value.
+        NotImplementedError: the losses are differentiated twice.
 
     Example:
         >>> one = torch.ones(1, 4, 1, 1)
@@ -88,10 +88,10 @@ def check_boxes(
     weight_by_centerness: bool,
     smoothing: Sequence[float] | float,
 ) -> list[float]:
-    """Raises ValueError for arguments that the losses are not defined for.
+    """Raises ValueError if an argument is invalid.
 
     Returns:
-        ``smoothing`` of each level.
+        The smoothing of each level.
     """
     check_maps(name, "ltrb", ltrb, 4)
     check_maps(name, "quality", quality, 1, like=ltrb)

@@ -1,4 +1,4 @@
-"""fcos_loss: ``sigmoid_focal_loss`` and ``box_loss`` in one pass, with their normalizers."""
+"""fcos_loss: ``sigmoid_focal_loss`` and ``box_loss`` in one pass, normalized."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def fcos_loss(
     save_gradient: bool,
     **box_rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Classification, box and quality loss, each divided by its normalizer.
+    """Computes the classification, box and quality losses, each divided by its normalizer.
 
     Args:
-        logits: as in ``sigmoid_focal_loss``, with ``alpha``, ``gamma`` and ``save_gradient``.
-        ltrb: as in ``box_loss``.
-        quality: as in ``box_loss``.
-        targets: what ``assign_targets`` returned for these levels.
-        normalizers: of each loss, a scalar on the device and the least that it counts for.
-        cls_weight: of the classification loss.
-        alpha: see ``logits``.
-        gamma: see ``logits``.
-        save_gradient: see ``logits``; here of all losses.
+        logits: see ``sigmoid_focal_loss``.
+        ltrb: see ``box_loss``.
+        quality: see ``box_loss``.
+        targets: the result of ``assign_targets`` for these levels.
+        normalizers: for each loss, a scalar tensor on the device and its lower bound.
+        cls_weight: weight of the classification loss.
+        alpha: see ``sigmoid_focal_loss``.
+        gamma: see ``sigmoid_focal_loss``.
+        save_gradient: see ``sigmoid_focal_loss``; applies to all losses.
         box_rule: all options of ``box_loss``.
 
     Returns:
-        float32 (float64 for float64 predictions) scalars, differentiable once in the predictions.
+        float32 (float64 for float64 predictions) scalars, once differentiable in the predictions.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
-        NotImplementedError: on differentiating a second time.
+        ValueError: an argument has the wrong dtype, shape, device or value.
+        NotImplementedError: the losses are differentiated twice.
     """
     check_logits("fcos_loss", logits, targets.labels, alpha, gamma)
     smoothing = check_boxes("fcos_loss", ltrb, quality, targets, **box_rule)

@@ -37,7 +37,7 @@ class Levels(NamedTuple):
 
     @property
     def num_points(self) -> int:
-        """P."""
+        """Number of points of all levels, P."""
         return sum(self.points_per_level)
 
 
@@ -48,7 +48,7 @@ def make_levels(
     offset: float = 0.5,
     image_shape: tuple[int, int] | None = None,
 ) -> Levels:
-    """Levels of a pyramid whose points are spaced by the stride, or as derived from the image.
+    """Creates Levels whose points are spaced by the stride, or by image size // feature size.
 
     Args:
         shapes: (height, width) of each level's feature map.
@@ -60,7 +60,8 @@ def make_levels(
             rounding made the feature map larger than the image divided by the stride.
 
     Raises:
-        ValueError: shapes and strides differ in length, or one of them is not positive.
+        ValueError: shapes and strides differ in length, a stride is not positive, or a size is
+            negative.
     """
     # Under torch.export, sizes must stay symbolic: int() would make them constants.
     shapes, strides = tuple((h, w) for h, w in shapes), tuple(int(s) for s in strides)
@@ -84,7 +85,7 @@ def make_levels(
 
 
 def point_coordinates(levels: Levels, device: torch.device | str = "cpu") -> Tensor:
-    """Coordinates of all points.
+    """Computes the coordinates of all points.
 
     Returns:
         float32 Tensor[P, 2], (x, y) in pixels of the network input.
@@ -101,7 +102,7 @@ def point_coordinates(levels: Levels, device: torch.device | str = "cpu") -> Ten
 
 
 def spread_over_points(values: Sequence[float], levels: Levels, device: torch.device) -> Tensor:
-    """One value per level -> float32 Tensor[P] with the value of each point's level."""
+    """Expands one value per level to float32 Tensor[P], the value of each point's level."""
     return torch.cat(
         [torch.empty(0, device=device)]
         + [

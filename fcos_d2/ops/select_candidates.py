@@ -1,4 +1,4 @@
-"""select_candidates: head outputs -> the best (point, class) pairs of every image, as boxes."""
+"""select_candidates: decodes the best (point, class) pairs of every image into boxes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SCORE_RULES = ("sqrt", "product", "cls")
 class Candidates(NamedTuple):
     """Boxes that passed the score threshold, in fixed shapes.
 
-    Slots belong to levels in order; inside a level they are sorted by descending rank. An empty
-    slot has class -1, score 0 and a box of zeros.
+    Slots are ordered by level and, within a level, by descending ranking score. An empty slot has
+    class -1, score 0 and an all-zero box.
 
     Attributes:
         boxes: float32 Tensor[B, N, 4], xyxy in pixels of the network input.
@@ -65,8 +65,8 @@ def select_candidates(
 
     A (point, class) pair is a candidate if its class probability, or the product of class
     probability and quality, exceeds the threshold. The ``topk`` best candidates of each level and
-    image are kept, equal ones in the order of (point, class). NaN scores never pass, and candidates
-    with a non-finite box are dropped. The slots of dropped candidates stay empty.
+    image are kept; ties go to the lower (point, class). NaN scores never pass, and candidates with
+    a non-finite box are dropped. The slots of dropped candidates stay empty.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, class logits; float32, float16, bfloat16, float64.
@@ -88,7 +88,7 @@ def select_candidates(
         Candidates with N = sum over levels of min(topk, H W K). Not differentiable.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
+        ValueError: an argument has the wrong dtype, shape, device or value.
 
     Example:
         >>> levels = make_levels([(1, 1)], [8])
@@ -100,9 +100,9 @@ def select_candidates(
     """
     name = "select_candidates"
     check_maps(name, "logits", logits, "K")
-    for level in logits:  # kernels number the (point, class) pairs
+    for level in logits:  # kernels index (point, class) pairs with 32 bits
         good = level[:1].numel() < 2**32
-        check(good, name, "logits[l] must have less than 2^32 elements per image", level)
+        check(good, name, "logits[l] must have fewer than 2^32 elements per image", level)
     check_maps(name, "ltrb", ltrb, 4, like=logits)
     check_maps(name, "quality", quality, 1, like=logits)
     check_levels(name, levels, logits)

@@ -23,35 +23,35 @@ def sigmoid_focal_loss(
     scale: Tensor | None = None,
     save_gradient: bool = False,
 ) -> Tensor:
-    """Sum of the focal loss over all points and classes (arXiv 1708.02002, equation 5).
+    """Computes the focal loss, summed over all points and classes (1708.02002 equation 5).
 
-    The one-hot target is never formed: a point of label c is positive for class c and negative for
-    the other K - 1, a background point is negative for all K, an ignored point counts for nothing,
-    whatever its logits are.
+    No one-hot target is materialized: a point with label c is positive for class c and negative
+    for the other K - 1, a background point is negative for all K, and an ignored point does not
+    contribute, whatever its logits.
 
     Args:
         logits: one Tensor[B, K, H, W] per level, float32, float16, bfloat16 or float64, in any
             memory format; computed in float32 (float64 for float64).
         labels: int32 Tensor[B, P] in [0, K), K for background, -1 to ignore; P counts the points of
             all levels, level-major, row-major inside a level.
-        alpha: weight of positives in [0, 1], 1 - alpha for negatives; -1 for no weights.
+        alpha: weight of positives in [0, 1], 1 - alpha for negatives; -1 disables weighting.
         gamma: focusing exponent in [0, 1000].
         scale: float32 (float64 for float64 logits) scalar on the device of ``logits`` that the sum
             is multiplied by, such as weight / number of positives; no gradient flows into it.
         save_gradient: compute the gradient together with the loss, in one pass over the logits, and
-            keep it for the backward pass, which then has nothing to do but to look whether the
-            gradient that comes in is 1. Where it is not (an AMP scaler, a loss that is divided
-            later), the gradient is computed again. Costs the memory of the gradient between the two
-            passes. Ignored inside torch.compile, which decides for itself what to save.
+            keep it for the backward pass, which then only checks that the upstream gradient is 1.
+            If it is not (a gradient scaler, a loss that is divided later), the gradient is
+            recomputed. Costs the memory of the gradient between the two passes. Ignored under
+            torch.compile, which decides itself what to save.
 
     Returns:
-        float32 (float64 for float64 logits) scalar, differentiable once in ``logits``; finite with
-        a finite gradient for every finite logit.
+        float32 (float64 for float64 logits) scalar, once differentiable in ``logits``; the loss and
+        its gradient are finite for finite logits.
 
     Raises:
-        ValueError: an argument of wrong dtype, shape, device or value.
-        RuntimeError: a label outside [-1, K] (checked on the device, so that nothing waits for it).
-        NotImplementedError: on differentiating a second time.
+        ValueError: an argument has the wrong dtype, shape, device or value.
+        RuntimeError: a label is outside [-1, K] (checked on the device, asynchronously on GPUs).
+        NotImplementedError: the loss is differentiated twice.
 
     Example:
         >>> logits = [torch.zeros(1, 2, 1, 1)]
@@ -80,7 +80,7 @@ def sigmoid_focal_loss(
 def check_logits(
     name: str, logits: Sequence[Tensor], labels: Tensor, alpha: float, gamma: float
 ) -> None:
-    """Raises ValueError for arguments that the loss is not defined for."""
+    """Raises ValueError if an argument is invalid."""
     check_maps(name, "logits", logits, "K")
     points = sum(level.shape[2] * level.shape[3] for level in logits)
     shape = [logits[0].shape[0], points]
@@ -91,7 +91,7 @@ def check_logits(
     check_number(name, "gamma", gamma, 0, 1000)
 
 
-_NO_BOXES = "giou", "centerness", False, []  # options of fcos_loss that nothing reads
+_NO_BOXES = "giou", "centerness", False, []  # options of fcos_loss, unused without boxes
 
 
 def _fake(logits, labels, alpha, gamma):

@@ -198,7 +198,7 @@ def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):
     [
         (["--check", "--dataset", "unknown"], "unknown dataset 'unknown'"),
         (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no dataset is named"),
-        (["MODEL.FCOS.SIZES_OF_INTEREST", "[1, 2, 3]"], "1 rising bounds between 2 levels"),
+        (["MODEL.FCOS.SIZES_OF_INTEREST", "[1, 2, 3]"], "1 ascending bounds between 2 levels"),
     ],
 )
 def test_senseless_command_is_one_line(labels, capsys, arguments, message):

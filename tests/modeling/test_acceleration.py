@@ -1,4 +1,4 @@
-"""Accelerated detectors give the detections of the plain ones."""
+"""Accelerated detectors return the same detections as plain ones."""
 
 import copy
 
@@ -30,7 +30,7 @@ def dense(model, images):
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
-def test_folded_norms_change_predictions_by_rounding_alone(norm):
+def test_folding_norms_only_changes_rounding(norm):
     norms = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", norm)
     cfg = tiny_cfg(*RESNET, *norms, "MODEL.BACKBONE.FREEZE_AT", 0)
     model = build_model(cfg).eval()
@@ -48,7 +48,7 @@ def test_folded_norms_change_predictions_by_rounding_alone(norm):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_frozen_norm_in_the_weights_changes_output_and_gradients_by_rounding_alone(has_bias):
+def test_folding_frozen_norms_only_changes_rounding_of_outputs_and_gradients(has_bias):
     norm = FrozenBatchNorm2d(6)
     for name, low, high in (("weight", 0.5, 2), ("running_var", 0.5, 2), ("bias", -1, 1)):
         nn.init.uniform_(getattr(norm, name), low, high)
@@ -81,7 +81,7 @@ def test_fcos_folds_the_frozen_norms_of_its_backbone():
 
 
 @pytest.mark.parametrize("settings", [{"NORM": "GN"}, {"NORM": "BN"}, {"USE_SCALE": False}])
-def test_lower_precision_finds_nearly_the_same_and_keeps_boxes_in_float32(settings):
+def test_lower_precision_changes_predictions_little_and_keeps_boxes_in_float32(settings):
     model, images = tiny_fcos(INFERENCE_TH_TEST=0.005, **settings).eval(), batch()
     expected = dense(model, images)
     fast = accelerate(copy.deepcopy(model), torch.bfloat16)
@@ -110,7 +110,7 @@ def test_training_in_channels_last_has_the_same_losses():
 
 
 @pytest.mark.parametrize("features", [{"avx512_bf16": True}, {"amx_bf16": True}, {}])
-def test_auto_takes_bfloat16_where_the_processor_has_it(features, monkeypatch, caplog):
+def test_auto_selects_bfloat16_where_the_processor_supports_it(features, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     dtype = torch.bfloat16 if features else torch.float32
     assert fastest_dtype(torch.device("cpu")) == dtype
@@ -126,7 +126,7 @@ def test_auto_takes_bfloat16_where_the_processor_has_it(features, monkeypatch, c
         (("MODEL.INFERENCE.DTYPE", "float16"), "float16 needs a GPU; set it to bfloat16 or auto"),
     ],
 )
-def test_precision_that_cannot_be_had_is_one_line(options, message):
+def test_unavailable_precision_is_an_error(options, message):
     cfg = tiny_cfg(*options)
     with pytest.raises(InputError, match=message):
         accelerated(cfg, build_model(cfg))

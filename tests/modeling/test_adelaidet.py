@@ -1,4 +1,4 @@
-"""AdelaiDet in the same process, where it registers backbones and changes the defaults."""
+"""AdelaiDet in the same process: it registers backbones and changes the defaults."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_adelaidets_name_of_a_backbone_means_ours_until_adelaidet_is_imported(tmp_path):
+def test_adelaidets_backbone_name_means_ours_until_adelaidet_is_imported(tmp_path):
     code = (
         PREPARE
         + """
@@ -69,7 +69,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("modules", ["adet, fcos_d2", "fcos_d2, adet"])
-def test_with_adelaidet_imported_adding_our_config_ends_in_one_line(modules, tmp_path):
+def test_adding_our_config_after_importing_adelaidet_is_a_one_line_error(modules, tmp_path):
     code = (
         f"import {modules}\n{PREPARE}"
         + """

@@ -1,4 +1,4 @@
-"""Backbones: levels, what they are computed from, and deformable convolutions."""
+"""Backbones: levels, their inputs, and deformable convolutions."""
 
 import logging
 
@@ -37,9 +37,7 @@ def test_top_levels_halve_the_last_level(source, channels, top_levels, names):
 
 @pytest.mark.parametrize("top_levels", [1, 2])
 @pytest.mark.parametrize("source, output_matters", [("p5", True), ("res5", False)])
-def test_top_levels_are_computed_from_the_map_they_are_asked_from(
-    top_levels, source, output_matters
-):
+def test_top_levels_are_computed_from_the_requested_map(top_levels, source, output_matters):
     """P5 is C5 after an output convolution; P6 depends on that convolution only if it uses P5."""
     fpn = make_fpn("res4", "res5", TOP_LEVELS=top_levels, TOP_LEVELS_FROM=source)
     image = torch.rand(1, 3, 128, 128)
@@ -90,13 +88,13 @@ def test_resnet_backbone_is_registered():
         ),
     ],
 )
-def test_top_levels_that_cannot_be_are_refused(stages, fcos, message):
+def test_invalid_top_levels_are_rejected(stages, fcos, message):
     with pytest.raises(ValueError, match=f"FCOS: MODEL.FCOS.*{message}"):
         make_fpn(*stages, **fcos)
 
 
 @pytest.mark.parametrize("in_features", [[], ["res6"]])
-def test_pyramid_needs_feature_maps_that_exist(in_features):
+def test_unknown_input_features_are_rejected(in_features):
     cfg = tiny_cfg()
     cfg.MODEL.FPN.IN_FEATURES = in_features
     with pytest.raises(ValueError, match=r"FCOS: MODEL.FPN.IN_FEATURES.*\['res5'\].*OUT_FEATURES"):
@@ -110,12 +108,12 @@ def test_pyramid_needs_feature_maps_that_exist(in_features):
         ({"FPN_STRIDES": [8, 16, 64]}, r"FPN_STRIDES is \[8, 16, 64\].*strides \[8, 16, 32\]"),
     ],
 )
-def test_head_levels_that_do_not_fit_the_backbone_are_refused(options, message):
+def test_head_levels_that_do_not_match_the_backbone_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_fcos(**options)
 
 
-def test_levels_that_are_computed_for_nothing_are_told(caplog):
+def test_unused_levels_are_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         tiny_fcos()
         assert not caplog.messages
@@ -127,7 +125,7 @@ def test_levels_that_are_computed_for_nothing_are_told(caplog):
 
 
 def resnet_cfg(*options):
-    """A ResNet-50 with few channels, deformable from res4 on, under three levels."""
+    """Config of a narrow ResNet-50, deformable from res4 on, with a three-level FPN."""
     resnets = {"DEPTH": 50, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 4}
     resnets |= {"DEFORM_ON_PER_STAGE": [False, False, True, True], "DEFORM_MODULATED": True}
     cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", *options)
@@ -142,7 +140,7 @@ def resnet(*options) -> nn.Module:
 
 
 def block(modulated: bool, **options) -> DeformBottleneckBlock:
-    """With offsets and masks at their initial values: no shift, and every mask 1/2."""
+    """Returns a block with initial offsets and masks: no shift, and every mask 1/2."""
     block = DeformBottleneckBlock(
         16, 24, bottleneck_channels=8, norm="BN", deform_modulated=modulated, **options
     )
@@ -151,7 +149,7 @@ def block(modulated: bool, **options) -> DeformBottleneckBlock:
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"num_groups": 2}, {"dilation": 2}])
 @pytest.mark.parametrize("modulated", [False, True])
-def test_deformable_block_that_shifts_nothing_is_an_ordinary_one(modulated, options):
+def test_deformable_block_without_offsets_equals_a_plain_one(modulated, options):
     deformable = block(modulated, deform_num_groups=2, **options)
     plain = BottleneckBlock(16, 24, bottleneck_channels=8, norm="BN", **options).eval()
     weights = {k: v for k, v in deformable.state_dict().items() if "offset" not in k}
@@ -170,11 +168,11 @@ def test_offsets_are_pairs_of_rows_and_columns_and_masks_come_last():
     shifted = torch.zeros_like(x)
     shifted[:, :, :-2, 1:] = x[:, :, 2:, :-1]
     moved, still = (deformable.conv2(a, b, mask) for a, b in ((x, offset), (shifted, 0 * offset)))
-    # Not at the border, where pixels were shifted out of the image.
+    # Except at the border, where pixels were shifted out of the image.
     torch.testing.assert_close(moved[:, :, 1:6, 2:-1], still[:, :, 1:6, 2:-1])
 
 
-def test_deformable_weights_have_detectron2s_names():
+def test_deformable_parameters_keep_detectron2s_names():
     ours = resnet()
     replaced = {
         name for name, module in ours.named_modules() if "DeformConv2d" in str(type(module))
@@ -202,7 +200,7 @@ def test_deformable_convolutions_follow_the_config(modulated, channels, groups):
 
 
 @pytest.mark.parametrize("freeze_at", [2, 4])
-def test_deformable_detector_trains_all_that_is_not_frozen(freeze_at):
+def test_deformable_detector_trains_everything_that_is_not_frozen(freeze_at):
     model = FCOS(resnet_cfg("MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.RESNETS.NORM", "BN"))
     train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 64)])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,10 +1,10 @@
 """CONVENTION detectron2 and torchvision match those packages' own FCOS.
 
-Both sides get the same head outputs, so points, assignment, losses and post-processing are
-compared. Inputs avoid what is undefined there, and the few remaining cases are counted:
+Both sides get the same head outputs, and points, assignment, losses and post-processing are
+compared. Inputs avoid what those packages leave undefined, and the few remaining cases are counted:
 - both packages rank boxes by float32 ``1e8 - area``: areas closer than 8 square pixels tie;
-- scores within rounding of the threshold or of each other, and overlaps within rounding of the NMS
-  threshold, are decided by the last bit.
+- scores within rounding error of the threshold or of each other, and overlaps within rounding error
+  of the NMS threshold, depend on the last bit.
 """
 
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ class Ours:
         return self.grid.levels(scene.maps, scene.images.tensor)
 
     def assign(self, scene):
-        """Index of each point's box among those of its image, -1 for none."""
+        """Returns the index of each point's box in its image, -1 for none, and the labels."""
         truth = pack_ground_truth(scene.truth)
         targets = self.losses.assign(truth, self.levels(scene))
         local = targets.matched - truth.offsets[:-1, None]
@@ -87,7 +87,7 @@ class Detectron2:
         anchors = self.model.anchor_generator(scene.maps)
         if hasattr(self.model, "match_anchors"):
             matched = self.model.match_anchors(anchors, scene.truth)
-        else:  # the main branch
+        else:  # main branch
             matched = [self.match(anchors, truth.gt_boxes) for truth in scene.truth]
         labels, _ = self.model.label_anchors(anchors, scene.truth)
         return torch.stack(matched), torch.stack(labels)
@@ -106,12 +106,12 @@ class Detectron2:
         return list(losses.values())
 
     def detect(self, scene):
-        # It computes sigmoids in place.
+        # detectron2 computes sigmoids in place.
         predictions = [[level.clone() for level in maps] for maps in scene.predictions[:3]]
         return self.model.forward_inference(scene.images, scene.maps, predictions)
 
     def survives_empty_images(self):
-        """detectron2 0.6 does not, its main branch does."""
+        """False for detectron2 0.6, True for its main branch."""
         try:
             self.assign(make_scene(SIZES[2], [0, 2]))
         except IndexError:
@@ -153,7 +153,7 @@ class Torchvision:
         return list(losses.values())
 
     def assign(self, scene):
-        """compute_loss passes the assignment to its head, which records it here."""
+        """Records the assignment that compute_loss passes to its head."""
         head, seen = self.model.head, []
         head.compute_loss = lambda targets, outputs, anchors, matched: seen.extend(matched) or {}
         self.compute_losses(scene)
@@ -183,7 +183,7 @@ PEERS = [Detectron2, Torchvision]
 
 
 def make_scene(size, counts, *, integer=False, prior=-3.0):
-    """Feature maps, predictions and ground truth of ``len(counts)`` images padded to ``size``."""
+    """Returns maps, predictions and ground truth of ``len(counts)`` images padded to ``size``."""
     height, width = size
     sizes = [(height - 7 * i % 32, width - 13 * i % 32) for i in range(len(counts))]
     p5 = height // 32, width // 32
@@ -203,7 +203,7 @@ def make_scene(size, counts, *, integer=False, prior=-3.0):
 
 
 def make_truth(height, width, count, integer):
-    """Boxes from 4 pixels to the whole image, every fourth one clipped at the image border."""
+    """Draws boxes of 4 pixels up to the image size, every fourth clipped at the image border."""
     boxes, ranks, drawn = torch.empty(0, 4), set(), 0
     limit = torch.tensor([width, height], dtype=torch.float32)
     while len(boxes) < count:
@@ -227,7 +227,7 @@ def make_truth(height, width, count, integer):
 
 
 def settle(scene, peer, levels, nms_threshold=0.6, threshold=0.04) -> float:
-    """Removes candidates that the last bit decides; returns their share."""
+    """Removes candidates that depend on the last bit; returns the fraction removed."""
     logits, ltrb, quality, _ = scene.predictions
     strides = [STRIDES[level] for level in LEVELS]
     points = point_coordinates(levels).double().split(levels.points_per_level)
@@ -271,7 +271,7 @@ def ours(peer):
 
 
 @pytest.mark.parametrize("size", [*SIZES, COCO])
-def test_points_lie_where_theirs_lie(peer, ours, size):
+def test_points_match(peer, ours, size):
     scene = make_scene(size, [1])
     assert torch.equal(point_coordinates(ours.levels(scene)), peer.points(scene))
 
@@ -279,7 +279,7 @@ def test_points_lie_where_theirs_lie(peer, ours, size):
 @pytest.mark.parametrize(
     "size, integer", [*((size, i) for size in SIZES for i in (False, True)), (COCO, True)]
 )
-def test_assignment_is_theirs_exactly(peer, ours, size, integer):
+def test_assignment_matches_exactly(peer, ours, size, integer):
     positives = 0
     many = 60 if size[0] > 100 else 12  # more would not fit without ties
     for counts in [(12, 5), (1, many)]:
@@ -290,8 +290,8 @@ def test_assignment_is_theirs_exactly(peer, ours, size, integer):
     assert positives > 20
 
 
-def test_assignment_is_theirs_on_the_bounds_of_levels_and_on_the_sides_of_boxes(peer, ours):
-    """Boxes on a grid of 4 pixels meet every comparison at equality, equal areas included."""
+def test_assignment_matches_on_level_bounds_and_box_sides(peer, ours):
+    """Boxes on a 4-pixel grid hit every comparison at equality, including equal areas."""
     scene = make_scene((256, 384), [40, 40])
     for image in scene.truth:
         image.gt_boxes.tensor = (image.gt_boxes.tensor / 4).round() * 4
@@ -302,7 +302,7 @@ def test_assignment_is_theirs_on_the_bounds_of_levels_and_on_the_sides_of_boxes(
     assert not torch.equal(inclusive.long(), matched)
 
 
-def test_areas_that_tie_in_their_ranking_are_told_apart_here(peer, ours):
+def test_areas_that_tie_in_their_ranking_are_distinguished_here(peer, ours):
     """104 and 103 square pixels are the same in float32 after subtraction from 1e8."""
     scene = make_scene((64, 96), [2])
     scene.truth[0].gt_boxes = Boxes(torch.tensor([[10.0, 10, 23, 18], [10.0, 10, 22.875, 18]]))
@@ -312,7 +312,7 @@ def test_areas_that_tie_in_their_ranking_are_told_apart_here(peer, ours):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_losses_and_their_gradients_are_theirs(peer, ours, size):
+def test_losses_and_gradients_match(peer, ours, size):
     for counts in [(1, 5), (12, 9)]:  # the moving average of detectron2 moves
         scene = make_scene(size, counts)
         for maps in scene.predictions:
@@ -327,14 +327,14 @@ def test_losses_and_their_gradients_are_theirs(peer, ours, size):
 
 
 def gradients(scene, losses):
-    """With respect to logits, ltrb and quality; each of them is in one of the losses only."""
+    """Returns gradients w.r.t. logits, ltrb and quality, each of which affects one loss only."""
     logits, ltrb, quality, _ = scene.predictions
     grads = torch.autograd.grad(sum(losses), logits + ltrb + quality)
     flat = [grad.flatten() for grad in grads]
     return [torch.cat(flat[i : i + len(logits)]) for i in range(0, len(flat), len(logits))]
 
 
-def test_moving_average_of_the_positives_is_that_of_detectron2():
+def test_moving_average_of_positives_matches_detectron2():
     peer, ours = Detectron2(), Ours("detectron2")
     for counts in [(40, 40), (1, 1), (20, 3)]:
         scene = make_scene((256, 384), counts)
@@ -360,7 +360,7 @@ def test_images_without_objects(peer, ours, counts):
     [(SIZES[0], -5.0, 1000), (SIZES[1], -4.0, 1000), (SIZES[2], -2.0, 1000),
      (COCO, -6.5, 1000), (SIZES[0], -5.0, 40), (SIZES[0], -12.0, 1000)],
 )  # fmt: skip
-def test_detections_are_theirs(peer, size, prior, topk):
+def test_detections_match(peer, size, prior, topk):
     peer, ours = type(peer)(topk), Ours(peer.name, PRE_NMS_TOPK_TEST=topk)
     for _ in range(2):
         scene = make_scene(size, [1, 1], prior=prior)

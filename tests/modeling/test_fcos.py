@@ -1,4 +1,4 @@
-"""FCOS as a whole: inputs, outputs, and difficult inputs."""
+"""FCOS end to end: inputs, outputs, and edge cases."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def evaluate(model, batch):
         return [output["instances"] for output in model.eval()(batch)]
 
 
-def test_it_is_registered_and_built_from_plain_arguments_or_a_config():
+def test_fcos_is_registered_and_built_from_plain_arguments_or_a_config():
     assert META_ARCH_REGISTRY.get("FCOS") is FCOS
     built = FCOS(tiny_cfg())
     parts = ("backbone", "head", "losses", "postprocess", "grid", "head_in_features")
@@ -72,7 +72,7 @@ def test_detections_do_not_depend_on_the_other_images_of_the_batch():
     torch.testing.assert_close(together[1].scores, alone.scores)
 
 
-def test_boxes_are_clipped_to_the_size_of_their_own_image_and_not_of_the_batch():
+def test_boxes_are_clipped_to_their_own_image_not_to_the_batch():
     model = tiny_fcos(CLIP_BEFORE_NMS=True, **PERMISSIVE).eval()
     torch.nn.init.constant_(model.head.bbox_pred.bias, 4.0)
     images = model.preprocess_image([sample(40, 96), sample(64, 50)])
@@ -85,8 +85,8 @@ def test_boxes_are_clipped_to_the_size_of_their_own_image_and_not_of_the_batch()
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_predictions_that_are_not_finite_become_no_boxes(convention, value):
-    """detectron2's own test_inf_nan_data, which boxes of the size of the image would fail."""
+def test_non_finite_predictions_yield_no_boxes(convention, value):
+    """Like detectron2's own test_inf_nan_data, which boxes clipped to the image would fail."""
     model = tiny_fcos(CONVENTION=convention, **PERMISSIVE).eval()
     images = ImageList(torch.full((1, 3, 512, 512), value), [(510, 510)])
     features, predictions = model.network(images.tensor)
@@ -116,7 +116,7 @@ def test_image_is_normalized_by_mean_and_std():
         ("p4",),
     ],
 )
-def test_any_run_of_levels_trains_all_parameters_and_evaluates(levels):
+def test_any_range_of_levels_trains_all_parameters_and_evaluates(levels):
     model = tiny_fcos(levels=levels, **PERMISSIVE, **NEVER_EMPTY)
     losses = train_step(model, [sample(128, 128, [BOX, [2.0, 2, 126, 120]])])
     assert all(loss.isfinite() for loss in losses.values())
@@ -180,7 +180,7 @@ def test_batch_norm_per_level_trains_on_maps_of_few_points():
     assert not without_gradient(model)
 
 
-def test_losses_fall_and_boxes_are_found_when_one_image_is_learned_by_heart():
+def test_losses_fall_and_boxes_are_found_when_overfitting_one_image():
     boxes, classes = [BOX, [50.0, 10, 90, 60]], [2, 0]
     model, batch = tiny_fcos(), [sample(64, 96, boxes, classes)]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -213,7 +213,7 @@ def test_losses_under_autocast_are_finite_and_close(options):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"CONVENTION": "detectron2", "NORM": "BN"}], ids=str)
-def test_models_of_other_types_train(dtype, options):
+def test_models_of_other_dtypes_train(dtype, options):
     model, batch = tiny_fcos(**options), [sample(64, 96, [BOX]), sample(64, 96)]
     exact = copy.deepcopy(model)(batch)
     losses = train_step(model.to(dtype), batch)
@@ -240,7 +240,7 @@ def one_process():
 
 @pytest.mark.parametrize("options", [{}, {"CONVENTION": "detectron2", "NORM": "BN"}], ids=str)
 def test_distributed_training_finds_no_unused_parameters(one_process, options):
-    """Also without objects; the second step fails if the first one skipped a gradient."""
+    """Also without objects; a step fails if the previous one skipped a gradient."""
     model = tiny_fcos(levels=("p3", "p4", "p5", "p6", "p7"), **options)
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     for batch in ([sample(64, 96)] * 2, [sample(64, 96, [BOX])] * 2, [sample(64, 96)] * 2):

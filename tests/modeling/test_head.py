@@ -40,7 +40,7 @@ def test_predictions_have_the_shapes_of_the_maps():
     assert box_features == []
 
 
-def test_parameters_bear_the_names_of_adelaidet():
+def test_parameters_have_adelaidets_names():
     head = make_head(num_cls_convs=2, num_share_convs=1, norm="GN", strides=(8,))
     modules = ["share_tower.0", "share_tower.1", "bbox_tower.0", "bbox_tower.1", "cls_logits"]
     modules += ["cls_tower.0", "cls_tower.1", "cls_tower.3", "cls_tower.4", "bbox_pred", "ctrness"]
@@ -48,7 +48,7 @@ def test_parameters_bear_the_names_of_adelaidet():
     assert set(head.state_dict()) == expected | {"scales.0.scale"}
 
 
-def test_batch_norms_learn_from_their_own_level_and_evaluate_it_alone():
+def test_batch_norms_are_separate_per_level():
     tower = Tower(C, 1, "BN", num_levels=2)
     norms = tower[1]
     x = torch.randn(2, C, 4, 4) + 5
@@ -72,7 +72,7 @@ def test_batch_norms_learn_from_their_own_level_and_evaluate_it_alone():
         ("", nn.GroupNorm, 0),
     ],
 )
-def test_norm_is_one_per_convolution_or_for_batch_norm_one_per_level(norm, kind, count):
+def test_number_of_norms_per_convolution_and_level(norm, kind, count):
     head = make_head(norm=norm)
     assert len(modules(head, kind)) == count
     assert len(modules(head, nn.Conv2d)) == 2 + 3
@@ -84,10 +84,10 @@ def test_norm_is_one_per_convolution_or_for_batch_norm_one_per_level(norm, kind,
     "options, message",
     [
         ({"norm": "LN"}, "MODEL.FCOS.NORM must be one of 'GN', 'BN', 'SyncBN', 'none', '', got"),
-        ({"norm": "GN", "in_channels": 48}, "GN needs channels that 32 divides, got 48"),
+        ({"norm": "GN", "in_channels": 48}, "GN needs channels divisible by 32, got 48"),
     ],
 )
-def test_norm_that_cannot_be_is_refused(options, message):
+def test_invalid_norm_is_rejected(options, message):
     settings = {"in_channels": C, "num_classes": 3, "strides": (8,)} | options
     with pytest.raises(ValueError, match=message):
         FCOSHead(**settings)
@@ -98,13 +98,13 @@ def test_number_of_maps_must_be_the_number_of_strides():
         make_head()(features()[:1])
 
 
-def test_towers_are_as_deep_as_asked():
+def test_towers_have_the_requested_depth():
     head = make_head(num_share_convs=2, num_cls_convs=3, num_box_convs=0)
     depths = [modules(t, nn.Conv2d) for t in (head.share_tower, head.cls_tower, head.bbox_tower)]
     assert list(map(len, depths)) == [2, 3, 0]
 
 
-def test_shared_tower_feeds_classes_and_boxes_and_own_towers_only_theirs():
+def test_shared_tower_feeds_classes_and_boxes_and_other_towers_only_one():
     head, maps = make_head(num_share_convs=1, norm="GN"), features()
 
     def reaches(tower):
@@ -113,13 +113,13 @@ def test_shared_tower_feeds_classes_and_boxes_and_own_towers_only_theirs():
         after = head(maps)
         return any(changed(before.logits, after.logits)), any(changed(before.ltrb, after.ltrb))
 
-    nn.init.constant_(head.bbox_pred.bias, 1.0)  # away from the flat half of relu
+    nn.init.constant_(head.bbox_pred.bias, 1.0)  # where relu is not flat
     assert reaches(head.share_tower) == (True, True)
     assert reaches(head.cls_tower) == (True, False)
     assert reaches(head.bbox_tower) == (False, True)
 
 
-def test_scale_of_a_level_scales_the_boxes_of_that_level_alone():
+def test_scale_of_a_level_only_scales_the_boxes_of_that_level():
     head, maps = make_head(use_relu=True), features()
     nn.init.constant_(head.bbox_pred.bias, 1.0)
     before = head(maps)
@@ -130,7 +130,7 @@ def test_scale_of_a_level_scales_the_boxes_of_that_level_alone():
     assert not any(changed(before.logits + before.quality, after.logits + after.quality))
 
 
-def test_scale_multiplies_before_exp_or_is_not_there():
+def test_scale_multiplies_before_exp_and_is_optional():
     head, maps = make_head(use_relu=False), features()
     before = head(maps)
     nn.init.constant_(head.scales[0].scale, 2.0)
@@ -164,7 +164,7 @@ def test_distances_are_never_negative():
 
 
 @pytest.mark.parametrize("on_box_tower", [True, False])
-def test_quality_is_predicted_from_the_tower_it_is_asked_from(on_box_tower):
+def test_quality_is_predicted_from_the_requested_tower(on_box_tower):
     head = make_head(quality_on_box_tower=on_box_tower)
     sum(level.sum() for level in head(features()).quality).backward()
     assert (head.bbox_tower[0].weight.grad is not None) == on_box_tower
@@ -195,7 +195,7 @@ def test_deformable_convolution_samples_where_its_offsets_say():
     assert layer.offset.weight.grad.abs().sum() > 0
 
 
-def test_deformable_convolution_ends_both_own_towers_and_keeps_its_initial_offsets():
+def test_deformable_convolution_ends_both_towers_and_keeps_its_initial_offsets():
     head = make_head(use_deformable=True, num_cls_convs=2, num_box_convs=2, num_share_convs=1)
     assert modules(head, DeformableConv) == ["cls_tower.2", "bbox_tower.2"]
     for name in modules(head, DeformableConv):

@@ -1,7 +1,7 @@
-"""FCOSLoss: normalizers, weights and names against numbers worked out by hand.
+"""FCOSLoss: normalizers, weights and names against numbers computed by hand.
 
-Unless told, one image of 8 x 24 pixels has one level of three points, (4, 4), (12, 4) and (20, 4).
-A box around all of it makes all three positive, with centerness 1/sqrt(5), 1 and 1/sqrt(5).
+By default, one image of 8 x 24 pixels has one level with points (4, 4), (12, 4) and (20, 4). A box
+around the whole image makes all three positive, with centerness 1/sqrt(5), 1 and 1/sqrt(5).
 """
 
 import math
@@ -24,7 +24,7 @@ def make_loss(**options) -> FCOSLoss:
 
 
 def ground_truth(*images) -> GroundTruth:
-    """One list of (box, class) per image."""
+    """Packs one list of (box, class) per image."""
     boxes = [box for image in images for box, _ in image]
     classes = [label for image in images for _, label in image]
     counts = torch.tensor([0, *map(len, images)])
@@ -37,7 +37,7 @@ NOTHING = ground_truth([])
 
 
 def predictions(images: int = 1, middle: float = 1.0) -> Predictions:
-    """Zero logits, and the exact distances of WHOLE, those of the middle point times ``middle``."""
+    """Zero logits and the exact distances of WHOLE, scaled by ``middle`` at the middle point."""
     ltrb = torch.tensor([[0.5, 1.5, 2.5], [0.5] * 3, [2.5, 1.5, 0.5], [0.5] * 3])
     ltrb[:, 1] *= middle
     ltrb = ltrb.view(1, 4, 1, 3).repeat(images, 1, 1, 1)
@@ -62,12 +62,12 @@ def test_losses_are_divided_by_the_number_of_positive_points():
     assert losses["loc"] == pytest.approx(0.75 * 1 / (1 + 2 * SIDE))
 
 
-def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth():
+def test_moving_average_of_positives_starts_as_set_and_moves_by_a_tenth():
     loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
     for average in (0.9 * 100 + 0.1 * 3, 0.9 * (0.9 * 100 + 0.1 * 3) + 0.1 * 3):
         losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
         assert losses["cls"] == pytest.approx(focal(3, 3) / average)
-        assert losses["ctr"] == pytest.approx(LN2)  # the others keep the count of this batch
+        assert losses["ctr"] == pytest.approx(LN2)  # the others use the count of this batch
         assert loss.moving_fg.item() == pytest.approx(average)
     loss(predictions(), NOTHING, LEVELS)  # counts as one
     assert loss.moving_fg.item() == pytest.approx(0.9 * average + 0.1)
@@ -81,7 +81,7 @@ def test_moving_average_of_the_positives_starts_where_told_and_moves_by_a_tenth(
     "normalizer, divisor",
     [("all", 6), ("moving_fg", 0.9 * 100 + 0.1 * 3), ("fg", 3), ("fg_and_images", 3 + 2)],
 )
-def test_one_number_can_divide_all_losses(normalizer, divisor):
+def test_all_losses_can_share_a_normalizer(normalizer, divisor):
     truth = ground_truth([(WHOLE, 0)], [])
     loss = make_loss(cls_normalizer=normalizer, box_normalizer="cls", weight_by_centerness=False)
     losses = numbers(loss(predictions(2, middle=0.5), truth, LEVELS))
@@ -122,7 +122,7 @@ def test_smoothing_is_in_units_of_the_regression_targets(unit, iou):
 
 
 @pytest.mark.parametrize("truth", [NOTHING, ground_truth([([4.0, 4.0, 4.0, 4.0], 0)])])
-def test_batch_without_positives_has_a_classification_loss_only(truth):
+def test_batch_without_positives_only_has_a_classification_loss(truth):
     maps = predictions(middle=0.5)
     losses = make_loss()(maps, truth, LEVELS)
     assert numbers(losses) == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
@@ -131,7 +131,7 @@ def test_batch_without_positives_has_a_classification_loss_only(truth):
     assert maps.logits[0].grad.min() > 0
 
 
-def test_crowd_region_is_ignored_and_learned_only_by_what_lies_around_it():
+def test_crowd_region_is_ignored_and_its_surroundings_are_not():
     maps = predictions()
     truth = ground_truth([([0.0, 0.0, 16.0, 8.0], -1)])
     loss = make_loss()
@@ -162,7 +162,7 @@ def test_center_sampling_radius_and_sizes_reach_the_assignment():
 
 
 class OtherProcess:
-    """Stands for a second process, whose numbers every all_reduce adds to ours."""
+    """Simulates a second process, whose numbers every all_reduce adds to ours."""
 
     def __init__(self, monkeypatch, positives: float, centerness: float, points: float):
         self.calls = 0
@@ -175,7 +175,7 @@ class OtherProcess:
         tensor.add_(self.numbers[: len(tensor)])
 
 
-def test_normalizers_are_averaged_over_processes_in_one_message(monkeypatch):
+def test_normalizers_are_averaged_over_processes_in_one_all_reduce(monkeypatch):
     other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
     losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
     centerness = (1 + 2 * SIDE + 2) / 2
@@ -188,7 +188,7 @@ def test_normalizers_are_averaged_over_processes_in_one_message(monkeypatch):
     assert other.calls == 2
 
 
-def test_process_without_positives_still_sends_its_message(monkeypatch):
+def test_process_without_positives_still_takes_part_in_the_all_reduce(monkeypatch):
     other = OtherProcess(monkeypatch, positives=0, centerness=0, points=3)
     losses = numbers(make_loss()(predictions(), NOTHING, LEVELS))
     assert other.calls == 1
@@ -202,7 +202,7 @@ def test_normalizers_can_stay_local(monkeypatch):
     assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
 
 
-def test_statistics_count_positives_ambiguous_points_and_boxes_no_point_serves():
+def test_statistics_count_positives_ambiguous_points_and_unserved_boxes():
     loss = make_loss()
     assert loss.stats == {}
     around_the_middle, between_points = [8.0, 0.0, 16.0, 8.0], [5.0, 0.0, 11.0, 8.0]
@@ -229,16 +229,16 @@ def test_statistics_count_positives_ambiguous_points_and_boxes_no_point_serves()
         ({"loc_loss_type": "l1"}, "LOC_LOSS_TYPE must be one of 'iou', 'linear_iou', 'giou'"),
         (
             {"sizes_of_interest": [64]},
-            "SIZES_OF_INTEREST.* must be 0 rising bounds between 1 level",
+            "SIZES_OF_INTEREST.* must be 0 ascending bounds between 1 level",
         ),
-        ({"strides": [8, 16, 32], "sizes_of_interest": [9, 4]}, "must be 2 rising bounds"),
+        ({"strides": [8, 16, 32], "sizes_of_interest": [9, 4]}, "must be 2 ascending bounds"),
     ],
 )
-def test_option_that_cannot_be_is_refused_at_construction(options, message):
+def test_invalid_option_is_rejected_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         make_loss(**options)
 
 
-def test_class_unknown_to_the_model_is_an_error():
+def test_class_out_of_range_is_an_error():
     with pytest.raises(RuntimeError, match=r"gt_classes must lie in \[-1, 2\)"):
         make_loss()(predictions(), ground_truth([(WHOLE, 2)]), LEVELS)

@@ -1,10 +1,10 @@
-"""Training and inference never wait for the device, until detections become Instances.
+"""Training and inference never wait for the device until detections become Instances.
 
-Three witnesses, because each is blind to something:
-- a dispatch mode over a real step, the reference ops opened up, sees every operator that must know
-  a value on the host, but on the CPU no copy between devices;
-- fake tensors on a GPU that need not exist have no values and a device, so whatever reads the one
-  or moves or mixes the other fails, but autograd does not run on them;
+Three checks, because each has a blind spot:
+- a dispatch mode over a real step that runs the reference ops sees every operator that needs a
+  value on the host, but on the CPU no copy between devices;
+- fake tensors on a GPU that need not exist have a device but no values, so reading values and
+  moving or mixing devices fails, but autograd does not run on them;
 - CUDA's own check, where there is a GPU.
 """
 
@@ -37,9 +37,9 @@ READS_VALUES = (
 
 
 class NoHostSync(TorchDispatchMode):
-    """Raises on operators that need a value on the host; looks into ours by running the reference.
+    """Raises on operators that need a value on the host; runs the reference in place of our ops.
 
-    ``seen`` counts the operators of this package.
+    ``seen`` lists the ops of this package that ran.
     """
 
     def __init__(self):
@@ -68,7 +68,7 @@ class NoHostSync(TorchDispatchMode):
 
 
 def inputs(device="cpu"):
-    """(images, ground truth) of two images, one without objects, one with a crowd region."""
+    """Returns two images and their ground truth, one without objects, one with a crowd region."""
     boxes = [[4.0, 4, 40, 40], [30.0, 2, 80, 60], [50.0, 5, 70, 20]]
     truth = [sample(*SIZES[0], boxes, [0, 2, -1]), sample(*SIZES[1])]
     truth = [item["instances"].to(device) for item in truth]
@@ -103,7 +103,7 @@ def test_no_operator_of_training_and_inference_reads_a_value(options):
 
 @pytest.mark.parametrize("opened", [True, False], ids=["inside our ops", "around our ops"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_nothing_is_read_from_a_gpu_or_moved_off_it_or_left_behind(options, opened):
+def test_nothing_is_read_from_a_gpu_or_moved_off_it(options, opened):
     with FakeTensorMode():
         with torch.device("cuda"):
             model = FCOS(tiny_cfg(**options, POST_NMS_TOPK_TEST=5))
@@ -130,8 +130,8 @@ def test_gradients_of_the_reference_stay_on_the_gpu(loss_type):
     assert shapes == [(2, c, 3, 4) for c in (5, 4, 1)]
 
 
-def test_whole_training_step_needs_no_values():
-    """Meta tensors have shapes alone, and autograd runs on them."""
+def test_training_step_needs_no_values():
+    """Meta tensors only have shapes, and autograd runs on them."""
     with torch.device("meta"):
         model = FCOS(tiny_cfg())
         images = ImageList(torch.empty(2, 3, 64, 96), SIZES)
@@ -144,9 +144,9 @@ def test_whole_training_step_needs_no_values():
 
 
 @pytest.mark.cuda
-def test_cuda_sees_no_synchronisation():
+def test_cuda_reports_no_synchronization():
     model, (images, truth) = tiny_fcos("MODEL.DEVICE", "cuda"), inputs("cuda")
-    for mode in ("default", "error"):  # the first time round, libraries are initialized
+    for mode in ("default", "error"):  # the first iteration initializes libraries
         torch.cuda.set_sync_debug_mode(mode)
         try:
             sum(losses_of(model, images, truth).values()).backward()
@@ -168,7 +168,7 @@ def test_cuda_sees_no_synchronisation():
         lambda x: torch.empty(3).copy_(x), lambda x: x.repeat_interleave(x.int()),
     ],
 )  # fmt: skip
-def test_these_tests_see_what_they_look_for(wait):
+def test_checks_detect_synchronization(wait):
     with FakeTensorMode(), NoHostSync():
         x = torch.ones(3, device="cuda")
         with pytest.raises((AssertionError, RuntimeError, TypeError)):

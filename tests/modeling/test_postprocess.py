@@ -1,4 +1,4 @@
-"""PostProcessor and to_instances: every option on two points whose scores are known."""
+"""PostProcessor and to_instances: every option on two points with known scores."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ SIZES = torch.tensor([[8, 16]])
 
 
 def predictions(probability) -> Predictions:
-    """One image: ``probability`` [class][point], and qualities 0.4 and 0.8.
+    """Predictions for one image: ``probability`` [class][point], and qualities 0.4 and 0.8.
 
-    Both points say the box [0, 0, 16, 8], the second one two more pixels beyond the right side.
+    The first point predicts the box [0, 0, 16, 8], the second one [0, 0, 18, 8].
     """
     ltrb = torch.tensor([[0.5, 0.5, 1.5, 0.5], [1.5, 0.5, 0.75, 0.5]])
     return Predictions(
@@ -32,7 +32,7 @@ ROOTS = [(p * q) ** 0.5 for p, q in ((0.6, 0.8), (0.9, 0.4), (0.3, 0.8))]
 
 
 def detect(**options):
-    """(boxes, scores, classes) of the image."""
+    """Returns (boxes, scores, classes) of the image."""
     settings = {"nms_threshold": 1.0, "score_threshold": 0.05} | options
     detections = PostProcessor(**settings)(TWO_POINTS, LEVELS, SIZES)
     (found,) = to_instances(detections, SIZES.tolist())
@@ -61,19 +61,19 @@ def detect(**options):
     ],
     ids=str,
 )
-def test_option_decides_what_is_detected(options, scores, classes):
+def test_options_change_detections(options, scores, classes):
     found = detect(**options)
     assert found[1] == pytest.approx(scores, rel=1e-4) and found[2] == classes
 
 
 @pytest.mark.parametrize("extent", [0, 1])
 def test_pixel_extent_reaches_clipping_and_nms(extent):
-    # Clipped to 15 x 7, the boxes are equal; to 16 and 18 wide, they overlap by 17 / 19 with it.
+    # Unclipped, the boxes have an IoU of 16 / 18, and with an extent of 1, 17 / 19.
     assert detect(clip=True, pixel_extent=extent)[0][0] == [0, 0, 16 - extent, 8 - extent]
     assert len(detect(nms_threshold=0.891, pixel_extent=extent)[1]) == 3 - extent
 
 
-def test_boxes_without_area_are_left_out_on_request():
+def test_boxes_without_area_are_dropped_on_request():
     maps = TWO_POINTS._replace(
         ltrb=[torch.tensor([0.5, 0.5, -0.5, 0.5]).view(1, 4, 1, 1).repeat(1, 1, 1, 2)]
     )
@@ -82,7 +82,7 @@ def test_boxes_without_area_are_left_out_on_request():
         assert rule(maps, LEVELS, SIZES).counts.tolist() == [count]
 
 
-def test_sigma_is_that_of_gaussian_soft_nms():
+def test_sigma_reaches_gaussian_soft_nms():
     wide, narrow = (detect(nms_method="gaussian", nms_sigma=s)[1][2] for s in (2.0, 0.5))
     assert narrow < wide < ROOTS[2]
 
@@ -94,7 +94,7 @@ def test_boxes_are_clipped_on_request_each_image_to_its_own_size():
     assert boxes[:, 0].tolist() == [[0, 0, 16, 8], [0, 0, 9, 5]]
 
 
-def test_instances_of_each_image_are_its_own():
+def test_each_image_gets_its_own_instances():
     pairs = zip(NOTHING[:3], TWO_POINTS[:3], strict=True)
     maps = Predictions(*([torch.cat((a[0], b[0]))] for a, b in pairs), [])
     sizes = [(8, 16), (7, 15)]
@@ -106,7 +106,7 @@ def test_instances_of_each_image_are_its_own():
     assert found[1].pred_classes.dtype == torch.int64
 
 
-def test_proposals_of_training_have_their_own_limits():
+def test_training_proposals_have_their_own_limits():
     cfg = tiny_cfg(
         INFERENCE_TH_TRAIN=0.1, PRE_NMS_TOPK_TRAIN=11, POST_NMS_TOPK_TRAIN=12,
         INFERENCE_TH_TEST=0.2, PRE_NMS_TOPK_TEST=21, POST_NMS_TOPK_TEST=22,
@@ -130,6 +130,6 @@ def test_proposals_of_training_have_their_own_limits():
         ({"max_detections": 0}, r"POST_NMS_TOPK_\* must be in \[1, inf\], got 0"),
     ],
 )
-def test_option_that_cannot_be_is_refused_before_training_starts(options, message):
+def test_invalid_option_is_rejected_at_construction(options, message):
     with pytest.raises(ValueError, match=f"FCOS: MODEL.FCOS.{message}"):
         PostProcessor(**options)

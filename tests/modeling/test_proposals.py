@@ -1,4 +1,4 @@
-"""FCOSProposals: alone, and inside detectron2's two-stage detectors."""
+"""FCOSProposals alone and in detectron2's two-stage detectors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def two_stage(architecture: str, **fcos):
 
 
 def propose(model, batch):
-    """What the proposal generator returns, for images of 64 x 96 pixels."""
+    """Runs the proposal generator on images of 64 x 96 pixels."""
     images = ImageList(torch.stack([item["image"] for item in batch]), [(64, 96)] * len(batch))
     truth = [item["instances"] for item in batch]
     return model.proposal_generator(images, model.backbone(images.tensor), truth)
@@ -37,7 +37,7 @@ def batch():
     return [sample(64, 96, BOXES), sample(64, 96)]
 
 
-def test_training_gives_losses_and_proposals_only_where_asked(batch):
+def test_training_returns_losses_and_proposals_on_request(batch):
     losses = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
     proposals, found = propose(two_stage("ProposalNetwork"), batch)
     assert proposals == [] and set(found) == losses
@@ -47,12 +47,12 @@ def test_training_gives_losses_and_proposals_only_where_asked(batch):
     assert not proposals[0].proposal_boxes.tensor.requires_grad
 
 
-def test_roi_heads_without_proposals_to_train_on_are_refused():
+def test_roi_heads_without_training_proposals_are_rejected():
     with pytest.raises(ValueError, match="YIELD_PROPOSAL True"):
         two_stage("GeneralizedRCNN")
 
 
-def test_training_and_evaluation_propose_as_many_as_each_is_told(batch):
+def test_training_and_evaluation_have_their_own_number_of_proposals(batch):
     limits = {"POST_NMS_TOPK_TRAIN": 7, "POST_NMS_TOPK_TEST": 5}
     model = two_stage("ProposalNetwork", YIELD_PROPOSAL=True, **limits, **PERMISSIVE)
     assert [len(image) for image in propose(model, batch)[0]] == [7, 7]

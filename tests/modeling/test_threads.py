@@ -1,4 +1,4 @@
-"""One model serves several threads at once: each gets the bits that it would get alone."""
+"""One model serves several threads at once: each gets bitwise the same results as alone."""
 
 from copy import deepcopy
 from functools import partial
@@ -14,7 +14,7 @@ from tests.concurrency import run_concurrently
 
 from .tiny import tiny_fcos
 
-SIZES = [(64, 96), (96, 64), (33, 130), (128, 128)]  # each thread has one of its own at any moment
+SIZES = [(64, 96), (96, 64), (33, 130), (128, 128)]  # at any time, each thread has a different one
 ROUNDS = 3
 
 
@@ -28,7 +28,7 @@ def detector(model):
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         with torch.no_grad():
             found = model([{"image": image}])[0]["instances"]
-        assert len(found) > 0, "nothing is found that could differ"
+        assert len(found) > 0, "no detections to compare"
         return [x.numpy() for x in (found.pred_boxes.tensor, found.scores, found.pred_classes)]
 
     return detect
@@ -61,10 +61,10 @@ def predictor(model):
 )
 def test_threads_share_a_model(make, settings):
     model = tiny_fcos(INFERENCE_TH_TEST=0.005, **settings).eval()
-    fresh = make(deepcopy(model))  # no call has warmed it up
+    fresh = make(deepcopy(model))  # not warmed up by a call
     images = [image_of(*size) for size in SIZES]
     alone = [make(model)(image) for image in images]
-    # Every thread looks at all images, each beginning with another one.
+    # Every thread processes all images, each starting with a different one.
     orders = [np.roll(range(len(images)), -first) for first in range(len(images))]
     calls = [partial(lambda order: [fresh(images[i]) for i in order], order) for order in orders]
     for order, rounds in zip(orders, run_concurrently(calls, ROUNDS), strict=True):

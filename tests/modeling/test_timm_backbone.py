@@ -1,4 +1,4 @@
-"""TimmBackbone: shapes and names of feature maps, what trains, and what is refused."""
+"""TimmBackbone: shapes and names of feature maps, trainable parameters, and errors."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ from fcos_d2.modeling.timm_weights import TimmWeights
 from .tiny import sample, tiny_cfg, train_step, without_gradient
 
 BUILDER = "build_fcos_timm_fpn_backbone"
-# One of each kind of feature extractor that timm has, and one with channels last.
+# One of each kind of feature extractor in timm, and one with channels last.
 MODELS = {
     "test_resnet": [],
     "test_convnext": [],
@@ -39,7 +39,7 @@ def timm_cfg(name: str, *options, **fcos):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_maps_are_named_by_stride_and_have_the_channels_that_they_say(name):
+def test_maps_are_named_by_stride_and_have_the_declared_channels(name):
     strides = {"res2": 4, "res4": 16, "res5": 32}
     body = TimmBackbone(name, list(strides), options=MODELS[name]).eval()
     maps, shapes = body(torch.rand(2, 3, 96, 160)), body.output_shape()
@@ -49,7 +49,7 @@ def test_maps_are_named_by_stride_and_have_the_channels_that_they_say(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_any_model_becomes_a_detector_all_of_which_trains(name):
+def test_every_model_becomes_a_fully_trainable_detector(name):
     model = FCOS(timm_cfg(name, "MODEL.TIMM.OPTIONS", MODELS[name]))
     train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 64)])
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -59,7 +59,7 @@ def test_any_model_becomes_a_detector_all_of_which_trains(name):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
-def test_maps_are_those_of_timm_itself_with_channels_second(name):
+def test_maps_match_timm_with_channels_second(name):
     body = TimmBackbone(name, ["res3", "res5"], options=MODELS[name]).eval()
     image = torch.rand(1, 3, 64, 96)
     for ours, theirs in zip(body(image).values(), body.body(image), strict=True):
@@ -74,7 +74,7 @@ def test_nothing_beyond_the_deepest_map_is_built():
     assert count("res4") == count("res3", "res4")
 
 
-# ---- what trains ----
+# ---- trainable parameters ----
 
 
 def frozen_by(freeze_at: int, name: str = "test_resnet") -> tuple[TimmBackbone, set[str]]:
@@ -82,14 +82,14 @@ def frozen_by(freeze_at: int, name: str = "test_resnet") -> tuple[TimmBackbone, 
     return body, {key for key, p in body.body.named_parameters() if not p.requires_grad}
 
 
-def test_freeze_at_freezes_what_the_map_of_that_stride_is_computed_from():
+def test_freeze_at_freezes_what_that_map_depends_on():
     parameters = {key for key, _ in TimmBackbone("test_resnet").body.named_parameters()}
     stages = ("conv1", "layer1", "layer2", "layer3", "layer4")
     assert frozen_by(0)[1] == frozen_by(-1)[1] == set()
     for freeze_at in (1, 2, 3, 4, 5):
         body, frozen = frozen_by(freeze_at)
         wanted = {key for key in parameters if key.startswith(stages[:freeze_at])}
-        # Frozen norms keep weights, but as buffers.
+        # Frozen norms keep their weights as buffers.
         norms = {key for key in wanted if key not in dict(body.body.named_parameters())}
         assert frozen == wanted - norms and norms
 
@@ -138,7 +138,7 @@ def test_sync_norm_replaces_every_norm_that_is_not_frozen():
 
 
 def test_parameters_that_no_map_depends_on_are_not_trained():
-    """HRNet's last stage computes its four outputs with weights of their own."""
+    """HRNet's last stage computes each of its four outputs with separate weights."""
     body = TimmBackbone("hrnet_w18_small", ["res5"])
     image = torch.rand(1, 3, 64, 64)
     body(image)["res5"].sum().backward()
@@ -146,7 +146,7 @@ def test_parameters_that_no_map_depends_on_are_not_trained():
     assert unused == {key for key, p in body.named_parameters() if not p.requires_grad} != set()
 
 
-def test_vovnet_builder_gives_attention_to_all_blocks():
+def test_vovnet_builder_adds_attention_to_all_blocks():
     def attention(builder):
         with torch.device("meta"):
             cfg = timm_cfg("ese_vovnet39b", "MODEL.BACKBONE.NAME", builder)
@@ -175,7 +175,7 @@ def test_changing_a_key_changes_the_backbone(key, value):
     assert repr(build_backbone(cfg, ShapeSpec(channels=3))) != before
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_changing_a_key_changes_the_backbone(key, value):
         ("resnet51", {}, "no model 'resnet51'; did you mean resnet5"),
         ("mobilenetv4", {}, "did you mean mobilenetv4_conv_"),
         ("resnet50.a9_in1k", {}, "Invalid pretrained tag"),
-        ("test_vit", {}, "stride 16 alone, .*take a model with a pyramid, like convnext_tiny"),
-        ("sequencer2d_s", {}, "stride 7, 14 alone"),
-        ("swinv2_cr_tiny_ns_224", {}, "any size .*OPTIONS '\\[\"strict_img_size=False\"\\]'"),
-        ("test_maxvit", {}, "does not take images of any size .*take another model"),
+        ("test_vit", {}, "only has .*stride 16, .*choose a model .*such as convnext_tiny"),
+        ("sequencer2d_s", {}, "stride 7, 14, but an FPN"),
+        ("swinv2_cr_tiny_ns_224", {}, "arbitrary size .*OPTIONS '\\[\"strict_img_size=False\"\\]'"),
+        ("test_maxvit", {}, "does not accept images of arbitrary size .*choose another model"),
         ("inception_v4", {}, r"stride 2 has size \(61, 93\) .* instead of \(64, 96\)"),
         ("test_resnet", {"out_features": ["res6"]}, r"res1, res2, .*got .*IN_FEATURES \['res6'\]"),
         ("test_resnet", {"out_features": []}, r"got MODEL.FPN.IN_FEATURES \[\]"),
@@ -197,12 +197,12 @@ def test_changing_a_key_changes_the_backbone(key, value):
         ("test_resnet", {"options": ["depth=3"]}, "unexpected keyword.*correct MODEL.TIMM.OPTIONS"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_next_thing_to_do(name, options, message):
+def test_invalid_model_is_rejected_with_a_remedy(name, options, message):
     with pytest.raises(InputError, match=message):
         TimmBackbone(name, **options)
 
 
-def test_missing_timm_is_named_with_the_command_that_installs_it(monkeypatch):
+def test_missing_timm_is_an_error_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="not installed; install it with: pip install timm"):
         TimmBackbone("resnet18")
@@ -213,7 +213,7 @@ def test_missing_timm_is_named_with_the_command_that_installs_it(monkeypatch):
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path) -> list[str]:
-    """Plays timm's server; names of the models whose weights it was asked for."""
+    """Fakes timm's server; returns the names of the models whose weights were requested."""
     asked, create = [], timm.create_model
 
     def create_model(name, pretrained=False, **options):
@@ -236,7 +236,7 @@ def test_weights_of_timm_are_downloaded_once_and_fill_the_backbone(norm, downloa
     assert downloads == []
     for _ in range(2):
         checkpointer = Checkpointer(model)
-        checkpointer.reset_class_layer = True  # as where a training starts
+        checkpointer.reset_class_layer = True  # as at the start of training
         checkpointer.load(f"timm://{name}")
     assert downloads == [name]
     torch.manual_seed(len(name))
@@ -255,18 +255,18 @@ def test_weights_of_timm_are_downloaded_once_and_fill_the_backbone(norm, downloa
         ("", "timm.list_pretrained\\(\\) has all names"),
     ],
 )
-def test_weights_that_timm_does_not_have_are_refused(name, message, downloads):
+def test_unknown_weights_are_rejected(name, message, downloads):
     with pytest.raises(InputError, match=f"MODEL.WEIGHTS timm://{name}: .*{message}"):
         TimmWeights()._get_local_path(f"timm://{name}")
     assert downloads == []
 
 
-def test_name_of_a_model_means_its_first_weights(downloads):
+def test_bare_model_name_means_its_default_weights(downloads):
     TimmWeights()._get_local_path("timm://test_resnet")
     assert downloads == ["test_resnet"]
 
 
-def test_failed_download_is_told_in_one_line(monkeypatch, downloads):
+def test_failed_download_is_a_one_line_error(monkeypatch, downloads):
     def offline(self, *arguments, **options):
         raise FileNotFoundError("check your connection")
 
@@ -276,7 +276,7 @@ def test_failed_download_is_told_in_one_line(monkeypatch, downloads):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_weights_for_other_pixels_are_told(fits, caplog):
+def test_mismatched_pixel_statistics_are_warned_about(fits, caplog):
     options = ["MODEL.WEIGHTS", "timm://test_resnet.r160_in1k"]
     if fits:
         options += ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [127.5] * 3]

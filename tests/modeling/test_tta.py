@@ -1,7 +1,7 @@
-"""Test-time augmentation, on a detector whose every prediction can be worked out by hand.
+"""Test-time augmentation with a detector whose predictions can be computed by hand.
 
-Its one level has stride 8. A cell brighter than 128 on average is an object of class 0, whose
-box reaches 8 pixels from the middle of the cell in each direction.
+Its only level has stride 8. A cell brighter than 128 on average is an object of class 0, whose box
+extends 8 pixels from the center of the cell in each direction.
 """
 
 import math
@@ -19,7 +19,7 @@ from tests.modeling.tiny import tiny_cfg, tiny_fcos
 from tests.tiny_training import metrics
 
 pytest_plugins = ["tests.script"]
-SCORE = 1 / (1 + math.exp(-(255 - 128) / 32))  # of a white cell; quality is as good as 1
+SCORE = 1 / (1 + math.exp(-(255 - 128) / 32))  # of a white cell; quality is practically 1
 
 
 class Brightness(Backbone):
@@ -56,8 +56,8 @@ def with_tta(model, *sizes, flip=False):
     return FCOSWithTTA(model=model, views=views)
 
 
-def picture(height=64, width=64, row=2, column=1):
-    """Black, with one white cell."""
+def make_input(height=64, width=64, row=2, column=1):
+    """Returns a black image with one white cell."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[:, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 255
     return {"image": image, "height": height, "width": width}
@@ -73,7 +73,7 @@ def found(model, image):
 BOX = (4.0, 12.0, 20.0, 28.0)  # around the point (12, 20)
 
 
-def test_one_view_of_the_image_as_it_is_changes_nothing():
+def test_single_unchanged_view_changes_nothing():
     model = tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
     image = {"image": torch.randint(256, (3, 96, 130), dtype=torch.uint8)}
     augmented = with_tta(model, 96)([image])[0]["instances"]
@@ -83,15 +83,15 @@ def test_one_view_of_the_image_as_it_is_changes_nothing():
     assert torch.equal(augmented.scores, plain.scores)
 
 
-def test_mirrored_view_finds_the_same_box_which_nms_makes_one_of():
-    assert found(with_tta(detector(), 64, flip=True), picture()) == [
+def test_nms_merges_the_box_of_the_flipped_view():
+    assert found(with_tta(detector(), 64, flip=True), make_input()) == [
         (BOX, pytest.approx(SCORE, abs=1e-4))
     ]
 
 
-def test_boxes_of_an_enlarged_view_come_back_to_the_original():
-    """At twice the size the white cell is four, whose boxes reach 4 original pixels."""
-    boxes = [box for box, _ in found(with_tta(detector(), 128), picture())]
+def test_boxes_of_an_enlarged_view_are_mapped_back():
+    """At twice the size, the white cell becomes four, whose boxes extend 4 original pixels."""
+    boxes = [box for box, _ in found(with_tta(detector(), 128), make_input())]
     corners = [(10, 18), (14, 18), (10, 22), (14, 22)]  # the four points, (x, y)
     assert sorted(boxes) == sorted((x - 4, y - 4, x + 4, y + 4) for x, y in corners)
 
@@ -100,37 +100,42 @@ def test_boxes_of_an_enlarged_view_come_back_to_the_original():
 def test_views_of_different_sizes_are_merged_before_nms(nms_threshold, kept):
     """The four small boxes overlap the large one by 1/4, their neighbors by 1/3."""
     model = with_tta(detector(nms_threshold=nms_threshold), 64, 128)
-    assert len(found(model, picture())) == kept
+    assert len(found(model, make_input())) == kept
 
 
-def test_original_size_decides_and_not_the_size_of_the_given_image():
-    given = {**picture(), "height": 128, "width": 192}
+def test_boxes_are_in_pixels_of_the_original_size():
+    given = {**make_input(), "height": 128, "width": 192}
     ((box, _),) = found(with_tta(detector(), 64), given)
     assert box == (12.0, 24.0, 60.0, 56.0)
 
 
 def test_soft_nms_lowers_the_second_of_two_equal_boxes():
     model = detector(nms_method="gaussian", nms_sigma=0.5)
-    first, second = found(with_tta(model, 64, flip=True), picture())
+    first, second = found(with_tta(model, 64, flip=True), make_input())
     assert first[0] == second[0] == BOX
     assert second[1] == pytest.approx(first[1] * math.exp(-1 / 0.5), rel=1e-4)
 
 
-def test_boxes_are_clipped_to_the_original_and_views_are_never_padded_together():
+def test_boxes_are_clipped_and_views_are_never_padded_together():
     model = detector()
-    assert found(with_tta(model, 64, 128, flip=True), picture(64, 96, 0, 0))[0][0] == (0, 0, 12, 12)
+    assert found(with_tta(model, 64, 128, flip=True), make_input(64, 96, 0, 0))[0][0] == (
+        0,
+        0,
+        12,
+        12,
+    )
     assert model.backbone.shapes == [(2, 3, 64, 96), (2, 3, 128, 192)]
 
 
-def test_views_are_those_of_the_config():
+def test_views_follow_the_config():
     options = ("TEST.AUG.MIN_SIZES", (40, 60), "TEST.AUG.MAX_SIZE", 70, "TEST.AUG.FLIP", False)
     cfg = tiny_cfg(*options)
-    views = FCOSWithTTA(cfg, detector()).views(picture(48, 96))
+    views = FCOSWithTTA(cfg, detector()).views(make_input(48, 96))
     assert [tuple(view["image"].shape[1:]) for view in views] == [(35, 70)] * 2
-    assert get_cfg().TEST.AUG.FLIP, "the published recipe mirrors"
+    assert get_cfg().TEST.AUG.FLIP, "the published recipe flips images"
 
 
-def test_evaluation_adds_the_results_of_augmentation(script):
+def test_evaluation_reports_results_with_augmentation(script):
     done = script(
         "--eval-only", "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64),
         "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "",
@@ -144,7 +149,7 @@ def test_evaluation_adds_the_results_of_augmentation(script):
 SMALL_VIEWS = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64), "TEST.EVAL_PERIOD", 1)
 
 
-def test_training_augments_its_last_evaluation_alone(script):
+def test_training_only_augments_its_last_evaluation(script):
     done = script(*SMALL_VIEWS, "TEST.EXPECTED_RESULTS", [["bbox_TTA", "AP", 50, 50]])
     assert done.status == 0, done.err
     saved = "Saving results to ./output/{}/tiny_shapes/coco_instances_results.json".format
@@ -153,7 +158,7 @@ def test_training_augments_its_last_evaluation_alone(script):
     assert {"bbox", "bbox_TTA"} <= set(done.results[0])
 
 
-def test_what_cannot_be_augmented_is_refused_before_the_training(script, monkeypatch):
+def test_other_architectures_are_rejected_before_training(script, monkeypatch):
     monkeypatch.setattr("fcos_d2.inference.FCOS", Squares)
     done = script(*SMALL_VIEWS)
     assert done.status == 2 and "TEST.AUG.ENABLED needs MODEL.META_ARCHITECTURE FCOS" in done.err

@@ -1,4 +1,4 @@
-"""A detector small enough to be built hundreds of times, through the same registry and config."""
+"""A detector small enough to be built hundreds of times, by the same registry and config."""
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,7 +15,7 @@ STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 
 
 class TinyBottomUp(Backbone):
-    """Four strided convolutions with the names, strides and laziness of a ResNet's stages."""
+    """Up to four strided convolutions named like a ResNet's stages, with the same strides."""
 
     def __init__(self, out_features):
         super().__init__()
@@ -39,7 +39,7 @@ def build_tiny_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def tiny_cfg(*options, levels: tuple[str, ...] = ("p3", "p4", "p5"), **fcos) -> CfgNode:
-    """Config of a tiny FCOS on ``levels``; ``options`` are KEY, VALUE, ``fcos`` MODEL.FCOS keys."""
+    """Config of a tiny FCOS; ``options`` are key-value pairs, ``fcos`` are MODEL.FCOS keys."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "FCOS"
@@ -62,12 +62,12 @@ def tiny_cfg(*options, levels: tuple[str, ...] = ("p3", "p4", "p5"), **fcos) -> 
 
 
 def tiny_fcos(*options, **settings) -> nn.Module:
-    """The detector of ``tiny_cfg``."""
+    """Builds the detector of ``tiny_cfg``."""
     return build_model(tiny_cfg(*options, **settings))
 
 
 def sample(height: int, width: int, boxes=(), classes=None) -> dict:
-    """One training input: a random image, and boxes given as a list or a Tensor[n, 4]."""
+    """Returns a training input: a random image and ``boxes``, a list or a Tensor[n, 4]."""
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     classes = torch.arange(len(boxes)) % NUM_CLASSES if classes is None else torch.tensor(classes)
     instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=classes.long())
@@ -75,14 +75,14 @@ def sample(height: int, width: int, boxes=(), classes=None) -> dict:
 
 
 def train_step(model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
-    """Losses of one forward and backward pass."""
+    """Runs a forward and a backward pass; returns the losses."""
     losses = model.train()(batch)
     sum(losses.values()).backward()
     return losses
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Parameters whose gradient is missing or not finite: what DistributedDataParallel refuses."""
+    """Names of parameters without a finite gradient."""
     return [
         name
         for name, parameter in model.named_parameters()

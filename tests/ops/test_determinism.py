@@ -176,7 +176,7 @@ def test_thread_that_another_overtakes_does_not_warn_again(monkeypatch):
     lock = OvertakenLock(announce)
     monkeypatch.setattr(_library, "_loaded", set())
     monkeypatch.setattr(_library, "_has_warned", False)
-    monkeypatch.setattr(_library, "_one_at_a_time", lock)
+    monkeypatch.setattr(_library, "_warning_lock", lock)
     monkeypatch.setattr(warnings, "warn", lambda *message, **_: said.append(message))
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
     announce()

@@ -1,4 +1,4 @@
-"""Helpers that several references share."""
+"""Helpers shared by the references."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from ..levels import Levels
 
 
 def levels_of(shapes: list[int], strides: list[int], pitches: list[int], offset: float) -> Levels:
-    """Levels from flattened pairs."""
+    """Builds Levels from flattened pairs."""
     pairs = (tuple(zip(flat[0::2], flat[1::2], strict=True)) for flat in (shapes, pitches))
     shapes, pitches = pairs
     return Levels(shapes, tuple(strides), pitches, offset)
 
 
 def area(boxes: Tensor, pixel_extent: int = 0) -> Tensor:
-    """Tensor[..., 4] -> Tensor[...]; boxes reach ``pixel_extent`` beyond x2 and y2."""
+    """Tensor[..., 4] -> Tensor[...]; boxes extend ``pixel_extent`` beyond x2 and y2."""
     width, height = (boxes[..., 2:] + pixel_extent - boxes[..., :2]).unbind(dim=-1)
     return width * height
 
 
 def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+    """Returns float64 for float64, float32 for everything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

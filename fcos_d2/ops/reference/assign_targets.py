@@ -27,7 +27,7 @@ def assign_targets(
     inclusive: bool,
     pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``fcos_d2.ops.assign_targets``; the lists of pairs come flattened."""
+    """See ``fcos_d2.ops.assign_targets``; lists of pairs are flattened."""
     _check_ground_truth(gt_boxes, gt_classes, gt_offsets, num_classes)
     levels = levels_of(shapes, strides, pitches, offset)
     device, num_boxes = gt_boxes.device, gt_boxes.shape[0]
@@ -57,7 +57,7 @@ def assign_targets(
         candidates.scatter_add_(0, image, candidate.long())
         ignored.scatter_add_(0, image, (inside & is_region).long())
     background = torch.where(ignored > 0, -1, num_classes)
-    return _describe(gt_boxes, gt_classes, matched, background, candidates > 1, points, levels)
+    return _gather(gt_boxes, gt_classes, matched, background, candidates > 1, points, levels)
 
 
 def _qualify(
@@ -69,7 +69,7 @@ def _qualify(
     center_radius: float,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Which points [P, 2] lie inside boxes [m, 1, 4], and which fit their sizes and centers."""
+    """Returns which points [P, 2] lie inside boxes [m, 1, 4], and which pass the other tests."""
     sides = _sides(points, boxes)  # [m, P, 4] in pixels
     longest = sides.amax(dim=-1)
     not_below, not_above = (torch.ge, torch.le) if inclusive else (torch.gt, torch.lt)
@@ -81,9 +81,9 @@ def _qualify(
 
 
 def _choose(areas: Tensor, image: Tensor, first: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest of the areas [m, P] per image and point, and its lowest index; ``first`` is row 0's.
+    """Returns the smallest of the areas [m, P] per image and point, and the lowest index with it.
 
-    Two minima that do not depend on the order of boxes, so the result is deterministic.
+    Indices start at ``first``. Minima do not depend on order, so the result is deterministic.
     """
     smallest = torch.full_like(like, math.inf).scatter_reduce(0, image, areas, "amin")
     index = torch.arange(first, first + len(areas), device=areas.device)[:, None]
@@ -93,7 +93,7 @@ def _choose(areas: Tensor, image: Tensor, first: int, like: Tensor) -> tuple[Ten
     return smallest, none.scatter_reduce(0, image, index, "amin")
 
 
-def _describe(
+def _gather(
     gt_boxes: Tensor,
     gt_classes: Tensor,
     matched: Tensor,
@@ -102,7 +102,7 @@ def _describe(
     points: Tensor,
     levels: Levels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Targets."""
+    """Returns the fields of Targets."""
     positive = matched < len(gt_boxes)
     boxes = torch.cat((gt_boxes, gt_boxes.new_zeros(1, 4)))[matched]
     classes = torch.cat((gt_classes, gt_classes.new_zeros(1)))[matched]
@@ -122,7 +122,7 @@ def _describe(
 
 
 def centerness(ltrb: Tensor) -> Tensor:
-    """``sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))``, 1904.01355 equation 3.
+    """Computes ``sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`` (1904.01355 equation 3).
 
     Args:
         ltrb: Tensor[..., 4] of positive distances.
@@ -133,7 +133,7 @@ def centerness(ltrb: Tensor) -> Tensor:
     left, top, right, bottom = ltrb.unbind(dim=-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
-    # Through float64 for the correctly rounded result of IEEE 754, unlike torch's float32 sqrt.
+    # In float64, since torch's float32 sqrt is not always correctly rounded.
     return (horizontal * vertical).double().sqrt().to(ltrb.dtype)
 
 
@@ -152,5 +152,5 @@ def _check_ground_truth(boxes: Tensor, classes: Tensor, offsets: Tensor, num_cla
 
 
 def _sides(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances [..., 4] from points [..., 2] to the left, top, right and bottom sides of boxes."""
+    """Returns the distances [..., 4] from points [..., 2] to the sides (ltrb) of boxes."""
     return torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1)

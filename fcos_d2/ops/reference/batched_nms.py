@@ -19,8 +19,8 @@ def batched_nms_padded(
     max_detections: int,
     *rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``fcos_d2.ops.batched_nms_padded``; ``nms_step`` has the rest of the rule."""
-    # One more empty slot, for indices of empty detections to point to.
+    """See ``fcos_d2.ops.batched_nms_padded``; ``rule`` are further arguments of ``nms_step``."""
+    # An extra empty slot for the indices of empty detections to point to.
     boxes, scores = F.pad(boxes, (0, 0, 0, 1)), F.pad(scores, (0, 1))
     classes = F.pad(classes, (0, 1), value=-1)
     alive, kept = nms_start(scores, classes), []
@@ -33,7 +33,7 @@ def batched_nms_padded(
 
 
 def nms_start(scores: Tensor, classes: Tensor) -> Tensor:
-    """Scores [B, N] of the boxes that can be kept; -inf for the others."""
+    """Returns the scores [B, N] of the boxes that can be kept; -inf for the others."""
     return torch.where((classes >= 0) & ~scores.isnan(), scores.float(), -math.inf)
 
 
@@ -48,7 +48,7 @@ def nms_step(
     min_score: float,
     pixel_extent: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score and index [B, 1] of the best box, and the remaining scores [B, N] (1704.04503)."""
+    """Returns score and index [B, 1] of the best box, and the remaining scores [B, N]."""
     position = torch.arange(alive.shape[1], device=alive.device)
     best = alive.amax(dim=1, keepdim=True)
     index = torch.where(alive == best, position, alive.shape[1]).amin(dim=1, keepdim=True)
@@ -72,7 +72,7 @@ def nms_step(
 def nms_result(
     boxes: Tensor, classes: Tensor, best: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes, scores, classes and counts of the slots [B, D]; a score of -inf makes one empty."""
+    """Returns boxes, scores, classes and counts of slots [B, D]; -inf marks an empty one."""
     valid = best > -math.inf
     box = boxes.gather(1, index[..., None].expand(-1, -1, 4)).float()
     return (
@@ -97,7 +97,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
 
 def _overlap(box: Tensor, boxes: Tensor, pixel_extent: int = 0) -> tuple[Tensor, Tensor]:
-    """Areas of intersection and union; a NaN coordinate gives NaN, which overlaps nothing."""
+    """Returns the areas of intersection and union; with NaN coordinates NaN, hence no overlap."""
     top_left = torch.maximum(box[..., :2], boxes[..., :2])
     bottom_right = torch.minimum(box[..., 2:], boxes[..., 2:]) + pixel_extent
     width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)

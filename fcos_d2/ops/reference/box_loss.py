@@ -12,7 +12,7 @@ from torch import Tensor
 from ._common import accumulate_dtype, maps_to_points
 
 EPS = 1e-7  # keeps denominators of the IoU family away from zero
-MIN_IOU = 1e-6  # the unsmoothed -log(IoU) is flat below: disjoint boxes have a finite loss
+MIN_IOU = 1e-6  # unsmoothed -log(IoU) is constant below: disjoint boxes have a finite loss
 
 
 def box_loss(*inputs, **options) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def box_loss_backward(
     *targets,
     **options,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of ``box_loss``; zero away from positive points."""
+    """Returns the gradients of ``box_loss``; zero except at positive points."""
     terms = _terms_of_points(ltrb, quality, *targets, **options)
     slope = grad_box * terms.weight[..., None] * terms.slope
     slope = torch.where(terms.positive[..., None], slope, 0.0)
@@ -67,7 +67,7 @@ def _terms_of_points(
     dtype = accumulate_dtype(ltrb[0])
     pred, logit = maps_to_points(ltrb).to(dtype), maps_to_points(quality).to(dtype)[..., 0]
     positive = matched >= 0
-    # Background points compare their prediction with itself: finite values that are masked later.
+    # Other points get an arbitrary target that keeps their values, which are masked later, finite.
     target = torch.where(positive[..., None], target_ltrb.to(dtype), pred.abs() + 1)
     smooth = [level.shape[2] * level.shape[3] for level in ltrb]
     smooth = torch.cat([pred.new_full((n,), s) for n, s in zip(smooth, smoothing, strict=True)])
@@ -80,7 +80,7 @@ def _terms_of_points(
 def iou_loss(
     pred: Tensor, target: Tensor, loss_type: str, smoothing: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU of two boxes that share a reference point, a loss based on it, and its gradient.
+    """Computes the IoU of two boxes that share a reference point, a loss on it and its gradient.
 
     Args:
         pred: Tensor[..., 4], ltrb of the predicted box.
@@ -97,7 +97,7 @@ def iou_loss(
     iou = (overlap.inter + smoothing) / denominator
     d_iou = (overlap.d_inter - iou[..., None] * overlap.d_union) / denominator[..., None]
     if loss_type == "iou":
-        flat = iou <= MIN_IOU * (smoothing == 0)  # not positive: a box inside out
+        flat = iou <= MIN_IOU * (smoothing == 0)  # with smoothing, only for inverted boxes
         loss = ((overlap.different + EPS) / (overlap.inter + smoothing)).log1p()  # -log(iou)
         loss = torch.where(flat, -math.log(MIN_IOU), loss)
         return loss, iou, torch.where(flat[..., None], 0.0, -d_iou / iou[..., None])
@@ -113,7 +113,7 @@ def iou_loss(
 
 
 class _Overlap(NamedTuple):
-    """Areas [...] of two boxes, and their derivatives [..., 4] in the predicted one."""
+    """Areas [...] of two boxes and their derivatives [..., 4] w.r.t. the predicted one."""
 
     inter: Tensor
     union: Tensor
@@ -133,7 +133,7 @@ def _overlap(pred: Tensor, target: Tensor) -> _Overlap:
     d_inter = torch.where(overlaps[..., None], d_inter, 0.0)
     (pred_w, pred_h), (target_w, target_h) = _size(pred), _size(target)
     # The symmetric difference is computed from the extents beyond the overlap: subtracting areas
-    # would cancel all digits of the loss if the boxes nearly coincide.
+    # would cancel catastrophically for boxes that nearly coincide.
     more_w, more_h = _size((pred - target).clamp(min=0))
     less_w, less_h = _size((target - pred).clamp(min=0))
     different = width * (more_h + less_h) + height * (more_w + less_w)
@@ -145,7 +145,7 @@ def _overlap(pred: Tensor, target: Tensor) -> _Overlap:
 
 
 def _empty_share(pred: Tensor, target: Tensor, overlap: _Overlap) -> tuple[Tensor, Tensor]:
-    """Share of the enclosing box that neither box covers (1902.09630), and its derivative."""
+    """Returns the fraction of the enclosing box covered by neither box, and its derivative."""
     width, d_width = _extent(pred[..., 0::2], target[..., 0::2], torch.maximum)
     height, d_height = _extent(pred[..., 1::2], target[..., 1::2], torch.maximum)
     cover = width * height
@@ -156,7 +156,7 @@ def _empty_share(pred: Tensor, target: Tensor, overlap: _Overlap) -> tuple[Tenso
 
 
 def _center_distance(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance of centers over squared diagonal (1911.08287), and its derivative."""
+    """Returns squared center distance over squared diagonal (1911.08287), and its derivative."""
     width, d_width = _extent(pred[..., 0::2], target[..., 0::2], torch.maximum)
     height, d_height = _extent(pred[..., 1::2], target[..., 1::2], torch.maximum)
     diagonal = width**2 + height**2 + EPS
@@ -169,7 +169,7 @@ def _center_distance(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _aspect_ratio(pred: Tensor, target: Tensor, distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted difference of aspect ratios; the weight is a constant (1911.08287)."""
+    """Returns CIoU's aspect-ratio term (1911.08287; constant weight), and its derivative."""
     (pred_w, pred_h), (target_w, target_h) = _size(pred), _size(target)
     angle = torch.atan2(pred_w, pred_h) - torch.atan2(target_w, target_h)
     aspect = 4 / math.pi**2 * angle**2
@@ -181,12 +181,12 @@ def _aspect_ratio(pred: Tensor, target: Tensor, distinct: Tensor) -> tuple[Tenso
 
 
 def _size(ltrb: Tensor) -> tuple[Tensor, Tensor]:
-    """Width and height."""
+    """Returns width and height."""
     return (ltrb[..., :2] + ltrb[..., 2:]).unbind(dim=-1)
 
 
 def _extent(pred: Tensor, target: Tensor, bound) -> tuple[Tensor, Tensor]:
-    """Length [...] of the intersection (bound = minimum) or hull (maximum) of two intervals.
+    """Returns the length of the intersection (bound = minimum) or hull (maximum) of two intervals.
 
     Both intervals contain a common point and are given as distances [..., 2] from it to their ends.
     Also returns the derivative [..., 2], d length / d pred.

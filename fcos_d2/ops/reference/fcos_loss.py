@@ -1,4 +1,4 @@
-"""fcos_loss: all losses of FCOS (1904.01355 equation 2), each with a scale of its own."""
+"""fcos_loss: all losses of FCOS (1904.01355 equation 2), each with its own scale."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def fcos_loss(
     gamma: float,
     *box_options,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses, and the gradients of their sum if the last argument says so.
+    """Returns the losses and, if the last argument is True, the gradients of their sum.
 
-    Targets are labels, and matched, ltrb and centerness if there are boxes. Losses are those of
-    logits, and of boxes and quality if there are boxes: ``weight / max(divisor, floor)`` times the
-    losses of the other ops.
+    ``targets`` are labels and, if there are boxes, matched, ltrb and centerness. The losses are
+    ``weight / max(divisor, floor)`` times the classification loss and, if there are boxes, the box
+    and quality losses of the other ops.
     """
     *box_options, with_gradient = box_options
     labels, *box_targets = targets
@@ -51,10 +51,10 @@ def fcos_loss_gradient(
     floors: list[float],
     *options,
 ) -> None:
-    """Writes the gradients of the sum of ``upstream`` times the losses.
+    """Writes the gradients of the sum of the losses, weighted by ``upstream``, to ``gradient``.
 
-    The last argument says that ``gradient`` is that of the sum of the losses; kernels do nothing
-    where it is right. Multiplying it would round half precision twice.
+    The last argument says that ``gradient`` already holds those of the unweighted sum. Kernels keep
+    them where ``upstream`` is 1; scaling the others would round half precision twice.
     """
     scales = _scales(divisors, weights, floors)
     scales = [scale * grad for scale, grad in zip(scales, upstream, strict=True)]

@@ -64,10 +64,10 @@ def select_candidates(
 
 
 def top_lowest_index_first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Like torch.topk on [B, n] of values >= 0 or == -1, but ties always go to the lower index.
+    """Like torch.topk on [B, n] values that are >= 0 or -1, but ties go to the lower index.
 
-    The bits of non-negative floats have the order of the floats, so packing (bits, -index) into one
-    integer gives unique keys, and any correct selection returns the same result.
+    Non-negative floats sort like their bit patterns, so packing (bits, -index) into one integer
+    gives unique keys, and any correct selection returns the same result.
     """
     n = values.shape[1]
     bits = torch.where(values >= 0, values, 0.0).contiguous().view(torch.int32).long() + 1

@@ -22,7 +22,7 @@ def sigmoid_focal_loss(logits: list[Tensor], labels: Tensor, alpha: float, gamma
 def sigmoid_focal_loss_backward(
     grad: Tensor, logits: list[Tensor], labels: Tensor, alpha: float, gamma: float
 ) -> list[Tensor]:
-    """``d loss / dz = w p^gamma (gamma (1 - p) softplus(z) + p)``, finite for finite logits."""
+    """Returns the gradients: ``d loss / dz = w p^gamma (gamma (1 - p) softplus(z) + p)``."""
     grads = []
     for level, label in zip(logits, _labels_like_maps(labels, logits), strict=True):
         z, sign, weight = _focal_terms(level, label, alpha)
@@ -34,9 +34,10 @@ def sigmoid_focal_loss_backward(
 
 
 def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit z of being wrong (-x for the true class, x for others), dz/dx, and the weight.
+    """Returns the logit z of being wrong (-x for the true class, x for others), dz/dx and weight.
 
-    In z, both halves of the loss are one formula: ``weight * sigmoid(z)^gamma * softplus(z)``.
+    In terms of z, positives and negatives share one formula, ``weight * sigmoid(z)^gamma *
+    softplus(z)``.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     is_true_class, is_ignored = labels[:, None] == classes, labels[:, None] == -1
@@ -44,7 +45,7 @@ def _focal_terms(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, 
     weight = torch.ones_like(sign)
     if alpha >= 0:
         weight = torch.where(is_true_class, alpha, 1 - alpha).to(sign.dtype)
-    # The logit may be NaN.
+    # Masked, because zero times an ignored NaN logit would be NaN.
     return (sign * logits).masked_fill(is_ignored, 0), sign, weight.masked_fill(is_ignored, 0)
 
 
