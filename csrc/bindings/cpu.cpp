@@ -1,4 +1,4 @@
-// The ops on the CPU. What only the data can tell is checked here, before the kernels.
+// The CPU ops. Checks that depend on data happen here, before the kernels.
 
 #include <torch/headeronly/version.h>
 
@@ -13,11 +13,11 @@ void parallel_for(int64_t count, int64_t grain, const cpu::Task& task) {
   torch::stable::parallel_for(0, count, grain, task);
 }
 
-// Neighbors in memory, which the elements of an expanded map (stride 0) are not.
-bool points_touch(const Tensor& map) {
+// False for expanded maps, whose stride is 0.
+bool has_contiguous_points(const Tensor& map) {
   return map.size(2) * map.size(3) <= 1 || strides_of(map).point == 1;
 }
-bool channels_touch(const Tensor& map) { return map.size(1) <= 1 || map.stride(1) == 1; }
+bool has_contiguous_channels(const Tensor& map) { return map.size(1) <= 1 || map.stride(1) == 1; }
 
 template <class T>
 bool all_within(const T* values, int64_t count, T low, T high) {
@@ -28,10 +28,9 @@ bool all_within(const T* values, int64_t count, T low, T high) {
 struct Cpu {
   Cpu(const char*, const Tensor&) {}
 
-  // Along points or along channels, in both alike.
-  static bool can_walk(const Tensor& map, const Tensor& grad) {
-    return (points_touch(map) && points_touch(grad)) ||
-           (channels_touch(map) && channels_touch(grad));
+  static bool supports_layout(const Tensor& map, const Tensor& grad) {
+    return (has_contiguous_points(map) && has_contiguous_points(grad)) ||
+           (has_contiguous_channels(map) && has_contiguous_channels(grad));
   }
 
   void run(const AssignTargets& args) {
@@ -52,7 +51,7 @@ struct Cpu {
     bool is_double = args.focal.dtype == DType::kDouble || args.box.dtype == DType::kDouble;
     if (args.is_saved && (is_double ? all_upstream_are_one<double>(focal, box, quality)
                                     : all_upstream_are_one<float>(focal, box, quality))) {
-      return; // the gradients are right already
+      return; // the saved gradients are correct
     }
     if (args.focal.logits.num_levels > 0) {
       run(args.focal);
@@ -93,7 +92,7 @@ struct Cpu {
   }
 };
 
-// How this library was built, as JSON.
+// Returns how this library was built, as JSON.
 std::string build_info() {
   return "{\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" __VERSION__
          "\", \"cxx_standard\": " +

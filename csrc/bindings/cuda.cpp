@@ -1,7 +1,7 @@
-// The ops on CUDA. What only the data can tell is checked in the kernels, so that nothing waits for
-// the device. All work goes to the current stream of the device of the tensors.
+// The CUDA ops. Checks that depend on data happen in the kernels, so that nothing waits for the
+// device. All work runs on the current stream of the tensors' device.
 
-#define USE_CUDA // shim.h declares the functions for CUDA only then
+#define USE_CUDA // makes shim.h declare the CUDA functions
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,7 +15,7 @@ namespace {
 
 using namespace fcos;
 
-// An operator of torch that its stable ABI names no function for.
+// Calls a torch operator for which the stable ABI has no function.
 template <class... Arguments>
 std::array<Tensor, 2> call_torch(
     const char* name, const char* overload, int results, const Arguments&... arguments) {
@@ -28,7 +28,7 @@ std::array<Tensor, 2> call_torch(
   return out;
 }
 
-// Sorted values, and where they came from. Equal ones keep their order.
+// Stable sort: returns the sorted values and their indices.
 std::array<Tensor, 2> sort(const Tensor& values, bool descending) {
   return call_torch(
       "aten::sort", "stable", 2, values, std::optional<bool>(true), int64_t(0), descending);
@@ -62,8 +62,7 @@ struct Cuda {
     STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
   }
 
-  // Kernels take any strides.
-  static bool can_walk(const Tensor&, const Tensor&) { return true; }
+  static bool supports_layout(const Tensor&, const Tensor&) { return true; }
 
   void run(const AssignTargets& args) {
     double* state;
@@ -84,9 +83,9 @@ struct Cuda {
   }
 
   void run(const PaddedNms& args) {
-    float* lowered;
-    Tensor memory = output(tensor, {cuda::batched_nms_padded_scores(args)}, lowered);
-    check(cuda::launch_batched_nms_padded(args, lowered, stream));
+    float* scores;
+    Tensor memory = output(tensor, {cuda::batched_nms_padded_scores(args)}, scores);
+    check(cuda::launch_batched_nms_padded(args, scores, stream));
   }
 
   static Tensor batched_nms(
@@ -107,7 +106,7 @@ struct Cuda {
     int64_t* state;
     Tensor memory = output(boxes, {cuda::batched_nms_state(args)}, state);
     device.check(cuda::launch_batched_nms(args, reinterpret_cast<uint64_t*>(state), device.stream));
-    // The one moment at which the host waits: how many were kept is the size of the result.
+    // The only host synchronization: the result's size is the number of kept boxes.
     return call_torch("aten::masked_select", "", 1, by_score, keep)[0];
   }
 };

@@ -1,4 +1,4 @@
-// The tensors of the losses, for the ops that compute some of them.
+// Collects the tensors of the losses, for the ops that compute some or all of them.
 #pragma once
 
 #include <optional>
@@ -6,9 +6,9 @@
 
 #include "maps.h"
 
-namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
+namespace [[gnu::visibility("hidden")]] fcos { // like torch's stable Tensor
 
-// A number that a kernel reads where it lies, of the dtype of a loss of such maps.
+// Returns the address of a scalar tensor with the dtype of a loss of `map`, for kernels to read.
 inline const void* number(const char* op, const char* name, const Tensor& x, const Tensor& map) {
   check_device(op, name, x, map);
   STD_TORCH_CHECK(
@@ -23,7 +23,7 @@ struct BoxRule {
   const Numbers& smoothing;
 };
 
-// The losses are those of the logits, of the boxes and of their quality, or what there is of them.
+// Classification, box and quality losses, or those of them whose maps are given.
 template <class Device>
 class LossTensors {
  public:
@@ -45,7 +45,7 @@ class LossTensors {
       const Tensors& ltrb, const Tensors& quality, const Tensor& matched, const Tensor& target_ltrb,
       const Tensor& target_centerness, const BoxRule& rule) {
     BoxLosses& box = args_.box;
-    if (!logits_) { // the kernels of logits take the boxes too
+    if (!logits_) { // the kernels handle both, and still depend on these
       first_ = ltrb[0];
       args_.focal.dtype = dtype_of(first_) == DType::kDouble ? DType::kDouble : DType::kFloat;
       args_.focal.gamma = 2;
@@ -80,13 +80,13 @@ class LossTensors {
   }
 
   void multiply_gradient_by(const Tensors& upstream) {
-    check_count("incoming gradients", upstream.size());
+    check_count("upstream gradients", upstream.size());
     for (size_t i = 0; i < parts_.size(); ++i) {
       parts_[i].scale->upstream = number(op_, "grad", upstream[i], first_);
     }
   }
 
-  // Takes tensors for the gradients of all maps, or makes some.
+  // Requests gradients of all maps, written to `grads` or, if it is empty, to new tensors.
   void write_gradient_to(const Tensors& grads = {}, bool is_saved = false) {
     args_.wants_gradient = true, args_.is_saved = is_saved;
     auto next = grads.begin();
@@ -109,7 +109,7 @@ class LossTensors {
     return losses;
   }
 
-  // Returns the gradients of all maps, if they were asked for.
+  // Returns the gradients of all maps, if requested.
   Tensors run() {
     args_.focal.logits = logits_ ? logits_->describe() : Maps{};
     args_.box.ltrb = ltrb_ ? ltrb_->describe() : Maps{};

@@ -1,5 +1,5 @@
-// Tensors as torch has them, for kernels that read and write them where they lie; above all lists of
-// maps [B, C, H, W].
+// Passes torch tensors to kernels that read and write them in place, above all lists of maps
+// [B, C, H, W].
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@
 
 #include "../core/arguments.h"
 
-namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
+namespace [[gnu::visibility("hidden")]] fcos { // like torch's stable Tensor
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -31,19 +31,19 @@ inline DType dtype_of(const Tensor& map) {
   return DType(found - kTypes);
 }
 
-// Of the loss of such maps.
+// Returns the dtype of a loss of `map`.
 inline ScalarType loss_dtype(const Tensor& map) {
   return map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Contiguous, and aligned for loads of four numbers at once. A part of a tensor need not be.
+// Makes boxes contiguous and aligned for vectorized loads of four floats, which a view may not be.
 inline Tensor contiguous_boxes(const Tensor& boxes) {
   Tensor out = torch::stable::contiguous(boxes);
   bool is_aligned = reinterpret_cast<uintptr_t>(out.const_data_ptr()) % (4 * sizeof(float)) == 0;
   return is_aligned ? out : torch::stable::clone(out);
 }
 
-// The dispatcher made sure that one tensor is on its device; a kernel needs all of them there.
+// The dispatcher only ensures that one tensor is on its device; kernels need all of them there.
 inline void check_device(
     const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
   STD_TORCH_CHECK(
@@ -51,7 +51,7 @@ inline void check_device(
       " is on another");
 }
 
-// An input, contiguous; `data` says where it lies.
+// Makes an input contiguous and points `data` at it.
 template <class T>
 Tensor input(
     const char* op, const char* name, const Tensor& given, const Tensor& first, const T*& data) {
@@ -61,7 +61,7 @@ Tensor input(
   return tensor;
 }
 
-// An output beside `like`; `data` says where it lies.
+// Allocates an output on the device of `like` and points `data` at it.
 template <class T>
 Tensor output(const Tensor& like, Integers sizes, T*& data) {
   auto dtype = torch::headeronly::CppTypeToScalarType<T>::value;
@@ -70,7 +70,7 @@ Tensor output(const Tensor& like, Integers sizes, T*& data) {
   return tensor;
 }
 
-// The value of enumeration `Choice` that `name` is the name of.
+// Converts `name` to an enumerator of `Choice`; `names` lists them in order.
 template <class Choice>
 Choice choose(
     const char* op, const char* what, const std::string& name,
@@ -80,7 +80,7 @@ Choice choose(
   return Choice(found - names.begin());
 }
 
-// Whether the points of a map lie at equal distances: NCHW, channels_last, and more.
+// Whether a single stride leads from each point to the next, as in NCHW and channels_last.
 inline bool has_point_stride(const Tensor& map) {
   return map.size(2) <= 1 || map.size(3) <= 1 || map.stride(2) == map.size(3) * map.stride(3);
 }
@@ -90,32 +90,32 @@ inline Strides strides_of(const Tensor& map) {
   return {stride(0), stride(1), map.size(3) > 1 ? map.stride(3) : stride(2)};
 }
 
-// One tensor per level. Only those that the device's kernels cannot walk are copied.
+// One tensor per level. Only tensors whose layout the kernels do not support are copied.
 template <class Device>
 class TensorMaps {
  public:
-  TensorMaps(const char* op, const char* name, const Tensors& maps, const Tensors& beside)
+  TensorMaps(const char* op, const char* name, const Tensors& maps, const Tensors& like)
       : given_(maps) {
     STD_TORCH_CHECK(
         !maps.empty() && maps.size() <= kMaxLevels, op, ": ", name, " must have 1 to ", kMaxLevels,
         " levels, got ", maps.size());
     for (const Tensor& map : maps) {
-      check_device(op, name, map, beside[0]);
-      bool in_place = has_point_stride(map) && Device::can_walk(map, map);
+      check_device(op, name, map, like[0]);
+      bool in_place = has_point_stride(map) && Device::supports_layout(map, map);
       read_.push_back(in_place ? map : torch::stable::contiguous(map));
     }
   }
 
   size_t size() const { return given_.size(); }
 
-  // Takes tensors for the gradients, or makes some of the layout of torch.empty_like.
+  // Requests gradients, written to `grads` or, if it is empty, to tensors from torch.empty_like.
   void write_to(Tensors grads = {}) {
     grads_ = std::move(grads);
     for (size_t l = 0; l < given_.size(); ++l) {
       if (l == grads_.size()) {
         grads_.push_back(torch::stable::empty_like(given_[l]));
       }
-      bool in_place = has_point_stride(grads_[l]) && Device::can_walk(read_[l], grads_[l]);
+      bool in_place = has_point_stride(grads_[l]) && Device::supports_layout(read_[l], grads_[l]);
       if (!in_place) {
         read_[l] = torch::stable::contiguous(read_[l]);
       }
@@ -123,7 +123,7 @@ class TensorMaps {
     }
   }
 
-  // After the kernels.
+  // Returns the gradients; call it after the kernels.
   Tensors take_grads() {
     for (size_t l = 0; l < grads_.size(); ++l) {
       if (written_[l].get() != grads_[l].get()) {

@@ -1,9 +1,9 @@
-// Every op once, for both devices: allocates the outputs, says in `args` where all tensors lie, and
-// has the device run its kernels.
+// Every op, once for both devices: allocates outputs, fills `args` with pointers to all tensors,
+// and runs the kernels of the device.
 //
-// This folder alone sees torch: its stable ABI as of TORCH_TARGET_VERSION (setup.py), so that one
-// compiled library serves that torch and every later one. The Python wrappers have checked shapes
-// and dtypes. All memory comes from torch.
+// Only this folder depends on torch, and only on its stable ABI as of TORCH_TARGET_VERSION
+// (setup.py), so one compiled library works with that version of torch and all later ones. The
+// Python wrappers check shapes and dtypes. torch allocates all memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 
 #include "losses.h"
 
-namespace [[gnu::visibility("hidden")]] fcos { // as torch's stable Tensor is
+namespace [[gnu::visibility("hidden")]] fcos { // like torch's stable Tensor
 
 inline Levels make_levels(
     const char* op, const Integers& shapes, const Integers& strides, const Integers& pitches,
@@ -35,8 +35,8 @@ inline Levels make_levels(
   return levels;
 }
 
-// A `Device` makes the device of a tensor the current one for as long as it lives. run(args) runs the
-// kernels of an op. can_walk() says which maps they take as they lie.
+// A `Device` makes the device of a tensor current during its lifetime. run(args) runs the kernels
+// of an op. supports_layout() tells which maps and gradients they access in place.
 template <class Device>
 class Ops {
  public:

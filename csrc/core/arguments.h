@@ -35,7 +35,7 @@ struct Maps {
   Map level[kMaxLevels];
 };
 
-// `pixel_extent` is 1 if x2 and y2 are the last pixels of a box, 0 if they are its ends.
+// `pixel_extent` is 1 if x2 and y2 are the last pixels inside a box, 0 if they are its edges.
 
 struct AssignTargets {
   const float* boxes;     // [M, 4]
@@ -45,7 +45,7 @@ struct AssignTargets {
   int64_t num_images;
   Levels levels;
   SizeRange ranges[kMaxLevels];
-  float center_radius; // in strides, 0 for none
+  float center_radius; // in strides, 0 for no center sampling
   float pixel_extent;
   int num_classes;
   int32_t* labels;   // [B, P]
@@ -53,17 +53,17 @@ struct AssignTargets {
   float* ltrb;       // [B, P, 4], aligned to 16 bytes
   float* centerness; // [B, P]
   int32_t* counts;   // [B, L, 2]
-  float* totals;     // [2]: positive points, and their centerness
+  float* totals;     // [2]: number of positive points, sum of their centerness
 };
 
-// Losses and their incoming gradients are float, or double where the maps are.
+// Losses and upstream gradients are float, or double if the maps are.
 
-// What a loss is multiplied by, and its gradient beside `upstream`.
+// The factor of a loss, and of its gradient together with `upstream`.
 struct LossScale {
   double weight;
-  const void* divisor; // of the weight, where it is not less than `floor`; null for 1
+  const void* divisor; // of the weight, at least `floor`; null for 1
   double floor;
-  const void* upstream; // the incoming gradient; null for 1
+  const void* upstream; // upstream gradient; null for 1
 
   template <class Real>
   FCOS_HD Real of_loss() const {
@@ -113,12 +113,12 @@ struct BoxLosses {
   void *box_loss, *quality_loss;
 };
 
-// All losses of a detector, either part of which may have no levels.
+// All losses of a detector; either part may have no levels.
 struct Losses {
   FocalLoss focal;
   BoxLosses box;
   bool wants_loss, wants_gradient;
-  bool is_saved; // the gradient is there, computed with all `upstream` 1
+  bool is_saved; // the gradient is already there, computed with every `upstream` 1
 };
 
 enum class ScoreRule { kSqrt, kProduct, kCls };

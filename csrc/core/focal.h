@@ -1,10 +1,10 @@
-// Sigmoid focal loss and its gradient (1708.02002), one formula for both halves.
+// Sigmoid focal loss and its gradient (1708.02002), with one formula for positives and negatives.
 //
 // With z = -x for the true class and z = x for every other, p = sigmoid(z) is the probability of
 // being wrong, and
 //   loss = w p^g softplus(z),   d loss / dz = w p^g (g (1 - p) softplus(z) + p),
-// where w is alpha for the true class and 1 - alpha for others, and dz/dx the sign. Finite for every
-// finite z and every g >= 0.
+// where w is alpha for the true class and 1 - alpha for others, and dz/dx is the sign. Both are
+// finite for every finite z and every g >= 0.
 #pragma once
 
 #include "platform.h"
@@ -20,11 +20,11 @@ template <class T>
 FCOS_HD T magnitude(T z) {
   return z < 0 ? -z : z;
 }
-FCOS_HD float magnitude(float z) { // free on a GPU, as part of the instruction that uses it
+FCOS_HD float magnitude(float z) { // free on a GPU: a modifier of the instruction that uses it
   return std::fabs(z);
 }
 
-// `Gamma` is 0, 1 or 2, or -1 for the value of the argument `gamma`.
+// `Gamma` is 0, 1 or 2, or -1 to use the argument `gamma`.
 template <class Math, int Gamma>
 FCOS_HD FocalTerms<typename Math::Number> focal_terms(
     typename Math::Number z, typename Math::Number gamma) {

@@ -1,7 +1,8 @@
 // Points and boxes: assignment rule, centerness, and the IoU family with gradients.
 //
-// Expressions keep the order of operations of fcos_d2/ops/reference, so float32 results agree bit for
-// bit where operations are exact or correctly rounded (assignment), and up to rounding elsewhere.
+// Expressions keep the order of operations of fcos_d2/ops/reference, so float32 results agree bit
+// for bit where operations are exact or correctly rounded (assignment), and up to rounding
+// elsewhere.
 #pragma once
 
 #include "levels.h"
@@ -27,7 +28,7 @@ FCOS_HD Ltrb<float> sides(float x, float y, const float* box) {
   return {x - box[0], y - box[1], box[2] - x, box[3] - y};
 }
 
-// False when a side is not positive, or NaN.
+// False if a distance is NaN or not positive.
 FCOS_HD bool strictly_inside(const Ltrb<float>& d) {
   return d.left > 0 && d.top > 0 && d.right > 0 && d.bottom > 0;
 }
@@ -64,7 +65,7 @@ FCOS_HD Overlap overlap(const float* a, const float* b) {
   return overlap(a[0], a[1], a[2], a[3], area(a), b[0], b[1], b[2], b[3], area(b));
 }
 
-// The box at distances `ltrb`, in strides, from a point of a level.
+// Decodes the box at distances `ltrb`, in strides, from a point of a level.
 FCOS_HD void decode_box(const Level& level, int64_t point, const float* ltrb, float* box) {
   float x = level.x(int(point % level.width)), y = level.y(int(point / level.width));
   box[0] = x - mul_rn(ltrb[0], level.stride);
@@ -111,17 +112,17 @@ struct BoxLoss {
 };
 
 constexpr double kEps = 1e-7;    // keeps denominators away from zero
-constexpr double kMinIou = 1e-6; // below it the unsmoothed -log(IoU) is flat
+constexpr double kMinIou = 1e-6; // unsmoothed -log(IoU) is constant below
 constexpr double kLogMinIou = -13.815510557964274;
 constexpr double kPi = 3.14159265358979323846;
 
-// By how much a exceeds b.
+// How much a exceeds b; 0 if it does not.
 template <class T>
 FCOS_HD T beyond(T a, T b) {
   return max_of(a - b, T(0));
 }
 
-// Loss of prediction p against truth t, both around the same point; see reference.iou_loss.
+// Loss of prediction p with target t, both around the same point; see reference.iou_loss.
 template <class T>
 FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, LossType type) {
   const T eps = T(kEps);
@@ -135,8 +136,8 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       overlaps && p.bottom < t.bottom ? overlap_w : T(0)};
   T w = p.left + p.right, h = p.top + p.bottom;
   T target_w = t.left + t.right, target_h = t.top + t.bottom;
-  // The symmetric difference, from the extents beyond the overlap: subtracting areas would cancel all
-  // digits of the loss where the boxes nearly coincide.
+  // The symmetric difference is computed from the extents beyond the overlap: subtracting areas
+  // would cancel catastrophically for boxes that nearly coincide.
   T more_w = beyond(p.left, t.left) + beyond(p.right, t.right);
   T more_h = beyond(p.top, t.top) + beyond(p.bottom, t.bottom);
   T less_w = beyond(t.left, p.left) + beyond(t.right, p.right);
@@ -154,7 +155,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
       (d_inter.right - iou * d_union.right) / denominator,
       (d_inter.bottom - iou * d_union.bottom) / denominator};
   if (type == LossType::kIou) {
-    bool flat = iou <= (smoothing == 0 ? T(kMinIou) : T(0)); // not positive: a box inside out
+    bool flat = iou <= (smoothing == 0 ? T(kMinIou) : T(0)); // 0: only inverted boxes
     return {
         flat ? T(-kLogMinIou) : std::log1p((different + eps) / (inter + smoothing)),
         iou,
@@ -200,7 +201,7 @@ FCOS_HD BoxLoss<T> iou_loss(const Ltrb<T>& p, const Ltrb<T>& t, T smoothing, Los
 
   T angle = std::atan2(w, h) - std::atan2(target_w, target_h);
   T aspect = T(4 / (kPi * kPi)) * (angle * angle);
-  T trade_off = aspect / (distinct + aspect + eps); // a constant to the gradient (1911.08287)
+  T trade_off = aspect / (distinct + aspect + eps); // constant in the gradient (1911.08287)
   T factor = trade_off * (T(8 / (kPi * kPi)) * angle) / (w * w + h * h + eps);
   out.loss += trade_off * aspect;
   out.slope.left += factor * h;

@@ -1,4 +1,4 @@
-// Lets one source compile with g++ and nvcc: no torch, no CUDA runtime.
+// Lets the same source compile with g++ and nvcc, without torch or the CUDA runtime.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@
 
 namespace fcos {
 
-// a * b, rounded and never fused with an add, so that CPU and GPU get the same bits. CPU files set
-// -ffp-contract=off for that.
+// a * b, rounded and never fused with an add, so that CPU and GPU agree bitwise. CPU files turn off
+// fp-contract for that.
 template <class T>
 FCOS_HD T mul_rn(T a, T b) {
   return a * b;
@@ -31,14 +31,14 @@ FCOS_HD float mul_rn(float a, float b) {
 }
 
 // The math functions of the formulas, for scalars in full precision. Other number types (vectors of
-// floats, floats with fast intrinsics) provide structs of the same shape.
+// floats, floats with fast intrinsics) provide structs with the same interface.
 template <class T>
 struct ScalarMath {
   using Number = T;
-  static FCOS_HD T exp(T x) { return std::exp(x); }         // of x <= 0
-  static FCOS_HD T log1p(T x) { return std::log1p(x); }     // of x in [0, 1]
-  static FCOS_HD T reciprocal(T x) { return T(1) / x; }     // of x in [1, 2]
-  static FCOS_HD T pow(T x, T y) { return std::pow(x, y); } // of x in [0, 1], y > 0
+  static FCOS_HD T exp(T x) { return std::exp(x); }         // for x <= 0
+  static FCOS_HD T log1p(T x) { return std::log1p(x); }     // for x in [0, 1]
+  static FCOS_HD T reciprocal(T x) { return T(1) / x; }     // for x in [1, 2]
+  static FCOS_HD T pow(T x, T y) { return std::pow(x, y); } // for x in [0, 1], y > 0
 };
 
 } // namespace fcos

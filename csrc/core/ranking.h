@@ -1,4 +1,4 @@
-// The order of candidates and of boxes: descending rank, equal ranks by ascending index.
+// The order of candidates and boxes: descending rank, ties by ascending index.
 #pragma once
 
 #include <cstring>
@@ -7,8 +7,8 @@
 
 namespace fcos {
 
-// A unique key, larger for better candidates, so that any correct selection returns the same result,
-// in whatever order candidates are found.
+// A unique key, larger for better candidates, so that any correct selection returns the same
+// result, regardless of the order in which candidates are found.
 FCOS_HD uint64_t ranking_key(uint32_t bits, uint32_t index) {
   return (uint64_t(bits) << 32) | uint32_t(~index);
 }
@@ -20,7 +20,7 @@ FCOS_HD uint64_t ranking_key(float rank, uint32_t index) {
   return ranking_key(bits, index);
 }
 
-// Bits that sort like the float, from -inf to inf, for any float but NaN; -0 equals 0.
+// Bits that sort like the float, from -inf to inf, for any float except NaN; -0 equals 0.
 FCOS_HD uint32_t ordered_bits(float x) {
   x += 0.0f;
   uint32_t bits;
@@ -30,7 +30,7 @@ FCOS_HD uint32_t ordered_bits(float x) {
 
 FCOS_HD uint32_t ranking_index(uint64_t key) { return ~uint32_t(key); }
 
-// The rank of a key of a non-negative float.
+// The rank in the key of a non-negative float.
 FCOS_HD float ranking_rank(uint64_t key) {
   uint32_t bits = uint32_t(key >> 32);
   float rank;

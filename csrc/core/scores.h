@@ -1,5 +1,5 @@
-// From logits to scores. All operations are rounded as IEEE 754 says and none are fused, so CPU and
-// GPU get the same bits, select the same candidates and order them alike.
+// Computes scores from logits. All operations round as in IEEE 754 and none are fused, so CPU and
+// GPU agree bitwise, and select the same candidates in the same order.
 #pragma once
 
 #include <cstring>
@@ -9,10 +9,10 @@
 
 namespace fcos {
 
-constexpr float kLowestExponent = -87.0f; // below it e^x is too small to matter, above it is normal
+constexpr float kLowestExponent = -87.0f; // e^x is negligible below and normal above
 
-// e^x of kLowestExponent <= x <= 0, off by at most 1.2e-7 of itself. `Bits` is an unsigned integer of
-// 32 bits, or a vector of such where `Number` is a vector.
+// e^x for kLowestExponent <= x <= 0, with a relative error of at most 1.2e-7. `Bits` is uint32_t,
+// or a vector of them if `Number` is a vector.
 template <class Number, class Bits>
 FCOS_HD Number exp_polynomial(Number x) {
   const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
@@ -26,7 +26,7 @@ FCOS_HD Number exp_polynomial(Number x) {
   p = mul_rn(p, r) + 1.6666665459e-1f;
   p = mul_rn(p, r) + 5.0000001201e-1f;
   p = mul_rn(p, mul_rn(r, r)) + r + 1.0f;
-  // 2^n by adding n to the exponent; the low bits of `shifted` are n.
+  // Multiplies by 2^n by adding n to the exponent; the low bits of `shifted` are n.
   Bits exponent, bits;
   std::memcpy(&exponent, &shifted, sizeof bits);
   std::memcpy(&bits, &p, sizeof bits);
@@ -35,13 +35,13 @@ FCOS_HD Number exp_polynomial(Number x) {
   return p;
 }
 
-// e^x of x <= 0; 0 below kLowestExponent.
+// e^x for x <= 0; 0 below kLowestExponent.
 FCOS_HD float exp_of_negative(float x) {
   float e = exp_polynomial<float, uint32_t>(x < kLowestExponent ? kLowestExponent : x);
   return x != x ? x : x < kLowestExponent ? 0.0f : e;
 }
 
-// 1 / (1 + e^-x); 0 where it is below e^kLowestExponent, NaN of NaN.
+// 1 / (1 + e^-x); 0 for x below kLowestExponent, NaN for NaN.
 template <class Number, class Bits>
 FCOS_HD Number sigmoid(Number x) {
   const Number zero{}, lowest = zero + kLowestExponent;
@@ -54,8 +54,8 @@ FCOS_HD Number sigmoid(Number x) {
 }
 FCOS_HD float sigmoid(float x) { return sigmoid<float, uint32_t>(x); }
 
-// A (point, class) pair is a candidate when its class probability, or the product of that with the
-// probability of quality, exceeds the threshold. NaN never does.
+// A (point, class) pair is a candidate if its class probability, or the product of class
+// probability and quality, exceeds the threshold. NaN never does.
 FCOS_HD bool passes(const SelectCandidates& args, float cls, float product) {
   return (args.threshold_with_quality ? product : cls) > args.threshold && product == product;
 }
@@ -70,7 +70,7 @@ FCOS_HD float score_of(const SelectCandidates& args, float cls, float product) {
                                                   : cls;
 }
 
-// Decodes a candidate's box. False if the candidate is to be dropped.
+// Decodes a candidate's box. Returns false if the candidate must be dropped.
 FCOS_HD bool make_box(
     const SelectCandidates& args, int level, int64_t image, int64_t point, const float* ltrb,
     float* box) {
@@ -85,16 +85,16 @@ FCOS_HD bool make_box(
   return !args.drop_empty || (box[0] < box[2] && box[1] < box[3]);
 }
 
-// A lower bound on the class logits whose probability exceeds `probability`, rounding included.
+// A lower bound on the class logits whose probability, including rounding, exceeds `probability`.
 FCOS_HD float logit_below(float probability) {
   constexpr float kSlack = 1e-3f;
-  constexpr float kSteep = 6.0f; // above it the logit is too steep in the probability for the slack
+  constexpr float kSteep = 6.0f; // above, the logit is too steep in the probability for the slack
   float logit = std::log(probability / (1 - probability));
-  return (logit < kSteep ? logit : kSteep) - kSlack; // kSteep for NaN too
+  return (logit < kSteep ? logit : kSteep) - kSlack; // kSteep for NaN, too
 }
 
-// A lower bound on the class logits of candidates at a point of this quality. Logits above it need a
-// closer look.
+// A lower bound on the class logits of candidates at a point of this quality. Logits above it must
+// be scored exactly.
 FCOS_HD float logit_bound(const SelectCandidates& args, float quality) {
   if (!args.threshold_with_quality) {
     return quality != quality ? INFINITY : logit_below(args.threshold);

@@ -1,4 +1,4 @@
-// assign_targets: per box, visits only the few points that its sampling square covers.
+// assign_targets: for each box, visits only the few points that its sampling square covers.
 
 #include <algorithm>
 #include <cmath>
@@ -11,8 +11,8 @@
 namespace fcos::cpu {
 namespace {
 
-constexpr int64_t kGrain = 65536;     // points worth a thread, about 0.1 ms
-constexpr int64_t kPointsPerBox = 16; // points that take as long as a box
+constexpr int64_t kGrain = 65536;     // minimum points per thread, about 0.1 ms
+constexpr int64_t kPointsPerBox = 16; // points that cost as much as a box
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // One level of one image: its outputs, initially background, and the state of its points.
@@ -22,9 +22,9 @@ struct LevelOfImage {
   const SizeRange& range;
   int32_t *labels, *matched, *counts;
   float *ltrb, *centerness;
-  std::vector<float> area;         // of the smallest box that qualified
+  std::vector<float> area;         // of the smallest box that qualifies
   std::vector<uint8_t> candidates; // 0, 1 or 2 for "several"
-  std::vector<int32_t> positives;  // points
+  std::vector<int32_t> positives;  // indices of points
 
   LevelOfImage(const AssignTargets& args, int64_t image, int l)
       : args(args),
@@ -52,7 +52,7 @@ struct Window {
   int first, last; // inclusive
 };
 
-// Rows or columns whose coordinate may lie in (low, high); generous, the caller tests.
+// Rows or columns whose coordinates may lie in (low, high); conservative, since the caller tests.
 Window window(float low, float high, float origin, float pitch, int size) {
   if (!(pitch > 0)) {
     return {0, size - 1};
@@ -65,28 +65,28 @@ Window window(float low, float high, float origin, float pitch, int size) {
 
 struct BoxOnLevel {
   const float* box;
-  float center_x, center_y, near, area;
+  float center_x, center_y, radius, area;
   bool ignored;
 };
 
-// False if no point of the level can match the box.
+// Returns false if no point of the level can match the box.
 bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
   const AssignTargets& args = on.args;
   const float* box = args.boxes + 4 * index;
   if (!(box[0] < box[2] && box[1] < box[3])) {
     return false; // no point lies strictly inside; also NaN
   }
-  float near = args.center_radius * on.level.stride;
+  float radius = args.center_radius * on.level.stride;
   bool ignored = args.classes[index] == -1;
   *out = {
       box,
       (box[0] + box[2]) / 2,
       (box[1] + box[3]) / 2,
-      args.center_radius > 0 && !ignored ? near : kInfinity,
+      args.center_radius > 0 && !ignored ? radius : kInfinity,
       area(box, args.pixel_extent),
       ignored};
-  // The largest distance of an inner point to a side lies between half the longer side and all of
-  // it; the margins cover rounding.
+  // The largest distance from an inner point to a side is between half the longer side and the
+  // whole of it; the margins cover rounding.
   float side = std::max(box[2] - box[0], box[3] - box[1]);
   bool fits =
       side * 1.001f >= on.range.low && side * 0.499f <= on.range.high && std::isfinite(out->area);
@@ -96,10 +96,10 @@ bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
 void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
   const Level& level = on->level;
   Window columns = window(
-      std::max(b.box[0], b.center_x - b.near), std::min(b.box[2], b.center_x + b.near),
+      std::max(b.box[0], b.center_x - b.radius), std::min(b.box[2], b.center_x + b.radius),
       level.origin, level.pitch_x, level.width);
   Window rows = window(
-      std::max(b.box[1], b.center_y - b.near), std::min(b.box[3], b.center_y + b.near),
+      std::max(b.box[1], b.center_y - b.radius), std::min(b.box[3], b.center_y + b.radius),
       level.origin, level.pitch_y, level.height);
   for (int row = rows.first; row <= rows.last; ++row) {
     for (int column = columns.first; column <= columns.last; ++column) {
@@ -113,7 +113,7 @@ void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
         on->labels[point] = -1; // until a box claims the point
         continue;
       }
-      bool near = std::abs(x - b.center_x) < b.near && std::abs(y - b.center_y) < b.near;
+      bool near = std::abs(x - b.center_x) < b.radius && std::abs(y - b.center_y) < b.radius;
       if (!near || !on->range.contains(longest(d))) {
         continue;
       }
@@ -121,7 +121,7 @@ void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
         on->positives.push_back(int32_t(point));
       }
       on->candidates[point] += on->candidates[point] < 2;
-      if (b.area < on->area[point]) { // boxes come by index, so a tie keeps the lower one
+      if (b.area < on->area[point]) { // boxes are visited by index, so ties keep the lower one
         on->area[point] = b.area;
         on->matched[point] = int32_t(index);
       }
@@ -129,7 +129,7 @@ void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
   }
 }
 
-// Returns their centerness together.
+// Returns the sum of their centerness.
 double write_positives(const LevelOfImage& on) {
   int32_t ambiguous = 0;
   double total = 0;
@@ -153,7 +153,7 @@ double write_positives(const LevelOfImage& on) {
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for) {
   int64_t levels = args.levels.count, items = args.num_images * levels;
   int64_t work = args.num_images * args.levels.num_points + kPointsPerBox * args.num_boxes;
-  std::vector<double> centerness(items); // so the order of adding is fixed
+  std::vector<double> centerness(items); // so the order of summation is fixed
   parallel_for(items, 1 + kGrain * items / (work + 1), [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       int64_t image = item / levels;

@@ -1,5 +1,5 @@
-// batched_nms: compares every box only with the boxes of its own class that were kept before it;
-// nothing has size N x N.
+// batched_nms: compares every box only with the kept boxes of its own class; there is no N x N
+// matrix.
 
 #include <algorithm>
 #include <array>
@@ -19,10 +19,10 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kGrain = 4096; // boxes worth a thread, at least 0.1 ms
+constexpr int64_t kGrain = 4096; // minimum boxes per thread, at least 0.1 ms
 constexpr int kBlock = 8;        // boxes compared without a branch
 
-// Kept boxes of one class, coordinate by coordinate. Free places hold NaN, which overlaps nothing.
+// Kept boxes of one class, as a structure of arrays. Free slots hold NaN, which overlaps nothing.
 struct Block {
   float x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock], area[kBlock];
 };
@@ -49,7 +49,7 @@ FCOS_CLONES bool any_exceeds(
 std::vector<int32_t> dense_ids(const int64_t* ids, int64_t count) {
   std::vector<int32_t> dense(count);
   auto [lowest, highest] = std::minmax_element(ids, ids + count);
-  // As unsigned numbers, whose difference cannot overflow.
+  // Unsigned, since the difference of signed numbers can overflow.
   uint64_t range = count ? uint64_t(*highest) - uint64_t(*lowest) : 0;
   if (range < uint64_t(4 * count)) {
     std::transform(ids, ids + count, dense.begin(), [&](int64_t id) { return id - *lowest; });
@@ -205,7 +205,7 @@ void soft(const PaddedNms& args, int64_t image) {
   out.finish();
 }
 
-// Indices by descending score, NaN first, equal scores by ascending index: a radix sort.
+// Radix sort: indices by descending score, NaN first, ties by ascending index.
 std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
   struct Item {
     uint64_t key;
@@ -216,8 +216,8 @@ std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
     double x = scores[i] + 0.0;
     uint64_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    uint64_t rising = bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
-    items[i] = {x == x ? ~rising : 0, i};
+    uint64_t ascending = bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
+    items[i] = {x == x ? ~ascending : 0, i};
   }
   constexpr int kBits = 11;
   for (int shift = 0; shift < 64; shift += kBits) {

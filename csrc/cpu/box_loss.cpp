@@ -1,4 +1,4 @@
-// box_loss: visits the positive points only.
+// box_loss: visits only the positive points.
 
 #include <algorithm>
 #include <vector>
@@ -9,9 +9,9 @@ namespace fcos::cpu {
 namespace {
 
 constexpr int64_t kPointsPerPiece = 4096;
-constexpr int64_t kGrain = 16; // pieces worth a thread, about 0.1 ms
+constexpr int64_t kGrain = 16; // minimum pieces per thread, about 0.1 ms
 
-// What the formulas give for one positive point.
+// Losses and gradients of one positive point.
 template <class T>
 struct PointTerms {
   BoxLoss<T> box; // weighted
@@ -50,7 +50,7 @@ struct Sums {
   double box = 0, quality = 0;
 };
 
-// A run of points of one level of one image.
+// A range of points of one level of one image.
 struct Piece {
   int level;
   int64_t image, first, last;
@@ -114,7 +114,7 @@ void write_gradients(const BoxLosses& args, const Piece& piece) {
 
 void box_loss(const BoxLosses& args, ParallelFor parallel_for) {
   std::vector<Piece> all = pieces(args);
-  std::vector<Sums> sums(all.size()); // so the order of adding is fixed
+  std::vector<Sums> sums(all.size()); // so the order of summation is fixed
   parallel_for(int64_t(all.size()), kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       dispatch(args.dtype, [&](auto zero) {

@@ -1,7 +1,7 @@
-// Body of focal_strip_*.cpp. FCOS_ISA names the instruction set; FCOS_REGISTERS is the width of its
-// registers in bits where it is one of x86 (the compiler's own macros do not know of the pragma).
-// Nothing here may have external linkage but the function at the end: another file's copy was
-// compiled for other processors.
+// Body of focal_strip_*.cpp. FCOS_ISA names the instruction set; on x86, FCOS_REGISTERS is the
+// width of its registers in bits (the compiler's own macros ignore the pragma). Only the function
+// at the end may have external linkage: the copies in other files are compiled for other
+// processors.
 
 #ifdef FCOS_REGISTERS
 #include <immintrin.h>
@@ -14,7 +14,7 @@
 namespace fcos::cpu {
 namespace {
 
-constexpr int kFlush = 64; // vectors whose losses are added in float before going to double
+constexpr int kFlush = 64; // vectors whose losses are summed in float before double
 
 FCOS_HD Floats broadcast(double x) { return Floats{} + float(x); }
 
@@ -43,7 +43,7 @@ FCOS_HD void store(const Floats& x, T* out) {
 }
 
 #ifdef FCOS_REGISTERS
-// The compiler's own code for these loops is slower than the whole loss.
+// Without intrinsics, the conversions take longer than the loss itself.
 
 FCOS_HD Floats load(const BFloat16* x) {
   uint16_t words __attribute__((vector_size(2 * kLanes)));
@@ -61,7 +61,7 @@ FCOS_HD void store(const Floats& x, BFloat16* out) { // see narrow()
 #else
   __m256i half[2];
   std::memcpy(half, &bits, sizeof bits);
-  // It packs within each half of a register, so the quarters come out as 0, 2, 1, 3.
+  // packus packs within each half of a register, so the quarters come out as 0, 2, 1, 3.
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
 #endif
   std::memcpy(out, &packed, sizeof packed);
@@ -96,7 +96,7 @@ FCOS_HD void store(const Floats& x, Half* out) {
 }
 #endif
 
-// Which of the lanes from i on are their point's true class, and which count at all.
+// Which lanes from i on are the true class of their point, and which are not ignored.
 struct Lanes {
   Ints is_true, active;
 };
@@ -131,7 +131,7 @@ struct Loop {
     const Floats zero{};
     Floats z = lane.is_true ? -x : x;
     Floats weight = lane.is_true ? weight_true : weight_other;
-    z = lane.active ? z : zero; // it may be NaN
+    z = lane.active ? z : zero; // an ignored logit may be NaN
     weight = lane.active ? weight : zero;
     FocalTerms<Floats> terms = focal_terms<VectorMath, Gamma>(z, gamma);
     if constexpr (Loss) {
@@ -151,7 +151,7 @@ struct Loop {
   }
 };
 
-// The last, incomplete vector of a strip: its missing lanes are ignored points.
+// The last, incomplete vector of a strip; its missing lanes are ignored.
 template <class T>
 struct Tail {
   T logits[kLanes] = {};
@@ -207,7 +207,7 @@ double run(const FocalStrip& strip, const FocalOptions& options) {
   return loop.total;
 }
 
-// float64 is for checking gradients: one by one, in full precision.
+// float64 is for gradient checks: scalar, in full precision.
 double run_in_double(const FocalStrip& strip, const FocalOptions& options) {
   const double* logits = static_cast<const double*>(strip.logits);
   double* grad = static_cast<double*>(strip.grad);

@@ -6,7 +6,7 @@
 #include "../core/arguments.h"
 #include "../core/scores.h"
 
-// Compiles a function once per instruction set; its first call chooses one.
+// Compiles a function once per instruction set; the dynamic linker selects one.
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define FCOS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -20,7 +20,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 #ifdef __aarch64__
-using Half = __fp16; // the same; g++ has _Float16 there since 13 only
+using Half = __fp16; // g++ only supports _Float16 here since version 13
 #else
 using Half = _Float16;
 #endif
@@ -72,7 +72,7 @@ inline void set_loss(DType of_maps, double sum, const LossScale& scale, void* to
   }
 }
 
-// Element of a channel of a point.
+// Offset of a channel of a point, in elements.
 inline int64_t element(const Strides& strides, int64_t image, int64_t channel, int64_t point) {
   return image * strides.image + channel * strides.channel + point * strides.point;
 }
@@ -83,8 +83,8 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 
-// The functions of core/platform.h for vectors: polynomials, so that the compiler keeps them in
-// registers on every instruction set. Largest relative error 1.2e-7 (tests/ops).
+// ScalarMath (core/platform.h) for vectors: polynomials, which the compiler keeps in registers on
+// every instruction set. The relative error is at most 1.2e-7 (tests/ops).
 struct VectorMath {
   using Number = Floats;
 
@@ -109,8 +109,8 @@ struct VectorMath {
     return p * x;
   }
 
-  // 1 <= x <= 2. A division costs as much as all of exp: instead a parabola, good to 1 percent, and
-  // two Newton steps, each of which squares the error.
+  // 1 <= x <= 2. A division would cost as much as exp; instead, two Newton steps, each of which
+  // squares the error, refine a parabola accurate to 1 percent.
   static FCOS_HD Floats reciprocal(Floats x) {
     Floats t = x - 1.0f;
     Floats y = (t * 0.32322689f - 0.808075133f) * t + 0.989898171f;
@@ -118,7 +118,7 @@ struct VectorMath {
     return y * (2.0f - x * y);
   }
 
-  static FCOS_HD Floats pow(Floats x, Floats y) { // rare exponents only, so one by one
+  static FCOS_HD Floats pow(Floats x, Floats y) { // only for rare exponents, so one by one
     Floats out;
     for (int i = 0; i < kLanes; ++i) {
       out[i] = std::pow(x[i], y[i]);

@@ -12,12 +12,12 @@
 
 namespace fcos::cpu {
 
-// Calls task(first, last) on disjoint ranges that cover [0, count), in parallel where `grain` items
-// are worth a thread.
+// Calls task(first, last) on disjoint ranges that cover [0, count), in parallel if there are more
+// than `grain` items.
 using Task = std::function<void(int64_t first, int64_t last)>;
 using ParallelFor = void (*)(int64_t count, int64_t grain, const Task& task);
 
-// If false, its channels are contiguous: the binding passes no other maps.
+// If false, its channels are contiguous: the bindings pass no other maps.
 inline bool points_are_neighbors(const Map& map) {
   return map.num_points <= 1 ||
          (map.data_strides.point == 1 && (map.grad == nullptr || map.grad_strides.point == 1));
@@ -25,7 +25,7 @@ inline bool points_are_neighbors(const Map& map) {
 
 void assign_targets(const AssignTargets& args, ParallelFor parallel_for);
 
-// The loss where `loss` is not null, gradients where the maps have place for them.
+// Computes the loss unless `loss` is null, and the gradients unless `grad` of the maps is null.
 void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for);
 
 void box_loss(const BoxLosses& args, ParallelFor parallel_for);
@@ -35,7 +35,7 @@ void select_candidates(const SelectCandidates& args, ParallelFor parallel_for);
 
 void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for);
 
-// Indices kept of N boxes [N, 4], by descending score.
+// Returns the indices of kept boxes, by descending score.
 std::vector<int64_t> batched_nms(
     const float* boxes, const double* scores, const int64_t* groups, int64_t num_boxes,
     float iou_threshold);

@@ -1,5 +1,6 @@
-// select_candidates: the score rule becomes one bound on the logit per point, so that almost every
-// logit costs one comparison; survivors are scored exactly and the best kept in a bounded buffer.
+// select_candidates: turns the score rule into one bound on the logits per point, so that almost
+// every logit costs one comparison; survivors are scored exactly, and the best kept in a bounded
+// buffer.
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -24,19 +25,19 @@ namespace fcos::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kRun = 32;                      // logits looked at without a branch
-constexpr int64_t kPointsPerBlock = 4096;     // looked at together: their bounds stay in the cache
+constexpr int kRun = 32;                      // logits compared without a branch
+constexpr int64_t kPointsPerBlock = 4096;     // so that their bounds stay in the cache
 constexpr int64_t kLogitsPerThread = 400'000; // about 0.1 ms
 
-// The best `k` of any number of candidates by key (ranking.h), in memory for 2 k.
+// Keeps the best `k` of any number of candidates by key (ranking.h), in memory for about 2 k.
 class Best {
  public:
   explicit Best(int64_t k = 0) : k_(size_t(k)) {}
 
-  // No candidate of a lower rank is among the best.
+  // No candidate with a lower rank is among the best.
   float worst() const { return worst_; }
 
-  // True where `worst` has become higher.
+  // Returns true if worst() may have risen.
   bool add(uint64_t key) {
     size_t limit = 2 * k_ + kSlack;
     if (found_.size() == found_.capacity()) {
@@ -46,7 +47,7 @@ class Best {
     if (found_.size() < limit) {
       return false;
     }
-    drop_the_rest();
+    drop_others();
     return true;
   }
 
@@ -55,10 +56,10 @@ class Best {
     trim();
   }
 
-  // Gives back the memory of all but the best.
+  // Frees the memory of all but the best.
   void trim() {
     if (found_.size() > k_) {
-      drop_the_rest();
+      drop_others();
     }
     found_.shrink_to_fit();
   }
@@ -71,7 +72,7 @@ class Best {
  private:
   static constexpr size_t kSlack = 256;
 
-  void drop_the_rest() {
+  void drop_others() {
     std::nth_element(
         found_.begin(), found_.begin() + int64_t(k_) - 1, found_.end(), std::greater<>());
     found_.resize(k_);
@@ -83,8 +84,8 @@ class Best {
   std::vector<uint64_t> found_;
 };
 
-// Writes the runs of kRun logits, by number, in which one exceeds its bound; returns how many they
-// are. What is left at the end, shorter than a run, counts as one of them.
+// Writes the indices of the runs of kRun logits in which any exceeds its bound, and returns their
+// number. A shorter run at the end always counts.
 template <class T>
 FCOS_HD int64_t find_runs(const T* x, const float* bounds, int64_t size, int32_t* runs) {
   int64_t count = 0, whole = size / kRun;
@@ -113,7 +114,7 @@ FCOS_CLONES int64_t runs_above(const Half* x, const float* bounds, int64_t size,
   return find_runs(x, bounds, size, runs);
 }
 
-// A bit for each of the logits that exceed their bounds.
+// Returns a bit mask of the logits that exceed their bounds.
 uint32_t exceeding(const float* logits, const float* bounds, int count) {
   uint32_t bits = 0;
   int i = 0;
@@ -143,7 +144,7 @@ FCOS_CLONES void sigmoid_in_place(float* x, int64_t size) {
 struct LevelOfImage {
   int64_t image;
   int level;
-  Best best; // of the stretches that are done
+  Best best; // of the points done so far
   std::mutex mutex;
 };
 
@@ -151,7 +152,7 @@ int64_t num_slots(const SelectCandidates& args, int level) {
   return args.slots[level + 1] - args.slots[level];
 }
 
-// Looks through points of one level of one image and keeps the best candidates.
+// Finds the best candidates among points of one level of one image.
 class Scorer {
  public:
   Scorer(const SelectCandidates& args, const LevelOfImage& on)
@@ -162,7 +163,7 @@ class Scorer {
       first_point_ = first, num_points_ = std::min(kPointsPerBlock, last - first);
       find_bounds();
       dispatch(args_.logits_dtype, [&](auto zero) { take_block<decltype(zero)>(); });
-      flush(); // before the bounds go
+      flush(); // before the bounds are replaced
     }
     best_.trim();
     return std::move(best_);
@@ -188,7 +189,7 @@ class Scorer {
     raise_bounds();
   }
 
-  // No class probability exceeds 1, and no rank the class probability.
+  // A rank is at most the class probability and, if it is the product, at most the quality.
   void raise_bounds() {
     float worst = best_.worst(), lowest = logit_below(worst);
     for (int64_t p = 0; p < num_points_; ++p) {
@@ -217,7 +218,7 @@ class Scorer {
     }
   }
 
-  // Logits of consecutive points of one class, or (bounds alike) of consecutive classes of one point.
+  // Takes logits of consecutive points of one class, or of consecutive classes of one point.
   template <class T>
   void take(
       const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel,
@@ -265,7 +266,7 @@ class Scorer {
   Best best_;
   int64_t first_point_ = 0, num_points_ = 0; // of the block
   std::vector<float> quality_;               // probability of every point of the block
-  std::vector<float> bound_;                 // that its logits must exceed; rises with `best_`
+  std::vector<float> bound_;                 // lower bound on its logits; rises with `best_`
   std::vector<float> bounds_of_classes_;     // of one point
   std::vector<int32_t> runs_;
   int pending_ = 0;
@@ -325,7 +326,7 @@ void select_candidates(const SelectCandidates& args, ParallelFor parallel_for) {
     levels[i].level = int(int64_t(i) % args.levels.count);
     levels[i].best = Best(num_slots(args, levels[i].level));
   }
-  // All points of all images in one row, so that threads get equal shares.
+  // The points of all images and levels form one range, so that threads get equal shares.
   int64_t grain = 1 + kLogitsPerThread / (args.num_classes + 1);
   parallel_for(args.num_images * points_per_image, grain, [&](int64_t first, int64_t last) {
     int64_t begin = 0;

@@ -1,4 +1,4 @@
-// sigmoid_focal_loss: cuts the levels into strips that lie side by side in memory.
+// sigmoid_focal_loss: splits the levels into contiguous strips.
 
 #include <numeric>
 #include <vector>
@@ -10,7 +10,7 @@ namespace fcos::cpu {
 namespace {
 
 constexpr int64_t kPixelsPerPiece = 256;
-constexpr int64_t kGrain = 131072; // logits worth a thread, about 0.1 ms
+constexpr int64_t kGrain = 131072; // minimum logits per thread, about 0.1 ms
 
 FocalStripKernel fastest() {
 #if defined(__x86_64__)
@@ -79,7 +79,7 @@ void sigmoid_focal_loss(const FocalLoss& args, ParallelFor parallel_for) {
   FocalOptions options{args.dtype, args.alpha, args.gamma, scale, args.loss != nullptr};
   FocalStripKernel kernel = fastest();
   std::vector<Piece> all = pieces(args);
-  std::vector<double> sums(all.size(), 0.0); // one per piece, so the order of adding is fixed
+  std::vector<double> sums(all.size(), 0.0); // one per piece, so the order of summation is fixed
   parallel_for(int64_t(all.size()), grain(args, all.size()), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Piece& piece = all[i];
