@@ -1,1 +1,1 @@
-"""Benchmarks of the ops beside their peers: ``python -m benchmarks``."""
+"""Benchmarks of the ops against their peers: ``python -m benchmarks``."""

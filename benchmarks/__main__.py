@@ -1,4 +1,4 @@
-"""Benchmarks every op beside its peers: ``python -m benchmarks [--device cuda] [op ...]``.
+"""Benchmarks every op against its peers: ``python -m benchmarks [--device cuda] [op ...]``.
 
 Writes benchmarks/results/<machine>.md after each op, unless only some ops are selected.
 """
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Runs the benchmarks and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", choices=[*OPS, []], default=[])
     parser.add_argument("--device", choices=IMAGES, default="cpu")

@@ -1,4 +1,4 @@
-"""assign_targets beside detectron2's label_anchors."""
+"""assign_targets against detectron2's label_anchors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .workload import CLASSES, LEVELS, RANGES, TARGET_BYTES, make_batch
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """Rows for 8, 100 and 1000 objects per image."""
+    """Returns rows for 8, 100 and 1000 objects per image."""
     rows = []
     for boxes in (8, 100, 1000):
         batch = make_batch(images, boxes, device)

@@ -1,4 +1,4 @@
-"""batched_nms beside both strategies of torchvision's."""
+"""batched_nms against both strategies of torchvision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ THRESHOLD = 0.6
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """Rows for 1,000, 5,000 and 20,000 boxes of 80 classes, and a batch of 1,000 boxes each."""
+    """Returns rows for 1,000 to 20,000 boxes of 80 classes, and for a batch of 1,000 boxes each."""
     rows = []
     for count in (1000, 5000, 20000):
         boxes, scores, classes = _detections(count, device)
@@ -27,7 +27,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _batch(images: int, count: int, device: torch.device) -> list[Row]:
-    """All images in one call; for peers, every image adds a group of classes."""
+    """Returns rows for all images in one call, which gives peers separate classes per image."""
     boxes, scores, classes = _detections(images * count, device)
     groups = classes + CLASSES * (torch.arange(images * count, device=device) // count)
     padded = boxes.view(images, count, 4), scores.view(images, count), classes.view(images, count)

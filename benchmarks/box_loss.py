@@ -29,12 +29,12 @@ OPTIONS = dict(
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """100 objects per image; float32 and bfloat16."""
+    """Returns rows for 100 objects per image, in float32 and bfloat16."""
     return [row for dtype in (torch.float32, torch.bfloat16) for row in _run(images, device, dtype)]
 
 
 def losses_of(batch: Batch) -> Callable:
-    """Assignment, losses, normalizers and gradients of a batch."""
+    """Returns a call that computes targets, losses, normalizers and gradients of a batch."""
     maps = [*batch.logits, *batch.ltrb, *batch.quality]
 
     def run():

@@ -1,4 +1,4 @@
-"""detectron2's own FCOS, for its assignment, losses and inference on the standard workload."""
+"""detectron2's FCOS, for its assignment, losses and inference on the standard workload."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Backbone(nn.Module):
 
 
 def make_model(device: torch.device) -> FCOS:
-    """The model, of which only the part after the convolutions is used."""
+    """Builds the model, of which only the part after the convolutions is used."""
     backbone = _Backbone()
     shapes = list(backbone.output_shape().values())
     head = FCOSHead(
@@ -32,13 +32,13 @@ def make_model(device: torch.device) -> FCOS:
 
 
 def make_images(images: int, device: torch.device) -> ImageList:
-    """Images without pixels; only their sizes are used."""
+    """Returns uninitialized images; only their sizes are used."""
     tensor = torch.empty(images, 3, HEIGHT, WIDTH, device=device)
     return ImageList(tensor, [(HEIGHT, WIDTH)] * images)
 
 
 def make_instances(batch: Batch) -> list[Instances]:
-    """The ground truth of every image."""
+    """Returns the ground truth of every image."""
     counts = batch.offsets.diff().tolist()
     return [
         Instances((HEIGHT, WIDTH), gt_boxes=Boxes(boxes), gt_classes=classes)

@@ -1,8 +1,8 @@
-"""Whole detectors on whole images: R-50-FPN with 80 classes, inference and a training step.
+"""Complete detectors: R-50-FPN with 80 classes, inference and a training step.
 
-Ours beside Detectron2's and torchvision's FCOS with the same convolutions, and beside the runtimes
-that it exports to. With random weights there are no detections, so post-processing has nothing to
-do, and mostly the convolutions are compared.
+Compares ours with Detectron2's and torchvision's FCOS, which have the same convolutions, and with
+the runtimes that it exports to. With random weights there are no detections, so post-processing has
+nothing to do, and this mostly compares the convolutions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BOXES = [[100.0, 100.0, 300.0, 260.0], [500.0, 200.0, 900.0, 700.0], [40.0, 60.0
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """One image for inference, ``images`` for a training step; nothing without Detectron2."""
+    """Returns rows for inference on one image and training on ``images``; needs Detectron2."""
     if not find_spec("detectron2"):
         return []
     return [*_inference(device), *_training(images, device)]
@@ -81,7 +81,7 @@ def _without_gradient(model: nn.Module, inputs) -> Callable:
 
 
 def _step(model: nn.Module, inputs, dtype: torch.dtype = torch.float32) -> Callable:
-    """Forward, losses and backward."""
+    """Returns a call that runs a forward and a backward pass."""
     device = next(model.parameters()).device.type
 
     def step():
@@ -104,7 +104,7 @@ def _detectron2_training(ours: nn.Module, batch) -> dict[str, Callable]:
 
     step = _step(_detectron2(ours), batch)
 
-    def with_storage():  # where it writes its statistics
+    def with_storage():  # to which detectron2 writes statistics
         with EventStorage():
             step()
 
@@ -112,7 +112,7 @@ def _detectron2_training(ours: nn.Module, batch) -> dict[str, Callable]:
 
 
 def _detectron2(ours: nn.Module) -> nn.Module:
-    """Its FCOS on its own ResNet; torch refuses its own GN of one channel."""
+    """Builds its FCOS on its ResNet, with other norms: torch rejects its GN of one channel."""
     from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
     from fcos_d2 import model_zoo
@@ -153,7 +153,7 @@ def _torchvision(device: torch.device) -> nn.Module:
     from torchvision.models.detection import fcos_resnet50_fpn
 
     options = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
-    options |= {"min_size": HEIGHT, "max_size": WIDTH}  # so that it resizes nothing
+    options |= {"min_size": HEIGHT, "max_size": WIDTH}  # does not resize
     return fcos_resnet50_fpn(**options, trainable_backbone_layers=3).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Measures a function beside its peers: time, memory, launches, and how near it is to the floor."""
+"""Measures a function and its peers: time, memory, launches, and share of the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 RUNS = {"cpu": 41, "cuda": 200}
-SECONDS = 4.0  # a slow peer is not run RUNS times
-FLUSH_BYTES = 256 * 2**20  # more than the last cache of any GPU holds
-SPIN_CYCLES = 4_000_000  # some 2 ms, in which the host queues what comes next
+SECONDS = 4.0  # per contender; slow peers run fewer than RUNS times
+FLUSH_BYTES = 256 * 2**20  # more than the last-level cache of any GPU holds
+SPIN_CYCLES = 4_000_000  # about 2 ms, during which the host queues launches
 
 
 class Row(NamedTuple):
@@ -27,10 +27,10 @@ class Row(NamedTuple):
     what: str
     milliseconds: float
     ratio: float  # to ours; above 1 is slower than ours
-    bandwidth: float | None  # bytes that must be moved / time, as a share of what a copy achieves
+    bandwidth: float | None  # bytes that must be moved / time, as a share of the copy bandwidth
     megabytes: float  # peak memory beyond the inputs
     launches: int | None  # of kernels and copies; None on a CPU
-    syncs: int | None  # waits of the host for the GPU; None on a CPU
+    syncs: int | None  # host synchronizations; None on a CPU
     host_milliseconds: float | None  # until the call returns; None on a CPU
 
 
@@ -41,13 +41,13 @@ def compare(
     device: torch.device,
     floor_bytes: float | None,
 ) -> list[Row]:
-    """Rows of all contenders, run in turn so that a drifting machine treats all alike.
+    """Returns rows of all contenders, which take turns so that drift affects all of them alike.
 
-    Each runs twice in its turn and the second time counts: so it finds the memory allocator as it
-    leaves it itself, not as a peer with a hundred times its temporaries does. The first contender
-    is ours; those whose name starts with "ours" are too. A contender that fails is left out, and
-    said so; ours may not fail. ``floor_bytes`` is what every one of them must read and write; None
-    where arithmetic counts.
+    In its turn, each runs twice and the second run counts, so it finds the memory allocator as it
+    left it itself, not as a peer with a hundred times its temporaries did. The first contender is
+    ours, like all whose names start with "ours". Contenders that fail are reported and left out,
+    except ours, which must not fail. ``floor_bytes`` is what each of them must read and write; None
+    if arithmetic dominates.
     """
     alive = {}
     for name, function in contenders.items():
@@ -87,9 +87,9 @@ def compare(
 
 
 def graph_of(function: Callable, device: torch.device) -> dict[str, Callable]:
-    """On a GPU, ``function`` as one CUDA graph: what it takes where no launch is waited for.
+    """Returns ``function`` as a CUDA graph, to measure it without launch overhead; only on a GPU.
 
-    Its memory is its own, for as long as it lives, and not seen by the table.
+    The graph keeps its own memory as long as it lives, which the table does not include.
     """
     if device.type != "cuda":
         return {}
@@ -98,11 +98,11 @@ def graph_of(function: Callable, device: torch.device) -> dict[str, Callable]:
 
 
 def captured(call: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """``call`` as a CUDA graph, and the result that every replay writes anew."""
+    """Captures ``call`` as a CUDA graph; every replay overwrites the returned result."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call()  # loads the kernels, which a graph cannot hold
+        call()  # loads the kernels, which a graph cannot capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -112,7 +112,7 @@ def captured(call: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of copying a large tensor."""
+    """Measures bytes per second, read and written, when copying a large tensor."""
     source = torch.ones(FLUSH_BYTES // 4, device=device)
     target = torch.empty_like(source)
     seconds = statistics.median(_seconds(lambda: target.copy_(source), device) for _ in range(15))
@@ -126,10 +126,10 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 def _seconds(function: Callable, device: torch.device) -> float:
     if device.type == "cuda":
-        # Inputs come from memory, not from the cache. Reading leaves nothing in it to write back.
+        # Flush the cache, so that inputs come from memory; reads leave nothing to write back.
         _flush_buffer(device).sum()
-        # A kernel of ours takes less time than its launch from Python. Were the GPU idle here, the
-        # clock would run while it waits for the host; so it spins until all launches are queued.
+        # Our kernels take less time than their launches from Python. On an idle GPU, the time would
+        # include waiting for the host, so the GPU spins until all launches are queued.
         torch.cuda._sleep(SPIN_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -143,7 +143,7 @@ def _seconds(function: Callable, device: torch.device) -> float:
 
 
 def _peak_megabytes(function: Callable, device: torch.device) -> float:
-    """Most memory that the function held at once beyond what was there before it."""
+    """Returns the peak memory of the function beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -162,7 +162,7 @@ def _peak_megabytes(function: Callable, device: torch.device) -> float:
 
 
 def _launches_and_syncs(function: Callable, device: torch.device) -> tuple[int | None, int | None]:
-    """Kernels, copies and fills on the GPU, and calls with which the host waits for it."""
+    """Counts kernels, copies and fills on the GPU, and host synchronizations."""
     if device.type != "cuda":
         return None, None
     torch.cuda.synchronize()
@@ -170,13 +170,13 @@ def _launches_and_syncs(function: Callable, device: torch.device) -> tuple[int |
         function()
     events = trace.events()
     launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
-    # The profiler itself waits once at the end, with cudaDeviceSynchronize.
+    # The profiler itself synchronizes once at the end, with cudaDeviceSynchronize.
     waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
     return launches, sum(event.name in waits for event in events)
 
 
 def _host_milliseconds(function: Callable, device: torch.device) -> float | None:
-    """Until the call returns, on a GPU that has nothing else to do: what the launches cost."""
+    """Measures the time until the call returns on an idle GPU: the cost of the launches."""
     if device.type != "cuda":
         return None
     times = []
@@ -205,7 +205,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def format_row(row: Row) -> str:
-    """One line of a Markdown table."""
+    """Formats a row as a line of a Markdown table."""
     ratio = "" if row.what == "ours" else f"{row.ratio:.1f}x"
     counts = ("-" if count is None else str(count) for count in (row.launches, row.syncs))
     cells = (
@@ -223,7 +223,7 @@ def format_row(row: Row) -> str:
 
 
 def machine_name(device: torch.device) -> str:
-    """A file name for this machine's results."""
+    """Returns a file name for this machine's results."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -232,7 +232,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Describes the hardware and software of the measurements."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
     capability = "" if device.type == "cuda" else f", {torch.backends.cpu.get_cpu_capability()}"
     return (

@@ -18,7 +18,7 @@ Make = Callable[..., dict[str, Callable]]
 
 
 def needs(package: str) -> Callable[[Make], Make]:
-    """Decorates a function that returns peers by name: returns none if ``package`` is missing."""
+    """Makes a function that returns peers by name return none if ``package`` is missing."""
 
     def decorate(make: Make) -> Make:
         @functools.wraps(make)
@@ -31,6 +31,6 @@ def needs(package: str) -> Callable[[Make], Make]:
 
 
 def missing() -> str:
-    """A line that names missing peers and how to install them; empty if there are none."""
+    """Returns a line on missing peers and how to install them; empty if there are none."""
     names = [f"{name} (`{how}`)" for name, how in INSTALL.items() if not find_spec(name)]
     return f"Not installed, so not measured: {', '.join(names)}." if names else ""

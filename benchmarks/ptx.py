@@ -1,7 +1,7 @@
-"""Counts of the standard workload without a GPU: ``python -m benchmarks.ptx``.
+"""Counts PTX instructions of the standard workload: ``python -m benchmarks.ptx``.
 
-The interpreter in tests/ptx executes nvcc's PTX, one block after the other, so the counts are
-reproducible. Writes benchmarks/results/ptx-sm_90.md.
+Needs no GPU: the interpreter in tests/ptx executes nvcc's PTX, one block after the other, so the
+counts are reproducible. Writes benchmarks/results/ptx-sm_90.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def workloads() -> Iterator[tuple[str, Callable]]:
-    """(name, call) of every op."""
+    """Yields (name, call) of every workload."""
     for count in (100, 1000):
         batch = make_batch(IMAGES, count, CPU)
         truth = batch.boxes, batch.classes, batch.offsets
@@ -81,12 +81,12 @@ class _Operations(TorchDispatchMode):
 
 
 def _short(kernel: str) -> str:
-    """The name of a kernel without namespaces, template arguments and parameters."""
+    """Returns the name of a kernel without namespaces, template arguments and parameters."""
     return (re.findall(r"\d([a-z_]+_kernel)", kernel) or [kernel])[-1]
 
 
 def rows_of(name: str, call: Callable) -> list[tuple]:
-    """Counts of the kernels of one call."""
+    """Returns the counts of the kernels of one call."""
     ptx.take_records()
     with _Operations() as operations:
         call()
@@ -109,15 +109,15 @@ def rows_of(name: str, call: Callable) -> list[tuple]:
 
 
 def main() -> None:
-    """Runs all and writes the table."""
+    """Runs all workloads and writes the table."""
     torch.manual_seed(0)
     lines = [
         "# What nvcc's PTX for sm_90 executes, counted on the CPU",
         "",
-        f"`python -m benchmarks.ptx`. {IMAGES} images unless said, 800x1344, 80 classes. "
-        "Instructions count once for a warp. Their time is that of 132 multiprocessors with 4 "
-        "issue slots at 1.98 GHz, if nothing else limits. PTX is not SASS: ptxas splits and joins "
-        "some.",
+        f"`python -m benchmarks.ptx`. {IMAGES} images unless stated, 800x1344, 80 classes. "
+        "Instructions count once per warp. Their time is that of 132 multiprocessors with 4 issue "
+        "slots at 1.98 GHz, if nothing else is a bottleneck. PTX is not SASS: ptxas splits and "
+        "fuses some instructions.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",

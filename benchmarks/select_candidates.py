@@ -1,4 +1,4 @@
-"""Head outputs to final detections beside detectron2's and torchvision's inference."""
+"""Post-processing, from head outputs to detections, against detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .measure import Row, compare, graph_of
 from .peers import needs
 from .workload import CLASSES, HEIGHT, LEVELS, STRIDES, WIDTH, make_batch, name_of, size_in_bytes
 
-SHIFT = 0.08  # of the logits: about 16.7k (point, class) pairs of an image pass
+SHIFT = 0.08  # of the logits, so that about 16.7k (point, class) pairs per image pass
 RULE = {"score_threshold": 0.04, "threshold_with_quality": True}  # sqrt(cls * quality) > 0.2
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """Rows for a batch and for a single image, in float32 and bfloat16."""
+    """Returns rows for a batch and for a single image, in float32 and bfloat16."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows += [*_run(images, device, dtype), *_run(1, device, dtype)]
@@ -23,7 +23,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """About 16,700 candidates per image, and every logit above the threshold."""
+    """Returns rows for about 16,700 candidates per image, and for every logit a candidate."""
     rows = []
     batch = make_batch(images, 8, device, dtype)
     ltrb, quality = ([x.detach() for x in m] for m in (batch.ltrb, batch.quality))
@@ -51,7 +51,7 @@ def _detectron2(logits, ltrb, quality, device):
 
     def inference():
         with torch.no_grad():
-            # It works in place, on copies.
+            # It works in place, so it gets copies.
             copies = [x.clone() for x in logits], ltrb, [x.clone() for x in quality]
             return model.forward_inference(pixels, logits, copies)
 

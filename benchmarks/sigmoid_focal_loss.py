@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss, forward and backward, beside fvcore, torchvision and torch.compile."""
+"""sigmoid_focal_loss, forward and backward, against fvcore, torchvision and torch.compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .workload import CLASSES, LEVELS, RANGES, make_batch, name_of, size_in_byte
 
 
 def run(images: int, device: torch.device) -> list[Row]:
-    """Loss and gradient from NCHW levels; float32 and bfloat16."""
+    """Returns rows for loss and gradient from NCHW levels, in float32 and bfloat16."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         batch = make_batch(images, 100, device, dtype)
@@ -39,13 +39,13 @@ def run(images: int, device: torch.device) -> list[Row]:
         rows += compare("sigmoid_focal_loss", workload, contenders, device, floor)
         rows += compare(
             "sigmoid_focal_loss", f"{workload}, backward with the gradient saved",
-            {"ours": _handing_on(batch.logits, labels)}, device, 0,
+            {"ours": _saved_backward(batch.logits, labels)}, device, 0,
         )  # fmt: skip
     return rows
 
 
-def _handing_on(logits, labels):
-    """The backward pass after ``save_gradient``, if the incoming gradient is 1."""
+def _saved_backward(logits, labels):
+    """Returns the backward pass after ``save_gradient``, for an upstream gradient of 1."""
     one = torch.ones((), device=labels.device)
     gradient = [torch.empty_like(x) for x in logits]
     maps = [x.detach() for x in logits], [], []
@@ -55,7 +55,7 @@ def _handing_on(logits, labels):
 
 
 def _peers(device):
-    """All installed peers, and the first of them compiled; they share the formula."""
+    """Returns all installed peers, and the first of them compiled; they share the formula."""
     losses = {name: _dense(loss) for name, loss in {**_fvcore(), **_torchvision()}.items()}
     for name, loss in list(losses.items())[:1]:
         losses[f"torch.compile of {name}"] = torch.compile(loss)
@@ -66,7 +66,7 @@ def _peers(device):
 
 
 def _dense(loss):
-    """How peers do it: permute and concatenate the levels, form one-hot targets, reduce."""
+    """Calls ``loss`` as peers do: concatenates the levels, creates one-hot targets, reduces."""
 
     def run(logits, labels):
         flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)

@@ -16,11 +16,11 @@ RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 LEVELS: Levels = make_levels([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)], STRIDES)
 
 
-TARGET_BYTES = 28  # of a point: label, matched box, four distances, centerness
+TARGET_BYTES = 28  # per point: label, matched box, four distances, centerness
 
 
 class Batch(NamedTuple):
-    """Inputs of all ops; never zeros."""
+    """Inputs of all ops."""
 
     logits: list[Tensor]  # [B, K, H, W]
     ltrb: list[Tensor]  # [B, 4, H, W], in strides
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(images: int, boxes: int, device: torch.device, dtype=torch.float32) -> Batch:
-    """``images`` images with ``boxes`` objects each, of 4 to 700 px, log-uniform."""
+    """Creates ``images`` images with ``boxes`` objects each, log-uniform from 4 to 700 pixels."""
     generator = torch.Generator().manual_seed(0)
 
     def maps(channels, scale, shift):
@@ -61,10 +61,10 @@ def make_batch(images: int, boxes: int, device: torch.device, dtype=torch.float3
 
 
 def size_in_bytes(tensors: list[Tensor]) -> int:
-    """Of all elements together."""
+    """Returns the size of all elements together."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
+    """Returns the name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -45,7 +45,7 @@ class LossTensors {
       const Tensors& ltrb, const Tensors& quality, const Tensor& matched, const Tensor& target_ltrb,
       const Tensor& target_centerness, const BoxRule& rule) {
     BoxLosses& box = args_.box;
-    if (!logits_) { // the kernels handle both, and still depend on these
+    if (!logits_) { // these select the kernels, even without logits
       first_ = ltrb[0];
       args_.focal.dtype = dtype_of(first_) == DType::kDouble ? DType::kDouble : DType::kFloat;
       args_.focal.gamma = 2;

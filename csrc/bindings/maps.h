@@ -1,4 +1,4 @@
-// Passes torch tensors to kernels that read and write them in place, above all lists of maps
+// Passes torch tensors to kernels that read and write them in place, mostly lists of maps
 // [B, C, H, W].
 #pragma once
 

@@ -12,8 +12,8 @@
 
 namespace fcos {
 
-// a * b, rounded and never fused with an add, so that CPU and GPU agree bitwise. CPU files turn off
-// fp-contract for that.
+// a * b, rounded and never fused with an add, so that CPU and GPU agree bitwise. Where it matters,
+// CPU files turn off fp-contract.
 template <class T>
 FCOS_HD T mul_rn(T a, T b) {
   return a * b;

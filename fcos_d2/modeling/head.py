@@ -49,7 +49,7 @@ class DeformableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[B, in_channels, H, W] -> Tensor[B, out_channels, H, W]."""
-        # Not in autocast's dtype, which the kernels do not support and is too coarse for positions.
+        # Not in autocast's dtype: unsupported by the kernels, and too coarse for positions.
         weight, bias = self.conv.weight, self.conv.bias
         offset, mask = self.offset(x).to(weight.dtype).split((18, 9), dim=1)
         return deform_conv2d(

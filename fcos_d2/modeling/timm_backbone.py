@@ -44,7 +44,7 @@ class FeatureMap(NamedTuple):
 
 
 class Blueprint(NamedTuple):
-    """The arguments that create a timm model, repeatedly, since its shapes are inspected first.
+    """Arguments to create a timm model, which happens repeatedly: first to inspect its shapes.
 
     Attributes:
         name: one of ``timm.list_models()``, with or without a tag of pretrained weights.

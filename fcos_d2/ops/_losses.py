@@ -14,7 +14,7 @@ class Losses(torch.autograd.Function):
 
     Each is ``weight / max(divisor, floor)`` times the sum that its own op returns. With
     ``save_gradient``, the forward pass also computes the gradient; the backward pass then only
-    checks that the upstream gradients are 1, and recomputes the gradients for which they are not.
+    checks that all upstream gradients are 1, and recomputes the gradient if they are not.
     """
 
     @staticmethod

@@ -32,7 +32,7 @@ def register_ops(namespace: str, kernel_of: Callable[[str], Callable]) -> Overlo
 
 
 def overloads_of(namespace: str) -> Overloads:
-    """The ops of a namespace, by name."""
+    """Returns the ops of a namespace, by name."""
     return {name: getattr(getattr(torch.ops, namespace), name).default for name in _library.OPS}
 
 
@@ -49,27 +49,27 @@ def use(overloads: Overloads) -> Iterator[None]:
 
 
 def reference_of(name: str) -> Callable:
-    """The reference in plain PyTorch."""
+    """Returns the reference in plain PyTorch."""
     return _library.OPS[name].reference
 
 
 def on_gpu(name: str) -> Callable:
-    """Runs the op on the GPU for tensors on the CPU."""
+    """Returns a kernel that runs the op on the GPU for tensors on the CPU."""
     op = overloads_of("fcos_d2")[name]
 
     def run(*arguments):
-        there = tree_map_only(torch.Tensor, _to_gpu, arguments)
-        results = tree_map_only(torch.Tensor, torch.Tensor.cpu, op(*there))
+        copies = tree_map_only(torch.Tensor, _to_gpu, arguments)
+        results = tree_map_only(torch.Tensor, torch.Tensor.cpu, op(*copies))
         if op._schema.is_mutable:  # its first argument
-            for here, changed in zip(arguments[0], there[0], strict=True):
-                here.copy_(changed)
+            for original, changed in zip(arguments[0], copies[0], strict=True):
+                original.copy_(changed)
         return results
 
     return run
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, offset and alignment."""
+    """Copies a tensor, keeping strides, offset and alignment."""
     storage = tensor.untyped_storage().cuda()
     out = torch.empty(0, dtype=tensor.dtype, device="cuda")
     return out.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,7 +1,7 @@
 """Runs every test of the ops on every available implementation.
 
-All take tensors on the CPU. The kernels run on the CPU as PTX, with blocks and threads in another
-order in every launch, and on copies of the tensors on a GPU, if there is one.
+All take tensors on the CPU. The CUDA kernels run as PTX on the CPU, with a different order of
+blocks and threads in every launch, and on copies of the tensors on a GPU, if there is one.
 """
 
 from collections.abc import Iterator
@@ -53,19 +53,19 @@ def implementation(request) -> Iterator[str]:
     name = request.param
     given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
     if given == "cuda" and name in ("ptx", "cuda"):
-        pytest.skip("takes tensors on the CPU")
+        pytest.skip("only takes tensors on the CPU")
     with use(_overloads(name)), ptx.schedule(1) if name == "ptx" else nullcontext():
         yield name
 
 
 @pytest.fixture
 def overloads(implementation) -> Overloads:
-    """The ops beneath the wrappers, by name."""
+    """Returns the ops that the wrappers call, by name."""
     return _overloads(implementation)
 
 
 @pytest.fixture
 def assertions_can_be_caught(implementation) -> None:
-    """Like ``implementation``, for values that kernels reject: on a GPU that ends the process."""
+    """Skips values that kernels reject on a GPU, where a failed assertion ends the process."""
     if implementation == "cuda":
         pytest.skip("a failed assertion on a GPU ends the process")

@@ -1,6 +1,6 @@
 """Runs every CUDA kernel a few times, for compute-sanitizer: ``python -m tests.ops.drive_kernels``.
 
-Shapes are small and odd, layouts and dtypes vary. Results are not checked; the tests do that.
+Shapes are small and odd, layouts and dtypes vary. Results are checked by the tests, not here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: bool) -> None:
-    """Assignment and losses of three images, one of them empty."""
+    """Assigns targets and computes losses for three images, one of them empty."""
     levels = inputs.pyramid(100, 140)
     options = {"channels_last": channels_last, "device": device}
     maps = inputs.predictions(levels, 3, 13, dtype, **options)
@@ -38,7 +38,7 @@ def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: b
 
 
 def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) -> None:
-    """Candidates (few, many, all) and every kind of NMS."""
+    """Selects candidates (few, many or all, by ``prior``) and runs every kind of NMS."""
     levels = inputs.pyramid(100, 140)
     options = {"channels_last": channels_last, "device": device, "prior": prior}
     maps = inputs.predictions(levels, 3, 13, dtype, **options)

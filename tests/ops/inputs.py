@@ -1,4 +1,4 @@
-"""Random, reproducible inputs of every op, shared by tests and benchmarks; never zeros."""
+"""Random, reproducible inputs for every op, shared by tests and benchmarks."""
 
 import math
 
@@ -11,19 +11,19 @@ STRIDES = (8, 16, 32, 64, 128)
 
 
 def pyramid(height: int = 256, width: int = 320, num_levels: int = 5, offset=0.5) -> Levels:
-    """Levels of a padded image of the given size in pixels."""
+    """Returns the levels of a padded image of the given size in pixels."""
     strides = STRIDES[:num_levels]
     shapes = [(math.ceil(height / s), math.ceil(width / s)) for s in strides]
     return make_levels(shapes, strides, offset=offset)
 
 
 def ranges(num_levels: int) -> list[tuple[float, float]]:
-    """Size ranges of the first levels; the last one is unbounded."""
+    """Returns the size ranges of the first levels; the last one is unbounded."""
     return [*RANGES[: num_levels - 1], (RANGES[num_levels - 1][0], math.inf)]
 
 
 def boxes(count: int, height: int = 256, width: int = 320, generator=None, integer=False):
-    """float32 [count, 4] of 4 px to nearly the image, log-uniform, inside the image."""
+    """Returns float32 [count, 4] inside the image, with log-uniform sizes from 4 pixels up."""
     limit = torch.tensor([width, height], dtype=torch.float32)
     size = torch.exp(torch.rand(count, 2, generator=generator) * math.log(min(height, width) / 4))
     size = torch.minimum(size * 4, limit)
@@ -33,7 +33,7 @@ def boxes(count: int, height: int = 256, width: int = 320, generator=None, integ
 
 
 def ground_truth(counts, num_classes: int, height=256, width=320, generator=None, integer=False):
-    """(boxes, classes, offsets) of a batch with ``counts[b]`` boxes in image b."""
+    """Returns (boxes, classes, offsets) of a batch with ``counts[b]`` boxes in image b."""
     total = sum(counts)
     classes = torch.randint(num_classes, (total,), generator=generator)
     offsets = torch.tensor([0, *counts]).cumsum(0)
@@ -41,7 +41,7 @@ def ground_truth(counts, num_classes: int, height=256, width=320, generator=None
 
 
 def predictions(levels: Levels, images: int, num_classes: int, dtype=torch.float32, **options):
-    """(logits, ltrb, quality), one tensor per level; ``options``: prior, channels_last, device."""
+    """Returns logits, ltrb and quality per level; ``options``: prior, channels_last, device."""
     prior = options.get("prior", -3.0)
     device = options.get("device", "cpu")
     layout = torch.channels_last if options.get("channels_last") else torch.contiguous_format
@@ -60,6 +60,6 @@ def predictions(levels: Levels, images: int, num_classes: int, dtype=torch.float
 
 
 def targets(levels: Levels, counts, num_classes: int, device="cpu", **options) -> Targets:
-    """Targets of random ground truth."""
+    """Returns the targets of random ground truth."""
     packed = [t.to(device) for t in ground_truth(counts, num_classes, **options)]
     return assign_targets(*packed, levels, ranges(len(levels.strides)), num_classes=num_classes)

@@ -1,11 +1,11 @@
-// Loaded before libc by test_memory.py: counts the bytes that a process has taken from it.
+// Preloaded before libc by test_memory.py: counts the bytes that a process has allocated.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <malloc.h>
 
 static long held, peak;
 
-static void* taken(void* memory) {
+static void* count(void* memory) {
   if (memory) {
     long now = __atomic_add_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED),
          highest = peak;
@@ -16,26 +16,26 @@ static void* taken(void* memory) {
   return memory;
 }
 
-// Defines `next`, what libc calls `name`.
+// Defines `next`, libc's function `name`.
 #define NEXT(result, name, ...)       \
   static result (*next)(__VA_ARGS__); \
   next = next ? next : (result (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
 
 void* malloc(size_t size) {
   NEXT(void*, "malloc", size_t);
-  return taken(next(size));
+  return count(next(size));
 }
 
 void* aligned_alloc(size_t alignment, size_t size) {
   NEXT(void*, "aligned_alloc", size_t, size_t);
-  return taken(next(alignment, size));
+  return count(next(alignment, size));
 }
 
 int posix_memalign(void** memory, size_t alignment, size_t size) {
   NEXT(int, "posix_memalign", void**, size_t, size_t);
   int error = next(memory, alignment, size);
   if (!error) {
-    taken(*memory);
+    count(*memory);
   }
   return error;
 }
@@ -46,8 +46,8 @@ void free(void* memory) {
   next(memory);
 }
 
-// Starts a measurement; returns the bytes held now.
+// Starts a measurement; returns the bytes currently allocated.
 long memory_of_the_test_start(void) { return peak = held; }
 
-// The most bytes held since the start.
+// Returns the most bytes allocated at a time since the start.
 long memory_of_the_test_peak(void) { return peak; }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, point_coordinates
 
-TOLERANCE = 1e-6  # numbers this close (relative to 1) may be ordered either way
+TOLERANCE = 1e-6  # scores this close may be in either order
 SMALLEST = 1e-37  # smaller scores may count as 0
 
 
@@ -21,7 +21,7 @@ SMALLEST = 1e-37  # smaller scores may count as 0
 def assign(
     boxes: Tensor, classes: Tensor, offsets: Tensor, levels: Levels, ranges, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(labels, matched, ambiguous), each [B, P], from the full matrix of points and boxes."""
+    """Returns labels, matched, ambiguous [B, P] from the full matrix of points and boxes."""
     rows = [
         _assign_image(boxes[first:last], classes[first:last], first, levels, ranges, **options)
         for first, last in pairwise(offsets.tolist())
@@ -63,7 +63,7 @@ def _assign_image(
 
 
 def scores_of(logits: Tensor, quality: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(class probability, its product with the quality) of one image and level, each [H W K]."""
+    """Returns class probability, and product with quality, of one image and level, [H W K]."""
     cls = torch.sigmoid(logits.float().double()).flatten(1).t()
     product = cls * torch.sigmoid(quality.float().double()).flatten()[:, None]
     return cls.flatten().numpy(), product.flatten().numpy()
@@ -96,7 +96,7 @@ def check_selection(
 
 
 def check_order_of_equals(index: np.ndarray, logits: Tensor, quality: Tensor) -> None:
-    """Of pairs with equal logits, the first ones are selected, in order."""
+    """Checks that of pairs with equal logits, the first ones are selected, in order."""
     valid = ~np.isnan(scores_of(logits, quality)[1])
     inputs = torch.broadcast_tensors(logits.flatten(1).t(), quality.flatten()[:, None])
     inputs = torch.stack(inputs, dim=-1).flatten(0, 1).float().numpy()
@@ -107,20 +107,20 @@ def check_order_of_equals(index: np.ndarray, logits: Tensor, quality: Tensor) ->
     place[index] = np.arange(len(index))
     first, second = order[:-1], order[1:]
     was_passed_over = (group[first] == group[second]) & (place[second] < place[first])
-    assert not was_passed_over.any(), "of equal pairs, a later one was chosen before an earlier"
+    assert not was_passed_over.any(), "a pair was chosen before an earlier, equal one"
 
 
 # ---- batched_nms ----
 
 
 def order_of(scores: Tensor) -> list[int]:
-    """By descending score; NaN first, equal ones by ascending index."""
+    """Returns indices by descending score; NaN first, ties by ascending index."""
     values = scores.tolist()
     return sorted(range(len(values)), key=lambda i: (values[i] == values[i], -values[i], i))
 
 
 def overlaps(boxes: Tensor, pixel_extent: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Intersections and unions of all pairs, in float64 of the float32 coordinates."""
+    """Computes intersections and unions of all pairs in float64, from float32 coordinates."""
     b = (boxes.float() + torch.tensor([0.0, 0, pixel_extent, pixel_extent])).double().numpy()
     top_left = np.maximum(b[:, None, :2], b[None, :, :2])
     bottom_right = np.minimum(b[:, None, 2:], b[None, :, 2:])
@@ -131,14 +131,14 @@ def overlaps(boxes: Tensor, pixel_extent: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def is_close_call(inter: np.ndarray, union: np.ndarray, threshold: float) -> bool:
-    """Whether an IoU of overlapping boxes lies within 1e-6 of the threshold."""
+    """Returns whether an IoU of overlapping boxes is within TOLERANCE of the threshold."""
     iou = np.divide(inter, union, out=np.zeros_like(inter), where=(union > 0) & (inter > 0))
     np.fill_diagonal(iou, -1)
     return bool(((np.abs(iou - threshold) < TOLERANCE) & (inter > 0)).any())
 
 
 def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float) -> list[int]:
-    """The kept boxes of ``order``; ``rivals[i, j]`` if i and j can suppress each other."""
+    """Returns the kept boxes; ``rivals[i, j]`` if i and j can suppress each other."""
     kept = []
     for i in order:
         if not any(rivals[i, j] and inter[i, j] > threshold * union[i, j] for j in kept):
@@ -149,7 +149,7 @@ def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float)
 def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
     """Checks that every detection of an image was the best one left when it was selected.
 
-    Stops silently where rounding may decide: an IoU at the threshold, a score at ``min_score``.
+    Stops when rounding may decide: an IoU at the threshold, or a score at ``min_score``.
     """
     inter, union = overlaps(boxes, options.get("pixel_extent", 0))
     if is_close_call(inter, union, options["iou_threshold"]):

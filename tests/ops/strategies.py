@@ -1,4 +1,4 @@
-"""Random cases of every op for property tests, and the tensors each case stands for.
+"""Random cases of every op for property tests, and the tensors of each case.
 
 A case consists of a few numbers and names, so that failing cases are readable and shrink quickly;
 its seed determines most of the data.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, Targets, make_levels, reference
 
-# A sample, the same in every run of the suite, and a campaign that differs every time.
+# Cases of a sample, the same in every test run, and of a campaign, different every time.
 SAMPLE, CAMPAIGN = 120, 20_000
 MANY = pytest.mark.parametrize(
     "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
@@ -28,7 +28,7 @@ SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Starts one element after an address that is aligned for vectors."""
+    """Copies a tensor to one element past an address that is aligned for vectors."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
@@ -45,7 +45,7 @@ LAYOUTS = {
     "unaligned": unaligned,
     "expanded_batch": lambda x: x[:1].expand_as(x),
 }
-# torch itself makes such maps, for example for the zeros of forward-mode derivatives.
+# torch itself creates such maps, for example for the zeros of forward-mode derivatives.
 EXPANDED_LAYOUTS = {
     "expanded_channels": lambda x: x[:, :1].expand_as(x),
     "expanded_rows": lambda x: x[:, :, :1].expand_as(x),
@@ -71,13 +71,13 @@ def generator(seed: int) -> torch.Generator:
 
 
 def pick(values, shape, g: torch.Generator) -> Tensor:
-    """Random elements of ``values``."""
+    """Returns random elements of ``values``."""
     values = torch.as_tensor(values)
     return values[torch.randint(len(values), tuple(shape), generator=g)]
 
 
 def lay_out(maps: list[Tensor], names: list[str]) -> list[Tensor]:
-    """Lays out every map as its entry in ``layouts`` says."""
+    """Gives every map the layout that ``names`` has for it."""
     return [ALL_LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
 
 
@@ -113,7 +113,7 @@ NUM_CLASSES = 5
 
 
 def grid_boxes(m: int, g: torch.Generator, unit: float = 2.0) -> Tensor:
-    """Multiples of 2 px, so that borders, bounds and equal areas are hit all the time."""
+    """Returns boxes on a grid, which often hit sides, bounds and equal areas exactly."""
     corner = torch.randint(-4, 40, (m, 2), generator=g) * unit
     return torch.cat((corner, corner + torch.randint(0, 30, (m, 2), generator=g) * unit), 1)
 
@@ -124,7 +124,7 @@ def float_boxes(m: int, g: torch.Generator) -> Tensor:
 
 
 def broken_boxes(m: int, g: torch.Generator) -> Tensor:
-    """Half of them inverted, without area, huge, infinite or NaN."""
+    """Returns boxes of which half are inverted, without area, huge, infinite or NaN."""
     boxes = grid_boxes(m, g)
     values = [*BROKEN, 0.0, 1e30, -1e30, 3e38, -3e38, 1e-38]
     broken = torch.where(torch.rand(m, 4, generator=g) < 0.5, pick(values, (m, 4), g), boxes)
@@ -149,7 +149,7 @@ def levels(draw) -> Levels:
     return make_levels(shapes, strides, offset=offset, image_shape=image_shape)
 
 
-FEW, MORE_THAN_A_CHUNK = st.integers(0, 9), st.integers(60, 200)  # the reference takes 64 at a time
+FEW, MORE_THAN_A_CHUNK = st.integers(0, 9), st.integers(60, 200)  # of 64 boxes, in the reference
 
 
 class AssignCase(NamedTuple):
@@ -170,7 +170,7 @@ class AssignCase(NamedTuple):
         return list(pairwise(self.bounds))[: len(self.levels.strides)]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, classes, offsets); classes in [-1, NUM_CLASSES)."""
+        """Returns (boxes, classes, offsets); classes are in [-1, NUM_CLASSES)."""
         g, m = generator(self.seed), sum(self.counts)
         boxes = BOX_KINDS[self.boxes](m, g)
         classes = torch.randint(-1, NUM_CLASSES, (m,), generator=g)
@@ -183,7 +183,7 @@ class AssignCase(NamedTuple):
 
 
 def mixed_with(values, share=0.1):
-    """Normal logits, some of them replaced by ``values``."""
+    """Returns normal logits, some of them replaced by ``values``."""
 
     def make(shape, g):
         ordinary = torch.randn(shape, generator=g) * 3 - 2
@@ -215,7 +215,7 @@ class FocalCase(NamedTuple):
     upstream: one_of(1.0, -1.7, 1 / 512)
 
     def tensors(self) -> tuple[list[Tensor], Tensor]:
-        """(logits, labels)."""
+        """Returns (logits, labels)."""
         g, make = generator(self.seed), LOGIT_KINDS[self.logits]
         maps = [make((self.images, self.num_classes, h, w), g) for h, w in self.shapes]
         points = sum(h * w for h, w in self.shapes)
@@ -252,7 +252,7 @@ class BoxCase(NamedTuple):
     upstream: one_of((1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64))
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], Targets]:
-        """(ltrb, quality, targets); targets of background points are NaN and must not be read."""
+        """Returns (ltrb, quality, targets); background targets are NaN and must not be read."""
         g, make = generator(self.seed), LTRB_KINDS[self.ltrb]
         ltrb = [make((self.images, 4, h, w), g) for h, w in self.shapes]
         quality = [mixed_with(EXTREME_LOGITS)((self.images, 1, h, w), g) for h, w in self.shapes]
@@ -270,7 +270,7 @@ class BoxCase(NamedTuple):
 
 SCORE_KINDS = {
     "normal": LOGIT_KINDS["normal"],
-    # Integers: many ties, and no two scores so close that rounding could swap them.
+    # Integers: many ties, and no scores so close that rounding could swap them.
     "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
     "equal": lambda shape, g: torch.full(shape, 1.0),
     "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
@@ -303,7 +303,7 @@ class SelectCase(NamedTuple):
     )
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-        """(logits, ltrb, quality, image_sizes)."""
+        """Returns (logits, ltrb, quality, image_sizes)."""
         g, shapes = generator(self.seed), self.levels.shapes
         make, make_ltrb = SCORE_KINDS[self.logits], DISTANCE_KINDS[self.ltrb]
         logits = [make((self.images, self.num_classes, h, w), g) for h, w in shapes]
@@ -320,7 +320,7 @@ class SelectCase(NamedTuple):
 
 
 def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
-    """A few objects around the origin, each detected many times."""
+    """Returns many boxes of a few objects around the origin."""
     center = (torch.rand(4, 2, generator=g) * 200 - 100)[torch.randint(4, (n,), generator=g)]
     center = center + torch.randn(n, 2, generator=g) * 3
     half = 10 + torch.rand(n, 2, generator=g) * 10
@@ -328,7 +328,7 @@ def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
 
 
 def small_grid_boxes(n: int, g: torch.Generator) -> Tensor:
-    """Integers up to 6: every IoU is a simple fraction, often the threshold itself."""
+    """Returns integers up to 6: every IoU is a simple fraction, often the threshold itself."""
     corner = torch.randint(-2, 3, (n, 2), generator=g)
     return torch.cat((corner, corner + torch.randint(0, 5, (n, 2), generator=g)), 1).float()
 
@@ -341,7 +341,7 @@ NMS_BOX_KINDS = {
     "broken": broken_boxes,
 }
 NMS_SCORE_KINDS = {
-    "distinct": lambda n, g: torch.randperm(n, generator=g) / 128 - 0.25,  # exact in half types
+    "distinct": lambda n, g: torch.randperm(n, generator=g) / 128 - 0.25,  # exact in half precision
     "ties": lambda n, g: torch.randint(0, 6, (n,), generator=g) / 4,
     "equal": lambda n, g: torch.full((n,), 0.5),
     "broken": lambda n, g: pick([*BROKEN, 0.0, -0.0, 0.5, 1.0], (n,), g),
@@ -360,7 +360,7 @@ class NmsCase(NamedTuple):
     layout: one_of("contiguous", "transposed", "unaligned")
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, scores, classes) of one image; some classes are negative."""
+        """Returns (boxes, scores, classes) of one image; some classes are negative."""
         g = generator(self.seed)
         boxes = NMS_BOX_KINDS[self.boxes](self.count, g).to(self.box_dtype)
         scores = NMS_SCORE_KINDS[self.scores](self.count, g).to(self.score_dtype)
@@ -391,7 +391,7 @@ class PaddedCase(NamedTuple):
     )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, scores, classes) of a batch; empty slots among the classes."""
+        """Returns (boxes, scores, classes) of a batch; some slots are empty."""
         g, shape = generator(self.seed), (self.images, self.count)
         boxes = NMS_BOX_KINDS[self.boxes](self.images * self.count, g).reshape(*shape, 4)
         if self.scores == "distinct" and self.options["method"] != "hard":

@@ -1,4 +1,4 @@
-"""Python processes with their own ``fcos_d2``: the same code, another compiled library."""
+"""Python processes with their own ``fcos_d2``: the same code, a different compiled library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILT = _library._FOLDER / "_C.so"
 
 
 def make_package(folder: Path, library: Path | None) -> Path:
-    """Creates ``folder / "fcos_d2"`` of the ops alone, with ``library`` as their compiled one."""
+    """Creates ``folder / "fcos_d2"`` with only the ops, and ``library`` as compiled library."""
     package = folder / "fcos_d2"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
@@ -28,7 +28,7 @@ def make_package(folder: Path, library: Path | None) -> Path:
 def run_python(
     folder: Path, *arguments: str, python: str | Path = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs Python where ``import fcos_d2`` finds the package in ``folder``."""
+    """Runs Python so that ``import fcos_d2`` finds the package in ``folder``."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("FCOS_D2_STRICT", "PYTHONPATH")}
     return subprocess.run(
         [str(python), *arguments],
@@ -36,8 +36,8 @@ def run_python(
     )  # fmt: skip
 
 
-# Runs the tests named in sys.argv on the ops of the current folder: pytest puts the source folder
-# first on the path, but fcos_d2 is imported already.
+# Runs the tests in sys.argv on the ops of the current folder: pytest puts the source folder first
+# on the path, but fcos_d2 is already imported.
 RUN_TESTS = """
 import sys, pytest, fcos_d2.ops
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""assign_targets on hand-worked cases and bad input."""
+"""assign_targets on hand-computed cases and bad input."""
 
 import math
 
@@ -14,7 +14,7 @@ OPEN = [(-1, math.inf)]
 
 
 def assign(boxes, classes=None, offsets=None, levels=None, ranges=OPEN, **options):
-    """assign_targets for one image; by default with one level of 4 x 4 points of stride 8."""
+    """Calls assign_targets for one image, by default with one level of 4 x 4 points, stride 8."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     classes = torch.arange(len(boxes)) % K if classes is None else torch.tensor(classes)
     offsets = [0, len(boxes)] if offsets is None else offsets
@@ -50,7 +50,7 @@ def test_centerness_is_one_in_the_middle():
 
 
 @pytest.mark.parametrize("inclusive, level_of_positive", [(True, [1, 1]), (False, [0, 0])])
-def test_distance_equal_to_the_bound_is_on_both_levels_or_on_none(inclusive, level_of_positive):
+def test_distance_equal_to_the_bound_is_in_both_ranges_or_in_none(inclusive, level_of_positive):
     # The point (8, 8) exists on both levels; its largest distance to the box is exactly 12.
     levels = make_levels([(1, 1), (1, 1)], [16, 16])
     bounds = [(-1, 12), (12, math.inf)]
@@ -74,7 +74,7 @@ def test_smaller_area_wins():
     assert targets.counts.tolist() == [[[16, 4]]]
 
 
-def test_pixel_extent_counts_the_last_pixels_to_the_area():
+def test_pixel_extent_adds_the_last_pixels_to_the_area():
     boxes = [[0, 0, 64, 9], [0, 0, 24.2, 24.2]]  # 576 and 586, or 65 x 10 and 25.2 x 25.2
     matched = [assign(boxes, pixel_extent=extent).matched[0, 0] for extent in (0, 1)]
     assert matched == [0, 1]
@@ -86,20 +86,20 @@ def test_tie_goes_to_smaller_area_then_lower_index():
     assert grid(targets.matched) == [[0] * 4, [0] * 4, [1, 1, -1, -1], [1, 1, -1, -1]]
 
 
-def test_tie_is_kept_across_the_chunks_of_a_large_ground_truth():
+def test_ties_are_broken_across_chunks_of_boxes():
     boxes = [[0, 0, 32, 32]] * 200
     assert (assign(boxes).matched == 0).all()
     smaller_last = boxes + [[0, 0, 31, 31]]
     assert (assign(smaller_last).matched == 200).all()
 
 
-def test_nearly_equal_areas_are_told_apart():
-    # In float32, 1e8 - 1000 == 1e8 - 1003: peers that rank by it confuse these two.
+def test_nearly_equal_areas_are_distinguished():
+    # In float32, 1e8 - 1000 == 1e8 - 1003: peers that rank by it cannot tell these apart.
     boxes = [[0, 0, 31.34375, 32], [0, 0, 31.25, 32]]
     assert (assign(boxes, levels=make_levels([(3, 3)], [8])).matched == 1).all()
 
 
-def test_center_sampling_keeps_points_near_the_centre_strictly():
+def test_center_sampling_excludes_points_at_the_radius():
     box = [[0, 0, 32, 32]]  # center (16, 16); points at distance 4 and 12
     assert (assign(box, center_radius=1.5).labels == 0).sum() == 4  # 12 is not < 12
     assert (assign(box, center_radius=1.51).labels == 0).sum() == 16
@@ -119,7 +119,7 @@ def test_images_see_only_their_own_boxes():
     assert targets.totals.tolist() == [2, 2]
 
 
-def test_no_boxes_at_all_gives_background():
+def test_no_boxes_give_background():
     targets = assign([], offsets=[0, 0])
     assert (targets.labels == K).all() and (targets.matched == -1).all()
     assert targets.counts.sum() == 0
@@ -140,7 +140,7 @@ def test_no_boxes_at_all_gives_background():
         [-1e30, -1e30, 1e30, 1e30],
     ],
 )
-def test_box_without_finite_area_serves_no_point(box):
+def test_box_without_finite_area_matches_no_point(box):
     targets = assign([box, [0, 0, 8, 8]], classes=[1, 2])
     assert (targets.labels != K).sum() == 1 and targets.labels[0, 0] == 2
     assert targets.ltrb.isfinite().all() and targets.centerness.isfinite().all()

@@ -1,4 +1,4 @@
-"""Both forms of batched_nms on hand-worked cases, against torchvision, and on bad input."""
+"""Both forms of batched_nms on hand-computed cases, against torchvision, and on bad input."""
 
 import math
 
@@ -9,7 +9,7 @@ from fcos_d2.ops import batched_nms, batched_nms_padded
 
 from . import inputs
 
-# A chain: each overlaps the next one by IoU 3/5 and the one after by 1/3.
+# A chain: each box has IoU 3/5 with the next one and 1/3 with the one after.
 CHAIN = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [2, 0, 6, 4], [3, 0, 7, 4]])
 FALLING = torch.tensor([0.9, 0.8, 0.7, 0.6])
 ONE_CLASS = torch.zeros(4, dtype=torch.int64)
@@ -34,7 +34,7 @@ def test_chain_of_boxes(threshold, expected):
     assert detections.counts.tolist() == [len(expected)]
 
 
-def test_result_is_by_descending_score_and_ties_keep_their_order():
+def test_result_is_sorted_by_descending_score_and_ties_keep_their_order():
     scores = torch.tensor([0.5, 0.9, 0.5, 0.9])
     far = torch.arange(4)[:, None] * 10.0 + torch.tensor([0.0, 0, 5, 5])
     assert keep(far, scores, ONE_CLASS, 0.5) == [1, 3, 0, 2]
@@ -48,7 +48,7 @@ def test_overlap_equal_to_the_threshold_survives():
 
 
 @pytest.mark.parametrize("method", ["hard", "linear"])
-def test_pixel_extent_counts_the_last_pixels_to_the_boxes(method):
+def test_pixel_extent_adds_the_last_pixels_to_the_boxes(method):
     boxes = torch.tensor([[0.0, 0, 3, 1], [0, 0, 1, 1]])  # 3 x 1 and 1 x 1, or 4 x 2 and 2 x 2
     found = [
         padded(boxes, FALLING[:2], ONE_CLASS[:2], 0.4, method=method, pixel_extent=extent)
@@ -115,7 +115,7 @@ def test_no_images_or_no_boxes(images, boxes):
 
 @pytest.mark.parametrize("count, classes", [(0, 1), (120, 1), (120, 3), (120, 80)])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 1.0])
-def test_both_forms_keep_what_torchvision_keeps(count, classes, threshold):
+def test_both_forms_keep_the_same_boxes_as_torchvision(count, classes, threshold):
     torchvision = pytest.importorskip("torchvision")
     boxes, scores = inputs.boxes(count, 64, 64), torch.rand(count)
     labels = torch.randint(classes, (count,))
@@ -127,7 +127,7 @@ def test_both_forms_keep_what_torchvision_keeps(count, classes, threshold):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64, torch.bfloat16])
-def test_groups_of_any_dtype_are_told_apart_by_value(dtype):
+def test_groups_of_any_dtype_are_compared_by_value(dtype):
     same = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
     groups = torch.tensor([0.0, -0.0, -3, 0]).to(dtype)
     assert keep(same, FALLING, groups, 0.5) == [0, 2]
@@ -143,20 +143,20 @@ def test_empty_boxes_of_any_shape_keep_nothing_as_in_torchvision(shape):
 
 def test_linear_soft_nms_lowers_scores_of_overlapping_boxes():
     detections = padded(CHAIN[:3], FALLING[:3], ONE_CLASS[:3], 0.5, method="linear")
-    # The second falls to 0.8 * (1 - 3/5); the third, at IoU 1/3 with the first, keeps 0.7 until it
-    # is selected, and then lowers the second once more.
+    # The second falls to 0.8 * (1 - 3/5); the third, with IoU 1/3 to the first, keeps 0.7 until it
+    # is selected, and then lowers the second again.
     assert detections.scores[0, :3].tolist() == pytest.approx([0.9, 0.7, 0.8 * 0.4 * 0.4], rel=1e-5)
 
 
 @pytest.mark.parametrize("min_score, kept", [(0.249, 2), (0.25, 1)])
-def test_soft_nms_drops_scores_that_fell_to_the_least_or_below(min_score, kept):
+def test_soft_nms_drops_scores_at_or_below_the_minimum(min_score, kept):
     boxes, scores = torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]]), torch.tensor([1.0, 0.5])
     options = {"method": "linear", "min_score": min_score}  # 0.5 falls to 0.25
     assert padded(boxes, scores, ONE_CLASS[:2], 0.4, **options).counts.tolist() == [kept]
 
 
 @pytest.mark.parametrize("sigma", [0.5, 0.1])
-def test_gaussian_soft_nms_lowers_all_scores_and_drops_the_least(sigma):
+def test_gaussian_soft_nms_lowers_all_scores_and_drops_low_ones(sigma):
     detections = padded(CHAIN[:2], FALLING[:2], ONE_CLASS[:2], method="gaussian", sigma=sigma)
     lowered = 0.8 * math.exp(-((3 / 5) ** 2) / sigma)
     assert detections.scores[0, :2].tolist() == pytest.approx([0.9, lowered], rel=1e-5)

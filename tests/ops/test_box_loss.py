@@ -1,4 +1,4 @@
-"""box_loss on hand-worked cases, against peers, its derivative, and bad input."""
+"""box_loss on hand-computed cases, against peers, its derivative, and bad input."""
 
 import math
 
@@ -14,7 +14,7 @@ LOSS_TYPES = ["iou", "linear_iou", "giou", "diou", "ciou"]
 
 
 def one_point(pred, target, quality=0.0, centerness=1.0, **options):
-    """(box loss, quality loss) of a single positive point."""
+    """Returns the box loss and the quality loss of a single positive point."""
     pred = torch.tensor(pred).view(1, 4, 1, 1)
     targets = Targets(
         labels=None,
@@ -27,9 +27,9 @@ def one_point(pred, target, quality=0.0, centerness=1.0, **options):
     return [loss.item() for loss in losses]
 
 
-# Prediction 2 x 2 around the point, truth 4 x 4 around it: intersection 4, union 16, IoU 1/4.
+# Prediction 2 x 2 and target 4 x 4 around the point: intersection 4, union 16, IoU 1/4.
 SMALL, LARGE = [1.0] * 4, [2.0] * 4
-# Prediction 2 x 2, truth the same box moved right by 1 of 2: intersection 2, union 6, cover 3 x 2.
+# Prediction 2 x 2, target the same box moved right by 1: intersection 2, union 6, hull 3 x 2.
 LEFT, RIGHT = [1.0, 1.0, 1.0, 1.0], [0.0 + 1e-9, 1.0, 2.0, 1.0]
 
 
@@ -52,7 +52,7 @@ def test_concentric_boxes(loss_type, expected):
     [
         ("iou", math.log(3)),
         ("linear_iou", 2 / 3),
-        ("giou", 2 / 3 + 0 / 6),  # union 6 fills the cover 3 x 2
+        ("giou", 2 / 3 + 0 / 6),  # the union of 6 fills the hull 3 x 2
         ("diou", 2 / 3 + 1 / 13),  # centers 1 apart, diagonal^2 = 9 + 4
         ("ciou", 2 / 3 + 1 / 13),  # equal aspect ratios
     ],
@@ -61,8 +61,8 @@ def test_shifted_boxes(loss_type, expected):
     assert one_point(LEFT, RIGHT, loss_type=loss_type)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_giou_counts_the_empty_part_of_the_cover():
-    # 4 x 2 and 2 x 4 around one point: intersection 4, union 12, cover 16.
+def test_giou_adds_the_uncovered_fraction_of_the_hull():
+    # 4 x 2 and 2 x 4 around one point: intersection 4, union 12, hull 16.
     loss, _ = one_point([2.0, 1.0, 2.0, 1.0], [1.0, 2.0, 1.0, 2.0], loss_type="giou")
     assert loss == pytest.approx(1 - 4 / 12 + 4 / 16, rel=1e-5)
 
@@ -82,7 +82,7 @@ def test_smoothing_is_added_to_intersection_and_union():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("error", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, -1, 1), (-1, 1, -1, 1), (-1, -1, -1, -1)])
-def test_losses_of_good_boxes_keep_their_digits(loss_type, error, signs):
+def test_losses_of_good_boxes_are_accurate(loss_type, error, signs):
     truth = torch.tensor([3.0, 5.0, 4.0, 2.0])
     pred = truth * (1 + error * torch.tensor([0.3, 0.7, 0.9, 0.4]) * torch.tensor(signs))
     expected, _, _ = iou_loss(pred.double(), truth.double(), loss_type)
@@ -100,7 +100,7 @@ def test_disjoint_boxes_have_a_finite_loss():
         assert math.isfinite(one_point([0.0] * 4, LARGE, loss_type=loss_type)[0])
 
 
-def test_iou_loss_of_a_prediction_far_too_large_is_flat_only_without_smoothing():
+def test_iou_loss_of_a_huge_prediction_is_only_flat_without_smoothing():
     pred = torch.full((1, 4, 1, 1), 1e4, requires_grad=True)
     ltrb, weight = torch.ones(1, 1, 4), torch.ones(1, 1)
     targets = Targets(None, torch.zeros(1, 1, dtype=torch.int32), ltrb, weight, None)
@@ -113,7 +113,7 @@ def test_iou_loss_of_a_prediction_far_too_large_is_flat_only_without_smoothing()
     assert found[1] == pytest.approx((-math.log(1e-6), 0))
 
 
-def test_iou_loss_of_a_box_inside_out_is_finite():
+def test_iou_loss_of_an_inverted_box_is_finite():
     assert one_point([-3.0, 5.0, -3.0, 5.0], LARGE, loss_type="iou", smoothing=1.0)[0] == (
         pytest.approx(-math.log(1e-6))
     )
@@ -126,7 +126,7 @@ def test_nan_is_never_hidden(loss_type, smoothing):
     assert math.isnan(loss)
 
 
-def test_box_loss_is_weighted_by_centerness_unless_told():
+def test_box_loss_is_weighted_by_centerness_by_default():
     weighted, _ = one_point(SMALL, LARGE, centerness=0.5)
     plain, _ = one_point(SMALL, LARGE, centerness=0.5, weight_by_centerness=False)
     assert weighted == pytest.approx(0.375, rel=1e-5) and plain == pytest.approx(0.75, rel=1e-5)
@@ -152,7 +152,7 @@ def test_quality_target_is_centerness_or_iou():
         ("ciou", "complete_box_iou_loss"),
     ],
 )
-def test_equals_peers_on_boxes(loss_type, peer):
+def test_losses_match_torchvision(loss_type, peer):
     pred = torch.rand(200, 4, dtype=torch.float64) * 5
     target = torch.rand(200, 4, dtype=torch.float64) * 5 + 0.1
     sign = torch.tensor([-1, -1, 1, 1])
@@ -180,7 +180,7 @@ def test_gradient_is_the_derivative_of_the_value(loss_type, smoothing):
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_iou_quality_sends_no_gradient_into_the_boxes():
+def test_iou_quality_has_no_gradient_with_respect_to_boxes():
     levels = inputs.pyramid(64, 96, 2)
     targets = inputs.targets(levels, [3, 2], 4, height=64, width=96)
     _, ltrb, quality = inputs.predictions(levels, 2, 4)
@@ -189,7 +189,7 @@ def test_iou_quality_sends_no_gradient_into_the_boxes():
     assert all((g == 0).all() for g in torch.autograd.grad(quality_loss, ltrb))
 
 
-def test_broken_predictions_of_background_points_do_not_leak():
+def test_nan_predictions_of_background_points_do_not_leak():
     levels = inputs.pyramid(64, 64, 1)
     targets = inputs.targets(levels, [2], 4, height=64, width=64)
     _, ltrb, quality = inputs.predictions(levels, 1, 4)

@@ -1,4 +1,4 @@
-"""Ops return the same bits in every run, with any number of threads, under any load."""
+"""Ops return bitwise the same results in every run, with any number of threads, under load."""
 
 import threading
 import warnings
@@ -21,7 +21,7 @@ from tests.concurrency import run_concurrently
 
 from . import drive_kernels, inputs, subprocesses
 
-LEVELS = inputs.pyramid(256, 320)  # 1,705 points: enough pieces of work for three threads
+LEVELS = inputs.pyramid(256, 320)  # 1,705 points: enough work for three threads
 IMAGES, CLASSES, RUNS, THREADS, ROUNDS = 3, 20, 100, 4, 4
 COMPILED = pytest.param(
     "compiled",
@@ -37,14 +37,14 @@ def restored_number_of_threads():
 
 
 def bits(results) -> list[tuple[torch.dtype, torch.Size, bytes]]:
-    """All tensors in ``results`` as bytes."""
+    """Returns all tensors in ``results`` as bytes."""
     if not isinstance(results, torch.Tensor):
         return [x for part in results for x in bits(part)]
     raw = results.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return [(results.dtype, results.shape, raw)]
 
 
-# ---- An op on random inputs that stay the same: functions that return a call ----
+# ---- functions that return a call of an op on fixed random inputs ----
 
 
 def assignment():
@@ -128,7 +128,7 @@ VARIANTS = [
 # The reference is as deterministic as torch.
 @pytest.mark.parametrize("implementation", [COMPILED], indirect=True)
 @pytest.mark.parametrize("make", VARIANTS)
-def test_every_run_gives_the_same_bits_on_any_number_of_threads(make):
+def test_results_are_bitwise_equal_on_any_number_of_threads(make):
     run = make()
     torch.set_num_threads(1)
     first = bits(run())
@@ -142,7 +142,7 @@ def test_every_run_gives_the_same_bits_on_any_number_of_threads(make):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shared", [False, True], ids=["own inputs", "shared inputs"])
 @pytest.mark.parametrize("ops", [*([op] * THREADS for op in OPS), OPS], ids=[*OPS, "all"])
-def test_concurrent_calls_give_the_bits_they_give_alone(ops, shared, threads):
+def test_concurrent_calls_do_not_affect_each_other(ops, shared, threads):
     torch.set_num_threads(threads)  # of the pool that all callers share
     calls = {op: op() for op in ops}
     runs = [calls[op] if shared else op() for op in ops]
@@ -170,16 +170,16 @@ class OvertakenLock:
 
 
 @ONCE
-def test_thread_that_another_overtakes_does_not_warn_again(monkeypatch):
+def test_only_one_of_two_racing_threads_warns(monkeypatch):
     said = []
-    announce = partial(_library._announce_reference, "box_loss", "cpu")
-    lock = OvertakenLock(announce)
+    report = partial(_library._report_reference, "box_loss", "cpu")
+    lock = OvertakenLock(report)
     monkeypatch.setattr(_library, "_loaded", set())
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(_library, "_warning_lock", lock)
     monkeypatch.setattr(warnings, "warn", lambda *message, **_: said.append(message))
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
-    announce()
+    report()
     assert len(said) == 1 and not lock.others
 
 
@@ -213,7 +213,7 @@ print(len(found), len(set(found)))
 
 @ONCE
 @pytest.mark.parametrize("library", [None, subprocesses.BUILT], ids=["reference", "compiled"])
-def test_threads_can_import_and_use_the_ops_for_the_first_time(library, tmp_path):
+def test_threads_can_import_and_first_use_the_ops_concurrently(library, tmp_path):
     if library is not None and not library.exists():
         pytest.skip("nothing is compiled")
     folder = subprocesses.make_package(tmp_path, library)

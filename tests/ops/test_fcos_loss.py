@@ -1,4 +1,4 @@
-"""fcos_loss beside the two ops that it joins: losses, gradients, normalizers."""
+"""fcos_loss against the two ops that it fuses: losses, gradients, normalizers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WEIGHT, FLOOR = 0.7, 1e-6
 
 
 def batch(dtype=torch.float32, box_dtype=None, channels_last=False):
-    """(logits, ltrb, quality), targets, normalizers."""
+    """Returns (logits, ltrb, quality), targets and normalizers."""
     options = {"channels_last": channels_last}
     logits, _, _ = inputs.predictions(LEVELS, 2, CLASSES, dtype, **options)
     _, ltrb, quality = inputs.predictions(LEVELS, 2, CLASSES, box_dtype or dtype, **options)
@@ -54,7 +54,7 @@ def gradients(losses, maps, upstream=(1.0, 1.0, 1.0), **options):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_losses_and_gradients_are_those_of_the_ops_apart(
+def test_losses_and_gradients_match_the_separate_ops(
     dtypes, channels_last, upstream, save_gradient
 ):
     maps, *rest = batch(*dtypes, channels_last)
@@ -68,13 +68,13 @@ def test_losses_and_gradients_are_those_of_the_ops_apart(
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 1.5])
-def test_exponent_reaches_the_classification_loss(gamma):
+def test_gamma_reaches_the_classification_loss(gamma):
     maps, *rest = batch()
     found, expected = joined(maps, *rest, gamma=gamma), apart(maps, *rest, gamma=gamma)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-def test_normalizer_counts_for_its_least_value():
+def test_normalizer_is_clamped_to_its_lower_bound():
     maps, targets, _ = batch()
     small = [(torch.tensor(value), 4.0) for value in (0.0, -1.0, 3.0)]
     equal = [(torch.tensor(4.0), 0.0)] * 3
@@ -82,23 +82,25 @@ def test_normalizer_counts_for_its_least_value():
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_normalizer_that_is_nan_is_not_hidden():
+def test_nan_normalizer_is_not_hidden():
     maps, targets, _ = batch()
     losses = joined(maps, targets, [(torch.tensor(float("nan")), 1.0)] * 3)
     assert all(loss.isnan() for loss in losses)
 
 
-def test_saved_gradient_is_right_in_every_backward_pass_of_a_retained_graph():
+def test_saved_gradient_is_correct_in_every_backward_pass_of_a_retained_graph():
     maps, *rest = batch()
     losses, wanted = joined(maps, *rest), gradients(apart(maps, *rest), maps)
     leaves = [x for level in maps for x in level]
     for times in (1, 2):
-        sum(losses).backward(retain_graph=True)  # adds to what the pass before has given away
+        sum(losses).backward(
+            retain_graph=True
+        )  # adds to the gradient that the previous pass returned
         for leaf, want in zip(leaves, wanted, strict=True):
             torch.testing.assert_close(leaf.grad, times * want, rtol=1e-5, atol=1e-7)
 
 
-def test_one_loss_alone_can_be_differentiated():
+def test_single_loss_can_be_differentiated():
     maps, *rest = batch()
     _, box, _ = joined(maps, *rest)
     grads = gradients((0.0, box, 0.0), maps)
@@ -113,7 +115,7 @@ def test_second_derivative_is_an_error():
         grad.sum().backward()
 
 
-def test_torch_compile_takes_it_whole():
+def test_torch_compile_supports_fullgraph():
     maps, *rest = batch()
     compiled = torch.compile(joined, fullgraph=True, backend="aot_eager")(maps, *rest)
     torch.testing.assert_close(compiled, apart(maps, *rest), rtol=1e-5, atol=0)

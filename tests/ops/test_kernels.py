@@ -1,7 +1,7 @@
 """Sizes at which CUDA kernels take another path: chunks, tiles, full lists, steps of 64 boxes.
 
 They run as PTX, and on a GPU if there is one. Assignments, candidates and kept boxes must equal
-those of the CPU kernels bit for bit, and losses those in float64.
+those of the CPU kernels bitwise, and losses must be close to those in float64.
 """
 
 import itertools
@@ -33,8 +33,8 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def assert_has_the_bits_of_the_cpu(call):
-    """Returns what ``call`` returns."""
+def assert_equals_cpu(call):
+    """Compares ``call`` with the CPU kernels bitwise; returns its result."""
     with use(overloads_of("fcos_d2")):
         expected = call()
     found = call()
@@ -53,13 +53,13 @@ def test_assignment_of_any_number_of_boxes_and_points(counts, shapes):
     levels = make_levels(shapes, [8] * len(shapes))
     truth = inputs.ground_truth(counts, 5, 96, 128, integer=True)
     ranges = [(-1, 40), (40, math.inf), (0, math.inf), *[(10, 30)] * 5][: len(shapes)]
-    assert_has_the_bits_of_the_cpu(lambda: assign_targets(*truth, levels, ranges, num_classes=5))
+    assert_equals_cpu(lambda: assign_targets(*truth, levels, ranges, num_classes=5))
 
 
 def test_assignment_of_a_crowd_of_equal_boxes_goes_to_the_lowest_index():
     truth = torch.tensor([[0.0, 0.0, 40.0, 40.0]]).repeat(700, 1), torch.arange(700) % 5
     levels, offsets = make_levels([(6, 37)], [8]), torch.tensor([0, 300, 700])
-    targets = assert_has_the_bits_of_the_cpu(
+    targets = assert_equals_cpu(
         lambda: assign_targets(*truth, offsets, levels, [(-1, 99)], num_classes=5)
     )
     assert set(targets.matched.flatten().tolist()) == {-1, 0, 300}
@@ -69,7 +69,7 @@ def test_assignment_of_a_crowd_of_equal_boxes_goes_to_the_lowest_index():
 
 
 def assert_equals_float64(loss_of, maps):
-    """The loss, and its gradient in ``maps``."""
+    """Compares the loss, and its gradient with respect to ``maps``."""
     maps = [x.detach().requires_grad_() for x in maps]
     wide = [x.detach().double().requires_grad_() for x in maps]
     loss = loss_of(maps)
@@ -139,16 +139,16 @@ def candidates_of(
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("topk", [1, 60, 3000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05])
-def test_candidates_that_fill_their_lists_or_do_not(kind, topk, threshold):
-    """Five tiles of each image, of which the first ones overflow the list or do not."""
+def test_candidates_with_and_without_list_overflow(kind, topk, threshold):
+    """Each image has five tiles, and the first ones may overflow the list."""
     call = candidates_of(kind, [(30, 60), (2, 3)], 20, topk=topk, score_threshold=threshold)
-    assert_has_the_bits_of_the_cpu(call)
+    assert_equals_cpu(call)
 
 
-def test_candidates_of_full_lists_in_more_tiles_than_blocks_look_for_them():
-    """313 tiles of 512 points each; 264 blocks read them again."""
+def test_candidates_of_full_lists_in_more_tiles_than_blocks():
+    """313 tiles of 512 points each, which 264 blocks read again."""
     call = candidates_of("normal", [(400, 400)], 1, images=1, topk=60, score_threshold=0.0)
-    assert_has_the_bits_of_the_cpu(call)
+    assert_equals_cpu(call)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 80, 129, 300])
@@ -157,24 +157,24 @@ def test_candidates_of_full_lists_in_more_tiles_than_blocks_look_for_them():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_candidates_of_maps_of_any_size(num_classes, shape, layout, dtype):
     call = candidates_of("rare", [shape], num_classes, dtype=dtype, layout=layout, topk=50)
-    assert_has_the_bits_of_the_cpu(call)
+    assert_equals_cpu(call)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("num_classes, points", [(16, 512), (16, 520), (128, 64), (128, 72)])
 def test_candidates_in_the_corners_of_tiles(num_classes, points, layout):
-    """Tiles with as many points, or classes, as there can be, and what is left over."""
+    """Tiles with the maximum number of points or classes, and partial ones."""
     logits = torch.full((1, num_classes, 1, points), -30.0)
     for n, (point, channel) in enumerate(itertools.product((0, -1), repeat=2)):
         logits[0, channel, 0, point] = n + 1.0
     maps = [LAYOUTS[layout](logits)], [torch.ones(1, 4, 1, points)], [torch.ones(1, 1, 1, points)]
     levels, sizes = make_levels([(1, points)], [8]), torch.tensor([[8, 8]])
-    found = assert_has_the_bits_of_the_cpu(lambda: select_candidates(*maps, levels, sizes, topk=10))
+    found = assert_equals_cpu(lambda: select_candidates(*maps, levels, sizes, topk=10))
     assert found.classes[0].tolist() == [num_classes - 1, 0, num_classes - 1, 0] + [-1] * 6
 
 
 @pytest.mark.parametrize("equal", [50, 7675, 7680, 7685, 23000])
-def test_equal_candidates_end_where_a_tile_ends(equal):
+def test_equal_candidates_around_the_end_of_a_tile(equal):
     """Tiles of 7,680 equal logits, and 100 better ones at the end of the last tile."""
     shape = 30, 41
     logits = torch.full((1, 20, *shape), 0.3)
@@ -182,7 +182,7 @@ def test_equal_candidates_end_where_a_tile_ends(equal):
     maps = [logits], [torch.rand(1, 4, *shape)], [torch.full((1, 1, *shape), 0.3)]
     levels, sizes = make_levels([shape], [8]), torch.tensor([[8, 8]])
     call = lambda: select_candidates(*maps, levels, sizes, topk=100 + equal)  # noqa: E731
-    assert_has_the_bits_of_the_cpu(call)
+    assert_equals_cpu(call)
 
 
 # ---- batched_nms: 64 boxes at a time, the best few hundred first ----
@@ -198,7 +198,7 @@ def apart(count):
 
 
 def crowds(count):
-    """Forty crowds of small boxes."""
+    """Returns forty crowds of small boxes."""
     return overlapping(count) * 0.2 + torch.randint(40, (count, 1)) * torch.tensor([20.0, 0, 20, 0])
 
 
@@ -212,25 +212,21 @@ def scores_of(kind, *shape):
 def test_suppression_of_any_number_of_boxes(count, num_classes, method):
     boxes = torch.stack((overlapping(count), crowds(count)))
     classes, scores = torch.randint(-1, num_classes, (2, count)), torch.rand(2, count)
-    assert_has_the_bits_of_the_cpu(
-        lambda: batched_nms_padded(boxes, scores, classes, 0.5, 30, method=method)
-    )
+    assert_equals_cpu(lambda: batched_nms_padded(boxes, scores, classes, 0.5, 30, method=method))
     flat = [x.flatten(0, 1) for x in (boxes, scores, classes)]
-    assert_has_the_bits_of_the_cpu(lambda: batched_nms(*flat, 0.5))
+    assert_equals_cpu(lambda: batched_nms(*flat, 0.5))
 
 
 @pytest.mark.parametrize("detections", [1, 63, 64, 65, 2000])
 @pytest.mark.parametrize("kind", ["different", "all equal"])
-def test_suppression_of_more_boxes_than_are_sorted_at_a_time(detections, kind):
+def test_suppression_of_more_boxes_than_are_sorted_at_once(detections, kind):
     boxes, classes = apart(1800)[None], torch.randint(-1, 3, (1, 1800))
     scores = scores_of(kind, 1, 1800)
-    assert_has_the_bits_of_the_cpu(
-        lambda: batched_nms_padded(boxes, scores, classes, 0.5, detections)
-    )
+    assert_equals_cpu(lambda: batched_nms_padded(boxes, scores, classes, 0.5, detections))
 
 
-def test_search_goes_on_until_the_slots_are_full():
-    """The best 1,200 boxes suppress each other; what fills the slots comes after them."""
+def test_suppression_continues_until_the_slots_are_full():
+    """The best 1,200 boxes suppress each other; the boxes that fill the slots follow them."""
     boxes = apart(1500)[None]
     boxes[0, :1200] = boxes[0, 0]
     scores, classes = torch.linspace(1, 0, 1500)[None], torch.zeros(1, 1500).long()
@@ -239,8 +235,8 @@ def test_search_goes_on_until_the_slots_are_full():
 
 
 @pytest.mark.parametrize("distance", [1, 512, 1024, 2**32])
-def test_kept_boxes_suppress_none_of_other_classes(distance):
-    """Classes that are told apart only at the second look, with the same boxes, in turns of 64."""
+def test_kept_boxes_do_not_suppress_other_classes(distance):
+    """Equal boxes in runs of 64 per class, including classes with equal hashes."""
     boxes = overlapping(1).expand(1, 320, 4)
     classes = (torch.arange(320) // 64 * distance)[None]
     scores = torch.linspace(1, 0.5, 320)[None]
@@ -258,25 +254,23 @@ def test_many_kept_boxes(num_classes, class_agnostic, detections):
     boxes, scores = crowds(1000)[None], torch.rand(1, 1000)
     classes = torch.randint(num_classes, (1, 1000))
     options = {"class_agnostic": class_agnostic, "max_detections": detections}
-    assert_has_the_bits_of_the_cpu(
-        lambda: batched_nms_padded(boxes, scores, classes, 0.3, **options)
-    )
+    assert_equals_cpu(lambda: batched_nms_padded(boxes, scores, classes, 0.3, **options))
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        [64, 64, 64],  # begin and end with the 64 boxes that a block takes
+        [64, 64, 64],  # begin and end with the 64 boxes of a block
         [63, 65, 64, 1],
-        [1, 200, 1, 150],  # go on for blocks
-        [100, 20, 20, 20, 100],  # begin and end inside of one block
-        [32, 64, 32, 128],  # begin with the second word of a block
+        [1, 200, 1, 150],  # span several blocks
+        [100, 20, 20, 20, 100],  # begin and end inside one block
+        [32, 64, 32, 128],  # begin at the second word of a block
         [31, 66, 33, 62, 200],
         [700],
         [1] * 300,
     ],
 )
-def test_flat_form_knows_where_groups_begin_and_end(sizes):
+def test_flat_form_finds_the_bounds_of_groups(sizes):
     groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     boxes, scores = overlapping(len(groups)), torch.rand(len(groups))
-    assert_has_the_bits_of_the_cpu(lambda: batched_nms(boxes, scores, groups, 0.3))
+    assert_equals_cpu(lambda: batched_nms(boxes, scores, groups, 0.3))

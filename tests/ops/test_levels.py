@@ -18,12 +18,12 @@ def test_offset_zero_puts_the_first_point_into_the_corner():
     assert point_coordinates(make_levels([(1, 2)], [8], offset=0.0)).tolist() == [[0, 0], [8, 0]]
 
 
-def test_floor_pitch_follows_the_image_where_rounding_made_the_map_larger():
+def test_floor_pitch_follows_the_image_if_rounding_made_the_map_larger():
     # 800 x 1344 through stride-2 convolutions: P6 is 13 x 21 and P7 is 7 x 11 (torchvision).
     levels = make_levels([(13, 21), (7, 11)], [64, 128], offset=0.0, image_shape=(800, 1344))
     assert levels.pitches == ((61, 64), (114, 122))
     assert point_coordinates(levels)[22].tolist() == [64, 61]
-    centered = levels._replace(offset=0.5)  # a fraction of the stride all the same
+    centered = levels._replace(offset=0.5)  # still a fraction of the stride
     assert point_coordinates(centered)[22].tolist() == [64 + 32, 61 + 32]
 
 
@@ -34,7 +34,7 @@ def test_empty_level_has_no_points():
 @pytest.mark.parametrize(
     "shapes, strides", [([(1, 1)], [8, 16]), ([(1, 1)], [0]), ([(-1, 1)], [8])]
 )
-def test_bad_geometry_is_refused(shapes, strides):
+def test_bad_geometry_is_rejected(shapes, strides):
     with pytest.raises(ValueError, match="make_levels: expected"):
         make_levels(shapes, strides)
 

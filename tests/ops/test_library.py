@@ -1,4 +1,4 @@
-"""What all ops share: opcheck, torch.compile with fullgraph, dispatch, and doctests."""
+"""Common to all ops: opcheck, torch.compile with fullgraph, dispatch, and doctests."""
 
 import doctest
 import functools
@@ -25,7 +25,7 @@ ALL_OPS = list(ops.backend())
 
 
 class Recorder(TorchDispatchMode):
-    """Records the arguments of the last call of each op of this package, by name."""
+    """Records the arguments of the last call to each op of this package, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
 
 def op_arguments(name: str, requires_grad: bool = False) -> tuple:
-    """Arguments of the op as passed in training or inference; maps come in lists."""
+    """Returns the op's arguments as passed in training or inference; maps come in lists."""
 
     def copy(value):
         if isinstance(value, list):
@@ -58,7 +58,7 @@ def recorded_calls() -> dict[str, tuple]:
     return recorder.calls
 
 
-def test_kernels_that_run_under_compute_sanitizer_are_all_there_are():
+def test_all_kernels_run_under_compute_sanitizer():
     assert set(recorded_calls()) == set(ALL_OPS)
 
 
@@ -101,7 +101,7 @@ def test_detection_compiles_into_one_graph():
     torch.testing.assert_close(compiled(*maps, sizes), detect(*maps, sizes))
 
 
-def test_detections_and_targets_take_no_part_in_gradients():
+def test_detections_and_targets_require_no_gradients():
     maps = [[x.requires_grad_() for x in m] for m in inputs.predictions(LEVELS, 2, 4)]
     candidates = ops.select_candidates(*maps, LEVELS, torch.tensor([[64, 96]] * 2), topk=20)
     assert not any(x.requires_grad for x in candidates)
@@ -115,7 +115,7 @@ def test_detections_and_targets_take_no_part_in_gradients():
     assert not any(x.requires_grad for x in targets)
 
 
-def test_autocast_takes_half_precision_as_it_is():
+def test_autocast_accepts_half_precision():
     maps = inputs.predictions(LEVELS, 2, 4, torch.bfloat16)
     packed = inputs.ground_truth([3, 1], 4, 64, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -139,7 +139,7 @@ print(f"{loss.item():.4f}")
 
 
 @ONCE
-def test_nothing_built_is_one_warning_that_says_how_to_build(tmp_path):
+def test_missing_library_gives_one_warning_with_the_build_command(tmp_path):
     folder = subprocesses.make_package(tmp_path, None)
     done = subprocesses.run_python(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="0")
     assert done.stdout == "0.9531\n", done.stderr
@@ -162,7 +162,7 @@ def test_strict_turns_the_warning_into_an_error(tmp_path):
 
 @ONCE
 @pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
-def test_nothing_is_said_where_everything_is_in_order(tmp_path):
+def test_built_library_gives_no_warning(tmp_path):
     folder = subprocesses.make_package(tmp_path, subprocesses.BUILT)
     done = subprocesses.run_python(
         folder, "-W", "error::UserWarning", "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1"
@@ -171,19 +171,19 @@ def test_nothing_is_said_where_everything_is_in_order(tmp_path):
 
 
 def announce(monkeypatch, device_type, loaded=(), cuda="13.0") -> list[str]:
-    """The warning when the reference of an op runs on ``device_type``."""
+    """Returns the warnings when the reference of an op runs on ``device_type``."""
     monkeypatch.setattr(_library, "_loaded", set(loaded))
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        _library._announce_reference("box_loss", device_type)
+        _library._report_reference("box_loss", device_type)
     return [str(warning.message) for warning in said]
 
 
 @ONCE
-def test_library_without_cuda_says_so_on_a_gpu(monkeypatch):
+def test_missing_cuda_library_gives_a_warning_on_a_gpu(monkeypatch):
     (said,) = announce(monkeypatch, "cuda", loaded=["_C"])
     assert "box_loss runs on cuda" in said and "_C_cuda.so is not built" in said
     assert "FCOS_D2_CUDA=1 pip install -e ." in said
@@ -194,7 +194,7 @@ def test_library_without_cuda_says_so_on_a_gpu(monkeypatch):
     "device_type, loaded, cuda",
     [("cpu", ["_C"], None), ("cuda", ["_C_cuda"], "13.0"), ("cuda", [], None), ("mps", [], None)],
 )
-def test_silence_where_there_is_nothing_to_build(monkeypatch, device_type, loaded, cuda):
+def test_no_warning_without_anything_to_build(monkeypatch, device_type, loaded, cuda):
     assert announce(monkeypatch, device_type, loaded, cuda) == []
 
 
@@ -206,7 +206,7 @@ def error_of_loading(monkeypatch, library) -> str:
 
 
 @ONCE
-def test_file_that_is_no_library_is_an_error_with_the_command_to_rebuild(tmp_path, monkeypatch):
+def test_invalid_library_is_an_error_with_the_command_to_rebuild(tmp_path, monkeypatch):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
     error = error_of_loading(monkeypatch, broken)
@@ -216,7 +216,7 @@ def test_file_that_is_no_library_is_an_error_with_the_command_to_rebuild(tmp_pat
 
 @ONCE
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_library_built_for_another_torch_is_an_error_that_names_the_cause(tmp_path, monkeypatch):
+def test_library_for_another_torch_is_an_error_that_names_the_cause(tmp_path, monkeypatch):
     source, library = tmp_path / "other.cpp", tmp_path / "_C.so"
     source.write_text(
         'extern "C" int aoti_torch_of_the_future(); int x = aoti_torch_of_the_future();'
@@ -231,7 +231,7 @@ def test_library_built_for_another_torch_is_an_error_that_names_the_cause(tmp_pa
     "module",
     ["assign_targets", "sigmoid_focal_loss", "box_loss", "select_candidates", "batched_nms"],
 )
-def test_examples_in_docstrings_are_true(module):
+def test_docstring_examples_pass(module):
     module = importlib.import_module(f"fcos_d2.ops.{module}")
     names = {**vars(ops), "torch": torch, "math": math}
     result = doctest.testmod(module, extraglobs=names)

@@ -1,4 +1,4 @@
-"""Peak memory of the ops on the CPU, counted at malloc (memory.c)."""
+"""Peak memory of the ops on the CPU, counted in malloc (memory.c)."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
 ]
 
-# Prints, by name, each workload's additional peak memory as a share of the maps.
+# Prints, by name, each workload's additional peak memory as a fraction of the maps.
 MEASURE = """
 import ctypes, json, sys, torch
 from fcos_d2.ops import *
@@ -85,15 +85,15 @@ def shares(tmp_path_factory) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-# No candidates, thousands of them, and every logit one.
+# No candidates, thousands of them, and every logit a candidate.
 @pytest.mark.parametrize("prior", [-20, -5, 25])
 @pytest.mark.parametrize("images", [1, 2])
-def test_postprocessing_takes_a_twentieth_of_the_head_outputs(shares, images, prior):
-    # Its fixed-size results are nearly 2 percent.
+def test_postprocessing_takes_at_most_a_twentieth_of_the_head_outputs(shares, images, prior):
+    # The fixed-size results alone take nearly 2 percent.
     assert 0.018 < shares[f"{images} images, prior {prior}, top 1000"] <= 0.05
 
 
-def test_memory_of_postprocessing_follows_the_candidates_asked_for(shares):
+def test_memory_of_postprocessing_depends_on_topk(shares):
     assert shares["1 images, prior -20, top 1"] < 0.01
 
 

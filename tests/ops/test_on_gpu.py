@@ -1,4 +1,4 @@
-"""Ops on a GPU: the results of the CPU, no waiting, few launches, CUDA graphs, streams."""
+"""Ops on a GPU: same results as on the CPU, no synchronization, launches, CUDA graphs, streams."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def to_gpu(value):
-    """Tensors, in lists and tuples of any depth, on the GPU."""
+    """Copies tensors, in lists and tuples of any depth, to the GPU."""
     return value.cuda() if isinstance(value, torch.Tensor) else [to_gpu(part) for part in value]
 
 
@@ -56,7 +56,7 @@ def assert_close(found, expected, tolerance=0.0):
 
 
 def training_batch(dtype=torch.float32, seed=0):
-    """(maps, packed ground truth) of three images, one without objects."""
+    """Returns maps and packed ground truth of three images, one without objects."""
     torch.manual_seed(seed)
     counts = (20, 0, 3)
     maps = inputs.predictions(LEVELS, len(counts), CLASSES, dtype)
@@ -64,7 +64,7 @@ def training_batch(dtype=torch.float32, seed=0):
 
 
 def losses_and_gradients(maps, truth):
-    """What a training step computes outside of convolutions, without waiting for anything."""
+    """Computes a training step without its convolutions, without host synchronization."""
     maps = [[x.detach().requires_grad_() for x in level] for level in maps]
     ranges = inputs.ranges(len(LEVELS.strides))
     targets = assign_targets(*truth, LEVELS, ranges, num_classes=CLASSES)
@@ -75,7 +75,7 @@ def losses_and_gradients(maps, truth):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_losses_and_gradients_are_those_of_the_cpu(dtype):
+def test_losses_and_gradients_match_the_cpu(dtype):
     batch = training_batch(dtype)
     tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6)
     assert_close(losses_and_gradients(*to_gpu(batch)), losses_and_gradients(*batch), tolerance)
@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(dtype):
 
 
 def head_outputs(levels=LEVELS, images=2, dtype=torch.bfloat16, prior=-3.0, channels_last=False):
-    """(logits, ltrb, quality, image sizes)."""
+    """Returns (logits, ltrb, quality, image sizes)."""
     options = {"prior": prior, "channels_last": channels_last}
     maps = inputs.predictions(levels, images, CLASSES, dtype, **options)
     return *maps, torch.tensor([[250, 300]] * images)
@@ -103,7 +103,7 @@ def detect(*head, levels=LEVELS):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("prior", [-9.0, -3.0, 5.0, 25.0])
 @pytest.mark.parametrize("topk", [1, 100, 1000, 5000])
-def test_candidates_have_the_bits_of_the_cpu(dtype, channels_last, prior, topk):
+def test_candidates_match_the_cpu_bitwise(dtype, channels_last, prior, topk):
     head = head_outputs(dtype=dtype, prior=prior, channels_last=channels_last)
     assert_close(select(to_gpu(head), topk=topk), select(head, topk=topk))
 
@@ -126,7 +126,7 @@ def random_boxes(images, count, num_classes):
 @pytest.mark.parametrize("method", ["hard", "linear", "gaussian"])
 @pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize("detections", [1, 100, 3000])
-def test_detections_have_the_bits_of_the_cpu(method, class_agnostic, detections):
+def test_detections_match_the_cpu_bitwise(method, class_agnostic, detections):
     batch = random_boxes(3, 2500, 20)
     options = {"method": method, "class_agnostic": class_agnostic}
     found = batched_nms_padded(*to_gpu(batch), 0.6, detections, **options)
@@ -135,7 +135,7 @@ def test_detections_have_the_bits_of_the_cpu(method, class_agnostic, detections)
 
 @pytest.mark.parametrize("count, groups", [(0, 1), (1, 1), (1000, 80), (20_000, 80), (200_000, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_indices_are_those_of_the_cpu(count, groups, dtype):
+def test_kept_indices_match_the_cpu(count, groups, dtype):
     boxes, scores, classes = (x[0] for x in random_boxes(1, count, groups))
     arguments = boxes.to(dtype), scores.to(dtype), classes.clamp(min=0)
     assert_close(batched_nms(*to_gpu(arguments), 0.5), batched_nms(*arguments, 0.5))
@@ -154,7 +154,7 @@ def infer(prior: float) -> Callable:
 
 @contextmanager
 def forbidden_to_wait() -> Iterator[None]:
-    """Makes it an error that the CPU waits for the GPU."""
+    """Makes host synchronization an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -170,7 +170,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
-def test_every_run_gives_the_same_bits_and_none_waits(make):
+def test_every_run_is_bitwise_equal_and_does_not_synchronize(make):
     call = make()
     expected = call()  # loads the kernels
     for _ in range(100):
@@ -179,14 +179,14 @@ def test_every_run_gives_the_same_bits_and_none_waits(make):
         assert_close(found, expected)
 
 
-def test_soft_nms_does_not_wait():
+def test_soft_nms_does_not_synchronize():
     batch = to_gpu(random_boxes(3, 100, 20))
     batched_nms_padded(*batch, method="gaussian")  # loads the kernels
     with forbidden_to_wait():
         batched_nms_padded(*batch, method="gaussian")
 
 
-def test_flat_form_waits_once():
+def test_flat_form_synchronizes_once():
     boxes, scores, classes = (x[0].cuda() for x in random_boxes(1, 500, 80))
     batched_nms(boxes, scores, classes, 0.5)
     torch.cuda.set_sync_debug_mode("warn")
@@ -198,9 +198,9 @@ def test_flat_form_waits_once():
     assert len([w for w in warnings if "synchroniz" in str(w.message)]) == 1
 
 
-# Few candidates, all, none that were there before.
+# The priors give few candidates, some, all, and many.
 @pytest.mark.parametrize("make, keys", [(train, (0, 1, 2, 3)), (infer, (-9.0, -3.0, 25.0, 0.0))])
-def test_cuda_graph_follows_its_inputs(make, keys):
+def test_cuda_graph_replays_with_new_inputs(make, keys):
     calls = [make(key) for key in keys]
     graph, found = captured(calls[0])
     for call in calls[1:]:
@@ -221,7 +221,7 @@ for make in gpu.CALLS.values():
 """
 
 
-def test_graphs_are_captured_in_a_fresh_process():
+def test_graphs_can_be_captured_in_a_fresh_process():
     done = subprocesses.run_python(subprocesses.ROOT, "-W", "ignore", "-c", CAPTURE)
     assert done.returncode == 0, done.stderr
 
@@ -241,7 +241,7 @@ while not closed.is_set():
 
 @contextmanager
 def busy_gpu() -> Iterator[None]:
-    """Lets another process keep the GPU busy."""
+    """Keeps the GPU busy from another process."""
     command = [sys.executable, "-W", "ignore", "-c", BUSY]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -253,7 +253,7 @@ def busy_gpu() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
-def test_another_process_on_the_gpu_changes_no_bit(make):
+def test_another_process_on_the_gpu_does_not_change_results(make):
     call = make()
     expected = call()
     with busy_gpu():
@@ -302,11 +302,11 @@ def test_peak_memory_is_a_twentieth_of_the_head_outputs(prior):
     assert torch.cuda.max_memory_allocated() - before <= 0.05 * size
 
 
-# ---- more elements than 32 bits count ----
+# ---- more than 2^31 elements ----
 
 
 def test_focal_loss_of_more_than_two_to_the_31_logits():
-    """Only the last plane, beyond 2^31, has anything to say."""
+    """Only the last plane, beyond 2^31, is nonzero."""
     side, classes = 5200, 80
     logits = torch.full((1, classes, side, side), -1e4, dtype=torch.bfloat16, device="cuda")
     assert logits.numel() > 2**31
@@ -368,7 +368,7 @@ torch.cuda.synchronize()
         (FOCAL_LOSS.format(label=-2), "sigmoid_focal_loss: labels must lie in"),
     ],
 )
-def test_bad_value_ends_the_process_with_its_reason(program, message):
+def test_bad_value_aborts_with_a_message(program, message):
     done = subprocesses.run_python(subprocesses.ROOT, "-W", "ignore", "-c", program)
     assert done.returncode != 0 and message in done.stderr
     assert "device-side assert" in done.stderr

@@ -32,9 +32,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_within_one_ulp(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Half-precision numbers that are equal or adjacent, or equal if ``want`` is not finite.
+    """Checks that half-precision numbers are equal or adjacent, and finite in the same places.
 
-    All numbers below 2^-124 count as adjacent, because the range of float32 ends there.
+    Differences up to 2^-124 are allowed, because the range of float32 ends there.
     """
     finite = want.isfinite()
     assert torch.equal(got.isfinite(), finite)
@@ -47,7 +47,7 @@ def assert_within_one_ulp(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def assert_gradient(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> None:
-    """``want`` is the gradient in float64."""
+    """Compares a gradient with ``want``, the gradient in float64."""
     if got.dtype in (torch.float16, torch.bfloat16):
         assert_within_one_ulp(got, want.to(got.dtype))
         return
@@ -57,12 +57,12 @@ def assert_gradient(got: torch.Tensor, want: torch.Tensor, rtol: float, atol: fl
 
 
 def layout_of(x: torch.Tensor) -> list[int]:
-    """The strides of dimensions larger than 1."""
+    """Returns the strides of dimensions larger than 1."""
     return [n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel() > 0]
 
 
 def gradients(losses, upstream, maps):
-    """Gradients of all maps; asserts that each has the memory layout of its map."""
+    """Returns the gradients of all maps; asserts that each has the memory layout of its map."""
     grads = torch.autograd.grad(sum(u * x for u, x in zip(upstream, losses, strict=True)), maps)
     for grad, given_map in zip(grads, maps, strict=True):
         assert grad.dtype == given_map.dtype and grad.shape == given_map.shape
@@ -74,7 +74,7 @@ def gradients(losses, upstream, maps):
 
 
 @MANY
-def test_assignment_equals_the_rule_and_the_reference_bit_for_bit(cases):
+def test_assignment_equals_oracle_and_reference_bitwise(cases):
     def holds(case):
         tensors = case.tensors()
         options = {"num_classes": strategies.NUM_CLASSES, **case.options}
@@ -103,17 +103,17 @@ def test_assignment_equals_the_rule_and_the_reference_bit_for_bit(cases):
 
 
 def focal_loss_tolerance(logits, implementation) -> float:
-    """Relative, of the sum."""
+    """Returns the relative tolerance of the sum."""
     if logits[0].dtype == torch.float64:
         return 1e-8  # torch's softplus of x > 20 is x
-    # exp and 1/x are as inexact in PTX as a GPU may make them, which p^2 softplus(z) triples; in a
-    # sum the errors of one logit and another cancel.
+    # In PTX, exp and 1/x are as inexact as GPUs may be, and p^2 softplus(z) triples the error; in
+    # long sums, errors cancel.
     few = sum(level.numel() for level in logits) < 100
     return 1.5e-6 if few and implementation in ("ptx", "cuda") else 1e-6
 
 
 @MANY
-def test_focal_loss_and_gradient_equal_those_in_float64(cases, implementation):
+def test_focal_loss_and_gradient_match_float64(cases, implementation):
     def holds(case):
         logits, labels = case.tensors()
         maps = [x.requires_grad_() for x in logits]
@@ -122,11 +122,11 @@ def test_focal_loss_and_gradient_equal_those_in_float64(cases, implementation):
         want = reference.sigmoid_focal_loss(wide, labels, case.alpha, case.gamma)
         exact = case.dtype == torch.float64
         assert loss.dtype == (torch.float64 if exact else torch.float32)
-        # Below 1e-30 float32 has no more powers of a probability.
+        # Below 1e-30, powers of a probability underflow in float32.
         rtol = focal_loss_tolerance(logits, implementation)
         torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=1e-30, equal_nan=True)
         upstream = torch.tensor(case.upstream, dtype=loss.dtype)
-        # The gradient of an infinite logit is its limit, or says that it is lost.
+        # The gradient of an infinite logit is the limit, or not finite.
         moderate = [x.clamp(-1e4, 1e4) for x in wide]
         wants = reference.sigmoid_focal_loss_backward(
             upstream.double(), moderate, labels, case.alpha, case.gamma
@@ -159,12 +159,12 @@ def test_label_out_of_range_is_an_error(cases):
 
 
 def nudged(maps, eps, g):
-    """The maps, with every number perturbed by up to four times its rounding error."""
+    """Returns the maps with every number perturbed by up to four times its rounding error."""
     return [x * (1 + (2 * torch.rand(x.shape, generator=g) - 1) * 4 * eps) for x in maps]
 
 
 def box_loss_in_float64(ltrb, quality, targets, upstream, options):
-    """Both losses and all gradients."""
+    """Returns both losses and all gradients."""
     losses = reference.box_loss(ltrb, quality, *targets[1:4], **options)
     upstream = [u.double() for u in upstream]
     boxes, qualities = reference.box_loss_backward(
@@ -174,7 +174,7 @@ def box_loss_in_float64(ltrb, quality, targets, upstream, options):
 
 
 def assert_as_good_as_its_inputs(got, want, neighbors, rtol, size=1.0) -> None:
-    """No further from ``want`` than the results of inputs that round to the same numbers."""
+    """Checks that errors are not much larger than the effect of rounding the inputs."""
     want_here = want.to(got.dtype)
     spread = sum((x - want).abs() for x in neighbors)
     half_unit = torch.finfo(got.dtype).eps * want.abs() if got.dtype.itemsize == 2 else 0
@@ -184,7 +184,7 @@ def assert_as_good_as_its_inputs(got, want, neighbors, rtol, size=1.0) -> None:
 
 
 @MANY
-def test_box_loss_and_gradient_equal_those_in_float64(cases):
+def test_box_loss_and_gradient_match_float64(cases):
     def holds(case):
         ltrb, quality, targets = case.tensors()
         maps = [x.requires_grad_() for x in (*ltrb, *quality)]
@@ -193,7 +193,7 @@ def test_box_loss_and_gradient_equal_those_in_float64(cases):
         upstream = [torch.tensor(u, dtype=losses[0].dtype) for u in case.upstream]
         wide = [[x.detach().double() for x in level] for level in (ltrb, quality)]
         wants = box_loss_in_float64(*wide, targets, upstream, options)
-        # 1 - IoU of good boxes and distances near the border of the truth have already lost digits.
+        # 1 - IoU of good boxes and distances near the sides of the target amplify rounding errors.
         g, eps = strategies.generator(case.seed), torch.finfo(losses[0].dtype).eps
         neighbors = [
             box_loss_in_float64(*(nudged(x, eps, g) for x in wide), targets, upstream, options)
@@ -214,7 +214,7 @@ def test_box_loss_and_gradient_equal_those_in_float64(cases):
 
 
 def split_levels(case, candidates):
-    """(image, level, its slots of candidates) for every image and level."""
+    """Yields (image, level, its slots of candidates) for every image and level."""
     sizes = [n * case.num_classes for n in case.levels.points_per_level]
     slots = [min(case.options["topk"], size) for size in sizes]
     for image in range(case.images):
@@ -224,7 +224,7 @@ def split_levels(case, candidates):
 
 
 def candidates_and_points(case, maps, sizes):
-    """The candidates, and as many boxes of empty size at the points where they were found."""
+    """Returns the candidates, and the same ones with empty boxes at their points."""
     logits, ltrb, quality = maps
     found = select_candidates(*maps, case.levels, sizes, **case.options)
     options = {**case.options, "clip": False, "drop_empty": False}
@@ -267,7 +267,7 @@ def test_candidates_are_the_best_of_each_level(cases, implementation):
 
 
 def decode(case, ltrb, center, point, level, size):
-    """float32 boxes, for which all implementations agree to the bit, and which ones are kept."""
+    """Returns float32 boxes, on which all implementations agree bitwise, and which are kept."""
     distances = ltrb.float().flatten(1).t()[point] * case.levels.strides[level]
     boxes = torch.cat((center - distances[:, :2], center + distances[:, 2:]), dim=1)
     kept = boxes.isfinite().all(dim=1)
@@ -280,7 +280,7 @@ def decode(case, ltrb, center, point, level, size):
 
 
 def check_equal_to_reference(case, maps, sizes, candidates):
-    """All ties go to the lower (point, class)."""
+    """Checks that all ties go to the lower (point, class)."""
     pitches = [n for pitch in case.levels.pitches for n in pitch]
     geometry = list(case.levels.strides), pitches, case.levels.offset
     boxes, scores, classes = reference.select_candidates(*maps, sizes, *geometry, **case.options)
@@ -292,13 +292,13 @@ def check_equal_to_reference(case, maps, sizes, candidates):
 
 
 def is_decided_by_rounding(case, threshold, inter, union) -> bool:
-    """Integers against a binary fraction leave nothing to round."""
+    """Returns whether rounding matters; it does not for integers and a binary fraction."""
     exact = case.boxes == "small_grid" and threshold in (0.0, 0.25, 0.5, 0.75, 1.0)
     return case.boxes == "broken" or (not exact and oracles.is_close_call(inter, union, threshold))
 
 
 @MANY
-def test_kept_boxes_are_those_of_a_greedy_search_in_float64(cases):
+def test_kept_boxes_match_a_greedy_search_in_float64(cases):
     def holds(case):
         boxes, scores, classes = case.tensors()
         kept = batched_nms(boxes, scores, classes, case.threshold)
@@ -325,7 +325,7 @@ def test_kept_boxes_are_those_of_a_greedy_search_in_float64(cases):
 
 
 @MANY
-def test_padded_detections_are_the_head_of_the_greedy_search(cases):
+def test_padded_detections_are_a_prefix_of_the_greedy_search(cases):
     def holds(case):
         boxes, scores, classes = case.tensors()
         found = batched_nms_padded(boxes, scores, classes, **case.options)
@@ -346,7 +346,7 @@ def test_padded_detections_are_the_head_of_the_greedy_search(cases):
 
 
 def check_hard(case, given_image, best):
-    """A prefix of the flat form, which was checked above, among selectable boxes."""
+    """Checks for a prefix of the result of the flat form, tested above, on selectable boxes."""
     boxes, scores, classes = given_image
     there = ((classes >= 0) & ~scores.isnan() & (scores > -math.inf)).nonzero()[:, 0]
     groups = torch.zeros_like(classes) if case.options["class_agnostic"] else classes

@@ -1,4 +1,4 @@
-"""csrc/cpu and its binding under AddressSanitizer and UBSan, on every instruction set.
+"""csrc/cpu and its bindings under AddressSanitizer and UBSan, for every instruction set.
 
 The library is rebuilt with the sanitizers for a processor that the test selects (processor.h). The
 tests of the ops then run on it in a separate process.
@@ -32,7 +32,7 @@ pytestmark = [
 
 @functools.cache
 def build(level: str, sanitized: bool) -> Path:
-    """The CPU library for a processor of that level, with or without the sanitizers."""
+    """Builds the CPU library for a processor of that level, with or without the sanitizers."""
     sources = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources.append(HERE / "processor.cpp")
     folder = native.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
@@ -50,7 +50,7 @@ def build(level: str, sanitized: bool) -> Path:
 
 
 def run(folder: Path, level: str, *arguments: str, sanitized: bool = False):
-    """Runs Python on the ops of a processor of that level."""
+    """Runs Python with the ops for a processor of that level."""
     if level not in LEVELS[:1] and not has_instructions(level):
         pytest.skip(f"this processor is older than {level}")
     environment = {"FCOS_D2_TEST_PROCESSOR": level}
@@ -66,7 +66,7 @@ def has_instructions(level: str) -> bool:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """The environment that loads AddressSanitizer before anything else."""
+    """Returns the environment that loads AddressSanitizer before anything else."""
     find = [native.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(asan):
@@ -78,8 +78,8 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-# Prints focal losses of logits of every size in every layout with a loop of its own, and which of
-# many boxes NMS keeps.
+# Saves focal losses and gradients for every dtype, layout and loop of the kernel, and the boxes
+# that NMS keeps.
 RESULTS = """
 import ctypes, sys, torch
 from fcos_d2 import ops
@@ -101,7 +101,7 @@ classes = torch.randint(0, 2, (2, 400))
 kept = [*ops.batched_nms_padded(boxes, torch.rand(2, 400), classes, 0.5)]
 kept.append(ops.batched_nms(boxes[0], torch.rand(400), classes[0], 0.6))
 asked = ctypes.c_int.in_dll(ctypes.CDLL("fcos_d2/_C.so"), "processor_of_the_test_was_asked")
-assert asked.value > 0, "the kernels did not ask for the instructions of the processor"
+assert asked.value > 0, "the kernels did not query the processor"
 torch.save((results, kept), sys.argv[1])
 """
 
@@ -122,7 +122,7 @@ def test_instruction_sets_agree(level, tmp_path):
         rtol = {4: 1e-6, 8: 1e-13}.get(got.element_size(), torch.finfo(got.dtype).eps)
         torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)
     same = [torch.equal(a, b) for a, b in zip(losses, baseline, strict=True)]
-    assert not all(same), "fused multiply-add rounds otherwise: this was the same code twice"
+    assert not all(same), "fused multiply-adds round differently: the same code ran twice"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -146,7 +146,7 @@ torch.ops.fcos_d2.sigmoid_focal_loss([x], labels, 0.25, 2.0)
 """
 
 
-def test_sanitizers_see_the_kernels(tmp_path):
+def test_sanitizers_detect_an_out_of_bounds_read(tmp_path):
     # The raw op, bypassing the checks of the wrapper: labels of half the points.
     done = run(tmp_path, LEVELS[0], "-c", OUT_OF_BOUNDS, sanitized=True)
     assert done.returncode != 0, done.stdout

@@ -1,4 +1,4 @@
-"""select_candidates on hand-worked cases and bad input."""
+"""select_candidates on hand-computed cases and bad input."""
 
 import math
 
@@ -15,7 +15,7 @@ def logit(p: float) -> float:
 
 
 def select(probabilities, qualities, ltrb=1.0, **options):
-    """One image, one level of stride 8; probabilities [K][H][W] and qualities [H][W]."""
+    """Selects from one image, one level, stride 8; probabilities [K][H][W], qualities [H][W]."""
     cls = torch.logit(torch.tensor(probabilities, dtype=torch.float64))[None].float()
     quality = torch.logit(torch.tensor(qualities, dtype=torch.float64))[None, None].float()
     _, _, h, w = cls.shape
@@ -24,7 +24,7 @@ def select(probabilities, qualities, ltrb=1.0, **options):
     return select_candidates([cls], [maps], [quality], levels, SIZES, **options)
 
 
-def test_boxes_scores_and_classes_of_what_passes():
+def test_boxes_scores_and_classes_of_candidates():
     best = select([[[0.9, 0.04]], [[0.01, 0.36]]], [[0.4, 0.25]], ltrb=0.5)
     assert best.classes.tolist() == [[0, 1, -1, -1]]
     assert best.scores[0].tolist() == pytest.approx([0.6, 0.3, 0, 0], rel=1e-5)
@@ -37,7 +37,7 @@ def test_score_rule(rule, expected):
     assert score == pytest.approx(expected, rel=1e-5)
 
 
-def test_threshold_looks_at_class_probability_or_at_the_product():
+def test_threshold_applies_to_class_probability_or_product():
     probabilities, qualities = [[[0.3, 0.1]]], [[0.1, 0.9]]
     by_class = select(probabilities, qualities, score_threshold=0.2)
     by_product = select(probabilities, qualities, score_threshold=0.05, threshold_with_quality=True)
@@ -49,7 +49,7 @@ def test_threshold_is_strict():
     assert (select([[[0.5]]], [[0.5]], score_threshold=0.5).classes == -1).all()
 
 
-def test_ranking_looks_at_the_product_or_at_class_probability():
+def test_ranking_uses_product_or_class_probability():
     probabilities, qualities = [[[0.5, 0.4]]], [[0.2, 0.9]]
     by_product = select(probabilities, qualities, topk=1)
     by_class = select(probabilities, qualities, topk=1, rank_with_quality=False)
@@ -63,7 +63,7 @@ def test_equal_candidates_keep_the_order_of_point_then_class():
     assert best.boxes[0, :, 0].tolist() == [-4, -4, 4, 4]
 
 
-def test_clip_uses_each_image_size_without_padding():
+def test_clip_uses_the_unpadded_size_of_each_image():
     cls = torch.full((2, 1, 2, 2), 3.0)
     levels = make_levels([(2, 2)], [8])
     sizes = torch.tensor([[16, 16], [10, 12]])
@@ -91,7 +91,7 @@ def test_boxes_without_area_are_dropped_on_request_after_clipping(clip):
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
-def test_boxes_that_are_not_finite_are_dropped_and_never_clipped_to_the_image(clip, bad):
+def test_non_finite_boxes_are_dropped_and_never_clipped_to_the_image(clip, bad):
     best = select([[[0.9]]], [[0.5]], ltrb=bad, clip=clip)
     assert best.classes.tolist() == [[-1]] and best.boxes.tolist() == [[[0] * 4]]
 

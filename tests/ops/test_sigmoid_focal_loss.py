@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss on hand-worked cases, against torchvision, and on bad input."""
+"""sigmoid_focal_loss on hand-computed cases, against torchvision, and on bad input."""
 
 import math
 
@@ -16,12 +16,12 @@ def labels(values) -> torch.Tensor:
 
 
 def one_level(values, dtype=torch.float32) -> list[torch.Tensor]:
-    """Logits of one point, K = len(values)."""
+    """Returns the logits of one point, K = len(values)."""
     return [torch.tensor(values, dtype=dtype).view(1, -1, 1, 1)]
 
 
 def by_hand(x, positive, alpha, gamma):
-    """-alpha_t (1 - p_t)^gamma log p_t in Python floats, for moderate x."""
+    """Computes -alpha_t (1 - p_t)^gamma log p_t in Python floats, for moderate x."""
     p = 1 / (1 + math.exp(-x))
     p_t, weight = (p, alpha) if positive else (1 - p, 1 - alpha)
     return -weight * (1 - p_t) ** gamma * math.log(p_t)
@@ -42,7 +42,7 @@ def test_gamma_zero_without_weights_is_cross_entropy():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_equals_the_dense_one_hot_form_over_all_levels(channels_last, device):
+def test_loss_matches_torchvision_over_all_levels(channels_last, device):
     torchvision = pytest.importorskip("torchvision")
     levels = inputs.pyramid()
     logits, _, _ = inputs.predictions(levels, 2, 7, torch.float64, channels_last=channels_last)
@@ -70,7 +70,7 @@ def test_gradient_is_the_derivative_of_the_value(alpha, gamma):
 @pytest.mark.parametrize("logit", [17.0, 88.0, 1e4])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("label, weight", [(0, 0.25), (1, 0.75)])
-def test_loss_of_a_logit_that_is_surely_wrong_is_linear_and_of_one_that_is_right_none(
+def test_loss_is_linear_for_confident_mistakes_and_vanishes_for_correct_logits(
     logit, gamma, label, weight
 ):
     wrong, right = (-logit, logit) if label == 0 else (logit, -logit)
@@ -91,7 +91,7 @@ def test_infinity_and_nan_are_never_hidden():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("save_gradient", [False, True])
-def test_ignored_points_count_for_nothing_even_when_broken(dtype, channels_last, save_gradient):
+def test_ignored_points_do_not_contribute_even_if_not_finite(dtype, channels_last, save_gradient):
     broken = torch.randn(1, 3, 5, 7, dtype=torch.float64).to(dtype)
     broken[:, :, 1] = torch.tensor([math.nan, math.inf, -math.inf])[:, None].to(dtype)
     y = torch.randint(0, 4, (1, 5, 7), dtype=torch.int32)
@@ -107,7 +107,7 @@ def test_ignored_points_count_for_nothing_even_when_broken(dtype, channels_last,
     assert torch.equal(*grads) and (grads[0][:, :, 1] == 0).all()
 
 
-def test_gradient_scales_with_the_incoming_gradient_and_can_be_taken_twice():
+def test_gradient_scales_with_the_upstream_gradient_and_can_be_computed_twice():
     x = torch.randn(1, 3, 2, 2, requires_grad=True)
     y = torch.tensor([[0, 3, 1, 3]], dtype=torch.int32)
     loss = sigmoid_focal_loss([x], y)
@@ -132,7 +132,7 @@ def pyramid_case(dtype, device, channels_last=False):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_saved_gradient_is_the_recomputed_one(dtype, upstream, channels_last, device):
+def test_saved_gradient_matches_the_recomputed_one(dtype, upstream, channels_last, device):
     logits, y = pyramid_case(dtype, device, channels_last)
     scale = torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32), device=device)
     loss, grads = loss_and_gradients(logits, y, upstream, scale=scale)
@@ -144,7 +144,7 @@ def test_saved_gradient_is_the_recomputed_one(dtype, upstream, channels_last, de
         assert grad.stride() == want.stride()
 
 
-def test_scale_multiplies_loss_and_gradient_and_gets_none(device):
+def test_scale_multiplies_loss_and_gradient(device):
     logits, y = pyramid_case(torch.float32, device)
     plain, grads = loss_and_gradients(logits, y)
     scale = torch.tensor(0.125, device=device)
@@ -154,7 +154,7 @@ def test_scale_multiplies_loss_and_gradient_and_gets_none(device):
         assert torch.equal(grad, want / 8)
 
 
-def test_saved_gradient_is_right_in_every_backward_pass_of_a_retained_graph(device):
+def test_saved_gradient_is_correct_in_every_backward_pass_of_a_retained_graph(device):
     logits, y = pyramid_case(torch.float32, device)
     _, wanted = loss_and_gradients(logits, y)
     logits = [x.requires_grad_() for x in logits]
@@ -168,21 +168,21 @@ def test_saved_gradient_is_right_in_every_backward_pass_of_a_retained_graph(devi
     torch.testing.assert_close(logits[0].grad, wanted[0] / 2, rtol=1e-6, atol=1e-9)
 
 
-def test_nothing_is_saved_without_a_gradient_to_save(monkeypatch, device):
+def test_gradient_is_only_saved_if_required(monkeypatch, device):
     logits, y = pyramid_case(torch.float32, device)
 
     def fail(*args):
-        raise AssertionError("made a gradient that nobody asked for")
+        raise AssertionError("computed an unused gradient")
 
     monkeypatch.setattr(_losses, "_op", fail)
     sigmoid_focal_loss(logits, y, save_gradient=True)
     with torch.no_grad():
         sigmoid_focal_loss([x.requires_grad_() for x in logits], y, save_gradient=True)
-    with pytest.raises(AssertionError, match="nobody"):
+    with pytest.raises(AssertionError, match="unused"):
         sigmoid_focal_loss(logits, y, save_gradient=True)
 
 
-def test_torch_compile_takes_it_whole_with_and_without_saving(device):
+def test_torch_compile_supports_fullgraph_with_save_gradient(device):
     logits, y = pyramid_case(torch.float32, device)
     _, wanted = loss_and_gradients(logits, y)
 

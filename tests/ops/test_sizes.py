@@ -1,7 +1,7 @@
-"""Sizes around 2^31: 64-bit offsets in the kernels, and 32-bit sizes that must be refused.
+"""Sizes around 2^31: 64-bit offsets in the kernels, and sizes over 32 bits that must be rejected.
 
-Untouched parts of a sparse file take no memory, so the maps here span gigabytes of address space: a
-few small planes, each 2^30 or more elements apart. A wrong offset reads zeros or crashes.
+Untouched parts of a sparse file take no memory, so the maps here can span gigabytes of address
+space: a few small planes, 2^30 or more elements apart. A wrong offset reads zeros or crashes.
 """
 
 import math
@@ -26,18 +26,18 @@ from fcos_d2.ops import (
 from ..ptx import ptx
 
 PTX = pytest.param("ptx", marks=pytest.mark.skipif(bool(ptx.missing()), reason=str(ptx.missing())))
-# A GPU has memory for large maps: tests/ops/test_on_gpu.py.
+# GPUs have enough memory for dense large maps: tests/ops/test_on_gpu.py.
 ON_THE_CPU = pytest.mark.parametrize(
     "implementation", ["reference", "compiled", PTX], indirect=True
 )
 H, W, K, B = 4, 8, 3, 2
 FAR = 2**31 + 64  # elements between two images; a multiple of 16, so that maps stay aligned
 POINTS = H * W
-HUGE = 2**16  # whose square exceeds 32 bits
+HUGE = 2**16  # its square exceeds 32 bits
 
 
 def far_apart(values: torch.Tensor, channel: int = 2**30) -> torch.Tensor:
-    """The same values, with images FAR and channels ``channel`` elements apart."""
+    """Copies ``values``, with images FAR and channels ``channel`` elements apart."""
     images, channels, _, width = values.shape
     size = (images * FAR + channels * channel) * values.element_size()
     with tempfile.TemporaryFile() as file:
@@ -51,7 +51,7 @@ def maps(channels: int) -> torch.Tensor:
     return torch.randn(B, channels, H, W, dtype=torch.float16)
 
 
-# ---- Elements further apart than 32 bits can say ----
+# ---- elements at offsets beyond 32 bits ----
 
 
 def assert_same_losses_and_gradients(losses_of, near, far):
@@ -66,9 +66,9 @@ def assert_same_losses_and_gradients(losses_of, near, far):
 
 @ON_THE_CPU
 @pytest.mark.parametrize("save_gradient", [False, True])
-def test_focal_loss_of_maps_that_are_far_apart(implementation, save_gradient):
+def test_focal_loss_of_maps_far_apart(implementation, save_gradient):
     logits, labels = maps(K), torch.randint(-1, K + 1, (B, POINTS), dtype=torch.int32)
-    # A GPU thread steps through 16 channels in 32 bits; larger strides are refused.
+    # A GPU thread steps through 16 channels with 32-bit offsets; larger strides are rejected.
     far = far_apart(logits, channel=2**16 if implementation == "ptx" else 2**30)
     assert_same_losses_and_gradients(
         lambda x: [sigmoid_focal_loss([x], labels, save_gradient=save_gradient)], [logits], [far]
@@ -76,7 +76,7 @@ def test_focal_loss_of_maps_that_are_far_apart(implementation, save_gradient):
 
 
 @ON_THE_CPU
-def test_box_loss_of_maps_that_are_far_apart():
+def test_box_loss_of_maps_far_apart():
     near = [maps(4).abs() + 0.1, maps(1)]
     matched = torch.randint(-1, 2, (B, POINTS), dtype=torch.int32)
     targets = Targets(None, matched, torch.rand(B, POINTS, 4) + 0.1, torch.rand(B, POINTS), None)
@@ -86,7 +86,7 @@ def test_box_loss_of_maps_that_are_far_apart():
 
 
 @ON_THE_CPU
-def test_candidates_of_maps_that_are_far_apart():
+def test_candidates_of_maps_far_apart():
     near = [maps(K), maps(4).abs(), maps(1)]
     levels, sizes = make_levels([(H, W)], [8]), torch.tensor([[32, 64]] * B)
     want, got = (
@@ -97,12 +97,12 @@ def test_candidates_of_maps_that_are_far_apart():
     assert all(map(torch.equal, got, want))
 
 
-# ---- What is too large says so ----
+# ---- inputs that are too large ----
 
 
 @pytest.mark.parametrize("implementation", [PTX], indirect=True)
 @pytest.mark.parametrize("case", ["far apart", "many"])
-def test_the_gpu_refuses_maps_that_it_cannot_step_or_launch(case):
+def test_gpu_rejects_maps_with_too_large_strides_or_grids(case):
     logits = far_apart(maps(K)) if case == "far apart" else torch.zeros(()).expand(B, 2**30, H, W)
     labels = torch.zeros(B, POINTS, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="sigmoid_focal_loss: .* too large for one launch"):
@@ -135,20 +135,20 @@ TOO_MANY_POINTS = "must be .*at most 2147483647 points|must have at most 2147483
             lambda: select_candidates(
                 huge(HUGE, 256), huge(4, 256), huge(1, 256), SMALL_LEVELS, SIZES
             ),
-            r"select_candidates: logits\[l\] .* less than 2\^32",
+            r"select_candidates: logits\[l\] .* fewer than 2\^32",
         ),
         (
             lambda: assign_targets(*MANY_BOXES, SMALL_LEVELS, RANGES, num_classes=1),
-            "assign_targets: gt_boxes must be at most",
+            "assign_targets: gt_boxes must have at most",
         ),
     ],
 )
-def test_more_than_the_kernels_count_in_32_bits_is_refused(call, message):
+def test_sizes_beyond_32_bits_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# ---- One of that size ----
+# ---- dense maps of that size ----
 
 FREE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 COMPILED = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
@@ -160,7 +160,7 @@ LARGE = pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memor
 @LARGE
 @pytest.mark.parametrize("size", [2**25 + 2, 2**25 + 3])
 @pytest.mark.parametrize("is_row", [True, False])
-def test_levels_longer_than_float32_counts(size, is_row):
+def test_levels_longer_than_float32_can_count(size, is_row):
     levels = make_levels([(1, size) if is_row else (size, 1)], [8])
     end = 8.0 * size
     boxes = torch.tensor([[end - 400, -8, end, 16], [8e7, -8, 8e7 + 400, 16]])

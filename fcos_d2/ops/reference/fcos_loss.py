@@ -53,8 +53,8 @@ def fcos_loss_gradient(
 ) -> None:
     """Writes the gradients of the sum of the losses, weighted by ``upstream``, to ``gradient``.
 
-    The last argument says that ``gradient`` already holds those of the unweighted sum. Kernels keep
-    them where ``upstream`` is 1; scaling the others would round half precision twice.
+    The last argument says that ``gradient`` already holds those of the unweighted sum, which
+    kernels keep if all ``upstream`` are 1. Scaling them would round half precision twice.
     """
     scales = _scales(divisors, weights, floors)
     scales = [scale * grad for scale, grad in zip(scales, upstream, strict=True)]
