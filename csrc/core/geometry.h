@@ -1,8 +1,7 @@
 // Points and boxes: assignment rule, centerness, and the IoU family with gradients.
 //
-// Expressions keep the order of operations of fcos_d2/ops/reference, so float32 results agree bit
-// for bit where operations are exact or correctly rounded (assignment), and up to rounding
-// elsewhere.
+// Expressions keep the order of operations of fcos_d2/ops/reference, so float32 results agree
+// bitwise where operations are exact or correctly rounded (assignment), else up to rounding.
 #pragma once
 
 #include "levels.h"

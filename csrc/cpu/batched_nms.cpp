@@ -1,5 +1,4 @@
-// batched_nms: compares every box only with the kept boxes of its own class; there is no N x N
-// matrix.
+// batched_nms: compares every box only with the kept boxes of its own class, without N x N memory.
 
 #include <algorithm>
 #include <array>

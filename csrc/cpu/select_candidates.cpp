@@ -1,6 +1,5 @@
-// select_candidates: turns the score rule into one bound on the logits per point, so that almost
-// every logit costs one comparison; survivors are scored exactly, and the best kept in a bounded
-// buffer.
+// select_candidates: turns the score rule into one bound on the logits per point, so that most
+// logits cost one comparison; the others are scored exactly, and the best kept in a bounded buffer.
 
 #if defined(__SSE2__)
 #include <emmintrin.h>

@@ -73,8 +73,7 @@ class FCOSProposals(nn.Module):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Returns proposals (``proposal_boxes``, ``objectness_logits``) per image, and losses.
 
-        There are no losses in evaluation, and no proposals in training without
-        ``train_postprocess``.
+        Evaluation returns no losses; training without ``train_postprocess`` returns no proposals.
         """
         maps = [features[name] for name in self.in_features]
         predictions = self.head(maps)
