@@ -1,9 +1,9 @@
 """The whole detector as one graph of standard operators: uint8 images -> detections.
 
-Normalization, padding, network, decoding, NMS and clipping (1904.01355 section 3.1), for any batch
-and image size. What ``fcos_d2.ops`` computes comes from ``ops/reference``, whose plain PyTorch
-torch.export, AOTInductor and ONNX all have. Everything after the head is float32, whatever the
-weights are.
+The graph covers normalization, padding, network, decoding, NMS and clipping (1904.01355 section
+3.1), for any batch and image size. ``ops/reference`` replaces ``fcos_d2.ops``: torch.export,
+AOTInductor and ONNX all support its operators. Everything after the head is float32, whatever the
+dtype of the weights.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..ops import Candidates, reference
 class DetectionGraph(nn.Module):
     """uint8 images of one size -> detections, in operators that every runtime has.
 
-    What it returns for an image is what ``model`` returns for it: boxes are clipped to the image
-    and those without area are dropped.
+    It returns the same detections as ``model``: boxes are clipped to the image, and those without
+    area are dropped.
 
     Args:
-        model: in any mode; it is copied and left as it is.
-        top: (values Tensor[B, n], k) -> values and indices of the k largest per row, equal ones by
+        model: the detector, in any mode; it is copied and stays unchanged.
+        top: (values Tensor[B, n], k) -> values and indices of the k largest per row, ties by
             ascending index.
-        suppress: ``batched_nms_padded`` of ``fcos_d2.ops``, or what stands for it.
-        half: weights and feature maps in float16.
+        suppress: ``batched_nms_padded`` of ``fcos_d2.ops``, or an equivalent.
+        half: whether weights and feature maps are float16.
     """
 
     def __init__(self, model: FCOS, top: Callable, suppress: Callable, half: bool = False):
@@ -43,7 +43,7 @@ class DetectionGraph(nn.Module):
         self.top, self.suppress = top, suppress
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Uint8 Tensor[B, C, H, W], in the channel order of the config -> fields of Detections."""
+        """Uint8 Tensor[B, C, H, W], in the config's channel order -> fields of Detections."""
         padded = self._preprocess(images)
         candidates = self._select(*self.model.network(padded), padded, images)
         rule = self.model.postprocess.suppression
@@ -72,20 +72,20 @@ class DetectionGraph(nn.Module):
     def _finish(
         self, boxes: Tensor, scores: Tensor, classes: Tensor, _, images: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clips to the image and closes the gaps of boxes that then have no area."""
+        """Clips boxes to the image and removes those that then have no area."""
         boxes = _clip(boxes, images)
         extent = boxes[..., 2:] - boxes[..., :2]
-        there = (classes >= 0) & (extent > 0).all(dim=-1)
-        score, index = self.top(torch.where(there, scores, -1.0), scores.shape[1])
+        valid = (classes >= 0) & (extent > 0).all(dim=-1)
+        score, index = self.top(torch.where(valid, scores, -1.0), scores.shape[1])
         return reference.nms_result(
             boxes, classes, torch.where(score >= 0, score, -torch.inf), index
         )
 
 
 class Float32GroupNorm(nn.GroupNorm):
-    """GroupNorm of float16 maps whose statistics are float32 in every runtime.
+    """GroupNorm of float16 feature maps that computes in float32 in every runtime.
 
-    The sum of squares over a group overflows float16, and runtimes differ in what they do then.
+    The sum of squares over a group overflows float16, which runtimes handle differently.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ def _clip(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def top_of_onnx(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk, which becomes ONNX's TopK: equal values by ascending index.
+    """torch.topk, which becomes ONNX's TopK, with ties by ascending index.
 
-    Padding keeps ``k`` a constant, as TensorRT asks, where a small level has fewer values.
+    Padding keeps ``k`` constant, as TensorRT requires, even if a small level has fewer values.
     """
     values, index = torch.topk(F.pad(values, (0, k), value=-1.0), k, dim=1)
     return values, torch.where(values >= 0, index, 0)
@@ -118,10 +118,10 @@ def top_of_onnx(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def nms_as_while_loop(
     boxes: Tensor, scores: Tensor, classes: Tensor, *, max_detections: int, **rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``batched_nms_padded`` as torch.while_loop, which ends as soon as no box is left."""
+    """``batched_nms_padded`` as a torch.while_loop that ends as soon as no box is left."""
     slots = torch.arange(max_detections, device=boxes.device)
 
-    def goes_on(step, alive, best, index):
+    def has_more(step, alive, best, index):
         return (step < max_detections) & (alive > -torch.inf).any()
 
     def keep_best(step, alive, best, index):
@@ -135,5 +135,5 @@ def nms_as_while_loop(
         scores.new_full((scores.shape[0], max_detections), -torch.inf),
         classes.new_zeros((classes.shape[0], max_detections)),
     )
-    _, _, best, index = torch.while_loop(goes_on, keep_best, start)
+    _, _, best, index = torch.while_loop(has_more, keep_best, start)
     return reference.nms_result(boxes, classes, best, index)

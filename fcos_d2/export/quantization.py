@@ -1,4 +1,4 @@
-"""int8 ONNX files by onnxruntime's post-training quantization."""
+"""Writes int8 ONNX files with onnxruntime's post-training quantization."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..checkpoint.saving import atomic_write
 from ..modeling import FCOS
 from .writers import INPUT, export_detector, require
 
-# What is computed from few numbers and decides where a box is: it stays in float32.
+# Layers that are cheap and decide about boxes and scores: they stay in float32.
 IN_FLOAT32 = ("head.bbox_pred", "head.ctrness", "head.cls_logits")
 
 
 def export_int8(model: FCOS, path: str | Path, images: Sequence[Tensor], metadata=None) -> None:
     """Writes ``model`` as an ONNX file whose convolutions compute in int8.
 
-    Weights are quantized per channel; the ranges of feature maps are those that ``images`` have.
-    The layers that predict classes, boxes and box quality stay in float32.
+    Weights are quantized per channel; ``images`` calibrate the ranges of feature maps. The layers
+    that predict classes, boxes and box quality stay in float32.
 
     Args:
         model: the detector, in any mode.
-        path: of the file.
-        images: uint8 Tensor[C, H, W] each, as ``model`` takes them; a hundred will do.
+        path: output file.
+        images: uint8 Tensor[C, H, W] each, as ``model`` takes them; a hundred are enough.
         metadata: as for ``export_detector``.
 
     Raises:

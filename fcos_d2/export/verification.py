@@ -1,4 +1,4 @@
-"""Exported files beside the model they were made of: opening them, and comparing what both find."""
+"""Opens exported files, and compares their detections with those of the original model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..modeling import FCOS
 from ..ops import Detections
 from .writers import INPUT, METADATA, OUTPUTS, require
 
-TIE = 1e-6  # scores that differ by less are ordered by the rounding of the convolutions
+TIE = 1e-6  # scores that differ by less are ordered by rounding in the convolutions
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detections]:
-    """The detector of a file that ``export_detector`` wrote, with runtimes of this process.
+    """Loads a file that ``export_detector`` wrote into its runtime, in this process.
 
-    ONNX and OpenVINO run on the CPU. The images must be where the file's graph is.
+    ONNX and OpenVINO run on the CPU. For torch's formats, images must be on the graph's device.
     """
     path = str(path)
     if format == "onnx":
@@ -52,7 +52,7 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detection
 
 
 def read_metadata(path: str | Path, format: str) -> dict[str, object]:
-    """The ``metadata`` that ``export_detector`` stored."""
+    """Reads the ``metadata`` that ``export_detector`` stored."""
     if format == "onnx":
         require(format, "onnx")
         import onnx
@@ -74,7 +74,7 @@ def read_metadata(path: str | Path, format: str) -> dict[str, object]:
 
 @torch.no_grad()
 def run_detector(model: FCOS, images: Tensor) -> Detections:
-    """What ``model`` finds in uint8 Tensor[B, 3, H, W], on the CPU, as an exported file says it."""
+    """Runs ``model`` on uint8 Tensor[B, 3, H, W]; returns Detections on the CPU."""
     found = [
         output["instances"].to("cpu") for output in model([{"image": image} for image in images])
     ]
@@ -89,17 +89,17 @@ def run_detector(model: FCOS, images: Tensor) -> Detections:
 
 
 class Agreement(NamedTuple):
-    """How well an exported detector repeats the detections of its model.
+    """How well an exported detector reproduces the detections of its model.
 
     Attributes:
-        images: compared.
-        detections: of the model.
+        images: number of images compared.
+        detections: number of detections of the model.
         missed: detections of the model that the export lacks (within the tolerances).
         extra: detections of the export that the model lacks.
-        moved: common detections at another place in the order, not counting those that trade
-            places with one whose score is the same up to rounding (``TIE``).
-        box_error: largest difference of a coordinate of common detections, in pixels.
-        score_error: largest difference of their scores.
+        moved: common detections with another rank, unless a score that is equal up to rounding
+            (``TIE``) explains it.
+        box_error: largest difference between coordinates of common detections, in pixels.
+        score_error: largest difference between their scores.
     """
 
     images: int
@@ -119,7 +119,7 @@ class Agreement(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether both found the same, in the same order."""
+        """Whether both found the same detections in the same order."""
         return not (self.missed or self.extra or self.moved)
 
 
@@ -129,10 +129,10 @@ def compare(
     box_tolerance: float = 0.05,
     score_tolerance: float = 1e-4,
 ) -> Agreement:
-    """Pairs the detections of two sides, image by image.
+    """Compares two sets of detections, image by image.
 
-    Two detections are common if class, boxes (``box_tolerance`` in pixels per coordinate) and
-    scores (``score_tolerance``) agree; the pair nearest in the order counts.
+    Two detections match if their classes, boxes (``box_tolerance`` in pixels per coordinate) and
+    scores (``score_tolerance``) agree; of several matches, the nearest in rank counts.
     """
     total = Agreement(0, 0, 0, 0, 0, 0.0, 0.0)
     for image in range(len(expected.counts)):
@@ -177,6 +177,6 @@ def _is_moved(scores: Tensor, row: int, column: int) -> bool:
 
 
 def join(parts: Sequence[Agreement]) -> Agreement:
-    """The agreement over all images of ``parts``."""
+    """Combines ``parts`` into the agreement over all their images."""
     *counts, box_errors, score_errors = zip(*parts, strict=True)
     return Agreement(*map(sum, counts), max(box_errors), max(score_errors))

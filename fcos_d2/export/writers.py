@@ -1,4 +1,4 @@
-"""Writing a detector into a file that a runtime opens without fcos_d2 and without detectron2."""
+"""Writes a detector to a file that a runtime opens without fcos_d2 or detectron2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .graph import DetectionGraph, nms_as_while_loop, top_of_onnx
 
 INPUT = "images"
 OUTPUTS = Detections._fields
-METADATA = "fcos_d2.json"  # the name under which every format carries its metadata
+METADATA = "fcos_d2.json"  # key of the metadata in every format
 ONNX_OPSET = 18
 STANDARD_NAMESPACES = ("aten", "higher_order", "prim", "prims")
 
@@ -36,29 +36,29 @@ def export_detector(
     half: bool = False,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes ``model`` as a file that a runtime opens without fcos_d2 and without detectron2.
+    """Writes ``model`` to a file that a runtime opens without fcos_d2 or detectron2.
 
     The graph takes ``images``, uint8 Tensor[B, C, H, W] in the channel order of ``model``, and
     returns ``boxes``, ``scores``, ``classes`` and ``counts`` as ``fcos_d2.ops.Detections``
-    describes them. For the formats of torch each side must be longer than the coarsest stride, and
-    their files run on the device of ``model``.
+    describes them. With torch's formats, both sides of an image must exceed the coarsest stride,
+    and the file runs on the device of ``model``.
 
     Args:
         model: the detector, in any mode.
-        path: of the file; "openvino" writes ``.xml`` and ``.bin``, the formats of torch ``.pt2``.
+        path: output file; "openvino" writes ``.xml`` and ``.bin``, torch's formats ``.pt2``.
         format: "onnx" (opset 18), "openvino", "torch_export", or "aoti" (compiled by AOTInductor).
-        half: weights and feature maps in float16; boxes and scores stay float32.
+        half: whether weights and feature maps are float16; boxes and scores stay float32.
         metadata: stored in the file as JSON; see ``read_metadata``.
 
     Raises:
-        InputError: a package or compiler that the format needs is missing, or the model holds an
-            operator that the format has no standard one for.
+        InputError: a package or compiler that the format needs is missing, or the model uses an
+            operator that has no equivalent in the format.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     text = json.dumps(dict(metadata or {}), indent=1)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about what the exporters themselves are made of
+        warnings.simplefilter("ignore")  # about the exporters' internals
         FORMATS[format](model, Path(path), half, text)
 
 
@@ -84,13 +84,13 @@ def _write_openvino(model: FCOS, path: Path, half: bool, metadata: str) -> None:
         converted = openvino.convert_model(f"{folder}/model.onnx")
         converted.set_rt_info(metadata, METADATA)
         openvino.save_model(converted, f"{folder}/model.xml", compress_to_fp16=half)
-        for suffix in (".bin", ".xml"):  # the one that is named last, so that it is complete
+        for suffix in (".bin", ".xml"):  # last the file that users name
             with atomic_write(path.with_suffix(suffix)) as file:
                 file.write(Path(f"{folder}/model{suffix}").read_bytes())
 
 
 def _onnx_of(model: FCOS, half: bool):
-    """The ModelProto of the graph."""
+    """Builds the ModelProto of the graph."""
     hard = model.postprocess.suppression["method"] == "hard"
     graph = DetectionGraph(model, top_of_onnx, batched_nms_padded if hard else _while_loop, half)
     program = _capture(graph, model)
@@ -109,14 +109,14 @@ def _onnx_of(model: FCOS, half: bool):
     except torch.onnx.OnnxExporterError as error:
         cause = one_line_cause(error.__cause__ or error)
         raise InputError(
-            f"the model has no form in standard ONNX operators ({cause}); use --format torch_export"
+            f"standard ONNX operators cannot express the model ({cause}); use --format torch_export"
         ) from error
     _name_axes(proto)
     return proto
 
 
 def _name_axes(proto) -> None:
-    """Names for the dimensions that may change, instead of the tracer's numbers."""
+    """Names the dynamic dimensions, which the tracer only numbers."""
     names = iter(("batch", "height", "width"))
     found = {}
     for value in (*proto.graph.input, *proto.graph.output):
@@ -125,7 +125,7 @@ def _name_axes(proto) -> None:
                 if dim.dim_param not in found:
                     found[dim.dim_param] = next(names)
                 dim.dim_param = found[dim.dim_param]
-    # What the tracer knew about the values inside is in its own names, and runtimes infer it anew.
+    # Shapes of intermediate values use the tracer's names; runtimes infer them again.
     del proto.graph.value_info[:]
 
 
@@ -140,7 +140,7 @@ def _write_aoti(model: FCOS, path: Path, half: bool, metadata: str) -> None:
 
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise InputError(f"--format aoti compiles C++, but there is no {compiler}; set CXX to one")
+        raise InputError(f"--format aoti compiles C++, but there is no {compiler}; set CXX")
     program = _program_of_torch(model, half, "aoti")
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         package = aoti_compile_and_package(
@@ -178,7 +178,7 @@ def _capture(graph: nn.Module, model: FCOS) -> torch.export.ExportedProgram:
 
 
 def _example(model: FCOS) -> Tensor:
-    """Two images, with two points on the coarsest level: a size of 1 would count as a constant."""
+    """Returns two images with two points on the coarsest level: sizes of 1 would be specialized."""
     side, channels = 2 * max(model.grid.strides), len(model.pixel_mean)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, channels, side + 8, 2 * side + 24), generator=generator)
@@ -186,7 +186,7 @@ def _example(model: FCOS) -> Tensor:
 
 
 def _foreign_operators(program: torch.export.ExportedProgram) -> set[str]:
-    """Operators, here or in the bodies of loops, that are none of torch's own."""
+    """Finds operators, including those in loop bodies, that are not torch's own."""
     graphs = (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
     calls = (node.target for graph in graphs for node in graph.graph.nodes)
     operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
@@ -197,8 +197,8 @@ def _refuse(foreign: set[str], format: str) -> None:
     if foreign:
         raise InputError(
             f"--format {format}: the model uses {', '.join(sorted(foreign))}, which no runtime has "
-            "without the package that defines it; train without deformable convolutions and the "
-            "like to export"
+            "without the package that defines it; to export, train without such operators, like "
+            "deformable convolutions"
         )
 
 
@@ -215,10 +215,10 @@ def require(format: str, *packages: str) -> None:
 
 
 def nms_of_onnx(num_classes: int) -> Callable:
-    """Translation of fcos_d2::batched_nms_padded, method "hard", into NonMaxSuppression.
+    """Translates fcos_d2::batched_nms_padded, method "hard", to NonMaxSuppression.
 
-    That one suppresses within each of [B, K, N] score rows; a box has a score in the row of its
-    class alone, so it comes out once at most.
+    NonMaxSuppression treats each row of the [B, K, N] scores separately; a box has a score only in
+    the row of its class, so it is selected at most once.
     """
     from onnxscript import opset18 as op
 
@@ -245,14 +245,14 @@ def nms_of_onnx(num_classes: int) -> Callable:
         kept = op.ScatterND(nothing, where, op.GatherND(scores, where))
         kept = op.Pad(kept, op.Constant(value_ints=[0, 0, 0, max_detections]), empty)
         rank, index = op.TopK(kept, limit, axis=1)
-        there = op.GreaterOrEqual(rank, zero)
-        index = op.Where(there, index, op.Constant(value_int=0))
+        valid = op.GreaterOrEqual(rank, zero)
+        index = op.Where(valid, index, op.Constant(value_int=0))
         box = op.GatherND(boxes, op.Unsqueeze(index, [2]), batch_dims=1)
         return (
-            op.Where(op.Unsqueeze(there, [2]), box, zero),
-            op.Where(there, rank, zero),
-            op.Where(there, op.GatherElements(classes, index, axis=1), none),
-            op.Cast(op.ReduceSum(op.Cast(there, to=6), [1], keepdims=0), to=6),
+            op.Where(op.Unsqueeze(valid, [2]), box, zero),
+            op.Where(valid, rank, zero),
+            op.Where(valid, op.GatherElements(classes, index, axis=1), none),
+            op.Cast(op.ReduceSum(op.Cast(valid, to=6), [1], keepdims=0), to=6),
         )
 
     return batched_nms_padded

@@ -1,4 +1,4 @@
-"""Exported detectors: every format beside the model that it was made of."""
+"""Exported detectors: every format against the model that it was exported from."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ FILES += [pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
 
 @pytest.fixture(scope="module")
 def model():
-    """A detector with GN, whose random weights find something everywhere."""
+    """A detector with GN and random weights that find something everywhere."""
     torch.manual_seed(0)
     return tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
 
@@ -68,12 +68,12 @@ def digits():
 
 
 def graph_of(model, half=False):
-    """The graph, not captured."""
+    """Builds the graph without capturing it."""
     return DetectionGraph(model, reference.top_lowest_index_first, batched_nms_padded, half)
 
 
 def crowd(num_images=2, count=40):
-    """Crowded boxes, with equal scores, empty slots, a NaN and a box without area."""
+    """Returns crowded boxes with ties, empty slots, a NaN score and a box without area."""
     corner = torch.rand(num_images, count, 2) * 40
     boxes = torch.cat((corner, corner + 5 + torch.rand(num_images, count, 2) * 30), dim=2)
     boxes[:, 3, 2:] = boxes[:, 3, :2]
@@ -87,7 +87,7 @@ def assert_same(got, expected):
         torch.testing.assert_close(torch.as_tensor(theirs), ours)
 
 
-# ---- what the files find ----
+# ---- detections of exported files ----
 
 
 @pytest.mark.parametrize("size", [(160, 160), (97, 130), (64, 159)], ids=str)
@@ -99,7 +99,7 @@ def test_file_finds_what_the_model_finds_in_the_same_order(runner, model, digits
     assert result.images == batch and result.detections > 10 * batch
 
 
-def test_outputs_have_fixed_shapes_and_say_which_slots_are_empty(runner, digits):
+def test_outputs_have_fixed_shapes_and_mark_empty_slots(runner, digits):
     boxes, scores, classes, counts = runner(digits[:2, :, :40, :48].contiguous())
     assert (boxes.shape, scores.shape, classes.shape) == ((2, 100, 4), (2, 100), (2, 100))
     assert [x.dtype for x in (boxes, scores, classes, counts)] == [
@@ -122,20 +122,20 @@ class Without:
         if name.partition(".")[0] in ("fcos_d2", "detectron2", "torchvision"):
             raise ImportError(name)
 sys.meta_path.insert(0, Without())
-tool, file, picture = sys.argv[1:]
-sys.argv = [tool, file, picture, "--score", "0.08"]
+tool, file, photo = sys.argv[1:]
+sys.argv = [tool, file, photo, "--score", "0.08"]
 runpy.run_path(tool, run_name="__main__")
 """
 
 
 def test_runner_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tmp_path):
-    picture = tmp_path / "digits.png"
-    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(picture)
+    photo = tmp_path / "digits.png"
+    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(photo)
     tool = ROOT / "tools" / "run_exported.py"
-    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, exported[1], picture]
+    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, exported[1], photo]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    small = Image.open(picture).resize((96, 128), Image.Resampling.BILINEAR)
+    small = Image.open(photo).resize((96, 128), Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     expected = run_detector(model, image[None])
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -148,7 +148,7 @@ def test_runner_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tm
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_graph_has_the_rules_of_every_convention(convention, digits):
+def test_graph_follows_every_convention(convention, digits):
     model = tiny_fcos(CONVENTION=convention, INFERENCE_TH_TEST=0.002, NUM_CLASSES=3).eval()
     images = digits[:2, :, :100, :140].contiguous()
     result = compare(run_detector(model, images), Detections(*graph_of(model)(images)))
@@ -185,11 +185,11 @@ def test_group_norm_of_float16_maps_does_not_overflow():
     torch.testing.assert_close(got.float(), expected, atol=0.01, rtol=0.01)
 
 
-# ---- what the files are made of ----
+# ---- operators and errors ----
 
 
 @pytest.mark.parametrize("exported", ["onnx"], indirect=True)
-def test_onnx_has_standard_operators_alone_and_names_its_axes(exported):
+def test_onnx_has_only_standard_operators_and_named_axes(exported):
     proto = onnx.load(exported[1])
     onnx.checker.check_model(proto, full_check=True)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
@@ -209,14 +209,14 @@ def test_onnx_has_standard_operators_alone_and_names_its_axes(exported):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
-def test_operator_that_is_not_standard_is_refused(format, tmp_path):
+def test_nonstandard_operator_is_refused(format, tmp_path):
     model = tiny_fcos(USE_DEFORMABLE=True)
     with pytest.raises(InputError, match="torchvision.*deform_conv2d.*deformable"):
         export_detector(model, tmp_path / "model", format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_format_missing_package_and_missing_compiler_are_told(model, tmp_path, monkeypatch):
+def test_unknown_format_and_missing_package_or_compiler_are_named(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="onnx, openvino, torch_export, aoti, got 'caffe2'"):
         export_detector(model, tmp_path / "x", "caffe2")
     monkeypatch.setattr(writers, "find_spec", lambda name: None)
@@ -247,7 +247,7 @@ def captured(module, candidates):
 
 
 def open_onnx(program, path, **options):
-    """What onnxruntime makes of a captured suppression."""
+    """Exports a captured suppression to ONNX; returns a function that runs it."""
     result = torch.onnx.export(program, dynamo=True, verbose=False, **options)
     onnx.save(result.model_proto, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -257,7 +257,7 @@ def open_onnx(program, path, **options):
     )
 
 
-def test_while_loop_is_batched_nms_and_becomes_a_standard_loop_of_onnx(tmp_path):
+def test_while_loop_is_batched_nms_and_becomes_a_standard_onnx_loop(tmp_path):
     rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": False}
     rule |= {"method": "gaussian", "sigma": 0.5, "min_score": 0.001}
     program = captured(Suppression(nms_as_while_loop, **rule), crowd())
@@ -271,7 +271,7 @@ def test_while_loop_is_batched_nms_and_becomes_a_standard_loop_of_onnx(tmp_path)
 
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_non_max_suppression_of_onnx_is_batched_nms(agnostic, tmp_path):
-    """Also where fewer boxes come than slots are asked for."""
+    """Also with fewer boxes than ``max_detections``."""
     rule = {"iou_threshold": 0.4, "max_detections": 50, "class_agnostic": agnostic}
     program = captured(Suppression(batched_nms_padded, **rule), crowd())
     table = {torch.ops.fcos_d2.batched_nms_padded.default: writers.nms_of_onnx(3)}
@@ -283,7 +283,7 @@ def test_non_max_suppression_of_onnx_is_batched_nms(agnostic, tmp_path):
 
 
 @pytest.mark.parametrize("top", [reference.top_lowest_index_first, top_of_onnx])
-def test_top_fills_up_with_what_is_no_candidate(top):
+def test_top_pads_with_entries_that_are_no_candidates(top):
     values = torch.tensor([[0.5, 0.25, -1.0, 0.75]])
     found, index = top(values, 4)
     assert found.tolist() == [[0.75, 0.5, 0.25, -1.0]] and index[0, :3].tolist() == [3, 0, 1]
@@ -306,7 +306,7 @@ A, B, C = (0, 0, 9, 9, 0.9, 1), (4, 4, 9, 9, 0.8, 1), (2, 2, 7, 7, 0.8, 0)
     "got, missed, extra, moved",
     [
         ((A, B, C), 0, 0, 0),
-        ((A, C, B), 0, 0, 0),  # equal scores have no order that rounding respects
+        ((A, C, B), 0, 0, 0),  # rounding may swap equal scores
         ((B, A, C), 0, 0, 2),
         ((A, B), 1, 0, 0),
         ((A, B, C, C), 0, 1, 0),
@@ -316,7 +316,7 @@ A, B, C = (0, 0, 9, 9, 0.9, 1), (4, 4, 9, 9, 0.8, 1), (2, 2, 7, 7, 0.8, 0)
         (((0, 0, 9, 9, 0.9002, 1), B, C), 1, 1, 0),
     ],
 )
-def test_comparison_counts_what_differs(got, missed, extra, moved):
+def test_comparison_counts_differences(got, missed, extra, moved):
     result = compare(detections(A, B, C), detections(*got))
     assert (result.missed, result.extra, result.moved) == (missed, extra, moved)
     assert result.exact == (not missed and not extra and not moved)
