@@ -1,6 +1,6 @@
 """Training with detectron2's loop, trainers and hooks.
 
-Errors in the user's input leave this package as InputErrors, which ``run_script`` prints.
+Invalid user input raises InputErrors, which ``run_script`` prints.
 """
 
 from .hooks import AssignmentStatistics, TrainingPanels

@@ -1,4 +1,4 @@
-"""Several processes that train together: NCCL on GPUs, gloo on CPUs."""
+"""Distributed training: NCCL on GPUs, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Returns whether torchrun started this process."""
     return all(name in os.environ for name in TORCHRUN)
 
 
 def init_torchrun() -> None:
-    """Makes this process, which torchrun started, a member of its group.
+    """Initializes the process group of a process that torchrun started.
 
     Raises:
-        InputError: more processes on this machine than GPUs.
+        InputError: this machine runs more processes than it has GPUs.
     """
     local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN[1::2])
     gpus = torch.cuda.device_count()
     if 0 < gpus < local_size:
         raise InputError(
-            f"torchrun started {local_size} processes, but {gpus} "
-            f"{'GPU is' if gpus == 1 else 'GPUs are'} there; pass --nproc-per-node {gpus}"
+            f"torchrun started {local_size} processes, but only {gpus} "
+            f"{'GPU is' if gpus == 1 else 'GPUs are'} available; pass --nproc-per-node {gpus}"
         )
     if gpus:
         torch.cuda.set_device(local_rank)
@@ -43,31 +43,31 @@ def init_torchrun() -> None:
 
 
 def wrap_ddp(model: nn.Module, **options) -> nn.Module:
-    """detectron2's create_ddp_model, for CPUs as well.
+    """Calls detectron2's create_ddp_model, also for models on the CPU.
 
     Raises:
-        InputError: SyncBN on the CPU, which torch does not have.
+        InputError: the model has SyncBN on the CPU, which torch does not support.
     """
     device = next(model.parameters()).device
     is_cpu = device.type == "cpu"
     is_synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    if is_cpu and is_synced and dist.is_initialized():  # torchrun may have started one process
+    if is_cpu and is_synced and dist.is_initialized():  # even with a single process
         raise InputError(
-            "SyncBN needs GPUs if several processes train; set MODEL.FCOS.NORM, "
+            "SyncBN needs GPUs for distributed training; set MODEL.FCOS.NORM, "
             "MODEL.RESNETS.NORM and MODEL.FPN.NORM to GN or BN, or start without torchrun"
         )
     return create_ddp_model(model, device_ids=None if is_cpu else [device.index], **options)
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:
-    """The detector inside DistributedDataParallel."""
+    """Returns the model inside DistributedDataParallel, or ``model`` itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Gives all processes the buffers of the first one.
+    """Broadcasts the buffers of rank 0 to all processes.
 
-    Their batch norm statistics differ, and each evaluates a part of the images.
+    Batch norm statistics differ between processes, each of which evaluates a part of the images.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
@@ -75,7 +75,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def gather_rows(row: Tensor) -> Tensor:
-    """Tensor[N] of each of W processes -> Tensor[W, N] on every process."""
+    """Gathers the Tensor[N] of each of W processes as Tensor[W, N] on every process."""
     count = comm.get_world_size()
     if count == 1:
         return row[None]

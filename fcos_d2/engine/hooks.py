@@ -1,4 +1,4 @@
-"""What happens around iterations: statistics, images, EMA, checkpoints, evaluation, preemption."""
+"""Training hooks: statistics, images, EMA, checkpoints, evaluation, preemption."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from .step import unwrap_trainer
 
 
 class ProgressBar(HookBase):
-    """tqdm's bar, with rate and remaining time, if stderr is a terminal."""
+    """Shows tqdm's progress bar, with rate and remaining time, if stderr is a terminal."""
 
     def before_train(self):
-        """Opens it."""
+        """Opens the bar."""
         trainer = self.trainer
         self._bar = tqdm(total=trainer.max_iter, initial=trainer.start_iter, disable=None)
 
     def after_step(self):
-        """Moves it."""
+        """Advances the bar."""
         self._bar.update()
 
     def after_train(self):
-        """Closes it."""
+        """Closes the bar."""
         self._bar.close()
 
 
 class AssignmentStatistics(HookBase):
-    """Writes how the last batch was assigned: positives per level, ambiguous points, lost boxes.
+    """Logs target assignment: positives per level, ambiguous points, boxes without a point.
 
-    The model leaves these numbers on the GPU; only reading them, every ``period`` iterations, waits
-    for it.
+    The model keeps these statistics on the GPU, and the host waits for it only to read them, every
+    ``period`` iterations.
     """
 
     def __init__(self, period: int = 20):
         self._period = period
 
     def after_step(self):
-        """Writes the statistics, if due."""
+        """Logs the statistics of the last batch if due."""
         iteration = self.trainer.iter + 1
         if iteration % self._period and iteration != self.trainer.max_iter:
             return
@@ -67,7 +67,7 @@ class TrainingPanels(HookBase):
     """Draws the batch of every ``period``-th iteration, starting with the first, for TensorBoard.
 
     Args:
-        period: in iterations.
+        period: number of iterations.
         class_names: K names, or None for numbers.
     """
 
@@ -75,10 +75,10 @@ class TrainingPanels(HookBase):
         self._period, self._class_names = period, class_names
 
     def after_step(self):
-        """Draws the batch that the step has read, if due."""
+        """Draws the batch of this step if due."""
         if self.trainer.iter % self._period:
             return
-        from ..visualization.assignment import training_panels  # which imports matplotlib
+        from ..visualization.assignment import training_panels  # imports matplotlib
 
         model, batch = unwrap_ddp(self.trainer.model), unwrap_trainer(self.trainer).batches[-1]
         for name, panel in training_panels(model, batch, class_names=self._class_names).items():
@@ -87,10 +87,10 @@ class TrainingPanels(HookBase):
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential moving average of ``model``; None if ``decay`` is 0.
+    """Builds the exponential moving average of ``model``; returns None if ``decay`` is 0.
 
-    An update keeps the share ``decay``, in (0, 1). Batch norm statistics are averaged too: those of
-    the last weights would not fit.
+    Each update keeps a fraction ``decay``, in (0, 1), of the average. Batch norm statistics are
+    averaged too: those of the last weights would not fit.
     """
     if not 0 <= decay < 1:
         raise InputError(f"MODEL_EMA.DECAY must be in (0, 1), got {decay}; 0.999 is common")
@@ -104,8 +104,8 @@ class EMAHook(HookBase):
     """Updates the EMA, and saves it as ``model_final_ema.pth`` after the last iteration.
 
     Args:
-        ema: of the detector that is trained.
-        checkpointer: saves it.
+        ema: average of the model in training.
+        checkpointer: saves ``ema``.
     """
 
     def __init__(self, ema: AveragedModel, checkpointer: AtomicSaving):
@@ -113,10 +113,10 @@ class EMAHook(HookBase):
 
     @torch.no_grad()
     def after_step(self):
-        """Updates, without waiting for the GPU as update_parameters would; saves at the end."""
+        """Updates without waiting for the GPU, unlike update_parameters; saves at the end."""
         models = self._ema.module, unwrap_ddp(self.trainer.model)
         ours, theirs = ([*model.parameters(), *model.buffers()] for model in models)
-        if self._ema.n_averaged == 0:  # on the CPU
+        if self._ema.n_averaged == 0:  # a CPU tensor
             torch._foreach_copy_(ours, theirs)
         else:
             pairs = [pair for pair in zip(ours, theirs, strict=True) if pair[0].is_floating_point()]
@@ -128,12 +128,12 @@ class EMAHook(HookBase):
 
 
 class LossWriter(hooks.PeriodicWriter):
-    """PeriodicWriter for all processes, which waits for the losses that it writes.
+    """PeriodicWriter for all processes that waits for the losses before it writes them.
 
     Args:
-        writers: of this process.
-        periods: in iterations, 0 for never: that of losses, and that of evaluations, whose results
-            would be lost if the process was killed before the next losses are written.
+        writers: the writers of this process.
+        periods: numbers of iterations, 0 for never: of losses, and of evaluations, whose results
+            would be lost if the process were killed before the next losses are written.
     """
 
     def __init__(self, writers: Sequence[EventWriter], *periods: int):
@@ -141,7 +141,7 @@ class LossWriter(hooks.PeriodicWriter):
         self._periods = [period for period in periods if period]
 
     def after_step(self):
-        """Writes, if due."""
+        """Writes metrics if due."""
         iteration = self.trainer.iter + 1
         is_last = iteration == self.trainer.max_iter
         if is_last or any(iteration % period == 0 for period in self._periods):
@@ -151,9 +151,9 @@ class LossWriter(hooks.PeriodicWriter):
 
 
 class Preempted(SystemExit):
-    """Ends a training run that was told to stop and has saved all that --resume needs.
+    """Ends a training run that received SIGTERM, after saving everything that --resume needs.
 
-    Its status is EX_TEMPFAIL of sysexits.h: the same command with --resume will do better.
+    The exit status is EX_TEMPFAIL of sysexits.h: retry the same command with --resume.
     """
 
     STATUS = 75
@@ -163,15 +163,15 @@ class Preempted(SystemExit):
 
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
-    """PeriodicCheckpointer, for all processes, which also saves and stops on SIGTERM.
+    """PeriodicCheckpointer for all processes that also saves and stops on SIGTERM.
 
     Args:
-        checkpointer: saves everything from which --resume continues.
-        period: in iterations.
+        checkpointer: saves everything that --resume needs.
+        period: number of iterations.
         options: further arguments of PeriodicCheckpointer.
 
     Raises:
-        InputError: a period below 1.
+        InputError: ``period`` is below 1.
     """
 
     def __init__(self, checkpointer: AtomicSaving, period: int, **options):
@@ -181,12 +181,12 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
                 "SOLVER.MAX_ITER to save the last iteration only"
             )
         super().__init__(checkpointer, period, **options)
-        self._saved = -1  # the last iteration with a checkpoint
+        self._saved = -1  # last iteration with a checkpoint
         self._evaluating = False
 
     @contextmanager
     def handle_sigterm(self) -> Iterator[None]:
-        """A block, around a whole training run, in which SIGTERM means to save and stop."""
+        """Makes SIGTERM save and stop in this block, which contains a whole training run."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return
@@ -198,7 +198,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """A block that changes nothing that is saved: on SIGTERM it is left at once."""
+        """Keeps the block from changing any saved state, so that SIGTERM can abort it at once."""
         trainer = unwrap_trainer(self.trainer)
         trainer.gather_rng_states()
         try:
@@ -208,7 +208,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
                     raise Preempted
                 yield
         except (Exception, Preempted) as error:
-            # The signal may have reached the processes that read images first.
+            # The signal may have reached the data loader's workers first.
             if not trainer.stop_requested:
                 raise
             self._save_now()
@@ -217,7 +217,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self._evaluating = False
 
     def after_step(self):
-        """Saves if due, or if any process was told to stop: then training ends."""
+        """Saves if due; saves and ends training if any process received SIGTERM."""
         trainer, iteration = unwrap_trainer(self.trainer), self.trainer.iter
         is_last = iteration + 1 >= self.max_iter
         is_due = is_last or (iteration + 1) % self.period == 0
@@ -229,11 +229,11 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self._saved = iteration
         if stopping:
             self._save_now()
-            comm.synchronize()  # launchers kill the others as soon as one has ended
+            comm.synchronize()  # launchers kill the others once one has exited
             raise Preempted
 
     def after_train(self):
-        """Ends the workers of the data loader before the last evaluation."""
+        """Shuts down the data loader's workers before the last evaluation."""
         unwrap_trainer(self.trainer).close()
 
     def _save_now(self) -> None:
@@ -245,7 +245,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
     def _on_signal(self, number: int, frame: object) -> None:
         unwrap_trainer(self.trainer).stop_requested = True
         if self._evaluating:
-            self._evaluating = False  # a second signal must not disturb the saving
+            self._evaluating = False  # a second signal must not interrupt saving
             raise Preempted
 
 
@@ -255,7 +255,7 @@ def build_evaluation(
     model: nn.Module,
     checkpoints: CheckpointHook,
 ) -> hooks.EvalHook:
-    """A hook that calls ``evaluate(model)`` as EvalHook does, and leaves no trace in training."""
+    """Builds an EvalHook that calls ``evaluate(model)`` without affecting training."""
 
     def evaluate_alone() -> dict:
         with checkpoints.evaluation():
@@ -274,17 +274,17 @@ def standard_hooks(
     scheduler: object = None,
     more: Sequence[HookBase | None] = (),
 ) -> list[HookBase | None]:
-    """The hooks of a training run in their order; ``scheduler`` None is that of the trainer."""
+    """Returns the hooks of a training run in order; ``scheduler`` None is the trainer's."""
     is_main = comm.is_main_process()
     return [
-        hooks.IterationTimer(),  # first, so that it times the step alone
+        hooks.IterationTimer(),  # first, to time the step alone
         ProgressBar() if is_main else None,
         AssignmentStatistics() if is_main else None,
         hooks.LRScheduler(scheduler=scheduler),
         *more,
-        # Before checkpoints, which are to have its result.
+        # Before the checkpoints, which contain it.
         EMAHook(ema, checkpoints.checkpointer) if ema else None,
-        # Before the evaluation, so that there is something to look at if that fails.
+        # Before the evaluation, in case it fails.
         checkpoints,
         *evaluations,
         writer,

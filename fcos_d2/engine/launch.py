@@ -1,4 +1,4 @@
-"""Running a script's main function in as many processes as asked for, and its exit status."""
+"""Runs a script's main function in one or more processes, and determines its exit status."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .hooks import Preempted
 
 
 def run_script(main: Callable, args) -> int:
-    """Runs ``main(args)``, on as many GPUs as ``args`` says; the exit status of the script.
+    """Runs ``main(args)`` on ``args.num_gpus`` GPUs; returns the exit status of the script.
 
-    Started by torchrun, this is one of its processes: they form a group, with gloo if there is no
-    GPU, and ``args.num_gpus`` is not read.
+    Under torchrun, this process joins the group that torchrun started (with gloo if there is no
+    GPU), and ``args.num_gpus`` is ignored.
 
-    0: done. 1 (by SystemExit): TEST.EXPECTED_RESULTS not met. 2: InputError, printed in one line.
-    75: stopped by SIGTERM, after saving all that --resume needs. 130: interrupted.
+    0: success. 1 (by SystemExit): TEST.EXPECTED_RESULTS not met. 2: InputError, printed in one
+    line. 75: stopped by SIGTERM, after saving everything that --resume needs. 130: interrupted.
     """
     try:
         if is_torchrun():
             init_torchrun()
             main(args)
-            dist.destroy_process_group()  # after an error, torchrun ends those who wait for it
+            dist.destroy_process_group()  # after an error, torchrun kills those that wait
         else:
             _launch(main, args)
     except InputError as error:
@@ -60,11 +60,11 @@ def _exit(status: int, message: str) -> int:
 
 def _launch(main: Callable, args) -> None:
     found = torch.cuda.device_count()
-    # One process without a GPU is what the default of --num-gpus means on a machine without any.
+    # Without a GPU, the default --num-gpus 1 means one process on the CPU.
     if args.num_gpus > max(found, 1):
         raise InputError(
             f"--num-gpus is {args.num_gpus}, but {found} {'GPU is' if found == 1 else 'GPUs are'} "
-            f"there; pass --num-gpus {max(found, 1)}"
+            f"available; pass --num-gpus {max(found, 1)}"
             + ("" if found else ", or start processes on the CPU with torchrun --nproc-per-node N")
         )
     machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank}
@@ -74,7 +74,7 @@ def _launch(main: Callable, args) -> None:
 
 @contextlib.contextmanager
 def _sigterm_forwarded() -> Iterator[None]:
-    """SIGTERM is for the processes that train; this one waits for them."""
+    """Forwards SIGTERM to the training processes, which this one waits for."""
 
     def forward(number: int, frame: object) -> None:
         for process in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""The same as Trainer for LazyConfig files, as in detectron2's tools/lazyconfig_train_net.py."""
+"""Trains and evaluates from LazyConfig files, like detectron2's tools/lazyconfig_train_net.py."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def is_lazy(args) -> bool:
-    """Whether ``args.config_file`` is a LazyConfig instead of a YAML file."""
+    """Returns whether ``args.config_file`` is a LazyConfig instead of a YAML file."""
     return args.config_file.endswith(".py")
 
 
 def run_lazy(args) -> dict | None:
-    """Trains or (``--eval-only``) evaluates what a LazyConfig file describes.
+    """Trains or (``--eval-only``) evaluates the model of a LazyConfig file.
 
     The file has the keys of detectron2's lazyconfig_train_net: model, optimizer, lr_multiplier,
-    dataloader and train; ``args.opts`` are overrides like ``train.max_iter=100``. Keys that only
-    this function reads, with their defaults: ``train.amp.precision="float16"``,
-    ``train.gradient_accumulation=1``, ``train.max_skipped_iters=0`` and
-    ``train.model_ema=dict(enabled=False, decay=0.999)``; config.py documents them.
+    dataloader and train; ``args.opts`` are overrides like ``train.max_iter=100``. Additional keys
+    and their defaults: ``train.amp.precision="float16"``, ``train.gradient_accumulation=1``,
+    ``train.max_skipped_iters=0`` and ``train.model_ema=dict(enabled=False, decay=0.999)``;
+    config.py documents them.
     """
     cfg = _load(args)
     default_setup(cfg, args)

@@ -1,9 +1,9 @@
-"""Training batches whose order and augmentation depend on a seed and a position, and nothing else.
+"""Training batches whose order and augmentation depend only on a seed and a position.
 
-The samplers of detectron2 run ahead in its workers, and torchdata's StatefulDataLoader resumes with
-the same number of workers and processes only. Here, batches are composed of indices before any
-image is read, and every sample is augmented with random numbers of its own: training resumes where
-it was killed, and neither workers nor processes change what is learned.
+detectron2's samplers run ahead of training in its workers, and torchdata's StatefulDataLoader
+resumes only with the same number of workers and processes. Here, batches of indices are formed
+before any image is read, and every sample is augmented with random numbers of its own: training
+resumes where it was killed, and the numbers of workers and processes do not affect the result.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ MakeSampler = Callable[[int], Sampler]
 
 
 class TrainLoader:
-    """Endless batches of mapped records, for one of the processes that train together.
+    """Infinite batches of mapped records for one process of a training run.
 
-    Batch n is the same whatever ``num_workers`` is; with P processes, their batches n together hold
-    the samples of batch n of a single process (without aspect ratio grouping).
+    Batch n does not depend on ``num_workers``; batches n of all processes together hold the samples
+    of batch n of a single process (without aspect ratio grouping).
 
     Args:
         dataset: records, or a map-style dataset of them.
-        mapper: record -> sample, or None for a sample to be replaced by another one.
+        mapper: record -> sample, or None to replace the sample with another one.
         make_sampler: seed -> one of detectron2's training samplers. Default: TrainingSampler.
-        total_batch_size: images per batch, of all processes together.
-        aspect_ratio_grouping: whether to batch landscape images apart from the others; records
-            need ``width`` and ``height``.
-        num_workers: processes that read images; 0 reads them in this one.
-        seed: of order and augmentation, the same for all processes. Default: drawn.
+        total_batch_size: images per batch, over all processes.
+        aspect_ratio_grouping: whether to batch landscape images separately from the others;
+            records need ``width`` and ``height``.
+        num_workers: processes that read images; with 0, this process does.
+        seed: for order and augmentation, the same on all processes. Default: random.
 
     Raises:
-        InputError: a batch that cannot be divided among the processes, a record without size, or a
-            dataset without a length.
+        InputError: the batch cannot be divided among the processes, a record has no size, or the
+            dataset has no length.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class TrainLoader:
         self.batch_size = split_batch(total_batch_size)
         self._is_portrait = _is_portrait(dataset) if aspect_ratio_grouping else None
         self._make_sampler = make_sampler or partial(_shuffle, len(dataset))
-        is_list = isinstance(dataset, list)  # which is serialized once, for all workers
+        is_list = isinstance(dataset, list)  # serialized once, for all workers
         self.dataset = DatasetFromList(dataset, copy=False) if is_list else dataset
         self._mapper, self._num_workers = mapper, num_workers
         self._seed = comm.shared_random_seed() if seed is None else seed
-        self._images = 0  # taken before the batches below were counted
+        self._images = 0  # consumed before self._batches started to count
         self._batches = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -87,17 +87,17 @@ class TrainLoader:
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_obey_parent,
-            # Its own, so that starting to read draws nothing from the training's generator.
+            # Its own, so that starting an iteration does not advance the global generator.
             generator=torch.Generator(),
         )
-        with _sigterm_blocked():  # in workers, for good
+        with _sigterm_blocked():  # permanently in the workers
             batches = iter(loader)
         for batch in batches:
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict:
-        """The seed, and what was returned so far."""
+        """Returns the seed and the position."""
         return {
             "seed": self._seed,
             "images": self._images,
@@ -107,17 +107,17 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes to the position of ``state``, which may be of another number of processes."""
+        """Continues at the position of ``state``, perhaps with another number of processes."""
         self._seed = state["seed"]
         self._images, self._batches = state["images"], state["batches"]
         split = state["batch_size"], state["num_processes"]
         if split != (self.batch_size, comm.get_world_size()):
-            # Other batches than those that were counted: continue with the next image.
+            # The counted batches were divided differently: continue with the next image.
             self._images += self._batches * state["batch_size"] * state["num_processes"]
             self._batches = 0
 
     def _batches_of_draws(self) -> Iterator[list[tuple[int, int]]]:
-        """(draw, index of the record) of each sample; draws count over all processes."""
+        """Yields batches of (draw, record index); draws are counted over all processes."""
         rank, step = comm.get_rank(), comm.get_world_size()
         taken = max(0, -(-(self._images - rank) // step))
         stream = islice(self._make_sampler(self._seed), taken, None)
@@ -135,7 +135,7 @@ class TrainLoader:
 
 
 class _Samples(Dataset):
-    """Maps the record of a (draw, index) pair, with random numbers that the draw determines."""
+    """Maps the record of a (draw, index) pair with random numbers determined by the draw."""
 
     def __init__(self, records: Sequence[dict], mapper: Callable, seed: int):
         self._records, self._mapper, self._seed = records, mapper, seed
@@ -152,7 +152,7 @@ class _Samples(Dataset):
 
 
 def sampler_from_config(cfg, records: Sequence[dict]) -> MakeSampler:
-    """DATALOADER.SAMPLER_TRAIN as a function of the seed."""
+    """Returns a function that builds DATALOADER.SAMPLER_TRAIN from a seed."""
     name, loader, size = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER, len(records)
     if name == "TrainingSampler":
         return partial(_shuffle, size)
@@ -170,10 +170,10 @@ def sampler_from_config(cfg, records: Sequence[dict]) -> MakeSampler:
 
 
 def split_batch(images: int, accumulation: int = 1) -> int:
-    """Images per process and batch, if all processes read ``images`` in ``accumulation`` batches.
+    """Divides ``images`` among all processes and ``accumulation`` batches.
 
     Raises:
-        InputError: they cannot be divided so.
+        InputError: they cannot be divided evenly.
     """
     parts = comm.get_world_size() * max(accumulation, 1)
     if accumulation < 1 or images < 1 or images % parts:
@@ -200,14 +200,14 @@ def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
         ) from error
 
 
-# A job that is told to terminate is told in all its processes, but must finish its iteration. So
-# workers obey a SIGTERM of their parent, which ends them at exit, and ignore all others. Where
-# sigwaitinfo does not tell the sender (not on Linux), they end with any.
+# A SIGTERM to a job goes to all its processes, but the iteration must be finished. So workers exit
+# only on a SIGTERM from their parent, which sends it when it exits. Where sigwaitinfo is missing
+# (outside Linux), they cannot tell the sender and exit on any.
 
 
 @contextlib.contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Delays SIGTERM, here and in processes that are forked meanwhile."""
+    """Blocks SIGTERM in this process and in those forked from it meanwhile."""
     if not hasattr(signal, "sigwaitinfo"):
         yield
         return

@@ -1,4 +1,4 @@
-"""The state of every random number generator that training draws from: save, restore, isolate."""
+"""Saves, restores and isolates the states of all random number generators used in training."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 def get_rng_state() -> dict:
-    """States of Python's, NumPy's and PyTorch's generators, as types that ``load_safely`` reads."""
+    """Returns the states of Python's, NumPy's and PyTorch's generators in plain types."""
     name, key, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, key.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        # Only that of this process's device: the others belong to other processes.
+        # Only for this process's device: the others belong to other processes.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
 def set_rng_state(state: dict) -> None:
-    """Restores what ``get_rng_state`` returned."""
+    """Restores the states that ``get_rng_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -33,7 +33,7 @@ def set_rng_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def fork_rng() -> Iterator[None]:
-    """torch.random.fork_rng for all generators: they are reset when the block ends."""
+    """Like torch.random.fork_rng, but for all generators: restores their states after the block."""
     state = get_rng_state()
     try:
         yield
@@ -42,7 +42,7 @@ def fork_rng() -> Iterator[None]:
 
 
 def seed_rng(*numbers: int) -> None:
-    """Seeds the generators that augmentations use from non-negative ``numbers``; not CUDA's."""
+    """Seeds the generators used for augmentation, not CUDA's, with non-negative ``numbers``."""
     words = np.random.SeedSequence(numbers).generate_state(4)
     np.random.seed(words)
     random.seed(words.tobytes())

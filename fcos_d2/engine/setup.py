@@ -1,4 +1,4 @@
-"""The config of a training run, and what surrounds the run: loggers, seeds, signals, errors."""
+"""Sets up a training run: config, loggers, seeds, signals and error handling."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 def setup_cfg(args) -> CfgNode:
-    """The frozen config of a run, with loggers and random seeds set up for it.
+    """Returns the frozen config of a run, and sets up its loggers and random seeds.
 
     Args:
-        args: what ``default_argument_parser().parse_args()`` returns: the defaults are overridden
-            by ``args.config_file``, and this by the KEY VALUE pairs in ``args.opts``.
+        args: from ``default_argument_parser().parse_args()``; ``args.config_file`` overrides the
+            defaults, and the KEY VALUE pairs in ``args.opts`` override both.
 
     Raises:
-        InputError: file, key, value or dataset name that cannot be used.
+        InputError: a file, key, value or dataset name is invalid.
     """
     cfg = read_cfg(args.config_file, args.opts)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if name not in DatasetCatalog:
-            prepare(name)  # which says so, and what to do
+            prepare(name)  # raises the error
     notice = choose_device(cfg)
     cfg.freeze()
     try:
@@ -63,9 +63,9 @@ def setup_cfg(args) -> CfgNode:
 
 @contextlib.contextmanager
 def training_context(checkpoints: CheckpointHook) -> Iterator[None]:
-    """A block around a training run: SIGTERM saves and stops, log and progress bar do not mix.
+    """Makes SIGTERM save and stop a training run, and keeps its log and progress bar apart.
 
-    InputErrors, which ``run_script`` prints, stay out of the log; a full disk becomes one.
+    InputErrors, which ``run_script`` prints, stay out of the log; a full disk raises one.
     """
 
     def is_bug(record: logging.LogRecord) -> bool:
@@ -94,9 +94,9 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 
 def resume_or_load(trainer: TrainerBase, checkpointer: Checkpointer, weights: str, resume: bool):
-    """Loads the last checkpoint, if ``resume`` and there is one, or else ``weights``.
+    """Loads the last checkpoint if ``resume`` is set and there is one, or else ``weights``.
 
-    Only weights that start a training run may have other classes. Returns the first iteration.
+    Only ``weights`` may have other classes than the model. Returns the first iteration.
     """
     resume = resume and checkpointer.has_checkpoint()
     checkpointer.reset_class_layer = not resume
@@ -107,12 +107,12 @@ def resume_or_load(trainer: TrainerBase, checkpointer: Checkpointer, weights: st
 
 
 def truncate_metrics(path: str, first: int) -> None:
-    """Removes the lines that a run which resumes at iteration ``first`` will write again."""
+    """Removes the lines that a run resumed at iteration ``first`` will write again."""
 
     def is_before(line: bytes) -> bool:
         try:
             return line.endswith(b"\n") and json.loads(line)["iteration"] < first
-        except ValueError:  # it was cut off
+        except ValueError:  # truncated
             return False
 
     if os.path.isfile(path):
@@ -121,7 +121,7 @@ def truncate_metrics(path: str, first: int) -> None:
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, str]:
-    """Values of nested mappings, as strings, by their dotted keys."""
+    """Flattens nested mappings to strings by dotted key."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         is_section = isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""One iteration of training: batches in, one optimizer step out, without waiting for the GPU."""
+"""One training iteration: from batches to an optimizer step, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ logger = logging.getLogger(__name__)
 
 
 class Report(NamedTuple):
-    """The numbers of an iteration, which may still be on their way from the GPU."""
+    """The metrics of an iteration, which may still be on their way from the GPU."""
 
     iteration: int
     batches: list[list[dict]]
     losses: dict[str, Tensor]  # of this process
     rows: Tensor  # per process: data time, whether to stop, loss scale, largest gradient, losses
-    arrived: torch.cuda.Event | None  # None: they are on the host
+    arrived: torch.cuda.Event | None  # None if rows are on the host
 
 
 class StepTrainer(SimpleTrainer):
     """SimpleTrainer with mixed precision, gradient accumulation, NaN checks and a complete state.
 
-    A loss or gradient that is not finite never reaches the weights: GradScaler (with a constant
-    scale of 1 unless the precision is float16) leaves out the step. The GPU decides that by itself
-    if the optimizer is fused; otherwise the host waits for it in every iteration. From a GPU, the
-    host reads the numbers of an iteration when the next one is queued, so losses are written,
-    iterations skipped and training ended one iteration late, but before anything is saved.
+    A non-finite loss or gradient never reaches the weights: GradScaler (with a constant scale of 1
+    unless the precision is float16) skips the step. With a fused optimizer, the GPU decides this on
+    its own; otherwise the host synchronizes in every iteration. The host reads the metrics of an
+    iteration from the GPU after queueing the next one, so losses are written, skipped iterations
+    counted and training ended one iteration late, but before anything is saved.
 
     Args:
-        model: returns a dict of losses; DistributedDataParallel if several processes train.
+        model: returns a dict of losses; DistributedDataParallel in distributed training.
         data_loader: iterable of batches; if it has a ``state_dict``, that is saved too.
-        optimizer: over the parameters of ``model``.
-        accumulation: batches per step, which is that of their losses' mean.
+        optimizer: updates the parameters of ``model``.
+        accumulation: batches per step, whose losses are averaged.
         amp_dtype: torch.float16 (with loss scaling), torch.bfloat16, or None for float32.
-        max_skipped: number of iterations with losses or gradients that are not finite that are
-            skipped; the next one ends training.
-        settings: of the run, by config key; ``load_state_dict`` says which ones have changed.
+        max_skipped: number of iterations with non-finite losses or gradients that are skipped; one
+            more ends training.
+        settings: settings of the run by config key; ``load_state_dict`` logs which have changed.
 
     Attributes:
-        batches: what the last iteration has read.
-        stop_requested: set it (a signal handler does) to ask this process to stop.
-        stopping: whether any process was asked to; becomes true on all of them at once.
+        batches: the batches of the last iteration.
+        stop_requested: set to True (by a signal handler) to ask this process to stop.
+        stopping: whether any process was asked to stop; turns True on all of them at once.
 
     Raises:
-        InputError: losses or gradients that are not finite, too often; batch norm of one value.
+        InputError: too many iterations are not finite, or batch norm gets a single value.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
             raise InputError(
-                "float16 weights lose the updates of their steps; train float32 weights with "
+                "float16 weights lose small updates; train float32 weights with "
                 "SOLVER.AMP.ENABLED True"
             )
         self._accumulation, self._dtype = accumulation, amp_dtype
@@ -105,7 +105,7 @@ class StepTrainer(SimpleTrainer):
         start = time.perf_counter()
         self.batches = [next(self._data_loader_iter) for _ in range(self._accumulation)]
         data_time = time.perf_counter() - start
-        # Batch norm statistics, which must not keep a NaN.
+        # Batch norm statistics must not keep a NaN.
         buffers = unwrap_ddp(self.model).buffers() if self._max_skipped else ()
         copies = [(buffer, buffer.clone()) for buffer in buffers if buffer.is_floating_point()]
         self.optimizer.zero_grad()
@@ -118,18 +118,18 @@ class StepTrainer(SimpleTrainer):
             buffer.copy_(torch.where(is_finite, buffer, before))
         self.flush()  # the previous iteration
         self._unread = self._to_host(report)
-        # A fused SGD whose first step is left out would keep momenta that nothing has written.
+        # A fused SGD that skips its first step would keep uninitialized momenta.
         if (self._is_deferred and self.optimizer.state) or self.flush():
             self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update(None if self._is_scaled else 1.0)
 
     def flush(self) -> bool:
-        """Writes the losses of the last iteration; returns whether all its numbers are finite.
+        """Writes the losses of the last iteration; returns whether it was finite.
 
         Waits until the GPU has computed them. All processes must call it together.
 
         Raises:
-            InputError: they are not finite, and no more iterations may be skipped.
+            InputError: it was not finite, and no more iterations may be skipped.
         """
         report, self._unread = self._unread, None
         if report is None:
@@ -141,7 +141,7 @@ class StepTrainer(SimpleTrainer):
         has_losses, has_gradients = all(map(isfinite, chain(*losses))), isfinite(sum(gradients))
         storage = get_event_storage()
         now, storage.iter = storage.iter, report.iteration
-        # float16's overflow now and then, until the loss scale is at its end.
+        # float16 gradients overflow now and then, which is an error only at a loss scale below 1.
         if not has_losses or not (has_gradients or self._is_scaled and scales[0] >= 1):
             self._skip_or_end(report)
         elif comm.is_main_process():  # under the names that SimpleTrainer uses
@@ -153,16 +153,16 @@ class StepTrainer(SimpleTrainer):
         return has_losses and has_gradients
 
     def close(self) -> None:
-        """Ends the workers of the data loader."""
+        """Shuts down the data loader's workers."""
         getattr(self._data_loader_iter, "close", lambda: None)()
 
     def gather_rng_states(self) -> None:
-        """Makes the states of all processes part of ``state_dict``; see ``flush``."""
+        """Gathers the RNG states of all processes for ``state_dict``; calls ``flush`` first."""
         self.flush()
         self._rng_states = comm.gather(get_rng_state())
 
     def state_dict(self) -> dict:
-        """Everything that decides how training continues, besides the model."""
+        """Returns everything except the model that is needed to resume training."""
         state = super().state_dict()
         if self._is_scaled:
             state["grad_scaler"] = self.grad_scaler.state_dict()
@@ -174,12 +174,12 @@ class StepTrainer(SimpleTrainer):
         return {**state, **kept, "rng_states": self._rng_states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Loads what ``state`` has; that of SimpleTrainer and AMPTrainer has a part of it.
+        """Loads ``state``, which may be the less complete one of a SimpleTrainer or AMPTrainer.
 
-        Learning rate, weight decay and the like are those of this run, not those of the state.
+        Learning rate, weight decay and the like stay those of this run.
 
         Raises:
-            InputError: the state of another optimizer.
+            InputError: the state belongs to another optimizer.
         """
         groups = self.optimizer.param_groups
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -202,7 +202,7 @@ class StepTrainer(SimpleTrainer):
         if "data_loader" in state and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state["data_loader"])
         else:
-            logger.warning("the position in the training data is unknown: it is shuffled anew")
+            logger.warning("the position in the training data is unknown: reshuffling")
         self._skipped, self._resumed = state.get("skipped", 0), state
         ours, theirs = self._settings, state.get("settings", self._settings)
         changes = [
@@ -214,7 +214,7 @@ class StepTrainer(SimpleTrainer):
             logger.warning(f"--resume: training continues with {', '.join(changes)}")
 
     def _restore(self) -> None:
-        """What needs an EventStorage, and what building the trainer would have changed."""
+        """Restores losses, which need an EventStorage, and RNG states, which setup advances."""
         state, self._resumed = self._resumed, {}
         storage = get_event_storage()
         now = storage.iter
@@ -227,7 +227,7 @@ class StepTrainer(SimpleTrainer):
             set_rng_state(rng_states[comm.get_rank()])
 
     def _to_device(self, batches: list[list[dict]]) -> list[list[dict]]:
-        """The batches on the GPU, by way of a stream whose copies wait for nothing else."""
+        """Copies batches to the GPU on a side stream, where they wait for nothing else."""
         if self._copies is None:
             return batches
 
@@ -237,13 +237,13 @@ class StepTrainer(SimpleTrainer):
         with torch.cuda.stream(self._copies):
             batches = [[move(sample) for sample in batch] for batch in batches]
         torch.cuda.current_stream().wait_stream(self._copies)
-        return batches  # which the report keeps from being freed too early
+        return batches  # the report keeps them alive until they are no longer in use
 
     def _backward(self, batches: list[list[dict]]) -> dict[str, Tensor]:
-        """Gradients of the mean of all batches' losses; returns the losses of the mean."""
+        """Backpropagates the losses, averaged over the batches, and returns them."""
         mean: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
-            # Processes exchange gradients once, with the last batch.
+            # Processes reduce gradients once, with the last batch.
             is_alone = number < len(batches) and unwrap_ddp(self.model) is not self.model
             with self.model.no_sync() if is_alone else contextlib.nullcontext():
                 autocast = torch.autocast(self._device.type, self._dtype, self._dtype is not None)
@@ -251,7 +251,7 @@ class StepTrainer(SimpleTrainer):
                     losses = self.model(batch)
                 losses = {name: loss / len(batches) for name, loss in losses.items()}
                 total = sum(losses.values())
-                # Times 1, or times NaN, so that every gradient is NaN, on all processes.
+                # Times 1, or NaN if it is not finite, which makes all gradients NaN everywhere.
                 total = total * (1 + 0 * total.detach())
                 self.grad_scaler.scale(total).backward()
             for name, loss in losses.items():
@@ -271,31 +271,31 @@ class StepTrainer(SimpleTrainer):
         return Report(self.iter, batches, losses, rows, None)
 
     def _to_host(self, report: Report) -> Report:
-        """``report`` on its way to pinned memory."""
+        """Starts to copy ``report`` to pinned memory."""
         if self._copies is None:
             return report
         rows = report.rows.to("cpu", non_blocking=True)
         return report._replace(rows=rows, arrived=torch.cuda.current_stream().record_event())
 
     def _skip_or_end(self, report: Report) -> None:
-        """All processes come here together."""
+        """Skips the iteration or ends training; all processes must call it together."""
         found = zip(*comm.all_gather(_describe(report)), strict=True)
         losses, gradients = ("; ".join(filter(None, parts)) for parts in found)
         message = f"iteration {report.iteration}: {losses or gradients}"
         self._skipped += 1
         if self._skipped > self._max_skipped:
-            before = f", after {self._max_skipped} skipped ones" if self._max_skipped else ""
+            before = f", after skipping {self._max_skipped}" if self._max_skipped else ""
             raise InputError(
                 f"{message}{before}; look at these images and their boxes, try a lower "
                 "SOLVER.BASE_LR, more SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True, "
-                "or allow for some with SOLVER.MAX_SKIPPED_ITERS"
+                "or allow some with SOLVER.MAX_SKIPPED_ITERS"
             )
         logger.warning(f"{message}; skipped, {self._skipped} of {self._max_skipped}")
         get_event_storage().put_scalar("skipped_iterations", self._skipped, smoothing_hint=False)
 
 
 def amp_dtype(precision: str, device: str) -> torch.dtype | None:
-    """The type for autocast in ``precision`` on ``device``; None, with a warning, if it has none.
+    """Returns the autocast dtype for ``precision`` on ``device``; None if autocast stays off.
 
     Raises:
         InputError: an unknown precision.
@@ -309,19 +309,19 @@ def amp_dtype(precision: str, device: str) -> torch.dtype | None:
             f"SOLVER.AMP.PRECISION must be one of auto, {', '.join(AMP_DTYPES)}, got {precision!r}"
         )
     if precision == "float16" and device == "cpu":
-        logger.warning("AMP is off: float16 is for GPUs; bfloat16 is for GPUs and CPUs")
+        logger.warning("AMP is off: float16 needs a GPU; bfloat16 also works on CPUs")
         return None
     return AMP_DTYPES[precision]
 
 
 def unwrap_trainer(trainer: TrainerBase) -> StepTrainer:
-    """The StepTrainer inside a DefaultTrainer, or ``trainer`` itself."""
+    """Returns the StepTrainer inside a DefaultTrainer, or ``trainer`` itself."""
     return getattr(trainer, "_trainer", trainer)
 
 
 @contextlib.contextmanager
 def batch_norm_errors() -> Iterator[None]:
-    """Rewords torch's error about batch norm of a single value per channel."""
+    """Rewords torch's error about batch norm over a single value per channel."""
     try:
         yield
     except ValueError as error:
@@ -335,9 +335,9 @@ def batch_norm_errors() -> Iterator[None]:
 
 
 def _describe(report: Report) -> tuple[str, str]:
-    """What is not finite in this process: losses with their images, if any; gradients."""
+    """Describes non-finite losses of this process ("" if none), and its gradients."""
     files = ", ".join(str(image.get("file_name", "?")) for b in report.batches for image in b)
-    where = f" of process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+    where = f" of process {comm.get_rank()}:" if comm.get_world_size() > 1 else ""
     values = {name: loss.item() for name, loss in report.losses.items()}
     bad = [f"{name} is {value}" for name, value in values.items() if not isfinite(value)]
     good = [f"{name} is {value:.4g}" for name, value in values.items() if isfinite(value)]

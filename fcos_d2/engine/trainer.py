@@ -46,15 +46,14 @@ from .step import StepTrainer, amp_dtype, batch_norm_errors
 
 
 class Trainer(ResumableTrainer):
-    """DefaultTrainer for FCOS, driven by a config of ``setup_cfg``.
+    """DefaultTrainer for FCOS, driven by a config from ``setup_cfg``.
 
-    Its checkpoints hold everything that decides how training continues: model, EMA, optimizer,
-    schedule, loss scale, position in the data and random number states of all processes.
+    Its checkpoints hold everything needed to resume training exactly: model, EMA, optimizer,
+    schedule, loss scale, position in the data and RNG states of all processes.
     """
 
     def __init__(self, cfg):
-        # DefaultTrainer.__init__ cannot be called: it hands device_ids, which DDP refuses for a
-        # CPU model, to create_ddp_model.
+        # Not DefaultTrainer.__init__: it passes device_ids, which DDP refuses for a CPU model.
         TrainerBase.__init__(self)
         cfg = scale_to_processes(cfg)
         amp = cfg.SOLVER.AMP
@@ -82,7 +81,7 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
-        """SOLVER.OPTIMIZER "SGD" or "ADAMW", with detectron2's parameter groups; fused on GPUs."""
+        """Builds "SGD" or "ADAMW" (SOLVER.OPTIMIZER) with detectron2's groups; fused on GPUs."""
         solver = cfg.SOLVER
         options = {
             "lr": solver.BASE_LR,
@@ -105,7 +104,7 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """A TrainLoader of validated data, mapped by FCOSDatasetMapper."""
+        """Builds a TrainLoader of validated data, mapped by FCOSDatasetMapper."""
         names, loader = cfg.DATASETS.TRAIN, cfg.DATALOADER
         if not names:
             raise InputError(
@@ -131,7 +130,7 @@ class Trainer(ResumableTrainer):
     build_evaluator = staticmethod(build_evaluator)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """DefaultTrainer's and ours."""
+        """Builds DefaultTrainer's hooks and ours."""
         cfg, is_main = self.cfg, comm.is_main_process()
         check_test_sets(cfg)  # before training, not after it
         evaluated = self.ema.module if self.ema else self.checkpointer.model
@@ -140,8 +139,8 @@ class Trainer(ResumableTrainer):
         self._checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         evaluations = [self._build_evaluation(cfg.TEST.EVAL_PERIOD, self.test, evaluated)]
         if cfg.TEST.AUG.ENABLED:
-            with_tta(cfg, evaluated)  # refuses what it cannot do before training, not after it
-            # After the last iteration only, as in detectron2's train_net.py: it takes long.
+            with_tta(cfg, evaluated)  # raises its errors before training, not after it
+            # After the last iteration only, as in detectron2's train_net.py: it is slow.
             evaluations.append(self._build_evaluation(0, test_with_tta, evaluated))
         more = [
             TrainingPanels(cfg.VIS_PERIOD, classes) if panels else None,
@@ -156,12 +155,12 @@ class Trainer(ResumableTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         if not get_bn_modules(model):
             return None
-        # Its loader is another one, so that the training's goes on undisturbed.
+        # A separate loader, so that the training loader keeps its position.
         loader = self.build_train_loader(cfg)
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _build_evaluation(self, period: int, test: Callable, model: nn.Module) -> HookBase:
-        this = weakref.proxy(self)  # a hook must not own its trainer
+        this = weakref.proxy(self)  # avoids a reference cycle
 
         def evaluate(model: nn.Module) -> dict:
             results = test(this.cfg, model)
@@ -171,7 +170,7 @@ class Trainer(ResumableTrainer):
         return build_evaluation(period, evaluate, model, self._checkpoints)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """ResumableTrainer's; the learning rate is that of this run's config."""
+        """Loads the state as ResumableTrainer does, but keeps this run's learning rate."""
         super().load_state_dict(state_dict)
         groups = self.optimizer.param_groups
         self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -184,15 +183,15 @@ class Trainer(ResumableTrainer):
         self.start_iter = resume_or_load(self, self.checkpointer, weights, resume)
 
     def train(self):
-        """DefaultTrainer's; SIGTERM saves and stops, and input errors are reported in one line."""
+        """Trains; SIGTERM saves and stops, and input errors are reported in one line."""
         with training_context(self._checkpoints):
             return super().train()
 
 
 def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
-    """Refuses batches of one image whose smallest one would give batch norm a 1x1 feature map.
+    """Refuses batches of one image if the smallest would give batch norm a 1x1 feature map.
 
-    The model is run on shapes only, those of the smallest image at the smallest training size.
+    Runs the model on the meta device, with the smallest image at the smallest training size.
     """
     is_single = isinstance(loader, TrainLoader) and loader.batch_size == 1
     records = loader.dataset if is_single else ()
@@ -206,14 +205,17 @@ def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
     padded = [-(-side // divisor) * divisor for side in min(sides, key=max)]
     image = torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *padded, device="meta")
     model = copy.deepcopy(model).to("meta")
-    with batch_norm_errors(), contextlib.suppress(RuntimeError):  # an operator without shapes
+    with (
+        batch_norm_errors(),
+        contextlib.suppress(RuntimeError),
+    ):  # an op without meta kernel
         features = model.backbone(image)
         if isinstance(model, FCOS):
             model.head([features[name] for name in model.head_in_features])
 
 
 def scale_to_processes(cfg):
-    """``cfg`` for as many processes as there are, by SOLVER.REFERENCE_WORLD_SIZE; see docs."""
+    """Scales ``cfg`` from SOLVER.REFERENCE_WORLD_SIZE to the number of processes; see docs."""
     reference, images = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference and images % reference:
         raise InputError(

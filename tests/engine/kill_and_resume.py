@@ -1,9 +1,9 @@
-"""Trains once undisturbed, then again with kill -9 at drawn points, and compares what is left.
+"""Trains once undisturbed, then again with kill -9 at random points, and compares the results.
 
     python tests/engine/kill_and_resume.py FOLDER CONFIG KILLS SEED [KEY VALUE ...]
 
 Every run is a fork of this process, which has imported everything but started nothing, and kills
-itself. Prints where, and the iteration of the last checkpoint after each kill.
+itself. Prints where, with the iteration of the last checkpoint after each kill.
 """
 
 import json
@@ -21,7 +21,7 @@ from fcos_d2.engine import Trainer, run_script
 from tests.tiny_training import metrics
 
 STEPS = ("before_step", "after_step", "after_hooks")
-# Of the next file after the iteration has begun: an image, a log, most of all a checkpoint.
+# At the next file after the iteration has begun: an image, a log or, most often, a checkpoint.
 FILES = ("open", "os.rename", "fsync")
 
 
@@ -30,7 +30,7 @@ def kill(*_) -> None:
 
 
 class Kill(HookBase):
-    """Kills this process at a point of STEPS in an iteration, or at one of FILES from then on."""
+    """Kills this process at a point in STEPS of an iteration, or at the next one in FILES."""
 
     def __init__(self, iteration: int, point: str):
         self.iteration, self.point, self.process = iteration, point, os.getpid()
@@ -55,7 +55,7 @@ class Kill(HookBase):
 
 
 def run(folder: Path, config: str, *words: str, killed_at: tuple[int, str] | None = None) -> int:
-    """Trains in a process of its own, resuming if it can; how that ended, as of os.waitpid."""
+    """Trains in a forked process, resuming if possible; returns its status as of os.waitpid."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -75,13 +75,13 @@ def run(folder: Path, config: str, *words: str, killed_at: tuple[int, str] | Non
 
 
 def last_checkpoint(folder: Path) -> dict | None:
-    """What --resume would read: always a whole file."""
+    """Loads what --resume would read, which must be a complete file."""
     name = folder / "last_checkpoint"
     return torch.load(folder / name.read_text(), map_location="cpu") if name.exists() else None
 
 
 def differences(one: object, other: object, path: str = "") -> list[str]:
-    """Where two checkpoints differ by a bit."""
+    """Lists where two checkpoints differ, even by a bit."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) and one.dtype == other.dtype else [path]
     if isinstance(one, dict):
@@ -107,10 +107,10 @@ def main(folder: Path, config: str, kills: int, seed: int, *words: str) -> None:
     expected = last_checkpoint(undisturbed)
     last, begin, points = expected["iteration"], 0, []
     for number in range(kills):
-        # On average, as far as all kills together come to the end; never in the last iteration.
+        # On average, all kills together span the whole run; never in the last iteration.
         iteration = min(begin + random.randint(0, 2 * last // kills), last - 1)
         points.append((iteration, random.choice(STEPS + FILES)))
-        # Workers or none: the order of the data must not depend on them.
+        # With or without workers: the order of the data must not depend on them.
         workers = ("DATALOADER.NUM_WORKERS", str(number % 2))
         status = run(killed, config, *words, *workers, killed_at=points[-1])
         assert os.WIFSIGNALED(status), (status, (killed / "output.txt").read_text()[-3000:])

@@ -1,4 +1,4 @@
-"""Several processes, with gloo on the CPU: they learn and find what a single one does."""
+"""Distributed training with gloo on the CPU: it learns and detects what a single process does."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ from ..tiny_training import ROOT, metrics, python, write_config
 
 pytest_plugins = ["tests.script"]
 
-# Without BN, whose statistics are those of a process, and without Adam, which makes of a gradient's
-# last bit a whole step.
+# Without BN, whose statistics are per process, and without Adam, which amplifies the last bit of a
+# gradient to a whole step.
 ALIKE = ("MODEL.RESNETS.NORM", "GN", "SOLVER.OPTIMIZER", "SGD", "SOLVER.IMS_PER_BATCH", 4)
 ALIKE += ("SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.01, "DATALOADER.NUM_WORKERS", 1)
 ALIKE += ("MODEL_EMA.ENABLED", True)
@@ -37,7 +37,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert sorted(done.stdout.splitlines()) == ["agreed 0", "agreed 1"]
 
 
-def test_torchrun_trains_and_evaluates_as_a_single_process_does(script, tmp_path):
+def test_torchrun_trains_and_evaluates_like_a_single_process(script, tmp_path):
     config = write_config(tmp_path / "data")
     words = ("--config-file", config, *ALIKE, "OUTPUT_DIR", "two")
     done = torchrun(ROOT / "train_net.py", *words, cwd=tmp_path)
@@ -56,7 +56,7 @@ def test_torchrun_trains_and_evaluates_as_a_single_process_does(script, tmp_path
 
 
 @pytest.mark.slow
-def test_evaluation_of_two_processes_is_that_of_one(script, tmp_path):
+def test_two_processes_evaluate_like_one(script, tmp_path):
     config = write_config(tmp_path / "data")
     assert script("SOLVER.MAX_ITER", 60, "DATASETS.TEST", "()").status == 0
     words = ("--eval-only", "MODEL.WEIGHTS", tmp_path / "output/model_final.pth")
@@ -78,7 +78,7 @@ from fcos_d2.engine import Trainer, run_script
 class Terminate(HookBase):
     def before_step(self):
         if self.trainer.iter == 2 and os.environ["RANK"] == "1" and "--resume" not in sys.argv:
-            os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which passes it on
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which forwards it
             while not self.trainer._trainer.stop_requested:
                 time.sleep(0.01)
 
@@ -109,7 +109,7 @@ ARGS = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="aut
 
 
 def spawned(monkeypatch, error: Exception) -> int:
-    """The status of a script whose processes on two GPUs end with ``error``."""
+    """Returns the exit status of a script whose two processes end with ``error``."""
 
     def launch(*args, **kwargs):
         raise error
@@ -129,7 +129,7 @@ def test_an_input_error_of_a_spawned_process_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no such data; do that\n"
 
 
-def test_spawned_processes_that_were_preempted_give_the_script_their_status(monkeypatch, capsys):
+def test_script_exits_with_the_status_of_its_preempted_processes(monkeypatch, capsys):
     def exited(status):
         return torch.multiprocessing.ProcessExitedException("exited", 0, 4242, exit_code=status)
 
@@ -139,7 +139,7 @@ def test_spawned_processes_that_were_preempted_give_the_script_their_status(monk
         spawned(monkeypatch, exited(1))
 
 
-def test_sigterm_is_passed_on_to_spawned_processes(monkeypatch):
+def test_sigterm_is_forwarded_to_spawned_processes(monkeypatch):
     def launch(main, *args, **kwargs):
         context = torch.multiprocessing.get_context("fork")
         ready = context.Event()
@@ -166,7 +166,7 @@ def _exit_on_sigterm(ready) -> None:
         signal.pause()
 
 
-def test_more_gpus_than_there_are_points_to_torchrun(monkeypatch, capsys):
+def test_missing_gpus_are_refused_with_a_hint_at_torchrun(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run_script(lambda args: None, ARGS) == 2
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
@@ -177,10 +177,11 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
     for name, value in zip(TORCHRUN, "1122", strict=True):
         monkeypatch.setenv(name, value)
     assert is_torchrun() and run_script(lambda args: None, ARGS) == 2
-    assert "2 processes, but 1 GPU is there; pass --nproc-per-node 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "2 processes, but only 1 GPU is available; pass --nproc-per-node 1" in error
 
 
-def test_sync_bn_of_a_single_process_of_torchrun_is_refused_on_the_cpu(tmp_path):
+def test_sync_bn_on_the_cpu_is_refused_even_in_a_single_process_of_torchrun(tmp_path):
     group = {"init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **group)
     try:
@@ -213,7 +214,7 @@ def test_one_key_scales_the_schedule_to_the_number_of_processes(fcos_cfg, two_pr
     assert scale_to_processes(cfg).SOLVER.MAX_ITER == 90
 
 
-def test_a_reference_that_does_not_divide_the_batch_is_refused(fcos_cfg):
+def test_a_reference_world_size_that_does_not_divide_the_batch_is_refused(fcos_cfg):
     cfg = reference_cfg(fcos_cfg, IMS_PER_BATCH=15, REFERENCE_WORLD_SIZE=8)
     with pytest.raises(InputError, match="REFERENCE_WORLD_SIZE 8 does not divide .*IMS_PER_BATCH"):
         scale_to_processes(cfg)

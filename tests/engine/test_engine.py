@@ -1,4 +1,4 @@
-"""Optimizers, hooks, EMA and detectors that runs of train_net.py do not show by themselves."""
+"""Optimizers, hooks, EMA and detectors beyond what plain runs of train_net.py cover."""
 
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def test_both_optimizers_honour_the_solver_keys(fcos_cfg, name, kind):
 
 
 def test_optimizers_are_fused_on_gpus(fcos_cfg):
-    """So that the GPU itself leaves out a step that is not finite; see test_step.py."""
+    """So that the GPU itself skips a non-finite step; see test_step.py."""
     for device, fused in (("cuda", True), ("cpu", None)):
         fcos_cfg.MODEL.DEVICE = device
         assert Trainer.build_optimizer(fcos_cfg, small_model()).defaults["fused"] is fused
@@ -77,7 +77,7 @@ def test_detectors_around_fcos_train_and_are_evaluated(script, architecture, mea
     assert result.status == 0 and measured in result.results[0]
 
 
-def test_a_config_that_nobody_resolved_trains(script):
+def test_a_config_with_an_unresolved_convention_trains(script):
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file("tiny.yaml")
@@ -116,7 +116,7 @@ def test_statistics_are_read_from_the_device_only_when_due():
 
 
 class StatefulTrainer(ResumableTrainer):
-    """A ResumableTrainer without a config: what it saves is all that matters."""
+    """A ResumableTrainer without a config; only its saved state matters."""
 
     def __init__(self):
         super(DefaultTrainer, self).__init__()
@@ -145,7 +145,7 @@ def detectron2_version(request, monkeypatch):
             monkeypatch.delattr(DefaultTrainer, name)
 
 
-def test_the_optimizer_survives_a_checkpoint_of_every_detectron2(detectron2_version, caplog):
+def test_optimizer_state_is_saved_and_restored_with_every_detectron2(detectron2_version, caplog):
     first, second = StatefulTrainer(), StatefulTrainer()
     first.iter, first.optimizer.param_groups[0]["lr"] = 5, 0.75
     state = first.state_dict()
@@ -180,12 +180,12 @@ def test_ema_follows_the_weights_and_statistics(tmp_path):
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_averages_nothing_is_refused(decay):
+def test_an_invalid_decay_is_refused(decay):
     with pytest.raises(InputError, match="MODEL_EMA.DECAY must be in"):
         build_ema(small_model(), decay)
 
 
-def test_the_ema_is_evaluated_saved_and_found_again(script, monkeypatch):
+def test_the_ema_is_evaluated_saved_and_loaded(script, monkeypatch):
     evaluated = []
 
     def test(cfg, model, evaluators=None):
@@ -239,8 +239,8 @@ def test_batch_norm_of_one_value_is_refused_before_training(script, norm, size):
         assert part in line
 
 
-def test_batch_norm_of_one_value_that_appears_in_training_is_one_line():
-    """As of a LazyConfig, or of images that were cropped."""
+def test_batch_norm_of_one_value_during_training_is_a_one_line_error():
+    """As with a LazyConfig or cropped images."""
     model = nn.Sequential(nn.BatchNorm1d(3))
     trainer = StepTrainer(model, [torch.ones(1, 3)], torch.optim.SGD(model.parameters(), 0.1))
     with EventStorage(), pytest.raises(InputError, match="feature map of 1x1; raise SOLVER.IMS"):

@@ -1,4 +1,4 @@
-"""The order and augmentation of training batches, and the processes that read them."""
+"""The order and augmentation of training batches, and the workers that read them."""
 
 import json
 import multiprocessing
@@ -44,7 +44,7 @@ def ids(batches: list[list[dict]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("grouping", [False, True])
-def test_batches_continue_at_a_saved_position_with_the_same_augmentation(grouping):
+def test_batches_resume_at_a_saved_position_with_the_same_augmentation(grouping):
     whole = take(loader(aspect_ratio_grouping=grouping), 12)
     assert len({sample["noise"] for batch in whole for sample in batch}) == 36
     first = loader(aspect_ratio_grouping=grouping)
@@ -91,7 +91,7 @@ def test_processes_share_the_batches_of_a_single_one(as_process):
         assert sorted(together[0] + together[1], key=key) == sorted(batch, key=key)
 
 
-def test_another_number_of_processes_goes_on_with_the_next_image(as_process):
+def test_another_number_of_processes_continues_with_the_next_image(as_process):
     first = loader(batch_size=4)
     seen, rest = sum(ids(take(first, 3)), []), []
     state = first.state_dict()
@@ -130,8 +130,8 @@ def test_a_sample_that_the_mapper_refuses_is_replaced():
 # ---- random numbers ----
 
 
-def test_random_state_comes_back_from_a_file(tmp_path):
-    np.random.randn()  # leaves a second number behind, which is part of the state
+def test_random_state_is_restored_from_a_file(tmp_path):
+    np.random.randn()  # caches a second number, which is part of the state
     torch.save(get_rng_state(), tmp_path / "state.pth")
     first = draw()
     draw()
@@ -140,7 +140,7 @@ def test_random_state_comes_back_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("use", [lambda: take(loader(), 3), fork_rng()(draw)])
-def test_random_numbers_of_augmentation_and_evaluation_do_not_move_those_of_training(use):
+def test_augmentation_and_evaluation_do_not_advance_the_generators_of_training(use):
     state = get_rng_state()
     use()
     after = draw()
@@ -151,7 +151,7 @@ def test_random_numbers_of_augmentation_and_evaluation_do_not_move_those_of_trai
 # ---- SIGTERM ----
 
 
-def test_workers_outlive_the_sigterm_of_a_run_that_finishes_its_iteration():
+def test_workers_survive_sigterm_while_the_run_finishes_its_iteration():
     batches = iter(loader(workers=2))
     assert ids([next(batches)]) == ids(take(loader(), 1))
     for worker in multiprocessing.active_children():
@@ -170,6 +170,6 @@ raise SystemExit("a bug of the training")
 """
 
 
-def test_a_run_that_fails_does_not_wait_for_its_workers_for_ever(tmp_path):
+def test_a_failing_run_does_not_wait_for_its_workers_forever(tmp_path):
     done = python("-c", FAILING, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr == "a bug of the training\n"

@@ -1,6 +1,6 @@
-"""Interruptions: kill -9, SIGTERM and full disks, after which training goes on as if nothing was.
+"""Training resumes after kill -9, SIGTERM and full disks as if nothing had happened.
 
-The trainings that are killed run in processes of their own; see kill_and_resume.py.
+Training runs that are killed have processes of their own; see kill_and_resume.py.
 """
 
 import json
@@ -41,7 +41,7 @@ def kill_and_resume(folder: Path, config: Path, kills: int, *options) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_training_killed_at_random_points_ends_in_the_same_bits(tmp_path):
+def test_training_killed_at_random_points_ends_bit_identical(tmp_path):
     options = ("SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 10)
     options += ("SOLVER.OPTIMIZER", "SGD")
     points = kill_and_resume(tmp_path, write_config(tmp_path / "data"), 4, *options, *EVERYTHING)
@@ -49,7 +49,7 @@ def test_training_killed_at_random_points_ends_in_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_killed_twenty_times_end_in_the_same_bits(tmp_path, monkeypatch):
+def test_training_on_digits_killed_twenty_times_ends_bit_identical(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     config = ROOT / "configs/digits/fcos_R_18_FPN_digits.yaml"
     options = ("SOLVER.MAX_ITER", 200, "SOLVER.CHECKPOINT_PERIOD", 7, "TEST.EVAL_PERIOD", 0)
@@ -62,7 +62,7 @@ def test_digits_killed_twenty_times_end_in_the_same_bits(tmp_path, monkeypatch):
 
 
 class Terminate(HookBase):
-    """Sends this process SIGTERM in iteration 2."""
+    """Sends SIGTERM to this process in iteration 2."""
 
     def before_step(self):
         if self.trainer.iter == 2:
@@ -86,7 +86,7 @@ def terminating(monkeypatch, in_evaluation: bool = False):
 
 
 @pytest.mark.parametrize("in_evaluation", [False, True], ids=["in a step", "in an evaluation"])
-def test_sigterm_saves_and_stops_with_a_status_of_its_own(script, monkeypatch, in_evaluation):
+def test_sigterm_saves_and_stops_with_its_own_exit_status(script, monkeypatch, in_evaluation):
     options = (*LONGER, *EVERYTHING, "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 3)
     before = signal.getsignal(signal.SIGTERM)
     assert script(*options, "OUTPUT_DIR", "undisturbed").status == 0
@@ -143,7 +143,7 @@ def test_training_runs_where_signals_cannot_be_blocked_and_folders_not_flushed(s
     assert (script.folder / "output/last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(script):
+def test_a_full_disk_is_a_one_line_error_and_keeps_the_last_checkpoint(script):
     options = (*LONGER, "DATASETS.TEST", "()")
     assert script(*options, "SOLVER.MAX_ITER", 2).status == 0
     output = script.folder / "output"
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(script):
     assert script("--resume", *options).status == 0
 
 
-def test_a_file_is_replaced_when_it_is_complete_and_not_before(tmp_path):
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
@@ -178,7 +178,7 @@ def test_a_file_is_replaced_when_it_is_complete_and_not_before(tmp_path):
     assert path.read_bytes() == b"new" and [*tmp_path.iterdir()] == [path]
 
 
-def test_what_a_killed_process_left_is_removed_with_the_next_checkpoint(tmp_path):
+def test_files_left_by_a_killed_process_are_removed_with_the_next_checkpoint(tmp_path):
     (tmp_path / "model_0000001.pth.partial").write_bytes(b"cut off")
     Checkpointer(nn.Linear(2, 2), str(tmp_path)).save("model_0000002")
     assert {p.name for p in tmp_path.iterdir()} == {"model_0000002.pth", "last_checkpoint"}
@@ -193,7 +193,7 @@ def test_an_unwritable_first_checkpoint_says_that_there_is_no_other(tmp_path):
 # ---- other settings ----
 
 
-def test_resuming_with_another_rate_and_schedule_uses_them_and_says_so(script):
+def test_resuming_with_another_learning_rate_and_schedule_uses_and_logs_them(script):
     options = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(9,)", "DATASETS.TEST", "()")
     assert script(*options, "SOLVER.CHECKPOINT_PERIOD", 2).status == 0
     output = script.folder / "output"
@@ -219,10 +219,10 @@ def test_resuming_with_another_rate_and_schedule_uses_them_and_says_so(script):
 # ---- metrics ----
 
 
-def test_metrics_of_iterations_that_come_again_are_forgotten(tmp_path):
+def test_metrics_of_repeated_iterations_are_removed(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text('{"iteration": 19, "a": 1}\n{"iteration": 39, "a": 2}\n{"iterat')
-    with open(path, "a") as writer:  # as the trainer's, which is open already
+    with open(path, "a") as writer:  # like the trainer's, which is already open
         truncate_metrics(path, 30)
         writer.write('{"iteration": 39, "a": 3}\n')
     assert metrics(tmp_path) == [{"iteration": 19, "a": 1}, {"iteration": 39, "a": 3}]

@@ -1,4 +1,4 @@
-"""Memory stays flat over thousands of calls: nothing that a call makes outlives it."""
+"""Memory stays flat over thousands of calls: nothing that a call allocates outlives it."""
 
 import gc
 import itertools
@@ -32,7 +32,7 @@ def assert_flat(call, times: int) -> None:
 
 
 def batch(generator: torch.Generator) -> list[dict]:
-    """Two images of changing size, with none to three objects."""
+    """Returns two images of varying size with 0 to 3 objects each."""
     samples = []
     for _ in range(2):
         height, width = (int(torch.randint(32, 97, (), generator=generator)) for _ in range(2))

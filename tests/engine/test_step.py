@@ -1,4 +1,4 @@
-"""StepTrainer: losses that are not finite, accumulation, mixed precision, and its state."""
+"""StepTrainer: non-finite losses, gradient accumulation, mixed precision, and its state."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ ACCURACY_TEST = "quick_schedules/fcos_R_18_FPN_digits_bfloat16_training_acc_test
 
 
 class Fragile(nn.Module):
-    """Two losses that are finite as long as its inputs are, and one whose gradient may not be."""
+    """Has two losses that are finite if the input is; the gradient of one may still not be."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def fragile_batch(value: float) -> list[dict]:
 
 
 def run(trainer: StepTrainer, steps: int) -> tuple[StepTrainer, EventStorage, list[float]]:
-    """The trainer after some steps, its storage, and the total loss after each of them."""
+    """Runs some steps; returns the trainer, its storage, and the total loss after each step."""
     losses = []
     with EventStorage() as storage:
         for trainer.iter in range(steps):
@@ -53,7 +53,7 @@ def run(trainer: StepTrainer, steps: int) -> tuple[StepTrainer, EventStorage, li
 
 
 def fragile(values, is_deferred: bool = False, **options) -> StepTrainer:
-    """A trainer that will read ``values``; on the CPU, but as on a GPU if ``is_deferred``."""
+    """Builds a trainer that reads ``values``; ``is_deferred`` makes it check late, as on a GPU."""
     model = Fragile()
     fused = {"momentum": 0.9, "fused": True} if is_deferred else {"momentum": 0.9}
     optimizer = torch.optim.SGD(model.parameters(), 0.01, **fused)
@@ -80,11 +80,11 @@ def detector_steps(steps: int = 8, **options) -> tuple[StepTrainer, list[float]]
     return trainer, losses
 
 
-# ---- numbers that are not finite ----
+# ---- non-finite losses and gradients ----
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_loss_that_is_not_finite_names_itself_iteration_and_images(value):
+def test_a_nonfinite_loss_is_named_with_iteration_and_images(value):
     with pytest.raises(InputError) as caught:
         fragile_steps([1.0, 2.0, value])
     message = str(caught.value)
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_names_itself_iteration_and_images(value):
     assert "SOLVER.BASE_LR" in message and "SOLVER.MAX_SKIPPED_ITERS" in message
 
 
-def test_a_gradient_that_is_not_finite_names_the_images():
+def test_nonfinite_gradients_are_reported_with_the_images():
     message = "iteration 1: gradients are not finite for images a.png, b.png; look at"
     with pytest.raises(InputError, match=message):
         fragile_steps([1.0, 0.0])
@@ -116,12 +116,12 @@ def test_skipped_iterations_leave_nothing_behind(caplog, is_deferred):
 
 
 def test_one_skipped_iteration_too_many_ends_training():
-    with pytest.raises(InputError, match="iteration 2: .*, after 1 skipped ones"):
+    with pytest.raises(InputError, match="iteration 2: .*, after skipping 1"):
         fragile_steps([NAN, 1.0, NAN], max_skipped=1)
 
 
 class Constant(nn.Module):
-    """A loss that is not finite, of which no gradient shows it."""
+    """Has a non-finite loss whose gradient is finite."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Constant(nn.Module):
         return {"loss": self.weight + NAN}
 
 
-def test_a_loss_without_a_trace_in_the_gradients_does_not_step_either():
+def test_a_nonfinite_loss_with_finite_gradients_does_not_step():
     model = Constant()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True, momentum=0.9)
     trainer = StepTrainer(model, [[{}]] * 3, optimizer, max_skipped=9)
@@ -144,14 +144,14 @@ def test_a_loss_without_a_trace_in_the_gradients_does_not_step_either():
 # ---- not waiting for the GPU ----
 
 
-def test_a_deferred_check_ends_training_an_iteration_later_with_the_weights_of_before():
+def test_a_deferred_check_ends_training_an_iteration_late_without_the_step():
     trainer = fragile([1.0, NAN, 1.0], is_deferred=True)
     with pytest.raises(InputError, match="iteration 1: loss_a is nan"):
         run(trainer, 3)
     assert torch.equal(trainer.model.root, fragile_steps([1.0], is_deferred=True)[0].model.root)
 
 
-def test_nothing_of_a_deferred_iteration_is_saved_unseen():
+def test_a_deferred_iteration_is_checked_before_it_is_saved():
     trainer, storage, losses = run(fragile([1.0, 2.0, NAN], is_deferred=True), 3)
     assert losses[1] == losses[0] != losses[2]  # that of iteration 1, when 2 was queued
     with storage, pytest.raises(InputError, match="iteration 2: loss_a is nan"):
@@ -159,14 +159,14 @@ def test_nothing_of_a_deferred_iteration_is_saved_unseen():
 
 
 def test_the_first_step_of_a_fused_optimizer_is_not_deferred():
-    """SGD would make momenta of uninitialized memory, and the step would not write them."""
+    """SGD allocates momenta without initializing them, and a skipped step does not write them."""
     trainer = fragile([NAN], is_deferred=True, max_skipped=1)
     run(trainer, 1)
     assert trainer._skipped == 1 and not trainer.optimizer.state
 
 
 class Smooth(Fragile):
-    """Looks at no value, like FCOS in test_no_host_sync.py."""
+    """Reads no value on the host, like FCOS in test_no_host_sync.py."""
 
     def forward(self, batch):
         x = torch.stack([sample["x"] for sample in batch])
@@ -188,7 +188,7 @@ def test_an_iteration_reads_no_value_from_the_device(optimizer, options):
 
 
 @pytest.mark.cuda
-def test_cuda_sees_no_wait_in_a_step():
+def test_a_step_does_not_synchronize_with_cuda():
     model = tiny_fcos("MODEL.DEVICE", "cuda")
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9, fused=True)
     trainer, storage, _ = run(StepTrainer(model, [BATCH] * 9, optimizer), 4)
@@ -229,7 +229,7 @@ def test_both_precisions_learn_what_float32_does(dtype):
     assert trainer.grad_scaler.get_scale() == (65536 if dtype is torch.float16 else 1)
 
 
-def test_the_loss_scale_is_saved_and_comes_back():
+def test_the_loss_scale_is_saved_and_restored():
     first, second = (detector_steps(1, amp_dtype=torch.float16)[0] for _ in range(2))
     first.grad_scaler.update(512.0)
     with EventStorage():
@@ -248,11 +248,11 @@ def test_an_overflow_halves_the_loss_scale_and_is_no_error():
     optimizer = torch.optim.SGD(model.parameters(), 0.002)
     trainer = StepTrainer(model, [BATCH] * 2, optimizer, amp_dtype=torch.float16)
     with EventStorage():
-        trainer.grad_scaler.scale(torch.zeros(()))  # makes the scale, which is lazy
+        trainer.grad_scaler.scale(torch.zeros(()))  # initializes the scale lazily
         trainer.grad_scaler.update(2.0**100)
         trainer.run_step()
         assert trainer.grad_scaler.get_scale() == 2.0**99 and torch.equal(weight, before)
-        trainer.grad_scaler.update(0.5)  # a scale that overflows cannot be the reason any more
+        trainer.grad_scaler.update(0.5)  # the scale can no longer be the cause
         weight.register_hook(lambda gradient: gradient * INF)
         with pytest.raises(InputError, match="gradients are not finite"):
             trainer.run_step()
@@ -283,12 +283,12 @@ def test_bfloat16_loses_less_than_a_point_to_float32(tmp_path):
 
 
 @pytest.mark.parametrize("fastest, dtype", [(torch.bfloat16,) * 2, (torch.float32, None)])
-def test_auto_is_what_the_device_computes_fastest(fastest, dtype, monkeypatch):
+def test_auto_is_the_fastest_dtype_of_the_device(fastest, dtype, monkeypatch):
     monkeypatch.setattr(step, "fastest_dtype", lambda device: fastest)
     assert amp_dtype("auto", "cpu") is dtype
 
 
-def test_float16_is_for_gpus(caplog):
+def test_float16_needs_a_gpu(caplog):
     assert amp_dtype("float16", "cuda") is torch.float16
     assert amp_dtype("bfloat16", "cpu") is torch.bfloat16
     assert amp_dtype("float16", "cpu") is None and "AMP is off" in caplog.text
@@ -296,7 +296,7 @@ def test_float16_is_for_gpus(caplog):
         amp_dtype("fp8", "cuda")
 
 
-def test_weights_of_other_types_train_or_say_why_not():
+def test_weights_of_other_dtypes_train_or_are_refused():
     for dtype in (torch.float64, torch.bfloat16):
         model = Smooth().to(dtype)
         data = [[{"x": image["x"].to(dtype)} for image in fragile_batch(1.0)]] * 2
@@ -311,7 +311,7 @@ def test_weights_of_other_types_train_or_say_why_not():
 
 @pytest.fixture
 def eager_compiler(monkeypatch):
-    """torch.compile without its code generator: graphs are captured and run as they are."""
+    """Replaces torch.compile's backend: graphs are captured, but run eagerly."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     yield
@@ -334,13 +334,13 @@ def test_backbone_and_head_are_compiled_by_config(eager_compiler):
     torch._dynamo.utils.counters.clear()
     assert_compiled_like(plain, compiled)
     assert not torch._dynamo.utils.counters["graph_break"]
-    ema = build_ema(compiled, 0.9).module  # a copy, which must not compile as well
+    ema = build_ema(compiled, 0.9).module  # a copy, which must not be compiled as well
     assert list(ema.state_dict()) == list(plain.state_dict())
     assert ema.backbone._compiled_call_impl is None
 
 
 @pytest.mark.slow
-def test_compiled_code_computes_what_the_model_does():
+def test_compiled_code_computes_the_same_as_the_model():
     plain, compiled = (Trainer.build_model(tiny_cfg("MODEL.COMPILE", c)) for c in (False, True))
     assert_compiled_like(plain, compiled)
     torch._dynamo.reset()

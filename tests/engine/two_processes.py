@@ -1,6 +1,6 @@
-"""One of two processes, started by torchrun: what they do together is what one does alone.
+"""One of two processes of torchrun, which together do what a single process does.
 
-The lone process is this one too, before it joins the other. Prints "agreed" and the rank.
+The single process is this one too, before it joins the other. Prints "agreed" and the rank.
 """
 
 import copy
@@ -23,7 +23,7 @@ BOXES = [[8.0, 8, 40, 48], [20.0, 4, 60, 30]]
 
 
 def batches(objects=lambda image: True) -> list[list[dict]]:
-    """STEPS batches of IMAGES; only those that ``objects`` says hold any."""
+    """Returns STEPS batches of IMAGES images, with objects only where ``objects`` is true."""
     torch.manual_seed(5)
     return [
         [
@@ -35,12 +35,12 @@ def batches(objects=lambda image: True) -> list[list[dict]]:
 
 
 def my_part(whole: list[list[dict]]) -> list[list[dict]]:
-    """The images of this process."""
+    """Returns the images of this process."""
     return [batch[comm.get_rank() :: comm.get_world_size()] for batch in whole]
 
 
 def train(model, data, accumulation: int = 1, steps: int = STEPS, **options):
-    """(losses of every step, gradients of the first, final weights, the trainer)."""
+    """Returns losses of every step, gradients of the first, final weights, and the trainer."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
     wrapped = wrap_ddp(model, broadcast_buffers=False)
@@ -64,7 +64,7 @@ def assert_same(together, alone) -> None:
 
 
 def nonfinite(model) -> None:
-    """Images of one process only, and both know which."""
+    """Only one process has non-finite images, and both name them."""
     data = my_part(batches())
     if comm.get_rank() == 1:
         data[2][0]["image"] = data[2][0]["image"] * float("inf")
@@ -79,13 +79,13 @@ def nonfinite(model) -> None:
 
 
 def main() -> None:
-    """All scenarios; any failure is a traceback."""
+    """Runs all scenarios; any failure raises."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     torch.manual_seed(1)
     model = tiny_fcos()
     everywhere, nowhere = batches(), batches(lambda image: False)
-    even = batches(lambda image: image % 2 == 0)  # of the first process
+    even = batches(lambda image: image % 2 == 0)  # of rank 0
     alone = {"all": train(model, everywhere), "even": train(model, even, steps=4)}
 
     init_torchrun()
@@ -95,7 +95,7 @@ def main() -> None:
     assert_same(train(model, my_part(even), steps=4), alone["even"])
     nothing = train(model, my_part(nowhere), steps=2)
     assert comm.is_main_process() is (nothing[0][0].get("loss_fcos_loc") == 0)
-    # Two batches per step, whose objects are as many: the mean is the whole.
+    # Two batches per step with as many objects each: their mean is that of a single batch.
     halved = [batch[:4] * 2 for batch in everywhere]
     twice = [batch for batch in halved for _ in range(2)]
     assert_same(
@@ -119,7 +119,7 @@ def main() -> None:
         wrap_ddp(tiny_fcos(NORM="SyncBN"))
     comm.synchronize()
     dist.destroy_process_group()
-    os.write(1, f"agreed {rank}\n".encode())  # at once: the other process writes too
+    os.write(1, f"agreed {rank}\n".encode())  # in one write: the other process writes too
 
 
 if __name__ == "__main__":
