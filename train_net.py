@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates FCOS, with the flags that every Detectron2 user knows.
+"""Trains and evaluates FCOS, with the flags of detectron2's train_net.py.
 
 python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
 python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS output/digits/model_final.pth

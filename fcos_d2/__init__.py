@@ -1,7 +1,7 @@
 """FCOS for detectron2, with everything that is not a convolution as fused ops.
 
 Importing it registers the model, its backbones and the built-in datasets with detectron2, and does
-nothing else. Without detectron2 the ops still work: ``fcos_d2.ops`` needs torch alone.
+nothing else. Without detectron2 the ops still work: ``fcos_d2.ops`` needs only torch.
 """
 
 import warnings
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if find_spec("detectron2") is None:
 
     def __getattr__(name: str):
-        if name.startswith("__") or name == "ops":  # which is imported then
+        if name.startswith("__") or name == "ops":  # imported as a submodule then
             raise AttributeError(name)
         raise ImportError(
             f"fcos_d2.{name} needs detectron2, which is not installed; install it with: "
@@ -21,7 +21,7 @@ if find_spec("detectron2") is None:
 
 else:
     with warnings.catch_warnings():
-        # Detectron2 and its fvcore script functions when they are imported.
+        # Importing detectron2 and fvcore scripts functions.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         import detectron2.modeling  # noqa: F401
 
@@ -44,6 +44,6 @@ else:
     def __getattr__(name: str):
         if name != "Predictor":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .predictor import Predictor  # which imports matplotlib
+        from .predictor import Predictor  # imports matplotlib
 
         return Predictor

@@ -1,4 +1,4 @@
-"""Differences between detectron2 0.6 and its main branch, which no other file knows about.
+"""Hides the differences between detectron2 0.6 and its main branch from all other files.
 
 Both report version 0.6, so features are detected instead of versions.
 """
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(DefaultTrainer):
     """DefaultTrainer whose checkpoints contain the state of ``_trainer``, such as the optimizer.
 
-    0.6 omits it, so that ``--resume`` starts with empty momenta; main cannot resume from a
-    checkpoint without it. This writes the format of main and reads both.
+    0.6 omits it, so ``--resume`` starts with empty momenta; main cannot resume from a checkpoint
+    without it. This class writes main's format and reads both.
     """
 
     def state_dict(self) -> dict:
@@ -33,7 +33,7 @@ class ResumableTrainer(DefaultTrainer):
 def create_local_process_group(size: int) -> None:
     """Tells ``detectron2.utils.comm`` that every machine runs ``size`` processes.
 
-    0.6 only does so in its own launch(); main has a function of this name for everyone else.
+    0.6 does so only in its own launch(); main has a public function of this name.
     """
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(size)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def collect_env_info() -> str:
-    """The whole report as a multi-line string."""
+    """Returns the whole report as a multi-line string."""
     parts = (_detectron2_report, _package_report, _ops_report)
     return "\n".join(_attempt(part) for part in parts)
 

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode as CN
 from .errors import InputError
 
 _ADELAIDET = {
-    "NUM_CLASSES": 80,  # what all of them have: COCO's
+    "NUM_CLASSES": 80,  # COCO's, in all implementations
     "LOCATION_OFFSET": 0.5,
     "LOCATION_PITCH": "stride",
     "RANGE_INCLUSIVE": True,
@@ -107,7 +107,7 @@ CONVENTIONS: dict[str, dict[str, object]] = {
     "rosinality": _ROSINALITY,  # rosinality/fcos-pytorch; with TOP_LEVELS_FROM "res5"
     "detectron2": _DETECTRON2,  # detectron2.modeling.meta_arch.fcos
     "torchvision": _TORCHVISION,  # torchvision.models.detection.fcos
-    "cvpods": _CVPODS,  # Megvii-BaseDetection/cvpods; its top-k is min(1000, H * W) of a level
+    "cvpods": _CVPODS,  # Megvii-BaseDetection/cvpods; its top-k is min(1000, H * W) per level
     "mmdet_base": _MMDET_BASE,  # mmdetection 3.x, fcos_*_gn-head configs
     "mmdet_tricks": _MMDET_TRICKS,  # mmdetection 3.x, center-normbbox-centeronreg-giou configs
 }
@@ -117,12 +117,11 @@ def add_fcos_config(cfg: CN) -> None:
     """Adds the keys of FCOS to a detectron2 config.
 
     They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL.CHANNELS_LAST``,
-    ``MODEL.INFERENCE``, ``MODEL_EMA``,
-    ``DATASETS.REGISTER``, and in ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and
-    AMP.PRECISION.
+    ``MODEL.INFERENCE``, ``MODEL.LAZY_CONFIG``, ``MODEL_EMA``, ``DATASETS.REGISTER``, and in
+    ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and AMP.PRECISION.
 
     Raises:
-        InputError: the config has ``MODEL.FCOS`` already.
+        InputError: the config already has ``MODEL.FCOS``.
     """
     if "FCOS" in cfg.MODEL:
         raise InputError(
@@ -137,8 +136,8 @@ def add_fcos_config(cfg: CN) -> None:
     _add_inference(fcos)
     cfg.MODEL.TIMM = CN()
     _add_timm(cfg.MODEL.TIMM)
-    # Custom datasets by name: {json: COCO file, images: folder}, with part: [0, 0.8] for a
-    # share of the images; or a Pascal VOC {voc: folder, split: train}. See docs/custom_data.md.
+    # Custom datasets by name: {json: COCO file, images: folder}, with part: [0, 0.8] for a fraction
+    # of the images; or Pascal VOC {voc: folder, split: train}. See docs/custom_data.md.
     cfg.DATASETS.REGISTER = CN(new_allowed=True)
     _add_training(cfg)
 
@@ -146,8 +145,8 @@ def add_fcos_config(cfg: CN) -> None:
 def _add_training(cfg: CN) -> None:
     # "SGD" (with SOLVER.MOMENTUM, SOLVER.NESTEROV) or "ADAMW".
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Splits the IMS_PER_BATCH images of an iteration into as many batches, processed one after the
-    # other to save memory. Normalizers and BN statistics are per batch.
+    # Number of batches into which the IMS_PER_BATCH images of an iteration are split, which are
+    # processed in sequence to save memory. Normalizers and BN statistics are per batch.
     cfg.SOLVER.GRADIENT_ACCUMULATION = 1
     # With SOLVER.AMP.ENABLED: "float16" (GPUs, loss scaling), "bfloat16" (GPUs and CPUs), or "auto"
     # for what the device computes fastest, which may be float32.
@@ -164,9 +163,9 @@ def _add_training(cfg: CN) -> None:
     # (GPUs), or "auto" for what the device computes fastest.
     cfg.MODEL.INFERENCE = CN()
     cfg.MODEL.INFERENCE.DTYPE = "float32"
-    # The LazyConfig that the model comes from, and its overrides: set where one is read.
+    # The LazyConfig that defines the model, and its overrides; set when one is read.
     cfg.MODEL.LAZY_CONFIG = []
-    # Exponential moving average of the weights: what is evaluated, and saved with every checkpoint
+    # Exponential moving average of the weights, which is evaluated, and saved with every checkpoint
     # and as model_final_ema.pth.
     cfg.MODEL_EMA = CN()
     cfg.MODEL_EMA.ENABLED = False
@@ -186,18 +185,18 @@ def _add_head(fcos: CN) -> None:
     # the first of them is computed from: "p5" or "res5" (C5).
     fcos.TOP_LEVELS = 2
     fcos.TOP_LEVELS_FROM = "p5"
-    # Convolutions of the classification tower, of the box tower, and of the tower shared by both.
+    # Number of convolutions in the classification tower, the box tower, and the shared tower.
     fcos.NUM_CLS_CONVS = 4
     fcos.NUM_BOX_CONVS = 4
     fcos.NUM_SHARE_CONVS = 0
-    # Normalization in the towers: "GN" (32 groups), "BN" or "SyncBN" (statistics and weights of
-    # their own per level), "none".
+    # Normalization in the towers: "GN" (32 groups), "BN" or "SyncBN" (separate statistics and
+    # weights per level), "none".
     fcos.NORM = "GN"
     # Deformable convolution (DCNv2) as the last convolution of the classification and box towers.
     fcos.USE_DEFORMABLE = False
-    # Initial probability of the foreground, pi in 1708.02002.
+    # Initial foreground probability, pi in 1708.02002.
     fcos.PRIOR_PROB = 0.01
-    # One learnable factor per level on the box prediction, s_i in equation 2 of 1904.01355.
+    # A learnable scale of the box prediction per level, s_i in equation 2 of 1904.01355.
     fcos.USE_SCALE = None
     # Distances are relu(x) (True) or exp(x) (False), in strides or (NORM_REG_TARGETS False) pixels.
     fcos.USE_RELU = None
@@ -226,9 +225,9 @@ def _add_targets(fcos: CN) -> None:
     # Ignore points inside crowd regions (COCO iscrowd=1) instead of learning them as background.
     # Not for two-stage detectors, whose heads would take the regions' class -1 for a class.
     fcos.IGNORE_CROWD = False
-    # 1 if x2 and y2 are the last pixels of a box, 0 if they are its ends: added to width and height
-    # when the smallest box of a point is chosen and when NMS computes overlaps, subtracted from the
-    # image size when boxes are clipped.
+    # 1 if x2 and y2 are the last pixels of a box, 0 if they are its edges: added to width and
+    # height when the smallest box of a point is chosen and when NMS computes overlaps, subtracted
+    # from the image size when boxes are clipped.
     fcos.PIXEL_EXTENT = None
 
 
@@ -257,16 +256,16 @@ def _add_losses(fcos: CN) -> None:
 
 
 def _add_inference(fcos: CN) -> None:
-    # Candidates are (point, class) pairs of probability above the threshold; with THRESH_WITH_CTR
-    # the probability times the box quality is compared instead.
+    # Candidates are (point, class) pairs with a probability above the threshold; THRESH_WITH_CTR
+    # compares the probability times the box quality instead.
     fcos.INFERENCE_TH_TEST = None
     fcos.THRESH_WITH_CTR = None
-    # Candidates per level and image; ranked by probability times quality, or by probability alone.
+    # Most candidates per level and image; ranked by probability times quality, or by probability.
     fcos.PRE_NMS_TOPK_TEST = 1000
     fcos.RANK_WITH_CTR = None
     # Final score: "sqrt" of the product, "product", or "cls" (quality unused).
     fcos.SCORE_RULE = None
-    # Clip boxes to their image before NMS, and drop those without area after that.
+    # Clip boxes to their image before NMS, and then drop those without area.
     fcos.CLIP_BEFORE_NMS = None
     fcos.DROP_EMPTY = None
     # IoU above which a detection is suppressed; "hard", "linear" or "gaussian" (soft-NMS,
@@ -275,10 +274,10 @@ def _add_inference(fcos: CN) -> None:
     fcos.NMS_METHOD = "hard"
     fcos.NMS_SIGMA = 0.5
     fcos.NMS_CLASS_AGNOSTIC = False
-    # Detections per image.
+    # Most detections per image.
     fcos.POST_NMS_TOPK_TEST = 100
     # FCOS as a proposal generator (MODEL.PROPOSAL_GENERATOR.NAME "FCOSProposals"): whether training
-    # yields proposals at all, and their threshold and numbers.
+    # yields proposals, their score threshold, and their largest numbers.
     fcos.YIELD_PROPOSAL = False
     fcos.INFERENCE_TH_TRAIN = 0.05
     fcos.PRE_NMS_TOPK_TRAIN = 1000
@@ -287,11 +286,11 @@ def _add_inference(fcos: CN) -> None:
 
 def _add_timm(timm: CN) -> None:
     # The model of MODEL.BACKBONE.NAME build_fcos_timm_fpn_backbone: one of timm.list_models(). Its
-    # feature maps are named res2 to res5 by stride as those of MODEL.RESNETS;
-    # MODEL.BACKBONE.FREEZE_AT 2 freezes all that res2 is computed from, and so on. Nothing is
-    # downloaded unless MODEL.WEIGHTS asks for it ("timm://convnext_tiny.fb_in1k").
+    # feature maps are named res2 to res5 by stride, like those of MODEL.RESNETS;
+    # MODEL.BACKBONE.FREEZE_AT 2 freezes everything that res2 is computed from, and so on. Weights
+    # are downloaded only if MODEL.WEIGHTS names them ("timm://convnext_tiny.fb_in1k").
     timm.NAME = ""
-    # Batch norms of the model: "" as they are, "FrozenBN" or "SyncBN".
+    # Batch norms of the model: "" keeps them, "FrozenBN" or "SyncBN" replaces them.
     timm.NORM = ""
     # More arguments of timm.create_model, like ["drop_path_rate=0.2", "strict_img_size=False"].
     timm.OPTIONS = []
@@ -301,10 +300,10 @@ def resolve_convention(cfg: CN) -> CN:
     """Fills the keys of ``cfg.MODEL.FCOS`` that are None from its CONVENTION, in place.
 
     Returns:
-        cfg, for chaining. Calling it twice changes nothing.
+        cfg, for chaining. Calling it again has no effect.
 
     Raises:
-        InputError: an unknown convention, or an explicit value of another type than its own.
+        InputError: the convention is unknown, or an explicit value has the wrong type.
     """
     fcos = cfg.MODEL.FCOS
     for key, value in _convention(fcos).items():
@@ -314,11 +313,11 @@ def resolve_convention(cfg: CN) -> CN:
 
 
 def fcos_settings(cfg: CN) -> CN:
-    """``cfg.MODEL.FCOS`` with every key filled in; ``cfg`` itself stays as it is.
+    """Returns ``cfg.MODEL.FCOS`` with every key filled in; does not change ``cfg``.
 
     Raises:
-        InputError: as ``resolve_convention``; NUM_CLASSES is None, and the first dataset is not
-            registered with the names of its classes.
+        InputError: as for ``resolve_convention``; or NUM_CLASSES is None, and the first dataset is
+            not registered with class names.
     """
     fcos = cfg.MODEL.FCOS
     if all(fcos[key] is not None for key in _convention(fcos)):
@@ -338,7 +337,7 @@ def _convention(fcos: CN) -> dict[str, object]:
         )
     convention = CONVENTIONS[fcos.CONVENTION]
     for key, default in convention.items():
-        # yacs takes anything for a key whose default is None, and the string "false" would be true.
+        # yacs accepts anything for a key whose default is None, and the string "false" is truthy.
         types = (float, int) if isinstance(default, float) else (type(default),)
         if fcos[key] is not None and type(fcos[key]) not in types:
             raise InputError(
@@ -349,7 +348,7 @@ def _convention(fcos: CN) -> dict[str, object]:
 
 
 def _count_registered_classes(cfg: CN) -> int | None:
-    """Classes of the first dataset of ``cfg``, of which no file is read; None if it names none."""
+    """Counts the first dataset's classes without reading a file; None if there is no dataset."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     name = next(iter((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)), None)

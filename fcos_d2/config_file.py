@@ -26,11 +26,11 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: YAML, LazyConfig, the name of a config in the model zoo, or "" for the
             defaults.
-        opts: KEY VALUE pairs that override it; of a LazyConfig also ``key=value``.
+        opts: KEY VALUE pairs that override it; for a LazyConfig, also ``key=value``.
 
     Raises:
-        InputError: an invalid file, key or value; a dataset that MODEL.FCOS.NUM_CLASSES depends on
-            cannot be read.
+        InputError: a file, key or value is invalid, or a dataset that MODEL.FCOS.NUM_CLASSES
+            depends on cannot be read.
     """
     check_opts(opts)
     cfg = get_cfg()
@@ -55,7 +55,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def find_config(path: str) -> str:
-    """``path``, or the file of the config in the model zoo that it names."""
+    """Returns ``path``, or the config file if it is a name in the model zoo."""
     is_name = path in model_zoo.names() and not PathManager.exists(path)
     return model_zoo.get_config_file(path) if is_name else path
 
@@ -74,7 +74,7 @@ def check_config_file(path: str) -> None:
 
 
 class _CheckedYaml(CfgNode):
-    """Opens files as CfgNode does, except a ``_BASE_`` that would be stored outside the cache."""
+    """Opens files like CfgNode, except for a ``_BASE_`` that would be stored outside the cache."""
 
     @classmethod
     def _open_cfg(cls, filename: str):
@@ -97,7 +97,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         raise InputError(f"{path}: {one_line_cause(error)}; correct its _BASE_") from error
     except RecursionError as error:
         raise InputError(
-            f"{path} is its own _BASE_, by itself or by others, or is nested too deep; correct it"
+            f"{path} is its own _BASE_, perhaps through others, or is nested too deeply; correct it"
         ) from error
     except (AttributeError, TypeError) as error:
         raise InputError(
@@ -127,7 +127,7 @@ def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
 def _suggest_key(cfg: CfgNode, key: str) -> str:
     known = list(_keys(cfg))
     last = key.rpartition(".")[2]
-    # The same name in another section is a more likely mistake than a similar section name.
+    # The same key in another section is more likely meant than a similar name.
     moved = [name for name in known if name.rpartition(".")[2] == last]
     lists = "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
     return suggest(key, known, lists, moved)
@@ -154,20 +154,20 @@ def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
         return f"{key} is a section, {got}; set its keys, like {key}.{example}"
     if isinstance(default, (list, tuple)):
         example = default or type(default)(("one", "two"))
-        advice = f"write it like {example}, and in a shell put it into quotation marks"
+        advice = f"write it like {example}, in quotation marks in a shell"
     else:
         advice = f"write it like {default!r}"
     return f"{key} must be {type(default).__name__}, {got}; {advice}"
 
 
 def choose_device(cfg: CfgNode) -> str | None:
-    """Selects the CPU if a GPU is requested but missing; returns what to tell the user."""
+    """Selects the CPU if a GPU is requested but missing; returns a notice for the user."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return None
     notice = f"no GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu"
     cfg.MODEL.DEVICE = "cpu"
     amp = cfg.SOLVER.AMP
-    if amp.ENABLED and amp.PRECISION == "float16":  # which the CPU is not made for
+    if amp.ENABLED and amp.PRECISION == "float16":  # unsuitable for CPUs
         amp.ENABLED = False
         notice += ", SOLVER.AMP.ENABLED becomes False"
     return notice

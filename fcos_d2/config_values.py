@@ -1,4 +1,4 @@
-"""Choices and ranges of Detectron2's own keys, which it finds out about deep in a training run."""
+"""Checks choices and ranges of detectron2's own keys, which would otherwise fail late in a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REGISTRIES = {
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
 }
-# The lowest value, of each number where there are several.
+# Lowest value, of each number in a tuple.
 AT_LEAST = {
     "DATALOADER.NUM_WORKERS": 0,
     "INPUT.MAX_SIZE_TEST": 1,
@@ -56,11 +56,11 @@ AT_LEAST = {
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks the values of keys that Detectron2 reads unchecked.
+    """Checks the values of keys that detectron2 does not check.
 
     Raises:
-        InputError: a name that is not registered, a value that is no choice or out of range, or
-            values that do not fit together.
+        InputError: a name is not registered, a value is not among the choices or is out of range,
+            or values do not fit together.
     """
     choices = {key: list(names) for key, names in CHOICES.items()}
     choices |= {key: [name for name, _ in registry] for key, registry in REGISTRIES.items()}
@@ -91,6 +91,6 @@ def check_values(cfg: CfgNode) -> None:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise InputError(
-            f"MODEL.DEVICE must be a device of torch, got {cfg.MODEL.DEVICE!r}; set it to cpu, "
+            f"MODEL.DEVICE must be a torch device, got {cfg.MODEL.DEVICE!r}; set it to cpu, "
             "cuda or cuda:1"
         ) from error

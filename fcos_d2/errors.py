@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 def exit_status(script: Callable[..., int | None], *arguments) -> int:
-    """Runs ``script``; its status, or 2 after an InputError and 130 after Ctrl-C, in one line."""
+    """Returns the status of ``script``; prints a line for an InputError (2) or Ctrl-C (130)."""
     try:
         return script(*arguments) or 0
     except InputError as error:
@@ -31,10 +31,10 @@ def exit_status(script: Callable[..., int | None], *arguments) -> int:
 
 
 def import_optional(module: str, purpose: str, package: str | None = None) -> ModuleType:
-    """Imports what only ``purpose`` needs; ``package`` is its name for pip if that is another.
+    """Imports a module that only ``purpose`` needs; ``package`` is its pip name if it differs.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the module is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -46,20 +46,20 @@ def import_optional(module: str, purpose: str, package: str | None = None) -> Mo
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str, first: Iterable[str] = ()) -> str:
-    """Advice about an unknown name: up to three others, or ``otherwise`` if none is similar.
+    """Returns advice about an unknown name: up to three similar ones, or else ``otherwise``.
 
     Args:
         name: what the user wrote.
         known: the names that exist.
-        otherwise: the advice without similar names.
-        first: names that are meant more likely than similar ones.
+        otherwise: the advice if no name is similar.
+        first: names that are more likely meant than similar ones.
     """
     close = list(first)[:3] or difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def one_line_cause(error: BaseException) -> str:
-    """The message of ``error`` without the traceback that a DataLoader worker wraps around it."""
+    """Returns the message of ``error`` without the traceback that a DataLoader worker adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -88,7 +88,7 @@ def _repr(value: object) -> str:
     try:
         return _REPR.repr(value)
     except ValueError:  # Python does not format integers of more than 4300 digits
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
 
 
 _REPR = reprlib.Repr()

@@ -1,4 +1,4 @@
-"""Trained detectors: loading and evaluation. Imports no training engine."""
+"""Loads and evaluates trained detectors. Imports no training engine."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_detector(cfg) -> nn.Module:
-    """detectron2's ``build_model``, compiled if MODEL.COMPILE.
+    """Builds the model with detectron2's ``build_model``; compiles it if MODEL.COMPILE is set.
 
     Raises:
-        InputError: values of the config that do not fit together.
+        InputError: values of the config do not fit together.
     """
     most, ours = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.FCOS.POST_NMS_TOPK_TEST
     if cfg.MODEL.META_ARCHITECTURE == "FCOS" and most not in (COCO_DETECTIONS, ours):
@@ -63,18 +63,18 @@ def build_detector(cfg) -> nn.Module:
             raise InputError(one_line_cause(error)) from error
         raise
     if cfg.MODEL.COMPILE:
-        # In place, so that checkpoints stay as they are. Losses and detections are operators
-        # that a compiler could not improve.
+        # In place, so that names in checkpoints do not change. Losses and detections come from
+        # ops that a compiler could not improve.
         model.backbone.compile()
         model.head.compile()
     return use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
 
 def accelerated(cfg, model: nn.Module) -> nn.Module:
-    """``model``, made fast for inference in the precision of MODEL.INFERENCE.DTYPE, in place.
+    """Optimizes ``model`` in place for inference in the precision of MODEL.INFERENCE.DTYPE.
 
     Raises:
-        InputError: a precision that is unknown, or that device or model does not have.
+        InputError: the precision is unknown, or the device or model does not support it.
     """
     name, device = cfg.MODEL.INFERENCE.DTYPE, torch.device(cfg.MODEL.DEVICE)
     if name == "auto" and isinstance(model, FCOS):
@@ -83,8 +83,7 @@ def accelerated(cfg, model: nn.Module) -> nn.Module:
         return accelerate(model, dtype)
     if name not in (*DTYPES, "auto"):
         raise InputError(
-            f"MODEL.INFERENCE.DTYPE must be auto, {', '.join(DTYPES)}, got {name!r}; set one of "
-            "these"
+            f"MODEL.INFERENCE.DTYPE must be one of auto, {', '.join(DTYPES)}, got {name!r}"
         )
     if name == "float16" and device.type == "cpu":
         raise InputError("MODEL.INFERENCE.DTYPE float16 needs a GPU; set it to bfloat16 or auto")
@@ -97,16 +96,16 @@ def accelerated(cfg, model: nn.Module) -> nn.Module:
 
 
 def load_detector(cfg, weights: str | None = None, *, resume: bool = False) -> nn.Module:
-    """The trained detector of ``cfg``, in evaluation mode.
+    """Loads the trained detector of ``cfg``, in evaluation mode.
 
     Args:
-        cfg: of ``setup_cfg`` or ``read_cfg``. With MODEL_EMA.ENABLED it gets the average of the
-            weights if the checkpoint has one.
-        weights: file or URL instead of MODEL.WEIGHTS.
-        resume: take the last checkpoint in OUTPUT_DIR, if there is one.
+        cfg: from ``setup_cfg`` or ``read_cfg``. With MODEL_EMA.ENABLED, the EMA is loaded if the
+            checkpoint contains one.
+        weights: file or URL that replaces MODEL.WEIGHTS.
+        resume: load the last checkpoint in OUTPUT_DIR, if there is one.
 
     Raises:
-        InputError: weights that cannot be used.
+        InputError: the weights cannot be used.
     """
     model = build_detector(cfg).eval()
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -116,18 +115,18 @@ def load_detector(cfg, weights: str | None = None, *, resume: bool = False) -> n
 
 
 def evaluate(cfg, resume: bool = False) -> OrderedDict:
-    """Results on DATASETS.TEST of the weights in MODEL.WEIGHTS.
+    """Evaluates the weights in MODEL.WEIGHTS on DATASETS.TEST.
 
     Args:
-        cfg: of ``setup_cfg``; see ``load_detector``.
+        cfg: from ``setup_cfg``; see ``load_detector``.
         resume: evaluate the last checkpoint in OUTPUT_DIR instead.
 
     Raises:
-        InputError: weights or data that cannot be used; TEST.AUG of a model that is no FCOS.
+        InputError: weights or data cannot be used, or TEST.AUG is enabled without FCOS.
     """
     model = accelerated(cfg, load_detector(cfg, resume=resume))
     if cfg.TEST.AUG.ENABLED:
-        with_tta(cfg, model)  # refuses what it cannot do before the plain evaluation, not after it
+        with_tta(cfg, model)  # raises its errors before the plain evaluation, not after it
     folder = Path(cfg.MODEL.WEIGHTS).parent
     is_beside = not resume and Path(cfg.MODEL.WEIGHTS).is_file() and os.access(folder, os.W_OK)
     folder = str(folder) if is_beside else cfg.OUTPUT_DIR
@@ -139,9 +138,9 @@ def evaluate(cfg, resume: bool = False) -> OrderedDict:
 
 
 def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> OrderedDict:
-    """Results of ``model`` on DATASETS.TEST, by name of the dataset where there are several.
+    """Evaluates ``model`` on DATASETS.TEST; returns results by dataset if there are several.
 
-    Shows a progress bar where stderr is a terminal, and a table at the end.
+    Shows a progress bar if stderr is a terminal, and a table at the end.
     """
     check_test_sets(cfg)
     results = OrderedDict()
@@ -161,7 +160,7 @@ def test(cfg, model: nn.Module, evaluators: Sequence[DatasetEvaluator]) -> Order
 
 
 def summary_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A line per dataset and task with its AP, and F1 with the best score thresholds."""
+    """Formats a row per dataset and task with its AP, and F1 at the best score thresholds."""
     columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     rows = []
     for name, tasks in results.items():
@@ -173,10 +172,10 @@ def summary_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 
 
 def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
-    """``model``, with the test-time augmentation of TEST.AUG.
+    """Adds the test-time augmentation of TEST.AUG to ``model``.
 
     Raises:
-        InputError: it is no FCOS.
+        InputError: ``model`` is not FCOS.
     """
     if not isinstance(model, FCOS):
         raise InputError(
@@ -187,10 +186,10 @@ def with_tta(cfg, model: nn.Module) -> FCOSWithTTA:
 
 
 def check_test_sets(cfg) -> None:
-    """Makes sure that all of DATASETS.TEST have the classes of model and training data.
+    """Checks that all of DATASETS.TEST have the classes of the model and the training data.
 
     Raises:
-        InputError: one has other classes, or cannot be read.
+        InputError: a dataset has other classes, or cannot be read.
     """
     check_num_classes(cfg.DATASETS.TEST, fcos_settings(cfg).NUM_CLASSES)
     for name in cfg.DATASETS.TEST:
@@ -198,7 +197,7 @@ def check_test_sets(cfg) -> None:
 
 
 def build_test_loader(cfg, dataset_name: str):
-    """detectron2's, with FCOSDatasetMapper and checked data."""
+    """Builds detectron2's test loader with FCOSDatasetMapper and validated data."""
     records = load_dataset(dataset_name, filter_empty=False)
     return build_detection_test_loader(
         records,
@@ -208,11 +207,11 @@ def build_test_loader(cfg, dataset_name: str):
 
 
 def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator of the dataset's type (``evaluator_type`` in its metadata).
+    """Builds the evaluator for the dataset's type (``evaluator_type`` in its metadata).
 
-    On the first dataset the best score thresholds are measured too, and written into
-    ``weights_folder`` (OUTPUT_DIR where None). Not on LVIS, whose images name no more than some
-    of the objects in them, so that a right detection may count as wrong.
+    For the first dataset, the best score thresholds are measured too, and written to
+    ``weights_folder`` (default: OUTPUT_DIR). Not for LVIS, whose images have only some of their
+    objects annotated, so that a correct detection may count as wrong.
     """
     evaluator = evaluator_for(dataset_name, f"{cfg.OUTPUT_DIR}/inference/{dataset_name}")
     is_lvis = MetadataCatalog.get(dataset_name).evaluator_type == "lvis"
@@ -223,12 +222,12 @@ def build_evaluator(cfg, dataset_name: str, weights_folder: str | None = None) -
 
 
 def test_with_tta(cfg, model: nn.Module) -> OrderedDict:
-    """Results with test-time augmentation (TEST.AUG), as ``*_TTA``.
+    """Evaluates with test-time augmentation (TEST.AUG); returns the results as ``*_TTA``.
 
-    The folders ``inference_TTA/<dataset>`` keep its detections.
+    Detections are saved in ``inference_TTA/<dataset>``.
 
     Raises:
-        InputError: a model that is no FCOS.
+        InputError: ``model`` is not FCOS.
     """
     augmented = with_tta(cfg, model)
     cfg = cfg.clone()

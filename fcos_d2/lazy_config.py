@@ -1,4 +1,4 @@
-"""LazyConfig files: reading them, and the keys of a CfgNode that say the same."""
+"""Reads LazyConfig files, also as a CfgNode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import InputError, one_line_cause
 
 SECTIONS = {"model", "optimizer", "lr_multiplier", "dataloader", "train"}
 _MAPPER = "dataloader.{}.mapper.augmentations[0]."
-# What inference needs of a config: the key, and where a LazyConfig has it.
+# Keys that inference needs, and where a LazyConfig has their values.
 KEYS = {
     "MODEL.DEVICE": "train.device",
     "MODEL.WEIGHTS": "train.init_checkpoint",
@@ -35,24 +35,24 @@ LISTS = ("INPUT.MIN_SIZE_TRAIN", "DATASETS.TRAIN", "DATASETS.TEST")
 
 
 def is_lazy(path: str) -> bool:
-    """Whether a config file is a LazyConfig instead of YAML."""
+    """Returns whether a config file is a LazyConfig instead of YAML."""
     return path.endswith(".py")
 
 
 def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A LazyConfig with all its sections.
+    """Loads a LazyConfig that has all ``SECTIONS``.
 
     Args:
         path: an existing file.
         overrides: like ``train.max_iter=100``.
 
     Raises:
-        InputError: it is not Python, lacks a section, or an override cannot be read.
+        InputError: the file is not Python or lacks a section, or an override is invalid.
     """
     try:
         cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
     except SyntaxError as error:
-        cause = error.__cause__ or error  # detectron2 wraps the one that knows the line
+        cause = error.__cause__ or error  # detectron2 wraps the error with the line
         raise InputError(f"{path} line {cause.lineno}: {cause.msg}; correct the Python") from error
     except HydraException as error:
         raise InputError(f"an override of {path}: {one_line_cause(error)}") from error
@@ -66,7 +66,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def cfg_of_lazy(path: str, opts: Sequence[str]) -> CfgNode:
-    """A CfgNode whose model is that of a LazyConfig, for everything but training.
+    """Builds a CfgNode with the model of a LazyConfig, for everything but training.
 
     Args:
         path: an existing file.
@@ -74,7 +74,7 @@ def cfg_of_lazy(path: str, opts: Sequence[str]) -> CfgNode:
             the CfgNode, such as ``MODEL.INFERENCE.DTYPE auto``.
 
     Raises:
-        InputError: as ``load_lazy``.
+        InputError: as for ``load_lazy``.
     """
     overrides = [word for word in opts if "=" in word]
     lazy = load_lazy(path, overrides)

@@ -1,9 +1,9 @@
 """Configs and published weights by name, with the functions of ``detectron2.model_zoo``.
 
-A name is that of a config in ``configs/`` without its suffix, as in MODEL_ZOO.md:
-"torchvision/fcos_R_50_FPN". As MODEL.WEIGHTS, "zoo://torchvision/fcos_R_50_FPN" is the file of its
-published weights. Nothing is downloaded before weights are asked for; files stay in iopath's cache
-($FVCORE_CACHE, by default ~/.torch/iopath_cache).
+A name is the path of a config in ``configs/`` without its suffix, as in MODEL_ZOO.md:
+"torchvision/fcos_R_50_FPN". As MODEL.WEIGHTS, "zoo://torchvision/fcos_R_50_FPN" stands for its
+published weights. They are downloaded on first use and stay in iopath's cache ($FVCORE_CACHE, by
+default ~/.torch/iopath_cache).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .errors import InputError, one_line_cause, suggest
 PREFIX = "zoo://"
 CONFIGS = Path(__file__).parent / "configs"
 SUFFIXES = (".yaml", ".py")
-TIMEOUT = 30.0  # seconds without an answer after which a download is given up
+TIMEOUT = 30.0  # seconds without a response after which a download fails
 
 
 class Weights(NamedTuple):
-    """Published weights: their address, whose file name ends in the beginning of its SHA-256."""
+    """Published weights; the file name in ``url`` ends with the first digits of its SHA-256."""
 
     url: str
     license: str
@@ -45,8 +45,8 @@ def _mmdetection(name: str, digest: str) -> Weights:
 
 
 _TRICKS = "fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head"
-# Those that are public under a license that permits every use. AdelaiDet's and the original's are
-# for non-commercial use, and their servers are gone; files of them still load.
+# Weights that are public under a permissive license. AdelaiDet's and the original's are for
+# non-commercial use, and their servers are gone; their files still load.
 WEIGHTS = {
     "torchvision/fcos_R_50_FPN": Weights(
         f"{_TORCHVISION}fcos_resnet50_fpn_coco-99b0c9b7.pth", "BSD-3-Clause"
@@ -70,17 +70,17 @@ WEIGHTS = {
 
 
 def names() -> list[str]:
-    """All models in alphabetical order; the template in configs/custom is none."""
+    """Returns the names of all models, sorted, without the template in configs/custom."""
     files = (path for suffix in SUFFIXES for path in CONFIGS.rglob(f"fcos_*{suffix}"))
     paths = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
     return sorted(path for path in paths if not path.startswith("custom/"))
 
 
 def get_config_file(name: str) -> str:
-    """The config file called ``name``; a suffix may be written, as for detectron2.
+    """Returns the path of the config ``name``, which may have a suffix, as in detectron2.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such config.
     """
     stem = name.removesuffix(".yaml").removesuffix(".py")
     for suffix in SUFFIXES:
@@ -90,7 +90,7 @@ def get_config_file(name: str) -> str:
 
 
 def get_checkpoint_url(name: str) -> str:
-    """The address of the published weights of ``name``.
+    """Returns the URL of the published weights of ``name``.
 
     Raises:
         InputError: there are none.
@@ -99,12 +99,12 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def get_config(name: str, trained: bool = False):
-    """The config called ``name``: a CfgNode with every key filled in, or a LazyConfig.
+    """Returns the config ``name``: a CfgNode with every key filled in, or a LazyConfig.
 
     Args:
-        name: of a config.
+        name: name of a config.
         trained: set MODEL.WEIGHTS (``train.init_checkpoint``) to the published weights instead of
-            those that training starts from.
+            the initial weights of training.
 
     Raises:
         InputError: there is no such config, or it has no published weights.
@@ -123,16 +123,16 @@ def get_config(name: str, trained: bool = False):
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> torch.nn.Module:
-    """The model called ``name``, in training mode.
+    """Builds the model ``name``, in training mode.
 
     Args:
-        name: of a config.
-        trained: load the published weights; else it starts from random values, where detectron2
-            would download those that training starts from.
-        device: instead of the config's; the CPU where that asks for a GPU that is not there.
+        name: name of a config.
+        trained: load the published weights; otherwise the model is initialized randomly, where
+            detectron2 would download the initial weights of training.
+        device: replaces the config's, which becomes the CPU if there is no GPU.
 
     Raises:
-        InputError: there is no such config, or weights that cannot be had.
+        InputError: there is no such config, or its weights cannot be loaded.
     """
     from detectron2.config import CfgNode, instantiate
 
@@ -181,7 +181,7 @@ class Zoo(PathHandler):
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        """The file of the weights, downloaded unless it is there.
+        """Returns the file of the weights, downloading it if necessary.
 
         Raises:
             InputError: there is no such model, or it cannot be downloaded.
@@ -189,7 +189,7 @@ class Zoo(PathHandler):
         url = get_checkpoint_url(path.removeprefix(PREFIX))
         target = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(target)):  # several processes may come here at once
+        with file_lock(str(target)):  # several processes may download at once
             if force or not target.is_file():
                 download(url, target)
         return str(target)
@@ -199,10 +199,10 @@ class Zoo(PathHandler):
 
 
 def download(url: str, target: Path) -> None:
-    """Downloads ``url``, whose file name tells its hash, with a progress bar; all or nothing.
+    """Downloads ``url``, whose file name contains its hash, atomically, with a progress bar.
 
     Raises:
-        InputError: it cannot be had, or is not what its name says.
+        InputError: the download fails, or the hash differs.
     """
     digest = re.search(r"-([0-9a-f]{8,})\.\w+$", url)[1]
     try:
@@ -211,7 +211,7 @@ def download(url: str, target: Path) -> None:
     except (OSError, HTTPException, RuntimeError) as error:
         cause = one_line_cause(error)
         if isinstance(error, RuntimeError):  # torch names both hashes
-            cause = "what came has another SHA-256 than its name says, or was cut off"
+            cause = "its SHA-256 is not the one in its name, or it was truncated"
         raise InputError(
             f"cannot download {url} ({cause}); try again, or download it elsewhere and save it as "
             f"{target}"
@@ -220,7 +220,7 @@ def download(url: str, target: Path) -> None:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """Torch's download waits for ever otherwise."""
+    """Sets the timeout of sockets: torch's download would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

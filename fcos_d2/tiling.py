@@ -1,4 +1,4 @@
-"""Detection on images far larger than the network's input, tile by tile."""
+"""Detects objects in images far larger than the network's input, tile by tile."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .errors import InputError
 from .ops import batched_nms
 from .predictor import Prediction, Predictor
 
-MARGIN = 2.0  # a box this close to the border of a tile is cut off, in pixels
-SMALLEST = 32  # pixels of a tile
+MARGIN = 2.0  # pixels; a box this close to the border of a tile counts as cut off
+SMALLEST = 32  # pixels, of the side of a tile
 
 
 class Tile(NamedTuple):
@@ -28,15 +28,15 @@ class Tile(NamedTuple):
 class TiledPredictor:
     """A ``Predictor`` that is applied to overlapping tiles of each image and to the whole image.
 
-    Tiles overlap by half, so that each object of up to half a tile is completely inside one of
+    Tiles overlap by half, so that every object of up to half a tile lies completely inside one of
     them; detections that are cut off at the inner border of a tile are dropped. Larger objects are
     detected in the whole image. One NMS merges all detections.
 
     Args:
-        predictor: applied to tiles as to images, including the resizing.
+        predictor: applied to tiles like to images, including the resizing.
         tile: side of a tile in pixels, such as that of the crops used in training.
-        iou_threshold: of the NMS.
-        batch_size: number of tiles that go through the network together.
+        iou_threshold: threshold of the NMS.
+        batch_size: number of tiles per forward pass.
 
     Raises:
         InputError: ``tile`` is too small.
@@ -102,14 +102,14 @@ class TiledPredictor:
 
 
 def tiles_of(width: int, height: int, side: int) -> Iterator[Tile]:
-    """Tiles that cover an image and overlap by at least half of their side, row by row."""
+    """Yields tiles that cover an image and overlap by at least half their side, row by row."""
     for y in _starts(height, side):
         for x in _starts(width, side):
             yield Tile(x, y, min(x + side, width), min(y + side, height))
 
 
 def _starts(length: int, side: int) -> list[int]:
-    """Evenly spaced from 0 to ``length - side``, at most half a side apart."""
+    """Returns positions evenly spaced from 0 to ``length - side``, at most half a side apart."""
     if length <= side:
         return [0]
     count = -(-(length - side) // (side // 2)) + 1
@@ -117,7 +117,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _is_cut(boxes: np.ndarray, tile: Tile, size: tuple[int, int]) -> np.ndarray:
-    """Whether boxes reach an inner border of their tile; bool [n]."""
+    """Returns whether boxes reach an inner border of their tile; bool [n]."""
     width, height = size
     low = (boxes[:, 0] < tile.x + MARGIN) & (tile.x > 0)
     top = (boxes[:, 1] < tile.y + MARGIN) & (tile.y > 0)

@@ -35,7 +35,7 @@ def test_value_below_the_range_names_its_bound(key):
         (("SOLVER.STEPS", "(50, 20)"), "SOLVER.STEPS must increase, got"),
         (("MODEL.PIXEL_STD", "[1.0]"), "MODEL.PIXEL_STD must be .* each of the 3 channels"),
         (("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"), "MODEL.PIXEL_STD must be a positive number"),
-        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE must be a device of torch, got 'gpu'; set it to"),
+        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE must be a torch device, got 'gpu'; set it to"),
     ],
 )
 def test_values_that_cannot_be_used_say_what_can(opts, message):
@@ -44,5 +44,5 @@ def test_values_that_cannot_be_used_say_what_can(opts, message):
 
 
 def test_lazy_configs_are_checked_too():
-    with pytest.raises(InputError, match="MODEL.DEVICE must be a device of torch"):
+    with pytest.raises(InputError, match="MODEL.DEVICE must be a torch device"):
         read_cfg(str(ROOT / "configs/lazy/fcos_R_50_FPN_1x.py"), ["train.device=gpu"])

@@ -70,7 +70,7 @@ def test_cuda_library_is_built_where_there_is_nvcc(machine, monkeypatch, capsys)
     ("version", "cuda", "said"),
     [
         (None, "13.2", r'nvcc is missing; type: pip install "cuda-toolkit\[nvcc,.*\]==13\.2\.\*"'),
-        ("12.8", "13.2", "nvcc is of CUDA 12.8, torch of 13.2; point CUDA_HOME to a CUDA 13.2"),
+        ("12.8", "13.2", "nvcc is CUDA 12.8, torch needs 13.2; point CUDA_HOME to CUDA 13.2"),
         ("13.0", None, "torch .* has no CUDA"),
     ],
 )

@@ -154,8 +154,8 @@ def test_photo_becomes_a_picture_with_nothing_trained(server, checkpoint, photo,
 @pytest.mark.parametrize(
     "fault, cause",
     [
-        ({"named": b"other"}, "another SHA-256"),
-        ({"sent": 20}, "another SHA-256"),
+        ({"named": b"other"}, "its SHA-256"),
+        ({"sent": 20}, "its SHA-256"),
         ({"status": 404}, "404"),
         ({"status": None}, "timed out"),
     ],

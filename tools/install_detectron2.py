@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Installs Detectron2, which no package registry has under its own name.
 
-    python tools/install_detectron2.py                 keep what is importable, else install v0.6
+    python tools/install_detectron2.py                 install v0.6 unless detectron2 is importable
     python tools/install_detectron2.py --force         install v0.6 in any case
     python tools/install_detectron2.py --git [REV]     build upstream main, or REV
     python tools/install_detectron2.py --source PATH   build the source in a local folder
-    python tools/install_detectron2.py --requirements  print what v0.6 needs and install nothing
+    python tools/install_detectron2.py --requirements  print the requirements of v0.6 and exit
 
-v0.6 comes from the registry's `pb1-detectron2`, known by its hash: the Python files of the official
+v0.6 is `pb1-detectron2` in the registry, pinned by its hash: the Python files of the official
 release without its C++ sources. The edits below let it run on today's numpy, Pillow, setuptools and
-torch. An operator that it lacks says so when it is used. Sources are built with their operators;
-of the edits, they get only that for setuptools.
+torch. Using a missing operator raises an error that says so. Source builds include the operators
+and get only the edit for setuptools.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ NUMPY_ALIASES = (  # numpy 1.24 removed its aliases of the builtin types
 RELEASE_EDITS = (
     *SETUPTOOLS_EDITS,
     *((f"detectron2/{path}", r"\bnp\.(bool|int|float|str)\b", r"\1") for path in NUMPY_ALIASES),
-    # Pillow 10 removed the older of the two names.
+    # Pillow 10 removed the older name.
     ("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR"),
-    # As upstream main does without compiled code: the default evaluator is pycocotools' own.
+    # Like upstream main without compiled code: the default evaluator is pycocotools' own.
     (
         "detectron2/evaluation/coco_evaluation.py",
         r"from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
         "\nCOCOeval_opt = COCOeval\n",
     ),
-    # OpenCV is no requirement of Detectron2, and only masks are drawn with it.
+    # OpenCV is not a requirement of Detectron2, which uses it only to draw masks.
     (
         "detectron2/utils/visualizer.py",
         r"(?m)^import cv2\n",
         "try:\n    import cv2\nexcept ImportError:\n    cv2 = None\n",
     ),
-    # torch no longer brings caffe2; TracingAdapter, which flop counting needs too, does without it.
+    # torch no longer contains caffe2; TracingAdapter, which flop counting uses, does not need it.
     (
         "detectron2/export/__init__.py",
         r"(?m)^from \.api import \*\n",
@@ -97,8 +97,8 @@ def __getattr__(name):
     )
 '''
 
-# The requirements of v0.6 without those of its dead parts (caffe2: future, pydot), its pinned
-# formatter (black, which only pretty-prints a LazyConfig) and its upper bound on iopath.
+# The requirements of v0.6 without those of caffe2 (future, pydot), its pinned formatter (black,
+# which only pretty-prints a LazyConfig) and its upper bound on iopath.
 REQUIREMENTS = [
     "Pillow>=7.1",
     "cloudpickle",
@@ -135,15 +135,15 @@ setup(
 
 
 def fail(problem: str, remedy: str) -> NoReturn:
-    """Stops with one line: what failed, and what to do about it."""
+    """Exits with one line: what failed, and what to do about it."""
     raise SystemExit(f"install_detectron2: {problem}; {remedy}")
 
 
 def run(*command: str, problem: str, remedy: str) -> None:
-    """Runs a command; stops where it fails, with the reason that it gave last."""
+    """Runs a command; if it fails, exits with the last reason that it printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        # pip closes with lines of a single word, which say only that some program failed.
+        # pip ends with lines of a single word, which say only that a subprocess failed.
         causes = re.findall(r"(?im)^\s*((?:fatal|\w*error): (?!\S+$).+)", done.stderr)
         fail(f"{problem} ({causes[-1].strip() if causes else 'no reason given'})", remedy)
 
@@ -154,8 +154,8 @@ def pip(*arguments: str, problem: str, remedy: str) -> None:
 
 
 def probe() -> tuple[str | None, str]:
-    """Returns version and folder of this environment's Detectron2, or None and why it fails."""
-    # model_zoo is imported too: it is the part that an unedited source trips over first.
+    """Returns version and folder of this environment's Detectron2, or None and the error."""
+    # model_zoo is what fails to import in an unedited source.
     code = (
         "import os, detectron2, detectron2.modeling, detectron2.evaluation, detectron2.model_zoo;"
         "print(detectron2.__version__, 'in', os.path.dirname(detectron2.__file__))"
@@ -167,7 +167,7 @@ def probe() -> tuple[str | None, str]:
 
 
 def edit(tree: Path, path: str, pattern: str, replacement: str, required: bool) -> None:
-    """Applies one edit; one that must match and does not means that the source is another."""
+    """Applies one edit; exits if a required edit does not match, as in another source."""
     file = tree / path
     text, matches = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
     if matches:
@@ -177,7 +177,7 @@ def edit(tree: Path, path: str, pattern: str, replacement: str, required: bool) 
 
 
 def fetch_release(folder: Path) -> Path:
-    """Downloads v0.6 and makes it a package that builds without a compiler."""
+    """Downloads v0.6 and turns it into a package that builds without a compiler."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
     # pip checks the hash before it runs the sdist's setup.py, which imports torch.
@@ -197,7 +197,7 @@ def fetch_release(folder: Path) -> Path:
 
 
 def fetch_source(source: Path | None, revision: str, folder: Path) -> Path:
-    """Copies a local folder, or else clones a revision of upstream, and edits it."""
+    """Copies a local folder, or clones a revision of upstream if it is None, and edits it."""
     tree = folder / "source"
     if source is None:
         for command in (
@@ -233,18 +233,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace an importable detectron2")
     parser.add_argument("--git", metavar="REV", nargs="?", const="main", help="build upstream REV")
     parser.add_argument("--source", metavar="PATH", type=Path, help="build a local folder")
-    parser.add_argument("--no-deps", action="store_true", help="its requirements are there")
+    parser.add_argument("--no-deps", action="store_true", help="skip its requirements")
     parser.add_argument("--requirements", action="store_true", help="print them, one per line")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Keeps or installs Detectron2, as the command line says."""
+    """Keeps or installs Detectron2, depending on the command line."""
     args = parse_arguments(arguments)
     if args.requirements:
         print("\n".join(REQUIREMENTS))
         return
-    # --git and --source ask for a build by name, so that what is there does not answer them.
+    # --git and --source ask for a specific build, so an installed one does not satisfy them.
     if not (args.force or args.git or args.source) and (found := probe()[0]):
         print(f"detectron2 {found}: kept")
         return

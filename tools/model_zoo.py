@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""MODEL_ZOO.md: every published FCOS with its config, size, recipe and accuracy.
+"""Writes MODEL_ZOO.md: every published FCOS with its config, size, recipe and accuracy.
 
     python tools/model_zoo.py [--output FILE]
 
-Sizes and recipes come from the configs, published accuracies and our own from the tables below.
+Sizes and recipes come from the configs, published and measured accuracies from the tables below.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Section(NamedTuple):
     Attributes:
         title: heading.
         source: where the accuracies are published, as Markdown; empty for nowhere.
-        note: what to know about all of them.
+        note: remarks about all of them.
         models: published box AP on COCO's val2017 by config, with that on test-dev in parentheses;
             empty where nothing is published.
     """
@@ -181,7 +181,7 @@ COLUMNS += ("weights", "license")
 
 
 def read_config(name: str) -> CfgNode:
-    """The config ``configs/<name>.yaml`` with its conventions filled in."""
+    """Reads ``configs/<name>.yaml`` and fills in its conventions."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
@@ -189,10 +189,10 @@ def read_config(name: str) -> CfgNode:
 
 
 def count_parameters(cfg: CfgNode) -> int:
-    """Number of parameters of the detector, frozen ones included."""
+    """Counts the parameters of the detector, including frozen ones."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):  # shapes without the time of initial values
+    with torch.device("meta"):  # shapes without initialization
         model = build_detector(cfg)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -228,12 +228,12 @@ def _section(section: Section) -> str:
 
 
 def write_zoo() -> str:
-    """The text of MODEL_ZOO.md."""
+    """Returns the text of MODEL_ZOO.md."""
     return "\n".join([HEADER, *map(_section, SECTIONS)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; its exit status."""
+    """Runs the script; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "MODEL_ZOO.md", metavar="FILE", help="%(default)s"

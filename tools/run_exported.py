@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Runs a file of tools/export_model.py on images, with its runtime, numpy and Pillow alone.
+"""Runs a file from tools/export_model.py on images with only its runtime, numpy and Pillow.
 
     python tools/run_exported.py model.onnx image.jpg [--score 0.5]      needs onnxruntime
     python tools/run_exported.py model.xml image.jpg                     needs openvino
     python tools/run_exported.py model.pt2 image.jpg                     needs torch
 
-Prints one line of JSON per object, with its box in pixels of the upright image. What cannot be read
-is named and skipped, and the exit status is 1 then. Neither fcos_d2 nor detectron2 is imported:
-copy from here.
+Prints one line of JSON per object, with its box in pixels of the upright image. Files that cannot
+be read are named and skipped, and the exit status is 1. As it imports neither fcos_d2 nor
+detectron2, its code can be copied into an application.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METADATA = "fcos_d2.json"
 
 
 def load(path: str) -> tuple[Callable, dict]:
-    """The detector, uint8 [B, C, H, W] -> boxes, scores, classes, counts; and what it asks for."""
+    """Loads the detector, uint8 [B, C, H, W] -> boxes, scores, classes, counts; and metadata."""
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -38,7 +38,7 @@ def load(path: str) -> tuple[Callable, dict]:
     if path.endswith(".xml"):
         import openvino
 
-        # Without this hint, OpenVINO computes in bfloat16 where the CPU does: faster, less exact.
+        # Without this hint, OpenVINO uses bfloat16 on CPUs that support it: faster, less exact.
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         model = openvino.Core().read_model(path)
         compiled = openvino.compile_model(model, "CPU", exact)
@@ -61,10 +61,10 @@ def load(path: str) -> tuple[Callable, dict]:
 
 
 def read(path: Path) -> Image.Image:
-    """An image in RGB, turned upright by its EXIF data, as in training.
+    """Reads an image as RGB, turned upright by its EXIF orientation, as in training.
 
     Raises:
-        ValueError: it has more than 8 bits a channel, which Pillow would cut off at 255.
+        ValueError: it has more than 8 bits per channel, which Pillow would clip at 255.
         Exception: whatever Pillow raises for a file that is missing or broken.
     """
     image = ImageOps.exif_transpose(Image.open(path))
@@ -76,8 +76,8 @@ def read(path: Path) -> Image.Image:
 
 
 def prepare(image: Image.Image, metadata: dict) -> np.ndarray:
-    """uint8 [C, H, W], resized as for the model's evaluation, in the model's channel order."""
-    if metadata["min_size"]:  # 0: images stay as they are
+    """Returns uint8 [C, H, W], resized as in evaluation, in the model's channel order."""
+    if metadata["min_size"]:  # 0: images are not resized
         scale = metadata["min_size"] / min(image.size)
         scale = min(scale, metadata["max_size"] / max(image.size))
         size = tuple(max(1, int(side * scale + 0.5)) for side in image.size)
@@ -89,20 +89,20 @@ def prepare(image: Image.Image, metadata: dict) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; its exit status."""
+    """Runs the script; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
     parser.add_argument("images", nargs="+", type=Path)
-    parser.add_argument("--score", type=float, default=0.5, help="lowest (default: %(default)s)")
+    parser.add_argument("--score", type=float, default=0.5, help="threshold (default: %(default)s)")
     options = parser.parse_args(arguments)
     detect, metadata = load(options.model)
     names, status = metadata["classes"], 0
     for path in options.images:
         try:
             image = read(path)
-        except Exception as error:  # Pillow raises whatever a broken file leads it to
+        except Exception as error:  # broken files raise many types of errors
             print(f"skipped {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             status = 1
             continue

@@ -122,7 +122,7 @@ def test_auto_selects_bfloat16_where_the_processor_supports_it(features, monkeyp
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("MODEL.INFERENCE.DTYPE", "int8"), "must be auto, float32, bfloat16, float16, got 'int8'"),
+        (("MODEL.INFERENCE.DTYPE", "int8"), "one of auto, float32, bfloat16, float16, got 'int8'"),
         (("MODEL.INFERENCE.DTYPE", "float16"), "float16 needs a GPU; set it to bfloat16 or auto"),
     ],
 )
