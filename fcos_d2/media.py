@@ -214,13 +214,13 @@ class FrameWriter:
         self._video = self._current = None
         self._size = (0, 0)
 
-    def write(self, frame: Frame, drawn: np.ndarray) -> None:
-        """Adds one frame.
+    def write(self, frame: Frame, found: Prediction) -> None:
+        """Draws and adds one frame.
 
         Raises:
             InputError: the file cannot be written.
         """
-        path = frame.source.target
+        path, drawn = frame.source.target, found.draw()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not is_video(path):

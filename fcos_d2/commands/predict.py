@@ -14,9 +14,9 @@ display is needed. Exit status: 0, 1 if some input was skipped, 2 if nothing can
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from ..media import (
 )
 from ..predictor import Predictor
 from ..tiling import TiledPredictor
+from .arguments import parser_of
 
 PRETRAINED = "torchvision/fcos_R_50_FPN"
 
@@ -63,18 +64,14 @@ def run(options: argparse.Namespace) -> int:
     total = count_frames(sources)
     if options.frames and (total is None or total > options.frames):
         total = options.frames
-    with contextlib.ExitStack() as stack:
-        writer = json_writer = None
-        if options.output:
-            writer = FrameWriter()
-            stack.callback(writer.close)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(closing(FrameWriter()))] if options.output else []
         if options.json:
             file = stack.enter_context(open_json(options.json))
-            json_writer = JsonWriter(file)
-            stack.callback(json_writer.close)
-        frames = stack.enter_context(contextlib.closing(read_frames(sources, skipped)))
+            writers.append(stack.enter_context(closing(JsonWriter(file))))
+        frames = stack.enter_context(closing(read_frames(sources, skipped)))
         bar = stack.enter_context(tqdm(total=total, unit="image", disable=None))
-        shown, objects = _process(predictor, frames, writer, json_writer, bar, options)
+        shown, objects = _process(predictor, frames, writers, bar, options)
     places = [options.output, options.json]
     print(f"{objects} objects in {shown} images: {', '.join(str(p) for p in places if p)}")
     return 1 if skipped else 0
@@ -99,17 +96,15 @@ def load_predictor(options: argparse.Namespace) -> Predictor:
     return Predictor.from_config(config, options.opts, weights, options.score)
 
 
-def _process(predictor, frames, writer, json_writer, bar, options) -> tuple[int, int]:
-    """Detects, draws and writes batch by batch; numbers of frames and of objects."""
+def _process(predictor, frames, writers, bar, options) -> tuple[int, int]:
+    """Detects and writes batch by batch; numbers of frames and of objects."""
     shown = objects = 0
     frames = islice(frames, options.frames)
     while batch := list(islice(frames, options.batch_size)):
         predictions = predictor.predict([frame.image for frame in batch])
         for frame, found in zip(batch, predictions, strict=True):
-            if json_writer:
-                json_writer.write(frame, found)
-            if writer:
-                writer.write(frame, found.draw())
+            for writer in writers:
+                writer.write(frame, found)
             objects += len(found)
         shown += len(batch)
         bar.update(len(batch))
@@ -118,9 +113,8 @@ def _process(predictor, frames, writer, json_writer, bar, options) -> tuple[int,
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="fcos-d2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    parser.prog = "fcos-d2"
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="images, videos, folders or patterns")
     add("--model", default=PRETRAINED, metavar="NAME", help="of MODEL_ZOO.md; default: %(default)s")

@@ -30,8 +30,8 @@ def draw_assignment(
     labels: np.ndarray,
     levels: Levels,
     num_classes: int,
-    centerness: np.ndarray | None = None,
-    boxes: np.ndarray | None = None,
+    centerness: np.ndarray,
+    boxes: np.ndarray,
 ) -> np.ndarray:
     """One panel per pyramid level, side by side, with every point of the level.
 
@@ -56,9 +56,7 @@ def draw_assignment(
             f"draw_assignment: labels must have shape [{levels.num_points}] as levels has, got "
             f"{list(labels.shape)}; pass those of one image"
         )
-    size = np.full(len(points), 0.7)
-    if centerness is not None:
-        size = np.where(labels < 0, 0.7, 0.3 + 0.7 * np.asarray(centerness))
+    size = np.where(labels < 0, 0.7, 0.3 + 0.7 * np.asarray(centerness))
     pitch = min((min(pitch) for pitch in levels.pitches), default=1)
     scale = max(PANEL_SIDE / max(image.shape[:2]), 4 / pitch)  # points at least 4 pixels apart
     ground = _dimmed(image, boxes, scale)
@@ -77,11 +75,11 @@ def draw_assignment(
     return contact_sheet([panels], titles)
 
 
-def _dimmed(image: np.ndarray, boxes: np.ndarray | None, scale: float) -> Image.Image:
+def _dimmed(image: np.ndarray, boxes: np.ndarray, scale: float) -> Image.Image:
     """The image in dim gray, so that nothing but the points has a color."""
     ground = resize(image, scale).convert("L").point(lambda v: 25 + 0.4 * v).convert("RGB")
     draw = ImageDraw.Draw(ground, "RGBA")
-    boxes = np.asarray([] if boxes is None else boxes, dtype=float).reshape(-1, 4)
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     for box in boxes[np.isfinite(boxes).all(axis=1)] * factors(image, ground):
         draw.rectangle(pixels(box, ground.size, 0), outline=(255, 255, 255, 130))
     return ground

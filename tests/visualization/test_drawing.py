@@ -101,9 +101,10 @@ def test_eighty_classes_have_eighty_colors():
 # ---- assignment ----
 
 
-def assignment_panels(labels, levels, centerness=None, size=(64, 64), boxes=None):
+def assignment_panels(labels, levels, centerness=None, size=(64, 64)):
     """The panels of an image of 64 x 64, which is enlarged 5 times."""
-    picture = draw_assignment(plain(*size), labels, levels, 3, centerness, boxes)
+    centerness = np.ones(len(labels)) if centerness is None else centerness
+    picture = draw_assignment(plain(*size), labels, levels, 3, centerness, [])
     width = PANEL_SIDE * size[1] // max(size)
     height = PANEL_SIDE * size[0] // max(size)
     lefts = [GUTTER + i * (width + GUTTER) for i in range(len(levels.shapes))]
@@ -155,7 +156,7 @@ def test_points_in_the_padding_are_left_out():
 
 def test_labels_of_another_pyramid_are_refused():
     with pytest.raises(ValueError, match=r"labels must have shape \[4\].* got \[5\]"):
-        draw_assignment(plain(), np.zeros(5, int), make_levels([(2, 2)], [8]), 1)
+        draw_assignment(plain(), np.zeros(5, int), make_levels([(2, 2)], [8]), 1, np.ones(5), [])
 
 
 # ---- panels of a model ----
