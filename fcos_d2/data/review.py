@@ -293,8 +293,8 @@ class _Reviewer:
             self.num_annotations -= 1
             return None
         except Unusable as error:
-            place = annotation.get("place", index if number is None else format_value(number))
-            self.problems.append(Problem(error.kind, f"annotation {place}: {error}"))
+            place = annotation.get("place", index if number is None else number)
+            self.problems.append(Problem(error.kind, f"annotation {format_value(place)}: {error}"))
             return None
         if not _is_id(number) or number in seen:
             repaired["id"] += 1

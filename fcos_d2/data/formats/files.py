@@ -29,7 +29,9 @@ def read_json(path: str | os.PathLike):
     try:
         with PathManager.open(path, "rb") as file:
             content = file.read()
-        return json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
+        content = content.decode(json.detect_encoding(content))  # frees the bytes
+        return json.loads(content)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path} is not valid JSON: {error.msg} in line {error.lineno} column {error.colno}; "

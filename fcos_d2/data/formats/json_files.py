@@ -151,15 +151,19 @@ def _regions(image: dict) -> list[dict]:
 
 def _class_key(regions: Iterable[dict]) -> str | None:
     """The attribute that holds the class; None if regions have no attributes."""
-    keys = dict.fromkeys(key for r in regions for key in (r.get("region_attributes") or ()))
+    keys = dict.fromkeys(key for region in regions for key in _attributes(region))
     named = [key for name in CLASS_KEYS for key in keys if key.lower() == name]
     return next(iter(named or keys), None)
+
+
+def _attributes(region: dict) -> dict:
+    return value if isinstance(value := region.get("region_attributes"), dict) else {}
 
 
 def _via_label(region: dict, key: str | None) -> object:
     if key is None:
         return "object"
-    value = (region.get("region_attributes") or {}).get(key)
+    value = _attributes(region).get(key)
     if isinstance(value, dict):  # of checkboxes
         return next((name for name, is_set in value.items() if is_set), None)
     return value
