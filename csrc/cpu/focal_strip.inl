@@ -1,6 +1,6 @@
 // Body of focal_strip_*.cpp. FCOS_ISA names the instruction set; on x86, FCOS_REGISTERS is the
-// width of its registers in bits (the compiler's macros ignore the pragma). Only the function at the
-// end may have external linkage: copies in other files are compiled for other processors.
+// width of its registers in bits (the compiler's macros ignore the pragma). Only the last function
+// may have external linkage: copies in other files are compiled for other processors.
 
 #ifdef FCOS_REGISTERS
 #include <immintrin.h>

@@ -170,7 +170,7 @@ def test_built_library_gives_no_warning(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.9531\n", "")
 
 
-def announce(monkeypatch, device_type, loaded=(), cuda="13.0") -> list[str]:
+def reference_warnings(monkeypatch, device_type, loaded=(), cuda="13.0") -> list[str]:
     """Returns the warnings when the reference of an op runs on ``device_type``."""
     monkeypatch.setattr(_library, "_loaded", set(loaded))
     monkeypatch.setattr(_library, "_has_warned", False)
@@ -184,7 +184,7 @@ def announce(monkeypatch, device_type, loaded=(), cuda="13.0") -> list[str]:
 
 @ONCE
 def test_missing_cuda_library_gives_a_warning_on_a_gpu(monkeypatch):
-    (said,) = announce(monkeypatch, "cuda", loaded=["_C"])
+    (said,) = reference_warnings(monkeypatch, "cuda", loaded=["_C"])
     assert "box_loss runs on cuda" in said and "_C_cuda.so is not built" in said
     assert "FCOS_D2_CUDA=1 pip install -e ." in said
 
@@ -195,7 +195,7 @@ def test_missing_cuda_library_gives_a_warning_on_a_gpu(monkeypatch):
     [("cpu", ["_C"], None), ("cuda", ["_C_cuda"], "13.0"), ("cuda", [], None), ("mps", [], None)],
 )
 def test_no_warning_without_anything_to_build(monkeypatch, device_type, loaded, cuda):
-    assert announce(monkeypatch, device_type, loaded, cuda) == []
+    assert reference_warnings(monkeypatch, device_type, loaded, cuda) == []
 
 
 def error_of_loading(monkeypatch, library) -> str:
