@@ -13,7 +13,7 @@ def run_concurrently(calls: Sequence[Callable], rounds: int = 1) -> list[list]:
     """Runs each call ``rounds`` times in its own thread; all threads start together.
 
     Returns:
-        Results of every call, by round.
+        The results of every call, by round.
     """
     start = Barrier(len(calls))
 

@@ -1,4 +1,4 @@
-"""Builds C++ for the tests, with ninja: only what has changed since the last time."""
+"""Builds C++ for the tests incrementally, with ninja."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LINK_TORCH = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
 
 
 def missing() -> str | None:
-    """Why nothing can be built here; None where it can."""
+    """Returns what C++ cannot be built without here, or None."""
     has_ninja = importlib.util.find_spec("ninja") is not None
     return None if has_ninja and shutil.which(COMPILER) else "needs a C++ compiler and ninja"
 
 
 def load_setup() -> ModuleType:
-    """setup.py as a module; HOME is what it made of CUDA_HOME."""
+    """Loads setup.py as a module; HOME is the CUDA_HOME that it sets."""
     spec = importlib.util.spec_from_file_location("fcos_d2_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(os.environ), mock.patch.object(sys, "path", [*sys.path]):
@@ -41,12 +41,12 @@ setup_py = functools.cache(load_setup)
 
 
 def compile_command(torch_folder: Path = TORCH) -> list[str]:
-    """How setup.py compiles C++, without the source."""
+    """Returns the command with which setup.py compiles C++, without the source."""
     return [COMPILER, "-fPIC", *setup_py().FLAGS, f"-isystem{torch_folder / 'include'}"]
 
 
 def build(output: Path, commands: dict[Path, list[str]], link: list[str]) -> Path:
-    """Runs the commands that make the objects, and links them; "-o" is added to each."""
+    """Compiles objects with these commands, and links them; "-o" is appended to each."""
     lines = ["rule run", "  command = $arguments -o $out"]
     lines += ["rule compile", "  command = $arguments -MMD -MF $out.d -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]

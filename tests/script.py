@@ -22,7 +22,7 @@ from .tiny_training import CONFIG, write_shapes
 
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory):
-    """The dataset "tiny_shapes"."""
+    """Registers the dataset "tiny_shapes"."""
     folder = tmp_path_factory.mktemp("tiny_shapes")
     register_coco_instances("tiny_shapes", {}, str(write_shapes(folder)), str(folder))
     yield
@@ -32,7 +32,7 @@ def tiny_shapes(tmp_path_factory):
 
 @pytest.fixture
 def fcos_cfg():
-    """detectron2's defaults and ours."""
+    """detectron2's default config with the keys of FCOS."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     return cfg
@@ -40,7 +40,7 @@ def fcos_cfg():
 
 @pytest.fixture
 def quiet_loggers():
-    """Removes detectron2's log handlers afterwards, which keep the captured stdout of this test."""
+    """Removes detectron2's log handlers after the test: they hold on to its captured stdout."""
     yield
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()

@@ -1,4 +1,4 @@
-"""The benchmarks run with torch alone, say which peers they miss, and time a GPU, not its host."""
+"""The benchmarks run with torch alone, name missing peers, and time a GPU, not its host."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ PEERS = (*peers.INSTALL, "iopath", "pycocotools")
 
 
 def table_without(missing, folder: Path) -> str:
-    """What the benchmarks write, in a process that cannot import ``missing``."""
+    """Returns the table that the benchmarks write where ``missing`` cannot be imported."""
     command = [sys.executable, "-W", "ignore", "-c", MEASURE.format(missing=missing)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""python -m fcos_d2.collect_env: the report of an issue, whatever is broken."""
+"""python -m fcos_d2.collect_env: a report for issues, whatever is broken."""
 
 import runpy
 import warnings
@@ -15,7 +15,7 @@ def test_the_report_names_versions_and_the_backend_of_every_op():
         assert name in report
 
 
-def test_a_part_that_fails_does_not_take_the_others_along(monkeypatch):
+def test_a_section_that_fails_does_not_affect_the_others(monkeypatch):
     def broken():
         raise OSError("no compiler")
 

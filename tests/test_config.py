@@ -1,4 +1,4 @@
-"""Configuration: conventions, every key is read, YAML and LazyConfig say the same."""
+"""Configs: conventions, every key is read, YAML and LazyConfig agree."""
 
 import ast
 import inspect
@@ -96,7 +96,7 @@ def test_every_convention_sets_the_same_keys_and_trains(name):
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_convention_fills_all_keys_that_are_left_open(name):
+def test_convention_fills_all_keys_that_are_not_set(name):
     cfg = default_cfg()
     cfg.MODEL.FCOS.CONVENTION = name
     fcos = resolve_convention(cfg).MODEL.FCOS
@@ -136,7 +136,7 @@ def test_resolving_twice_changes_nothing():
     assert resolve_convention(resolve_convention(twice)) == once
 
 
-def test_settings_leave_a_frozen_config_as_it_is():
+def test_settings_leave_a_frozen_config_unchanged():
     cfg = default_cfg()
     cfg.freeze()
     before = cfg.dump()
@@ -150,7 +150,7 @@ def test_dumped_config_can_be_read_again(tmp_path):
         assert again.MODEL.FCOS == cfg.MODEL.FCOS and again.SOLVER == cfg.SOLVER
 
 
-def test_unknown_convention_is_answered_with_the_known_ones():
+def test_unknown_convention_is_refused_with_the_known_ones():
     cfg = default_cfg()
     cfg.MODEL.FCOS.CONVENTION = "adelaide"
     with pytest.raises(InputError, match="one of adelaidet, original, .*got 'adelaide'"):
@@ -175,7 +175,7 @@ def test_value_of_another_type_is_refused_where_yacs_knows_no_type(key, value, m
             use(cfg)
 
 
-def test_whole_number_does_for_a_float():
+def test_integer_is_accepted_for_a_float():
     cfg = default_cfg()
     cfg.MODEL.FCOS.NMS_TH = 1
     assert resolve_convention(cfg).MODEL.FCOS.NMS_TH == 1
@@ -195,7 +195,7 @@ def test_keys_are_added_once():
         add_fcos_config(default_cfg())
 
 
-def test_model_section_of_adelaidet_means_here_what_it_means_there(tmp_path):
+def test_model_section_of_adelaidet_means_the_same_here(tmp_path):
     cfg = merge_text(tmp_path, ADELAIDET)
     assert fcos_settings(cfg) == fcos_settings(default_cfg())
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = "FCOS", "build_tiny_fpn_backbone"
@@ -208,7 +208,7 @@ def test_model_section_of_adelaidet_means_here_what_it_means_there(tmp_path):
 
 
 class ReadKeys(CfgNode):
-    """Remembers which keys were read, by anybody but the code that fills in the convention."""
+    """Records which keys are read, except by the code that fills in the convention."""
 
     def __getitem__(self, key):
         frame = sys._getframe(1)
@@ -220,7 +220,7 @@ class ReadKeys(CfgNode):
 
 
 def parts_of(cfg) -> dict:
-    """Everything that is built from MODEL.FCOS, in a two-stage detector that needs all of it."""
+    """Builds everything that reads MODEL.FCOS, for a two-stage detector that needs all of it."""
     model = META_ARCH_REGISTRY.get("FCOS")(cfg)
     return {
         "model": model,
@@ -260,7 +260,7 @@ OTHER_VALUES = {
 
 
 def plain(thing) -> dict:
-    """Attributes that are plain values."""
+    """Returns the attributes that are plain values."""
     kinds = (bool, int, float, str, tuple, list, dict, type(None))
     return {
         key: value
@@ -270,7 +270,7 @@ def plain(thing) -> dict:
 
 
 def describe(cfg) -> str:
-    """What was built from the config, or how building it failed."""
+    """Describes what the config builds, or the error that it causes."""
     torch.manual_seed(0)
     try:
         parts = parts_of(cfg)
@@ -325,7 +325,7 @@ def both_models(yaml_cfg, lazy_cfg):
     return from_yaml, from_lazy
 
 
-def test_model_has_the_parameters_that_are_published(both_models):
+def test_model_has_the_published_number_of_parameters(both_models):
     parameters = list(both_models[0].parameters())
     assert sum(p.numel() for p in parameters) == 32_244_250
     assert sum(p.numel() for p in parameters if p.requires_grad) == 32_021_850
@@ -374,7 +374,7 @@ def test_lazy_model_spells_out_every_argument(lazy_cfg):
         assert set(node) - {"_target_"} == set(arguments) - {"self"}, name
 
 
-def test_lazy_value_given_once_reaches_all_who_need_it(lazy_cfg):
+def test_lazy_value_is_set_once_for_all_modules(lazy_cfg):
     cfg = LazyConfig.load(str(CONFIGS / "lazy" / f"{R_50}.py"))
     cfg.model.head.num_classes = 5
     assert isinstance(cfg.model, DictConfig)
@@ -428,7 +428,7 @@ def test_yaml_and_lazy_read_the_same_data_in_the_same_way(yaml_cfg, lazy_cfg):
 
 
 def effect(augmentation) -> tuple:
-    """Kind of an augmentation, and its settings or, for the resizing, the sizes it leads to."""
+    """Returns the type of an augmentation, and its settings or, for resizing, its results."""
     settings = vars(augmentation)
     if hasattr(augmentation, "short_edge_length"):
         images = [np.empty(shape, np.uint8) for shape in ((480, 640, 3), (300, 900, 3))]
@@ -436,7 +436,7 @@ def effect(augmentation) -> tuple:
     return type(augmentation), settings
 
 
-def test_classes_are_counted_from_the_registered_data_set_where_a_model_is_built():
+def test_classes_are_those_of_the_registered_dataset_when_a_model_is_built():
     """What detectron2's DefaultPredictor does with the YAML of a training run."""
     cfg = get_cfg()
     add_fcos_config(cfg)

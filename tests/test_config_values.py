@@ -1,4 +1,4 @@
-"""Values of Detectron2's own keys that would end in a traceback, or in a run without an effect."""
+"""Values of detectron2's own keys that would cause a traceback, or a run without effect."""
 
 from functools import reduce
 
@@ -13,7 +13,7 @@ from .tiny_training import ROOT
 
 
 @pytest.mark.parametrize("key", [*CHOICES, *REGISTRIES])
-def test_value_that_is_no_choice_names_the_choices(key):
+def test_value_that_is_not_a_choice_is_refused_with_the_choices(key):
     value = 77 if key.endswith("DEPTH") else "build_resnet_backbon"
     with pytest.raises(InputError, match=f"^{key} must be one of '?.+, got {value!r}; ") as caught:
         read_cfg("", [key, value])
@@ -22,7 +22,7 @@ def test_value_that_is_no_choice_names_the_choices(key):
 
 
 @pytest.mark.parametrize("key", AT_LEAST)
-def test_value_below_the_range_names_its_bound(key):
+def test_value_below_the_range_is_refused_with_the_bound(key):
     default, low = reduce(getattr, key.split("."), get_cfg()), AT_LEAST[key]
     value = type(default)([low - 1]) if isinstance(default, tuple) else type(default)(low - 1)
     with pytest.raises(InputError, match=f"^{key} must be at least {low}, got"):
@@ -38,7 +38,7 @@ def test_value_below_the_range_names_its_bound(key):
         (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE must be a torch device, got 'gpu'; set it to"),
     ],
 )
-def test_values_that_cannot_be_used_say_what_can(opts, message):
+def test_invalid_values_are_refused_with_a_remedy(opts, message):
     with pytest.raises(InputError, match=message):
         read_cfg("", opts)
 

@@ -1,4 +1,4 @@
-"""The files in configs/: each trains and detects, says what is published, and is read in full."""
+"""The files in configs/: each trains and detects, matches what is published, and is fully read."""
 
 import inspect
 import sys
@@ -24,7 +24,7 @@ YAMLS = sorted(CONFIGS.rglob("*.yaml"))
 EXPERIMENTS = [path for path in YAMLS if path.name.startswith("fcos_")]
 SIDE = 64
 
-# What stands in for backbones that take long: the same kind of model, of the same strides.
+# Replacements for slow backbones: smaller models of the same kind, with the same strides.
 SMALLER = {
     "ese_vovnet39b": "ese_vovnet19b_slim",
     "ese_vovnet57b": "ese_vovnet19b_slim",
@@ -54,7 +54,7 @@ def experiment(name: str) -> CfgNode:
 
 
 def shrink(cfg: CfgNode) -> None:
-    """Fewer channels and blocks, in place; nothing that a config of this project decides."""
+    """Reduces channels and blocks in place, but nothing that a config of this project decides."""
     resnets, timm = cfg.MODEL.RESNETS, cfg.MODEL.TIMM
     if resnets.DEPTH > 34:
         resnets.DEPTH = 50
@@ -67,9 +67,9 @@ def shrink(cfg: CfgNode) -> None:
 
 
 class Recorder(CfgNode):
-    """A config that remembers the full names of the keys that were read in it or its copies.
+    """A config that records the full names of the keys that are read in it or its copies.
 
-    What fills in the conventions reads keys without using them, and does not count.
+    Reads by the code that fills in conventions do not count.
     """
 
     def __init__(self, node: CfgNode, read: set[str], prefix: str = ""):
@@ -94,7 +94,7 @@ class Recorder(CfgNode):
 
 
 def records(folder: Path, num_classes: int) -> list[dict]:
-    """Two images, one of which shows an object of the last class."""
+    """Returns two images, one of which shows an object of the last class."""
     image, found = folder / "gray.png", []
     Image.fromarray(np.full((SIDE, SIDE + 30, 3), 99, np.uint8)).save(image)
     box = {"bbox": [8, 8, 40, 48], "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
@@ -107,7 +107,7 @@ def records(folder: Path, num_classes: int) -> list[dict]:
 
 
 def use(cfg: CfgNode, folder: Path) -> tuple[list[float], list]:
-    """Losses of two iterations, and what is detected in one image after them."""
+    """Trains for two iterations; returns their losses, and the detections in one image."""
     torch.manual_seed(0)
     data = records(folder, cfg.MODEL.FCOS.NUM_CLASSES)
     model = Trainer.build_model(cfg)
@@ -124,7 +124,7 @@ def use(cfg: CfgNode, folder: Path) -> tuple[list[float], list]:
         optimizer.step()
         scheduler.step()
         losses.append(total.item())
-    # So that something is found: a detector that has seen two images may well find nothing.
+    # Enforces detections: a detector that has seen two images may well find nothing.
     torch.nn.init.zeros_(model.head.cls_logits.bias)
     torch.nn.init.zeros_(model.head.bbox_pred.weight)
     torch.nn.init.ones_(model.head.bbox_pred.bias)
@@ -162,15 +162,15 @@ def test_experiment_trains_and_detects(outcome):
     check_outcome(losses, found, cfg)
 
 
-# Read where a run begins, of which these tests have none.
-BEGINNING = inspect.getsource(detectron2.engine.defaults) + inspect.getsource(
+# Reads keys when a run starts, which these tests skip.
+STARTUP = inspect.getsource(detectron2.engine.defaults) + inspect.getsource(
     sys.modules[Trainer.__module__]
 )
 BY_SETUP = {"VERSION", "SEED", "DATASETS.REGISTER", "MODEL.FCOS.CONVENTION"}
 
 
 def keys_of(tree: dict, prefix: str = "") -> list[str]:
-    """Full names of the keys that a file sets."""
+    """Returns the full names of the keys that a file sets."""
     found = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -187,14 +187,14 @@ def test_every_key_of_an_experiment_is_read(outcome, request):
         base = tree.pop("_BASE_", None)
         keys |= set(keys_of(tree))
         path = path.parent / base if base else None
-    read = read | BY_SETUP | {key for key in keys if f".{key.rpartition('.')[2]}" in BEGINNING}
-    # Of backbones that an heir replaces, and of clipping that it switches off.
+    read = read | BY_SETUP | {key for key in keys if f".{key.rpartition('.')[2]}" in STARTUP}
+    # Keys of backbones that a derived config replaces, and of clipping that it disables.
     unused = {key for key in keys - read if not key.startswith(replaced(outcome[2]))}
     assert unused == set()
 
 
 def replaced(cfg: CfgNode) -> tuple[str, ...]:
-    """Beginnings of keys that a config inherits without a use for them."""
+    """Returns prefixes of keys that a config inherits but does not use."""
     of_backbone = "MODEL.RESNETS." if "resnet" not in cfg.MODEL.BACKBONE.NAME else "MODEL.TIMM."
     clipping = () if cfg.SOLVER.CLIP_GRADIENTS.ENABLED else ("SOLVER.CLIP_GRADIENTS.",)
     return of_backbone, *clipping
@@ -208,7 +208,7 @@ def test_experiment_of_full_size_trains_and_detects(path, tmp_path):
     check_outcome(*use(cfg, tmp_path), cfg)
 
 
-# ---- what the files say ----
+# ---- values ----
 
 
 def test_every_file_is_an_experiment_or_the_base_of_some():
@@ -231,13 +231,13 @@ def test_file_is_of_the_current_version_and_writes_to_a_folder_of_its_name(path)
         assert f"output/{name_of(path)}" == cfg.OUTPUT_DIR
 
 
-def test_output_of_every_experiment_is_a_folder_of_its_own():
+def test_every_experiment_has_its_own_output_folder():
     folders = [Path(merged(path).OUTPUT_DIR) for path in EXPERIMENTS]
     assert len(set(folders)) == len(folders)
 
 
 def same_but(first: str, second: str, **keys) -> bool:
-    """Whether two configs differ in ``keys`` (MODEL__FCOS__NORM="BN") and the output alone."""
+    """Returns whether two configs differ only in ``keys`` (MODEL__FCOS__NORM="BN") and output."""
     one, other = experiment(first), experiment(second)
     for key, value in keys.items():
         options = [key.replace("__", "."), value]
@@ -249,11 +249,11 @@ def same_but(first: str, second: str, **keys) -> bool:
 @pytest.mark.parametrize(
     "name", ["R_50_FPN_1x", "R_50_FPN_2x", "R_101_FPN_2x", "X_101_32x8d_dcnv2_FPN_2x"]
 )
-def test_iou_changes_the_quality_alone(name):
+def test_iou_changes_only_the_box_quality(name):
     assert same_but(f"fcos_{name}", f"fcos_{name}_iou", MODEL__FCOS__BOX_QUALITY="iou")
 
 
-def test_long_schedules_have_steps_where_the_short_one_has():
+def test_long_schedules_have_the_published_steps():
     base = experiment("fcos_R_50_FPN_1x")
     longer, longest = experiment("fcos_R_101_FPN_2x"), experiment("vovnet/fcos_V_57_FPN_3x")
     assert longer.MODEL.RESNETS.DEPTH == 101 and "R-101" in longer.MODEL.WEIGHTS
@@ -265,7 +265,7 @@ def test_long_schedules_have_steps_where_the_short_one_has():
 
 
 def rates(name: str) -> dict[str, tuple[float, float]]:
-    """(learning rate, weight decay) of one weight, bias and norm each."""
+    """Returns (learning rate, weight decay) of a weight, a bias and a norm."""
     cfg = experiment(name)
     shrink(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -296,7 +296,7 @@ def test_biases_and_norms_learn_as_published(name, bias, norm):
 
 
 def warmup(name: str) -> list[float]:
-    """Factors of the learning rate at iterations 0, 250, 499, 500 and 1000."""
+    """Returns the factors of the learning rate at iterations 0, 250, 499, 500 and 1000."""
     cfg = experiment(name)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = build_lr_scheduler(cfg, optimizer)._multiplier

@@ -1,4 +1,4 @@
-"""The CUDA half of the build: what setup.py decides, and what nvcc makes of csrc/cuda."""
+"""The CUDA build: what setup.py decides, and the code that nvcc generates from csrc/cuda."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function that adds nvcc to a machine with a torch for CUDA 13.2; returns nvcc."""
+    """A function that adds an nvcc to a machine with torch for CUDA 13.2, and returns it."""
     monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -47,7 +47,7 @@ esac
         return script
 
     (tmp_path / "bin").mkdir()
-    # The compiler need only be there.
+    # The compiler only needs to exist.
     environment = {"PATH": str(tmp_path / "bin"), "CXX": sys.executable}
     with mock.patch.dict(os.environ, environment, clear=True):
         yield nvcc
@@ -57,7 +57,7 @@ def find_libraries() -> list[str]:
     return [extension.name for extension in native.load_setup().find_libraries()]
 
 
-def test_cuda_library_is_built_where_there_is_nvcc(machine, monkeypatch, capsys):
+def test_cuda_library_is_built_if_nvcc_is_found(machine, monkeypatch, capsys):
     assert find_libraries() == ["fcos_d2._C"]
     monkeypatch.setenv("CUDA_HOME", str(machine().parents[1]))
     assert find_libraries() == ["fcos_d2._C", "fcos_d2._C_cuda"]
@@ -74,7 +74,7 @@ def test_cuda_library_is_built_where_there_is_nvcc(machine, monkeypatch, capsys)
         ("13.0", None, "torch .* has no CUDA"),
     ],
 )
-def test_missing_requirement_is_named_and_an_error_only_where_cuda_is_forced(
+def test_missing_requirement_is_named_and_an_error_only_if_cuda_is_forced(
     machine, monkeypatch, tmp_path, capsys, version, cuda, said
 ):
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -88,7 +88,7 @@ def test_missing_requirement_is_named_and_an_error_only_where_cuda_is_forced(
         find_libraries()
 
 
-def test_without_a_gpu_it_is_built_for_all_that_torch_and_nvcc_support(machine, monkeypatch):
+def test_without_a_gpu_all_architectures_of_torch_and_nvcc_are_built(machine, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(machine().parents[1]))
     find_libraries()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;10.0+PTX"
@@ -97,7 +97,7 @@ def test_without_a_gpu_it_is_built_for_all_that_torch_and_nvcc_support(machine, 
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
-def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeypatch, tmp_path):
+def test_nvcc_is_found_in_cuda_home_then_on_path_then_in_packages(machine, monkeypatch, tmp_path):
     def found() -> Path:
         setup = native.load_setup()
         return Path(setup.NVCC), Path(setup.HOME)
@@ -110,9 +110,9 @@ def test_nvcc_is_found_at_home_then_on_path_then_among_packages(machine, monkeyp
     assert found() == (tmp_path / "home/bin/nvcc", tmp_path / "home")
 
 
-# ---- what nvcc makes of it ----
+# ---- registers ----
 
-# Registers that a kernel may use: 64 let 1024 threads share a multiprocessor.
+# Registers that a kernel may use: with 64, 1024 threads fit on a multiprocessor.
 BUDGETS = {
     "assign_kernel": 40,
     "flat_kernel": 48,
@@ -130,7 +130,7 @@ KERNEL = re.compile(
 
 
 def compile_kernels(folder: Path, architecture: str) -> str:
-    """Compiles csrc/cuda to objects in ``folder``; returns what ptxas says."""
+    """Compiles csrc/cuda to objects in ``folder``; returns the output of ptxas."""
 
     def compile_one(source: Path) -> str:
         command = [
@@ -163,24 +163,24 @@ def assert_within_budget(report: str) -> None:
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory) -> tuple[Path, str]:
-    """(folder with objects for sm_90, what ptxas says)."""
+    """(folder with objects for sm_90, output of ptxas)."""
     folder = tmp_path_factory.mktemp("cuda")
     return folder, compile_kernels(folder, "sm_90")
 
 
 @needs_nvcc
-def test_kernels_compile_without_warning_within_their_registers(hopper):
+def test_kernels_compile_without_warnings_within_their_register_budget(hopper):
     assert_within_budget(hopper[1])
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "sm_120"])
-def test_kernels_of_other_gpus_are_within_their_registers(architecture, tmp_path):
+def test_kernels_of_other_gpus_are_within_their_register_budget(architecture, tmp_path):
     assert_within_budget(compile_kernels(tmp_path, architecture))
 
 
-# ---- the inner loops, as the hardware will see them ----
+# ---- inner loops in SASS ----
 
 
 def find_disassembler() -> str | None:
@@ -217,16 +217,16 @@ def loop_with_most_wide_loads(code: list[Instruction]) -> list[Instruction]:
     return max(loops, key=lambda loop: (sum(c.is_wide_load for c in loop), -len(loop)))
 
 
-def shortest_turn(loop: list[Instruction]) -> list[Instruction]:
-    """What one turn of a loop executes when it takes every shortcut, as it does in plain rows."""
+def shortest_iteration(loop: list[Instruction]) -> list[Instruction]:
+    """Returns what an iteration executes on its shortest path, which is that of plain rows."""
     place = {instruction.address: i for i, instruction in enumerate(loop)}
-    rest = [loop[-1:]] * len(loop)  # the shortest way from each instruction to the end
+    rest = [loop[-1:]] * len(loop)  # the shortest path from each instruction to the end
     for i in reversed(range(len(loop) - 1)):
         target = place.get(loop[i].target, 0)
-        ways = [rest[target]] if target > i else []
-        if loop[i].text.startswith("@") or not ways:  # conditional, or no branch
-            ways.append(rest[i + 1])
-        rest[i] = [loop[i], *min(ways, key=len)]
+        paths = [rest[target]] if target > i else []
+        if loop[i].text.startswith("@") or not paths:  # conditional, or no branch
+            paths.append(rest[i + 1])
+        rest[i] = [loop[i], *min(paths, key=len)]
     return rest[0]
 
 
@@ -237,12 +237,12 @@ def shortest_turn(loop: list[Instruction]) -> list[Instruction]:
     "loss, grad, most", [(True, False, 23), (False, True, 23), (True, True, 30)]
 )
 def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
-    """2 special functions and few instructions per element; 16-byte accesses, two under way."""
+    """2 special functions and few instructions per element; 16-byte accesses, two in flight."""
     kernel = f"loss_kernelI{dtype}Li2ELb{loss:d}ELb{grad:d}E"
     code = disassemble(hopper[0] / "fcos_loss.o", kernel)
-    path = shortest_turn(loop_with_most_wide_loads(code))
+    path = shortest_iteration(loop_with_most_wide_loads(code))
     texts = [instruction.text for instruction in path]
-    elements = 2 * 8  # rows of a turn, elements of a row
+    elements = 2 * 8  # rows per iteration, elements per row
     assert sum("MUFU" in text for text in texts) == 2 * elements
     assert len(texts) <= most * elements
     assert not any("CALL" in text for text in texts)
@@ -256,7 +256,7 @@ def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
 @needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
 def test_scan_of_logits(hopper, dtype):
-    """Four 16-byte loads under way before the first is looked at; few instructions per logit."""
+    """Four 16-byte loads in flight before the first is used; few instructions per logit."""
     code = disassemble(hopper[0] / "select_candidates.o", f"scan_kernelI{dtype}E")
     first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load]
     assert len(wide) == 4

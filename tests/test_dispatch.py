@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_compiled_kernel_takes_over_without_anything_else_knowing():
+def test_compiled_kernel_replaces_the_reference_transparently():
     code = """
 import torch
 from fcos_d2 import ops

@@ -1,4 +1,4 @@
-"""The documentation tells the truth: links lead somewhere, commands can be typed, examples run."""
+"""The documentation is correct: links resolve, commands are valid, examples run."""
 
 import ast
 import doctest
@@ -21,18 +21,18 @@ PAGES = [
     ROOT / "csrc" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-# What stands for something of the reader's.
+# Words that the reader replaces.
 PLACEHOLDER = re.compile(r"FILE|HOST|NAME|\.\.\.")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The code blocks of a page in one of the languages; "" is for those that name none."""
+    """Returns the code blocks of a page in one of the languages; "" is for none."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [code for language, code in found if language in languages]
 
 
 def commands() -> list:
-    """(page, words) of every command that the pages show in blocks without a language."""
+    """Returns (page, words) of every command in the shell blocks of the pages."""
     found = []
     for page in PAGES:
         for block in blocks(page, "", "bash", "sh"):
@@ -52,7 +52,7 @@ def config_keys(cfg: CfgNode, prefix: str = "") -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
+def test_links_point_to_files(page):
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     inside = [target for target in targets if not re.match(r"https?:", target)]
     assert [target for target in inside if not (page.parent / target).exists()] == []
@@ -63,14 +63,14 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("page, words", commands())
-def test_command_can_be_typed(page, words):
-    """Its script is there and knows its flags, its config file and keys exist."""
+def test_command_is_valid(page, words):
+    """Its script, flags, config file and config keys exist."""
     program, *words = words
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     source = source_of(program, words)
-    if source is None:  # a module of Python itself
+    if source is None:  # a module of the standard library
         return
     text = source.read_text()
     module = re.search(r"^from (fcos_d2[.\w]*) import main\b", text, re.MULTILINE)
@@ -80,7 +80,7 @@ def test_command_can_be_typed(page, words):
             module, words = f"fcos_d2.commands.{name}", [*flags, *words]
         else:
             module, words = module[1], words[script_at(words) + (program != "fcos-d2") :]
-        importlib.import_module(module).parse(words)  # exits where it cannot
+        importlib.import_module(module).parse(words)  # exits if it cannot
     elif not module:
         known = text + detectron2_flags(source)
         flags = [w.partition("=")[0] for w in words[script_at(words) :] if w.startswith("--")]
@@ -101,7 +101,7 @@ def script_at(words: list[str]) -> int:
 
 
 def source_of(program: str, words: list[str]) -> Path | None:
-    """The file that reads the flags of a command."""
+    """Returns the file that parses the flags of a command."""
     if program == "fcos-d2":
         return ROOT / "demo" / "demo.py"
     if words[0] == "-m":
@@ -115,7 +115,7 @@ def source_of(program: str, words: list[str]) -> Path | None:
 
 
 def detectron2_flags(source: Path) -> str:
-    """The source of detectron2's parser, where the script uses it."""
+    """Returns the source of detectron2's parser if the script uses it."""
     if "default_argument_parser" not in source.read_text():
         return ""
     from detectron2.engine import defaults
@@ -124,7 +124,7 @@ def detectron2_flags(source: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_is_python(page):
+def test_python_blocks_can_be_parsed(page):
     for code in blocks(page, "python"):
         ast.parse(code)
 
@@ -143,7 +143,7 @@ def test_examples_of_the_operators_run():
 
 # ---- figures ----
 
-# What a line of a page speaks of: op, workload and, in the line's order, peers of the results.
+# What a line of a page compares: op, workload and, in the order of the line, peers in the results.
 FIGURES = {
     "README.md": {
         "assignment of targets": ("assign_targets", "2 x 100 boxes", "detectron2"),
@@ -189,10 +189,7 @@ def cells(line: str) -> list[str]:
 
 
 def measured() -> dict[tuple, tuple[float, float]]:
-    """(milliseconds, factor by which ours is faster) of what the results tell, by its names.
-
-    They are those that the README links to.
-    """
+    """Returns {(op, workload, peer): (milliseconds, speedup of ours)} of the README's results."""
     name = re.search(r"benchmarks/results/cpu-[\w-]+\.md", (ROOT / "README.md").read_text())[0]
     lines = (ROOT / name).read_text().splitlines()
     rows = [cells(line) for line in lines if line.startswith("| ")]
@@ -200,17 +197,17 @@ def measured() -> dict[tuple, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("page, start", LINES, ids=[f"{page}: {line}" for page, line in LINES])
-def test_figures_are_those_of_the_results(page, start):
+def test_figures_match_the_results(page, start):
     text = (ROOT / page).read_text()
     (line,) = re.findall(rf"^\| {re.escape(start)}.*$", text, re.MULTILINE)
     op, workload, *peers = FIGURES[page][start]
     found = measured()
-    told = {
+    stated = {
         unit: [float(number) for number in re.findall(rf"([\d.]+) ?{unit}\b", line)]
         for unit in ("x", "ms")
     }
     rows = [found[op, workload, peer] for peer in peers]
-    factors = [factor for _, factor in rows][: len(told["x"])]
+    factors = [factor for _, factor in rows][: len(stated["x"])]
     times = [found[op, workload, "ours"][0], *(time for time, _ in rows)]
-    assert told["x"] == pytest.approx(factors, rel=0.05)
-    assert told["ms"] in ([], pytest.approx(times, rel=0.05))
+    assert stated["x"] == pytest.approx(factors, rel=0.05)
+    assert stated["ms"] in ([], pytest.approx(times, rel=0.05))

@@ -1,9 +1,9 @@
-"""What an evaluation prints at its end."""
+"""The summary that an evaluation prints at its end."""
 
 from fcos_d2.inference import summary_table
 
 
-def test_summary_has_a_line_per_data_set_and_task():
+def test_summary_has_a_row_per_dataset_and_task():
     bbox = {"AP": 41.26, "AP50": 60.0, "AP75": 45.0, "APs": float("nan"), "AP-disc": 41.26}
     results = {
         "one": {"bbox": bbox, "best_f1": {"F1": 71.0, "F1_at_0.5": 65.0}},

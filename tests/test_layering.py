@@ -1,4 +1,4 @@
-"""Who may know whom: the rules that keep every part usable and testable without the others."""
+"""Who may import whom: rules that keep every part usable and testable without the others."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "fcos_d2").rglob("*.py"))
 CORE, CPU, CUDA, BINDINGS = (ROOT / "csrc" / name for name in ("core", "cpu", "cuda", "bindings"))
 
-# Importer -> what it must not import, both as beginnings of module names.
+# Importer -> what it must not import, both as prefixes of module names.
 OUTSIDE = ("train_net", "tools", "tests", "demo", "benchmarks")
 RULES = {
     "fcos_d2": OUTSIDE,
@@ -65,17 +65,17 @@ ONLY = {  # importer -> the parts of this package it may import
     "fcos_d2.ops": ("fcos_d2.ops",),
     "fcos_d2.errors": (),
 }
-# A config is taken apart here and nowhere else: everything below takes plain arguments.
-MAY_SEE_CFG = (
+# Only these modules read a config: everything below takes plain arguments.
+MAY_READ_CFG = (
     "fcos_d2.config",
     "fcos_d2.config_file",
     "fcos_d2.config_values",
     "fcos_d2.engine",
     "fcos_d2.inference",
 )
-MAY_SEE_CFG += ("fcos_d2.predictor", "fcos_d2.model_zoo", "fcos_d2.commands")
-MAY_SEE_CFG += ("fcos_d2.lazy_config",)
-TAKES_CFG_APART = re.compile(r"from_config|build_\w+")
+MAY_READ_CFG += ("fcos_d2.predictor", "fcos_d2.model_zoo", "fcos_d2.commands")
+MAY_READ_CFG += ("fcos_d2.lazy_config",)
+READS_CFG = re.compile(r"from_config|build_\w+")
 
 
 def name_of(path: Path) -> str:
@@ -84,7 +84,7 @@ def name_of(path: Path) -> str:
 
 
 def imported(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Names of all modules, and of what is taken from them, that ``module`` imports anywhere."""
+    """Returns the names of all modules and their members that ``module`` imports anywhere."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -97,8 +97,8 @@ def imported(source: str, module: str, is_package: bool = False) -> set[str]:
     return found
 
 
-def within(name: str, beginnings: tuple[str, ...]) -> bool:
-    return any(name == b or name.startswith(b + ".") for b in beginnings)
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
 
 
 def violations(module: str, imports: set[str]) -> list[str]:
@@ -120,7 +120,7 @@ def violations(module: str, imports: set[str]) -> list[str]:
 
 
 def functions_with_cfg(source: str) -> list[str]:
-    """Outermost functions (``<module>`` for none) in which the name ``cfg`` appears."""
+    """Returns the outermost functions (``<module>`` for none) that contain the name ``cfg``."""
     found = []
     for top in ast.walk(ast.parse(source)):
         bodies = top.body if isinstance(top, (ast.Module, ast.ClassDef)) else []
@@ -135,20 +135,20 @@ def functions_with_cfg(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module_imports_nothing_it_must_not_know(path):
+def test_module_imports_nothing_forbidden(path):
     imports = imported(path.read_text(), name_of(path), path.name == "__init__.py")
     assert violations(name_of(path), imports) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_config_is_seen_only_where_it_is_taken_apart(path):
-    if within(name_of(path), MAY_SEE_CFG):
+def test_config_is_read_only_where_it_may_be(path):
+    if within(name_of(path), MAY_READ_CFG):
         return
     functions = functions_with_cfg(path.read_text())
-    assert [name for name in functions if not TAKES_CFG_APART.fullmatch(name)] == []
+    assert [name for name in functions if not READS_CFG.fullmatch(name)] == []
 
 
-def test_scripts_are_imported_by_nobody_and_keep_out_of_the_insides():
+def test_scripts_import_neither_each_other_nor_internals():
     for path in [ROOT / "train_net.py", *(ROOT / "tools").glob("*.py")]:
         imports = imported(path.read_text(), path.stem)
         assert not [name for name in imports if within(name, ("tests", "train_net"))], path
@@ -157,8 +157,8 @@ def test_scripts_are_imported_by_nobody_and_keep_out_of_the_insides():
         assert not [name for name in imports if within(name, ("detectron2.modeling",))], path
 
 
-def test_compiled_library_is_called_through_the_dispatcher_alone():
-    """No reference knows it, and no module loads it but the one that declares the ops."""
+def test_compiled_library_is_called_only_through_the_dispatcher():
+    """No reference uses it, and only the module that declares the ops loads it."""
     for path in MODULES:
         text = path.read_text()
         if path.name != "_library.py":
@@ -182,7 +182,7 @@ CUDA_RUNTIME = re.compile(r"cuda|cub/|thrust|cooperative_groups|nvrtc|curand|cub
 
 
 def includes(folder: Path) -> list[tuple[str, str]]:
-    """(file, included) of every include line below ``folder``."""
+    """Returns (file, included) of every include line below ``folder``."""
     pattern = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
     files = [path for kind in SOURCES for path in folder.rglob(kind)]
     return [(f.name, found) for f in files for found in pattern.findall(f.read_text())]
@@ -205,7 +205,7 @@ def test_sources_include_only_what_lies_below_them(folder, others):
     assert [pair for pair in includes(folder) if re.search(rf"\b({others})/", pair[1])] == []
 
 
-# ---- what an import does ----
+# ---- side effects of imports ----
 
 WATCH = """
 import os
@@ -261,7 +261,7 @@ except ImportError as error:
     print(error)
 """
 
-# Those packages may do at import what they like; it is done before the watch begins.
+# Imports of other packages may have side effects; they come before the watch begins.
 OTHERS_FIRST = """
 import detectron2.engine
 import detectron2.evaluation
@@ -289,7 +289,7 @@ print("unchanged")
 
 
 def run_python(code: str, folder: Path) -> list[str]:
-    """Lines that ``code`` prints in a fresh interpreter in an empty folder, which stays empty."""
+    """Returns the lines that ``code`` prints in a new interpreter; its folder stays empty."""
     # Our own checkout comes first, in case another one is installed.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     command = [sys.executable, "-W", "ignore", "-B", "-c", code]
@@ -299,7 +299,7 @@ def run_python(code: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_ops_work_with_torch_alone_and_importing_them_does_nothing_else(tmp_path):
+def test_ops_work_with_torch_alone_and_importing_them_has_no_side_effects(tmp_path):
     labels, error = run_python(TORCH_ALONE + WATCH + USE_OPS, tmp_path)
     assert labels == "[[1, 1, 1, 1]]"
     assert "needs detectron2" in error and "python tools/install_detectron2.py" in error
@@ -319,12 +319,12 @@ def test_importing_the_package_changes_no_config_and_opens_nothing(tmp_path):
         "os.system('true')",
     ],
 )
-def test_what_an_import_must_not_do_is_seen(act, tmp_path):
+def test_forbidden_side_effect_is_found(act, tmp_path):
     with pytest.raises(AssertionError, match="AssertionError"):
         run_python(WATCH.replace("import torch", "") + act, tmp_path)
 
 
-# ---- the checks check ----
+# ---- tests of the checks ----
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A LazyConfig in the commands that take a YAML file."""
+"""LazyConfig files in commands that take YAML files."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_model_is_that_of_the_file_with_its_overrides():
     assert build_detector(cfg).head.cls_logits.out_channels == 7 == cfg.MODEL.FCOS.NUM_CLASSES
 
 
-def test_images_are_detected_and_the_model_is_analyzed(tmp_path, capsys):
+def test_predict_and_analyze_take_a_lazy_config(tmp_path, capsys):
     model = instantiate(LazyConfig.load(LAZY).model)
     torch.nn.init.zeros_(model.head.cls_logits.bias)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
@@ -56,6 +56,6 @@ def test_images_are_detected_and_the_model_is_analyzed(tmp_path, capsys):
         (["train.a[0].b=1"], "train.a"),
     ],
 )
-def test_mistakes_are_one_line(opts, message):
+def test_mistakes_are_one_line_errors(opts, message):
     with pytest.raises(InputError, match=message):
         load_detector(read_cfg(LAZY, ["train.device=cpu", *opts]))

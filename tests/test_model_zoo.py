@@ -1,4 +1,4 @@
-"""Names of the zoo, and downloads from a server in this process that serves synthetic weights."""
+"""Names in the model zoo, and downloads of synthetic weights from a server in this process."""
 
 import hashlib
 import io
@@ -89,14 +89,14 @@ def test_every_config_has_a_name_and_can_be_read(name):
     assert model_zoo.get_config(name)
 
 
-def test_names_are_taken_with_and_without_suffix_and_by_config_file(tmp_path, monkeypatch):
+def test_names_are_accepted_with_and_without_suffix_and_as_config_file(tmp_path, monkeypatch):
     path = model_zoo.get_config_file(f"{NAME}.yaml")
     assert path == model_zoo.get_config_file(NAME) and path.endswith(".yaml")
     monkeypatch.chdir(tmp_path)
     assert read_cfg(NAME).dump() == read_cfg(path).dump() == model_zoo.get_config(NAME).dump()
 
 
-def test_weights_are_those_of_configs_and_end_in_their_hash():
+def test_weights_belong_to_configs_and_are_named_by_their_hash():
     assert set(model_zoo.WEIGHTS) <= set(model_zoo.names())
     assert model_zoo.get_checkpoint_url(NAME) == FCOS_ResNet50_FPN_Weights.COCO_V1.url
     cfg = model_zoo.get_config(NAME, trained=True)
@@ -114,7 +114,7 @@ def test_weights_are_those_of_configs_and_end_in_their_hash():
         (lambda: Predictor.from_pretrained("yolo"), "no weights of 'yolo'; there are torchvision/"),
     ],
 )
-def test_unknown_name_is_told_with_similar_ones(call, message):
+def test_unknown_name_is_refused_with_similar_ones(call, message):
     with pytest.raises(InputError, match=message):
         call()
 
@@ -129,18 +129,18 @@ def test_model_by_name_starts_from_random_values_without_a_download(server):
 # ---- downloads ----
 
 
-def test_photo_becomes_a_picture_with_nothing_trained(server, checkpoint, photo, capsys):
+def test_objects_in_a_photo_are_drawn_without_training(server, checkpoint, photo, capsys):
     url = server.serve(checkpoint)
     words = ["photo.jpg", "--opts", "INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"]
     assert cli.main(words) == 0
     assert Image.open("detections/photo.jpg").size == (320, 240)
-    told = capsys.readouterr().err
-    assert f"{NAME}, trained on COCO (BSD-3-Clause): {url}" in told
+    printed = capsys.readouterr().err
+    assert f"{NAME}, trained on COCO (BSD-3-Clause): {url}" in printed
     assert [path.name for path in server.folder.iterdir() if path.suffix == ".pth"] == [
         url.rpartition("/")[2]
     ]
     predictor = Predictor.from_pretrained(NAME, threshold=0.1, device="cpu")
-    assert server.requests == 1, "it was there already"
+    assert server.requests == 1, "it was cached"
     found = predictor("photo.jpg")
     assert len(found) and found.names[0] in predictor.class_names
     assert predictor.class_names[0] == "person" and len(predictor.class_names) == 80
@@ -160,7 +160,7 @@ def test_photo_becomes_a_picture_with_nothing_trained(server, checkpoint, photo,
         ({"status": None}, "timed out"),
     ],
 )
-def test_download_that_fails_leaves_nothing_and_is_one_line(server, monkeypatch, fault, cause):
+def test_failed_download_leaves_nothing_and_is_a_one_line_error(server, monkeypatch, fault, cause):
     if cause == "timed out":  # where no answer ever comes
         monkeypatch.setattr(model_zoo, "TIMEOUT", 0.3)
     url = server.serve(b"weights" * 9, **fault)
@@ -172,9 +172,7 @@ def test_download_that_fails_leaves_nothing_and_is_one_line(server, monkeypatch,
     assert not [path for path in server.folder.iterdir() if path.suffix != ".lock"]
 
 
-def test_without_network_the_line_says_what_to_download_to_where(
-    server, monkeypatch, photo, capsys
-):
+def test_error_without_network_names_the_url_and_the_file(server, monkeypatch, photo, capsys):
     server.serve(b"weights")
     url = model_zoo.WEIGHTS[NAME].url.replace(str(server.server_port), "9")
     monkeypatch.setitem(model_zoo.WEIGHTS, NAME, Weights(url, "BSD-3-Clause"))

@@ -1,7 +1,7 @@
-"""One odd configuration through every command: what the evaluation does, the others do too.
+"""One odd configuration in every command, which must all agree with the evaluation.
 
-Grayscale images in their own size, more than 100 objects in one of them, the number of classes left
-to the data, and two test sets with the same image ids.
+Grayscale images at their original size, more than 100 objects in one of them, the number of classes
+left to the data, and two test sets with the same image ids.
 """
 
 import json
@@ -54,7 +54,7 @@ CELL = 12  # pixels from square to square
 
 
 def write_squares(folder, rows, columns):
-    """Two images with a bright square in every cell of a grid: class 0 in even columns, else 1."""
+    """Writes two images with a square in every cell of a grid: class 0 in even columns, else 1."""
     folder.mkdir()
     images, annotations = [], []
     for number in (1, 2):
@@ -96,7 +96,7 @@ def weights_of(odd):
 
 
 def evaluated(odd, name="odd_one", folder="inference") -> np.ndarray:
-    """Rows (x, y, width, height, score) of image 1, best first, as the evaluation wrote them."""
+    """Returns (x, y, width, height, score) in image 1, best first, as the evaluation saved them."""
     path = odd / "output" / folder / name / "coco_instances_results.json"
     rows = [row for row in json.loads(path.read_text()) if row["image_id"] == 1]
     rows = np.array([[*row["bbox"], row["score"]] for row in rows])
@@ -111,7 +111,7 @@ def assert_same_detections(rows, expected):
     assert (nearest < 0.02).mean() > 0.99
 
 
-def test_both_data_sets_keep_their_detections(odd):
+def test_both_datasets_keep_their_detections(odd):
     assert len(evaluated(odd)) > 200 and 10 < len(evaluated(odd, "odd_two")) < 50
     last = [json.loads(line) for line in (odd / "output/metrics.json").open()][-1]
     assert last["odd_one/best_f1/F1"] > 90 and last["odd_two/bbox/AP50"] > 90
@@ -120,7 +120,7 @@ def test_both_data_sets_keep_their_detections(odd):
     assert of_all > last["odd_one/bbox/AP"]
 
 
-def test_evaluation_alone_finds_the_same_and_augmentation_at_least_as_much(odd):
+def test_eval_only_finds_the_same_and_augmentation_about_as_much(odd):
     expected = evaluated(odd)
     words = ["--eval-only", *weights_of(odd), "TEST.AUG.ENABLED", "True"]
     assert train.main([*config_of(odd), *words]) == 0
@@ -143,13 +143,13 @@ def test_class_order_is_compared_before_training_and_evaluation(odd, capsys):
         assert "Evaluation results" not in printed.out and "iter:" not in printed.out
 
 
-def test_report_finds_the_first_data_set(odd, capsys):
+def test_report_shows_the_first_dataset(odd, capsys):
     assert report.main([str(odd / "output"), "--images", "1"]) == 0
     page = (odd / "output/report/index.html").read_text()
     assert "480" in page and "bright" in page
 
 
-def test_predict_and_predictor_see_the_image_as_the_evaluation_does(odd):
+def test_predict_and_predictor_find_what_the_evaluation_does(odd):
     image, expected = odd / "one/1.png", evaluated(odd)
     found = odd / "found.json"
     words = [str(image), "--json", str(found), "--output", str(odd / "drawn"), "--score", "0"]
@@ -178,7 +178,7 @@ def test_exported_file_and_its_runner_find_the_same(odd, format):
     assert_same_detections(rows, evaluated(odd))
 
 
-def test_benchmark_and_analysis_take_it(odd, capsys):
+def test_benchmark_and_analyze_accept_the_config(odd, capsys):
     words = [*config_of(odd), "--batch", "1", "--seconds", "0.01"]
     assert benchmark.main([*words, *weights_of(odd)]) == 0
     assert benchmark.main([*words, "--size", "64", "96"]) == 0

@@ -1,4 +1,4 @@
-"""The install: what setup.py finds and builds, what is pinned, when `make env` has work to do."""
+"""Installation: what setup.py finds and builds, what is pinned, and when `make env` has work."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LIBRARY = ROOT / "fcos_d2" / "_C.so"
 
 
 def run_setup(*arguments: str, before: str = "", **environment: str):
-    """Runs setup.py in a process that does something before."""
+    """Runs setup.py in a process that runs the code ``before`` first."""
     code = f"""
 import importlib.util, runpy, setuptools, site, sys
 {before}
@@ -33,7 +33,7 @@ runpy.run_path("setup.py", run_name="__main__")
     )  # fmt: skip
 
 
-# As pip does with the packages of the environment.
+# Like pip, which hides the environment's packages.
 HIDE = "sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
 
 
@@ -61,7 +61,7 @@ def test_install_without_compiler_builds_nothing_and_says_so():
 @pytest.mark.parametrize(
     "options", [[], ["-W", "default"], ["-W", "error::FutureWarning"]], ids=str
 )
-def test_importing_says_nothing_and_keeps_the_filters_of_warnings(options):
+def test_importing_prints_nothing_and_keeps_warning_filters(options):
     code = """
 import warnings
 warnings.filterwarnings("error", "a filter of the user")
@@ -76,7 +76,7 @@ assert list(warnings.filters) == before
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="fcos_d2/_C.so is not built")
-def test_library_says_what_it_was_built_for():
+def test_library_reports_how_it_was_built():
     torch = pytest.importorskip("torch")
     torch.ops.load_library(str(LIBRARY))
     info = json.loads(torch.ops.fcos_d2.build_info())
@@ -98,7 +98,7 @@ def test_everything_is_locked_to_one_version_by_its_hashes(lock):
     assert all(hashes for hashes in lock.values())
     hashes = [hash.strip() for hashes in lock.values() for hash in hashes]
     assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", hash) for hash in hashes)
-    # One option more in the file, and pip could be sent to another registry.
+    # An option in the file could redirect pip to another registry.
     assert not any("--" in requirement for requirement in lock)
 
 
@@ -121,7 +121,7 @@ def test_every_direct_dependency_is_locked_and_fits(lock):
         (["csrc/cpu/box_loss.cpp"], ["build_ext"]),
     ],
 )
-def test_make_env_repeats_what_a_change_asks_for(tmp_path, changed, work):
+def test_make_env_repeats_only_what_a_change_requires(tmp_path, changed, work):
     sources = ["Makefile", "pyproject.toml", "requirements.lock", "setup.py"]
     sources += ["tools/install_detectron2.py", "csrc/cpu/box_loss.cpp"]
     for moment, name in enumerate([*sources, ".venv/installed", ".venv/built", *changed]):
@@ -135,7 +135,7 @@ def test_make_env_repeats_what_a_change_asks_for(tmp_path, changed, work):
 
 
 @pytest.mark.slow
-def test_wheel_has_the_library_and_a_changed_file_alone_is_compiled_again(tmp_path):
+def test_wheel_has_the_library_and_only_a_changed_file_is_recompiled(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(
         ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "output", "datasets", "*.so")

@@ -1,4 +1,4 @@
-"""The weights that a predictor takes, and images of odd shapes."""
+"""The weights that a predictor loads, images of odd shapes, and other libraries' formats."""
 
 import re
 import sys
@@ -44,16 +44,16 @@ def bias_of(output, *opts, weights="") -> float:
     return built._model.head.cls_logits.bias[0].item()
 
 
-def test_average_is_taken_where_it_was_evaluated(output):
+def test_ema_is_loaded_if_it_was_evaluated(output):
     output("model_final.pth", 1.0, average=2.0)
     assert bias_of(output) == 1
     assert bias_of(output, "MODEL_EMA.ENABLED", True) == 2
     output("model_final.pth", 1.0)
-    output("model_final_ema.pth", 3.0)  # of an earlier training
+    output("model_final_ema.pth", 3.0)  # of an earlier training run
     assert bias_of(output) == 1
 
 
-def test_weights_are_those_that_are_named(output):
+def test_named_weights_are_loaded(output):
     output("model_final.pth", 1.0)
     output("other.pth", 2.0)
     output("third.pth", 3.0)
@@ -64,18 +64,18 @@ def test_weights_are_those_that_are_named(output):
         bias_of(output, "MODEL.WEIGHTS", "nowhere.pth")
 
 
-def test_no_weights_name_the_command_that_makes_them(output):
+def test_missing_weights_are_refused_with_a_remedy(output):
     with pytest.raises(InputError, match="there is no model_final.pth; train first"):
         bias_of(output)
 
 
-def test_number_of_detections_that_nothing_reads_says_what_to_set(output):
+def test_unused_number_of_detections_is_refused_with_the_key_to_set(output):
     output("model_final.pth", 1.0)
     with pytest.raises(InputError, match="set MODEL.FCOS.POST_NMS_TOPK_TEST 300 instead"):
         bias_of(output, "TEST.DETECTIONS_PER_IMAGE", 300)
 
 
-def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
+def test_url_of_weights_is_not_changed(output, monkeypatch):
     taken = []
     monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
     monkeypatch.setattr(predictor, "accelerated", lambda cfg, model: model)
@@ -83,8 +83,8 @@ def test_url_of_weights_is_left_as_it_is(output, monkeypatch):
     assert taken == ["https://host/a//w.pth"]
 
 
-class Seeing(nn.Module):
-    """Keeps what it is asked for."""
+class Recorder(nn.Module):
+    """Records its input, and stops there."""
 
     def forward(self, batch):
         self.seen = batch[0]
@@ -94,7 +94,7 @@ class Seeing(nn.Module):
 @pytest.mark.parametrize("input_format, channel", [("RGB", 0), ("BGR", 2)])
 @pytest.mark.parametrize("shape, size", [((20, 40), (30, 60)), ((1, 6000), (1, 60))])
 def test_model_gets_its_channel_order_and_size(input_format, channel, shape, size):
-    model, image = Seeing(), np.zeros((*shape, 3), np.uint8)
+    model, image = Recorder(), np.zeros((*shape, 3), np.uint8)
     image[..., 0] = 200  # red
     with pytest.raises(StopIteration):
         Predictor(model, (40, 60), input_format, 0.5)(image)
@@ -121,7 +121,7 @@ def test_supervision_gets_boxes_scores_and_names(prediction, monkeypatch):
     assert found.class_id.tolist() == [1] and found.data["class_name"].tolist() == ["cat"]
 
 
-def test_adapter_of_the_documentation_detects_slices_with_sahi(prediction):
+def test_sahi_adapter_in_the_documentation_detects_slices(prediction):
     sliced = pytest.importorskip("sahi.predict").get_sliced_prediction
     text = (ROOT / "docs" / "inference.md").read_text()
     space: dict = {}

@@ -15,7 +15,7 @@ from fcos_d2.tiling import TiledPredictor, tiles_of
 
 
 class Bright:
-    """Finds bright rectangles exactly, but none whose sides are under a 20th of what it sees."""
+    """Finds bright rectangles exactly, except those smaller than a 20th of the image."""
 
     class_names = ["small", "large"]
 
@@ -41,7 +41,7 @@ class Bright:
 
 
 def scene(rng, count=6, side=160):
-    """Rectangles of 10 to 40 pixels that do not touch."""
+    """Draws rectangles of 10 to 40 pixels that do not touch."""
     image, boxes = np.zeros((side, side, 3), np.uint8), []
     while len(boxes) < count:
         x, y = rng.integers(1, side - 41, 2)
@@ -86,7 +86,7 @@ def test_objects_larger_than_tiles_come_from_the_whole_image():
     assert [found.category_ids[i] for i in order] == [7, 8] and found.image is canvas
 
 
-def test_image_of_a_tiles_size_is_looked_at_once():
+def test_image_not_larger_than_a_tile_is_predicted_once():
     predictor = Bright()
     (found,) = TiledPredictor(predictor, 200).predict([scene(np.random.default_rng(1))[0]])
     assert predictor.sizes == [(160, 160)] and len(found) == 6
@@ -109,7 +109,7 @@ def test_tile_that_is_too_small_is_refused():
         TiledPredictor(Bright(), 8)
 
 
-def test_the_command_looks_at_tiles(tmp_path, monkeypatch):
+def test_the_command_predicts_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr("fcos_d2.commands.predict.load_predictor", lambda options: Bright())
     canvas = np.zeros((900, 1200, 3), np.uint8)
     canvas[800:810, 500:520] = 255

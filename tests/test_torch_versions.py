@@ -1,4 +1,4 @@
-"""The oldest torch that the stable ABI serves takes the library that was built with another.
+"""The oldest torch of the stable ABI loads a library that was built with a newer one.
 
 ``FCOS_D2_OLDEST_TORCH=/path/to/python`` names an interpreter with torch 2.10, numpy, pytest and
 hypothesis. CI builds with that torch, too.

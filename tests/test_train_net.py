@@ -1,4 +1,4 @@
-"""train_net.py from the user's side: training, evaluation, resuming, and every kind of bad input.
+"""train_net.py as users run it: training, evaluation, resuming, and every kind of bad input.
 
 Real runs of a few iterations, in this process, on six tiny images.
 """
@@ -49,7 +49,7 @@ train.eval_period, train.log_period = 0, 2
 
 @pytest.fixture(scope="module")
 def trained(tiny_shapes, tmp_path_factory):
-    """The output folder of two iterations with images."""
+    """The output folder of two iterations that wrote images for TensorBoard."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(CONFIG)
     words = ["--config-file", str(folder / "tiny.yaml"), "OUTPUT_DIR", str(folder)]
@@ -59,9 +59,9 @@ def trained(tiny_shapes, tmp_path_factory):
 
 
 def assert_refused(result, *parts):
-    """One line on stderr that holds all of ``parts``, status 2 and no traceback anywhere."""
+    """Expects one line on stderr with all of ``parts``, status 2 and no traceback."""
     assert result.status == 2, result.out + result.err
-    # torch remarks on machines that have nvcc and no GPU when detectron2 describes them.
+    # torch's remark on a machine with nvcc but no GPU, when detectron2 logs the environment.
     (line,) = [line for line in result.err.splitlines() if "No CUDA runtime is found" not in line]
     assert line.startswith("error: ")
     for part in parts:
@@ -82,7 +82,7 @@ def test_training_leaves_weights_config_and_metrics(trained):
     assert last["iteration"] == 2
 
 
-def test_a_terminal_sees_progress_with_rate_and_remaining_time(script, monkeypatch):
+def test_a_terminal_shows_progress_with_rate_and_remaining_time(script, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.stderr, "isatty", lambda: True)
         result = script("DATASETS.TEST", "()")
@@ -129,7 +129,7 @@ def test_expected_results_decide_the_exit_status(script, trained, expected, stat
     assert ("verification passed" if status == 0 else "verification failed") in result.out
 
 
-def test_a_missing_gpu_is_told_in_one_line(script, trained, monkeypatch):
+def test_a_missing_gpu_is_reported_in_one_line(script, trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = trained / "model_final.pth"
     result = script("--eval-only", "MODEL.WEIGHTS", weights, "SOLVER.AMP.ENABLED", True)
@@ -148,7 +148,7 @@ def test_resume_with_another_optimizer_is_refused(script):
     assert_refused(script("--resume"), "--resume: the checkpoint's optimizer", "MODEL.WEIGHTS")
 
 
-def test_weights_of_other_classes_start_a_training(script, trained):
+def test_weights_of_other_classes_initialize_training(script, trained):
     weights = torch.load(trained / "model_final.pth")["model"]
     for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
         weights[name] = weights[name][:1]
@@ -199,7 +199,7 @@ def test_a_missing_config_file_is_refused(script):
         ("OUTPUT_DIR: Wörter", ("bad.yaml: 'utf-8' codec can't decode", "_BASE_ as UTF-8")),
     ],
 )
-def test_a_config_file_that_cannot_be_used_is_refused(script, text, parts):
+def test_an_invalid_config_file_is_refused(script, text, parts):
     (script.folder / "bad.yaml").write_text(text, encoding="latin-1")
     assert_refused(script("DATASETS.TRAIN", "('tiny_shapes',)", config="bad.yaml"), *parts)
 
@@ -227,11 +227,11 @@ def test_a_config_file_that_cannot_be_used_is_refused(script, text, parts):
         ),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(script, arguments, parts):
+def test_invalid_arguments_are_refused(script, arguments, parts):
     assert_refused(script(*arguments), *parts)
 
 
-def test_a_loss_that_is_not_finite_names_iteration_losses_and_images(script):
+def test_a_nonfinite_loss_names_iteration_losses_and_images(script):
     result = script("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_FACTOR", 1.0)
     assert_refused(result, "iteration 1: loss_fcos_", "is nan", ".png", "SOLVER.BASE_LR")
 
@@ -288,7 +288,7 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
         assert result.results == [state["head.cls_logits.bias"].tolist()]
 
 
-def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):
+def test_a_lazy_loader_without_a_state_resumes_with_a_warning(script):
     loader = "from detectron2.data import build_detection_train_loader\n"
     loader += "dataloader.train._target_ = build_detection_train_loader\n"
     (script.folder / "tiny.py").write_text(LAZY_CONFIG + loader)
@@ -297,7 +297,7 @@ def test_a_lazy_loader_without_a_position_resumes_with_a_warning(script):
     assert result.status == 0 and "position in the training data is unknown" in result.out
 
 
-def test_a_lazy_config_that_cannot_be_used_is_refused(script):
+def test_an_invalid_lazy_config_is_refused(script):
     (script.folder / "bad.py").write_text("model = dict(")
     assert_refused(script(config="bad.py"), "bad.py line 1", "correct the Python")
     (script.folder / "bad.py").write_text("model = dict(a=1)")

@@ -13,8 +13,8 @@ lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
 optimizer = model_zoo.get_config("common/optim.py").SGD
 train = model_zoo.get_config("common/train.py").train
 
-dataloader.train._target_ = TrainLoader  # whose position is part of a checkpoint
-# Ours name the file, the annotation or the image that cannot be used.
+dataloader.train._target_ = TrainLoader  # saves its position in checkpoints
+# Their errors name the file, the annotation or the image that cannot be used.
 dataloader.train.dataset._target_ = load_dataset
 dataloader.test.dataset._target_ = load_dataset
 dataloader.train.dataset.masks = dataloader.test.dataset.masks = False

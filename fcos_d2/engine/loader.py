@@ -200,8 +200,8 @@ def _is_portrait(dataset: Sequence[dict] | Dataset) -> list[bool]:
         ) from error
 
 
-# A SIGTERM to a job goes to all its processes, but the iteration must be finished. So workers exit
-# only on a SIGTERM from their parent, which sends it when it exits. Where sigwaitinfo is missing
+# A SIGTERM to a job goes to all its processes, but training must finish its iteration. So workers
+# exit only on the SIGTERM that their parent sends when it exits. Where sigwaitinfo is missing
 # (outside Linux), they cannot tell the sender and exit on any.
 
 

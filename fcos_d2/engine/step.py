@@ -174,7 +174,7 @@ class StepTrainer(SimpleTrainer):
         return {**state, **kept, "rng_states": self._rng_states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Loads ``state``, which may be the less complete one of a SimpleTrainer or AMPTrainer.
+        """Loads ``state``, which may be the smaller one of a SimpleTrainer or AMPTrainer.
 
         Learning rate, weight decay and the like stay those of this run.
 

@@ -205,10 +205,7 @@ def check_batch_norm(cfg, model: nn.Module, loader: TrainLoader) -> None:
     padded = [-(-side // divisor) * divisor for side in min(sides, key=max)]
     image = torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), *padded, device="meta")
     model = copy.deepcopy(model).to("meta")
-    with (
-        batch_norm_errors(),
-        contextlib.suppress(RuntimeError),
-    ):  # an op without meta kernel
+    with batch_norm_errors(), contextlib.suppress(RuntimeError):  # an op without meta kernel
         features = model.backbone(image)
         if isinstance(model, FCOS):
             model.head([features[name] for name in model.head_in_features])

@@ -13,7 +13,7 @@ from ..checkpoint.saving import atomic_write
 from ..modeling import FCOS
 from .writers import INPUT, export_detector, require
 
-# Layers that are cheap and decide about boxes and scores: they stay in float32.
+# Cheap layers that determine boxes and scores: they stay in float32.
 IN_FLOAT32 = ("head.bbox_pred", "head.ctrness", "head.cls_logits")
 
 

@@ -84,7 +84,7 @@ def _write_openvino(model: FCOS, path: Path, half: bool, metadata: str) -> None:
         converted = openvino.convert_model(f"{folder}/model.onnx")
         converted.set_rt_info(metadata, METADATA)
         openvino.save_model(converted, f"{folder}/model.xml", compress_to_fp16=half)
-        for suffix in (".bin", ".xml"):  # last the file that users name
+        for suffix in (".bin", ".xml"):  # the named file last
             with atomic_write(path.with_suffix(suffix)) as file:
                 file.write(Path(f"{folder}/model{suffix}").read_bytes())
 

@@ -1,9 +1,9 @@
-"""Hostile input for everything that reads what others made: weights, annotations, ops.
+"""Fuzzes everything that reads untrusted input: weights, annotations, ops.
 
-Each target is a module with ``check(data: bytes)``, which makes one input of the bytes, hands it
-to fcos_d2, and fails unless the outcome is a valid result or an error that says what is wrong. The
-same function is run by atheris (``python -m tests.fuzz TARGET``), by hypothesis and by the replay
-of the corpus, the last two in the normal suite.
+Each target is a module with ``check(data: bytes)``, which builds an input from the bytes, passes it
+to fcos_d2, and fails unless the outcome is a valid result or an error that says what is wrong.
+atheris (``python -m tests.fuzz TARGET``), hypothesis and the replay of the corpus all run this
+function, the latter two in the normal test suite.
 """
 
 import importlib
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 TARGETS = ("weights", "annotations", "ops")
-CORPUS = Path(__file__).parent / "corpus"  # cases found once, and a seed of every kind
+CORPUS = Path(__file__).parent / "corpus"  # past failures, and a seed of every kind
 
 
 def checker(target: str) -> Callable[[bytes], None]:
-    """``check`` of a target, which is imported only now, so that atheris can instrument it."""
+    """Returns ``check`` of a target, imported only now so that atheris can instrument it."""
     return importlib.import_module(f"{__name__}.{target}").check

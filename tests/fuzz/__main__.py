@@ -1,7 +1,7 @@
-"""Fuzzes one target: python -m tests.fuzz TARGET [--runs N]. Ends with status 0 if nothing broke.
+"""Fuzzes one target: python -m tests.fuzz TARGET [--runs N]. Exits with 0 if nothing failed.
 
-What broke an expectation is left in the working corpus as crash-*, timeout-* or oom-*; copied to
-tests/fuzz/corpus/TARGET/ under a name that says what it is, it becomes a test.
+Inputs that fail are saved in the working corpus as crash-*, timeout-* or oom-*; copied to
+tests/fuzz/corpus/TARGET/ under a descriptive name, they become tests.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 
 from . import CORPUS, TARGETS, checker
 
-SECONDS = 10  # that one input may take
-MEGABYTES = 4096  # that the process may have
+SECONDS = 10  # time limit for an input
+MEGABYTES = 4096  # memory limit for the process
 LONGEST = 4096  # bytes of an input
 
 
 def main() -> None:
-    """Never returns: libFuzzer ends the process."""
+    """Runs libFuzzer, which ends the process."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--runs", type=int, default=-1, metavar="N", help="default: no end")
-    parser.add_argument("--seed", type=int, default=0, help="default: another one each time")
+    parser.add_argument("--runs", type=int, default=-1, metavar="N", help="default: unlimited")
+    parser.add_argument("--seed", type=int, default=0, help="default: random")
     parser.add_argument("--corpus", type=Path, help="working corpus; default: output/fuzz/TARGET")
     options = parser.parse_args()
     try:
@@ -36,7 +36,7 @@ def main() -> None:
     except ImportError:
         sys.exit("error: fuzzing needs atheris; install it with: pip install -e '.[fuzz]'")
     torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)  # millions of inputs have much to say
+    logging.disable(logging.CRITICAL)  # of millions of inputs
     warnings.simplefilter("ignore")
     corpus = options.corpus or Path("output/fuzz", options.target)
     corpus.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def main() -> None:
     def run(data: bytes) -> None:
         try:
             check(data)
-        except BaseException:  # libFuzzer may be too late to keep what an exception is about
+        except BaseException:  # libFuzzer may fail to save the input of an exception
             (corpus / f"crash-{hashlib.sha1(data).hexdigest()}").write_bytes(data)
             raise
 

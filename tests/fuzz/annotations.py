@@ -1,8 +1,8 @@
-"""Fuzz target: annotation files, read as DATASETS.REGISTER and the check read them.
+"""Fuzz target: annotation files, read like those of DATASETS.REGISTER and by the dataset check.
 
-COCO files, those of other tools, Pascal VOC folders and YOLO, given as they are or a valid one with
-changes. Whatever it is, it loads into records that training can use, or is refused in one line that
-names it.
+The input is a COCO file, one of another tool, a Pascal VOC folder or YOLO labels: arbitrary bytes
+or a corrupted valid file. It loads into records that training can use, or is refused in one line
+that names it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fcos_d2.data import class_names, load_dataset, register_datasets
 from fcos_d2.data.inspection import clean, describe_contents, inspect_dataset
 from fcos_d2.data.records import why_nothing_is_learned
 
-from .choices import Choices, spoil
+from .choices import Choices, corrupt
 from .oracle import result_or_refusal, scratch
 
 NAME = "fuzzed"
@@ -65,18 +65,18 @@ OTHERS = (VIA, LABELME, TASKS, CREATEML)
 
 
 def coco_text(choices: Choices) -> bytes:
-    """A valid file with changes of its values, and perhaps of its text."""
+    """Returns a valid file whose values, and perhaps text, are corrupted."""
     return changed_text(choices, COCO)
 
 
 def other_text(choices: Choices) -> bytes:
-    """The same of another tool."""
+    """Returns the same for another tool."""
     return changed_text(choices, choices.of(OTHERS))
 
 
 def changed_text(choices: Choices, content: object) -> bytes:
-    """``content`` with changes."""
-    text = json.dumps(spoil(choices, content)).encode()
+    """Returns ``content`` as corrupted JSON."""
+    text = json.dumps(corrupt(choices, content)).encode()
     change = choices.of(("none", "cut", "insert", "double"))
     place = choices.number(len(text) + 1)
     if change == "cut":
@@ -88,7 +88,7 @@ def changed_text(choices: Choices, content: object) -> bytes:
 
 
 def json_entry(choices: Choices, text: Callable[[Choices], bytes] = coco_text) -> dict:
-    """A JSON file, as DATASETS.REGISTER describes it."""
+    """Writes a JSON file; returns its entry in DATASETS.REGISTER."""
     path = scratch("annotations.json")
     path.write_bytes(choices.of((text, Choices.rest))(choices))
     entry: dict = {"json": str(path), "images": str(scratch("images"))}
@@ -117,10 +117,10 @@ ODD_XML = (
 
 
 def voc_text(choices: Choices) -> bytes:
-    """A valid file with changes of its values, and perhaps of its text."""
+    """Returns a valid file whose values, and perhaps text, are corrupted."""
     fields = {"filename": "1.png", "width": 60, "height": 40, "name": "disc", "difficult": 0}
     fields |= {"xmin": 1, "ymin": 1, "xmax": 20, "ymax": 10}
-    values = spoil(choices, fields)
+    values = corrupt(choices, fields)
     values = values if isinstance(values, dict) else {}
 
     def tag(name: str) -> str:
@@ -137,7 +137,7 @@ def voc_text(choices: Choices) -> bytes:
 
 
 def voc_entry(choices: Choices) -> dict:
-    """A Pascal VOC folder with one image."""
+    """Writes a Pascal VOC folder with one image; returns its entry."""
     root = scratch("voc")
     stem = choices.of(("1", "[1]", "a b"))
     split = choices.of((stem, "..", "/", "**", "?", "\0", "../x", "\ud800", "", f"{stem}\n{stem}"))
@@ -155,8 +155,8 @@ def voc_entry(choices: Choices) -> dict:
 
 
 def yolo_entry(choices: Choices) -> dict:
-    """A folder with one image, whose labels are whatever there is."""
-    words = spoil(choices, ["0", "0.5", "0.5", "0.1", "0.2", "0.3", "0.4"][: choices.of((5, 7))])
+    """Writes a folder with corrupted labels; returns its entry."""
+    words = corrupt(choices, ["0", "0.5", "0.5", "0.1", "0.2", "0.3", "0.4"][: choices.of((5, 7))])
     line = " ".join(map(str, words)) if isinstance(words, list) else str(words)
     content = choices.of((lambda choices: line.encode("utf-8", "ignore"), Choices.rest))(choices)
     scratch("images/1.txt").write_bytes(content)
@@ -168,7 +168,7 @@ def yolo_entry(choices: Choices) -> dict:
 
 
 def prepare_folders() -> None:
-    """Two images, and the folders of a VOC dataset without files."""
+    """Creates images, and the folders of a VOC dataset without annotations."""
     shutil.rmtree(scratch("voc"), ignore_errors=True)
     for folder in ("images", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages"):
         scratch(folder).mkdir(parents=True, exist_ok=True)
@@ -177,10 +177,10 @@ def prepare_folders() -> None:
 
 
 def check(data: bytes) -> None:
-    """One dataset."""
+    """Checks one dataset."""
     choices = Choices(data)
     if choices.number(16) == 15:
-        entry = spoil(choices, {"json": "a", "images": "b", "part": [0, 1]})
+        entry = corrupt(choices, {"json": "a", "images": "b", "part": [0, 1]})
         with result_or_refusal(f"DATASETS.REGISTER.{NAME}"):
             register_datasets({NAME: entry})
         return
@@ -190,7 +190,7 @@ def check(data: bytes) -> None:
     entry = choices.of(makers)(choices)
     register_datasets({NAME: entry})
     for use in (inspect, load, load_all, load_masks, class_names):
-        # A new process would know nothing of what the one before read.
+        # As in a new process, nothing is cached from the use before.
         register_datasets({NAME: entry})
         with result_or_refusal(repr(NAME), *map(str, entry.values())):
             use(NAME)
@@ -199,7 +199,7 @@ def check(data: bytes) -> None:
 
 
 def inspect(name: str) -> None:
-    """What the check does."""
+    """Does what the dataset check does."""
     found = inspect_dataset(name, read_images=False)
     describe_contents(found)
     why_nothing_is_learned(found.records)
@@ -210,7 +210,7 @@ def inspect(name: str) -> None:
 
 
 def load(name: str) -> None:
-    """What training does."""
+    """Does what training does."""
     num_classes = None
     for record in load_dataset(name):
         num_classes = num_classes or len(MetadataCatalog.get(name).thing_classes)
@@ -221,7 +221,7 @@ def load(name: str) -> None:
 
 
 def load_all(name: str) -> None:
-    """What evaluation does: where the check finds nothing, no object is lost."""
+    """Does what evaluation does: if the check finds no problem, no object is lost."""
     found, records = inspect_dataset(name, read_images=False), load_dataset(name, False)
     if not found.num_problems:
         counts = [
@@ -232,5 +232,5 @@ def load_all(name: str) -> None:
 
 
 def load_masks(name: str) -> None:
-    """What the training of a model with masks does."""
+    """Does what training a model with masks does."""
     load_dataset(name, masks=True)

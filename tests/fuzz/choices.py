@@ -1,4 +1,4 @@
-"""Decisions read from bytes, and hostile changes of a value by such decisions."""
+"""Reads decisions from bytes, and corrupts values by such decisions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 
 class Choices:
-    """Bytes as a row of decisions; behind their end every decision is the first option.
+    """Bytes as a sequence of decisions; after their end, every decision is the first option.
 
     Options are ordered from harmless to hostile, so that a shorter input is a simpler one.
     """
@@ -17,29 +17,29 @@ class Choices:
         self._data = data
 
     def number(self, bound: int) -> int:
-        """A number in [0, bound)."""
+        """Returns a number in [0, bound)."""
         size = (bound.bit_length() + 7) // 8
         taken, self._data = self._data[:size], self._data[size:]
         return int.from_bytes(taken, "little") % bound
 
     def of(self, options: Sequence):
-        """One of the options."""
+        """Returns one of the options."""
         return options[self.number(len(options))]
 
     def rest(self) -> bytes:
-        """All bytes that are left."""
+        """Returns all bytes that are left."""
         taken, self._data = self._data, b""
         return taken
 
 
 def nested(depth: int, end: object = 1) -> list:
-    """A list in a list in a list ..."""
+    """Returns a list in a list in a list ..."""
     for _ in range(depth):
         end = [end]
     return end
 
 
-# What a field of a JSON file, of a checkpoint or of a config may hold instead of what it should.
+# What a field of a JSON file, a checkpoint or a config may hold instead of a valid value.
 HOSTILE = (
     *(None, True, -1, 0, 1, 2, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.5, 1e30, 1e308),
     *(math.nan, math.inf, -math.inf, "", "1", "nan", "..", "../../x", "/", "a\nb", "\0", "\ud800"),
@@ -49,7 +49,7 @@ HOSTILE = (
 
 
 def places(value: object) -> Iterator[tuple[dict | list, object]]:
-    """Every entry of nested dicts and lists, as its container and its key or index."""
+    """Yields every entry of nested dicts and lists as its container and its key or index."""
     entries = ()
     if isinstance(value, dict):
         entries = list(value.items())
@@ -60,8 +60,8 @@ def places(value: object) -> Iterator[tuple[dict | list, object]]:
         yield from places(entry)
 
 
-def spoil(choices: Choices, content: object, most: int = 4) -> object:
-    """Up to ``most`` changes somewhere in ``content``: entries replaced, removed, doubled."""
+def corrupt(choices: Choices, content: object, most: int = 4) -> object:
+    """Returns a copy of ``content`` with up to ``most`` entries replaced, removed or duplicated."""
     content = [copy.deepcopy(content)]
     for _ in range(choices.number(most + 1)):
         container, key = choices.of(list(places(content)))

@@ -1,8 +1,8 @@
-"""Fuzz target: calls of the ops with arguments that are wrong in every way.
+"""Fuzz target: calls of the ops with all kinds of invalid arguments.
 
-A valid small call, some of whose arguments are changed: other dtypes, devices, ranks, sizes and
-strides, numbers out of range, lists of wrong lengths, things that are no tensors. What comes of it
-is a result of the documented shapes, dtypes and ranges, or an error that names the op.
+Some arguments of a valid small call are changed: other dtypes, devices, ranks, sizes and strides,
+numbers out of range, lists of wrong lengths, objects that are not tensors. The outcome must be a
+result of the documented shapes, dtypes and ranges, or an error that names the op.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fcos_d2.ops import (
 
 from .choices import HOSTILE, Choices
 
-ERRORS = (ValueError, RuntimeError)  # what the ops document, NotImplementedError among the latter
+ERRORS = (ValueError, RuntimeError)  # documented; NotImplementedError is a RuntimeError
 STRIDES = (8, 16, 32)
 NUMBERS = (0.0, 1.0, -1.0, 0.5, 88.0, -88.0, 1e4, 3e38, -3e38, 1e-38, math.nan, math.inf, -math.inf)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,7 +37,7 @@ ODD_DTYPES = (
 )
 SIZES = ((2, 3), (1, 1), (4, 4), (0, 2), (5, 1), (3, 16))
 
-# Ways of a tensor to be other than it was.
+# Changes of a tensor.
 TENSOR_CHANGES: tuple[Callable[[Tensor, Choices], object], ...] = (
     lambda x, choices: x.clone().fill_(choices.of(NUMBERS)) if x.is_floating_point() else x,
     lambda x, choices: x.to(choices.of(ODD_DTYPES)),
@@ -67,25 +67,25 @@ TENSOR_CHANGES: tuple[Callable[[Tensor, Choices], object], ...] = (
 
 
 def random(choices: Choices, *shape: int) -> Tensor:
-    """Numbers of a seed, some of them extreme."""
+    """Returns random numbers, some of them extreme."""
     g = torch.Generator().manual_seed(choices.number(256))
     x = torch.randn(shape, generator=g) * 3
     return torch.where(x > choices.of((9.0, 5.0, 0.0)), choices.of(NUMBERS), x)
 
 
 def boxes(choices: Choices, *shape: int) -> Tensor:
-    """xyxy of whole numbers, some of them extreme."""
+    """Returns xyxy boxes of whole numbers, some of them extreme."""
     start = random(choices, *shape, 2).round() * 8
     return torch.cat((start, start + random(choices, *shape, 2).abs() * 16), -1)
 
 
 def maps(choices: Choices, sizes: list, images: int, channels: int) -> list[Tensor]:
-    """One [B, C, H, W] for each size."""
+    """Returns a [B, C, H, W] for each size."""
     return [random(choices, images, channels, *size) for size in sizes]
 
 
 def integers(choices: Choices, low: int, high: int, *shape: int) -> Tensor:
-    """int64 in [low, high)."""
+    """Returns int64 in [low, high)."""
     g = torch.Generator().manual_seed(choices.number(256))
     return torch.randint(low, high, shape, generator=g)
 
@@ -94,7 +94,7 @@ def integers(choices: Choices, low: int, high: int, *shape: int) -> Tensor:
 
 
 class Scene:
-    """The sizes that the arguments of one call have in common."""
+    """The sizes that the arguments of one call share."""
 
     def __init__(self, choices: Choices):
         self.images, self.classes = choices.of((1, 2, 0, 3)), choices.of((2, 1, 5, 17))
@@ -230,7 +230,9 @@ def valid_losses(out: Tensor | tuple[Tensor, ...], call: dict) -> None:
         assert grad.shape == x.shape and grad.dtype == x.dtype
     given = [*leaves, *(x for x in (call.get("scale"),) if x is not None)]
     if "logits" in call and not any(x.is_meta or not x.isfinite().all() for x in given):
-        is_nothing = call.get("scale") is not None and call["scale"] == 0  # of a sum that overflows
+        is_nothing = (
+            call.get("scale") is not None and call["scale"] == 0
+        )  # times a sum that overflows
         assert losses[0].isfinite() or losses[0].abs() > 1e37 or is_nothing
         assert all(grad.isfinite().all() for grad in grads if grad.dtype != torch.float16)
 
@@ -277,7 +279,7 @@ CALLS = (
 
 
 def changed(value: object, choices: Choices) -> object:
-    """``value`` other than it was: somewhere inside, or something else altogether."""
+    """Returns ``value`` changed somewhere inside, or something else altogether."""
     if isinstance(value, (list, tuple)) and choices.number(4):
         items = list(value)
         how = choices.of(("change", "cut", "double", "empty"))
@@ -290,7 +292,7 @@ def changed(value: object, choices: Choices) -> object:
             return type(value)(*items) if same else value
         return items
     if isinstance(value, Tensor) and value.numel() > 2**20:
-        return value  # one change made it large by strides alone; another would need the memory
+        return value  # already expanded; another change would allocate the memory
     if isinstance(value, Tensor) and choices.number(8):
         try:
             return choices.of(TENSOR_CHANGES)(value.detach(), choices)
@@ -300,7 +302,7 @@ def changed(value: object, choices: Choices) -> object:
 
 
 def check(data: bytes) -> None:
-    """One call."""
+    """Checks one call."""
     choices = Choices(data)
     op, make, is_valid = choices.of(CALLS)
     scene = Scene(choices)
@@ -318,11 +320,11 @@ def check(data: bytes) -> None:
     is_valid(out, call)
     dense = compact(call)
     if not same(dense, call):
-        assert equal(op(**dense), out), "the result depends on how tensors lie in memory"
+        assert equal(op(**dense), out), "the result depends on the memory layout"
 
 
 def compact(value: object) -> object:
-    """``value`` with copies in place of tensors that do not lie in one piece."""
+    """Returns ``value`` with contiguous copies of its tensors that are not contiguous."""
     if isinstance(value, dict):
         return {key: compact(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -334,7 +336,7 @@ def compact(value: object) -> object:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether both are made of the same objects."""
+    """Returns whether both consist of the same objects."""
     if isinstance(a, dict):
         return all(same(entry, b[key]) for key, entry in a.items())
     if isinstance(a, (list, Targets)):
@@ -343,7 +345,7 @@ def same(a: object, b: object) -> bool:
 
 
 def equal(a: object, b: object) -> bool:
-    """As far as the order of adding lets them be."""
+    """Returns whether both are equal up to the rounding of sums."""
     if isinstance(a, tuple):
         return all(map(equal, a, b))
     return a.is_meta or torch.allclose(a, b, rtol=1e-4, atol=1e-30, equal_nan=True)

@@ -1,4 +1,4 @@
-"""What every outcome has to be, whatever the input was."""
+"""Checks that every outcome must pass, whatever the input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fcos_d2 import InputError
 
-LONGEST = 1000  # characters of a message that a person reads
-DOING = (
+LONGEST = 1000  # characters of an error message
+ACTIONS = (
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.putenv", "socket.connect"),
     *("shutil.rmtree", "shutil.copyfile", "ctypes.dlopen", "webbrowser.open"),
@@ -24,13 +24,13 @@ _watching = False
 
 
 class Forbidden(BaseException):
-    """Input made the program do something; no handler of exceptions may hide that."""
+    """Input triggered a forbidden action; no exception handler may hide that."""
 
 
 def _audit(event: str, arguments: tuple) -> None:
     if not _watching:
         return
-    if event in DOING or (event == "open" and (arguments[2] or 0) & WRITING):
+    if event in ACTIONS or (event == "open" and (arguments[2] or 0) & WRITING):
         raise Forbidden(f"{event}{arguments}")
 
 
@@ -39,7 +39,7 @@ sys.addaudithook(_audit)
 
 @contextlib.contextmanager
 def only_reading() -> Iterator[None]:
-    """Fails if a process is started, a connection opened or a file changed inside."""
+    """Fails if the block starts a process, opens a connection or changes a file."""
     global _watching
     _watching = True
     try:
@@ -50,7 +50,7 @@ def only_reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def result_or_refusal(*names: str) -> Iterator[None]:
-    """Lets an InputError pass that is one readable line with one of ``names`` in it."""
+    """Accepts an InputError if it is one readable line that contains one of ``names``."""
     try:
         yield
     except InputError as error:
@@ -62,11 +62,11 @@ def result_or_refusal(*names: str) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _scratch() -> tempfile.TemporaryDirectory:
-    # In memory where the system has such a folder: a disk takes longer than the check.
+    # In memory if there is such a folder: a disk is slower than the check.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     return tempfile.TemporaryDirectory(prefix="fcos_d2_fuzz_", dir=memory)
 
 
 def scratch(name: str) -> Path:
-    """A path for a file of this process, removed when it ends."""
+    """Returns the path of a file that is removed when this process ends."""
     return Path(_scratch().name, name)

@@ -1,7 +1,7 @@
-"""Cases that were found once, and random ones, are met with a result or an error that says why.
+"""Past failures and random inputs lead to a valid result, or an error that says what is wrong.
 
-``pytest -m slow tests/fuzz`` takes more random ones, ``python -m tests.fuzz TARGET`` goes on for as
-long as it is let.
+``pytest -m slow tests/fuzz`` runs more random inputs, ``python -m tests.fuzz TARGET`` runs until it
+is stopped.
 """
 
 import pytest

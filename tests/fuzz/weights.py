@@ -1,7 +1,7 @@
-"""Fuzz target: files of weights, read as MODEL.WEIGHTS is.
+"""Fuzz target: weight files, read like MODEL.WEIGHTS.
 
-A file holds a random checkpoint in one of the formats that are read, and may be cut off or damaged.
-It loads, or is refused in one line that names it and leaves the model as it was; nothing is run.
+A file holds a random checkpoint in one of the supported formats, and may be truncated or damaged.
+It loads, or is refused in one line that names it without changing the model; no code is run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fcos_d2.checkpoint.conversion import PREFIXES, WRAPPERS
 from fcos_d2.checkpoint.formats import FORMATS
 
 from ..modeling.tiny import tiny_fcos
-from .choices import HOSTILE, Choices, spoil
+from .choices import HOSTILE, Choices, corrupt
 from .oracle import only_reading, result_or_refusal, scratch
 
 SHAPES = ((4,), (1,), (), (0,), (4, 4, 3, 3), (3, 32, 3, 3), (80,), (91, 2), (1, 1, 1, 1, 1))
@@ -43,14 +43,14 @@ META = ("", "norm_on_bbox=True", "x=dict(mean=[1, 2, 3], std=[1, 1, 1])", "mean=
 
 @cache
 def reader(reset_class_layer: bool) -> Checkpointer:
-    """What reads weights into a real model of few channels."""
+    """Returns a Checkpointer of a real model with few channels."""
     checkpointer = Checkpointer(tiny_fcos(levels=("p3",)).eval())
     checkpointer.reset_class_layer = reset_class_layer
     return checkpointer
 
 
 def checkpoint(choices: Choices) -> object:
-    """Weights that may be of any implementation, with anything around them."""
+    """Returns weights of any implementation, in arbitrary wrappers."""
     state = reader(True).model.state_dict()
     known = choices.of((None, *FORMATS))
     modules = list(known.modules.items()) if known else [(key, "") for key in state]
@@ -63,7 +63,7 @@ def checkpoint(choices: Choices) -> object:
         name = choices.of(("", *PREFIXES, "\n")) + choices.of(modules)[0] + "."
         make, shape = choices.of(TENSORS), choices.of(SHAPES)
         weights[name + choices.of(LEAVES)] = make(shape) if make else choices.of(HOSTILE)
-    content: object = spoil(choices, weights, most=2) if choices.number(2) else weights
+    content: object = corrupt(choices, weights, most=2) if choices.number(2) else weights
     for _ in range(choices.number(4)):
         wrapper = choices.of((*WRAPPERS, "matching_heuristics"))
         meta = {"cfg": choices.of((*META, *HOSTILE))}
@@ -72,7 +72,7 @@ def checkpoint(choices: Choices) -> object:
 
 
 def save(content: object, how: str) -> bytes:
-    """One of the formats of files; what it cannot hold is left out."""
+    """Serializes ``content`` in one of the file formats, without what it cannot hold."""
 
     def array(value: object) -> object:
         if isinstance(value, dict):
@@ -81,7 +81,7 @@ def save(content: object, how: str) -> bytes:
             return value
         try:
             return value.detach().numpy() if value.numel() < 10_000 else None
-        except (RuntimeError, TypeError):  # sparse, quantized, without numbers, of 8 bits
+        except (RuntimeError, TypeError):  # sparse, quantized, meta or float8
             return None
 
     if how == "safetensors":
@@ -96,7 +96,7 @@ def save(content: object, how: str) -> bytes:
 
 
 def check(data: bytes) -> None:
-    """One file of weights."""
+    """Checks one weight file."""
     choices = Choices(data)
     how = choices.of(("zip", "legacy", "pickle", "safetensors"))
     content = bytearray(save(checkpoint(choices), how))

@@ -80,7 +80,7 @@ model = L(FCOS)(
         max_detections=100,
     ),
     grid=L(PointGrid)(strides="${..head.strides}", offset=0.5, pitch="stride"),
-    # MSRA's ResNets want BGR and have the standard deviation inside their first convolution.
+    # MSRA's ResNets expect BGR, with the standard deviation folded into their first convolution.
     pixel_mean=[103.530, 116.280, 123.675],
     pixel_std=[1.0, 1.0, 1.0],
     input_format="BGR",
