@@ -55,7 +55,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         cause = error.__cause__ or error  # detectron2 wraps the error with the line
         raise InputError(f"{path} line {cause.lineno}: {cause.msg}; correct the Python") from error
     except HydraException as error:
-        raise InputError(f"an override of {path}: {one_line_cause(error)}") from error
+        raise InputError(f"invalid override of {path}: {one_line_cause(error)}") from error
     missing = SECTIONS - set(cfg)
     if missing:
         raise InputError(

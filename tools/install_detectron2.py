@@ -207,7 +207,7 @@ def fetch_source(source: Path | None, revision: str, folder: Path) -> Path:
         ):
             run("git", *command, problem=f"cannot clone {revision}", remedy="check the network")
     elif not (source / "detectron2" / "model_zoo" / "model_zoo.py").is_file():
-        fail(f"--source {source} has no detectron2/model_zoo/model_zoo.py", "name its checkout")
+        fail(f"--source {source} has no detectron2/model_zoo/model_zoo.py", "pass a checkout of it")
     else:
         shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".git", "build"))
     for change in SETUPTOOLS_EDITS:
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
         install(tree, with_deps=not args.no_deps)
     found, problem = probe()
     if not found:
-        fail(f"detectron2 is installed but does not import ({problem})", "install what it names")
+        fail(f"installed detectron2 cannot be imported ({problem})", "install what is missing")
     print(f"detectron2 {found}: installed")
 
 

@@ -135,7 +135,7 @@ class Checkpointer(AtomicSaving, DetectionCheckpointer):
         faults = [_shorten(misfits)] if misfits else []
         if not misfits and not self.reset_class_layer:
             faults += [f"they lack {_shorten(missing)}"] if missing else []
-            faults += [f"there is no place for {_shorten(unexpected)}"] if unexpected else []
+            faults += [f"they contain unexpected {_shorten(unexpected)}"] if unexpected else []
         if faults:
             advice = (
                 "use the config they were trained with, or change MODEL.FCOS.NUM_CLASSES, "

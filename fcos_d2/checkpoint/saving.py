@@ -94,8 +94,8 @@ class AtomicSaving:
             kept = self.get_checkpoint_file()
             kept = f"{kept} is intact" if kept else "there is no earlier checkpoint"
             raise InputError(
-                f"cannot save {path}: {_reason(error)}; {kept}; make room or set OUTPUT_DIR, and "
-                "continue with --resume"
+                f"cannot save {path}: {_reason(error)}; {kept}; free some space or set OUTPUT_DIR, "
+                "and continue with --resume"
             ) from error
 
 

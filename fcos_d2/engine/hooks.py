@@ -178,7 +178,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         if period < 1:
             raise InputError(
                 f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {period}; set it to "
-                "SOLVER.MAX_ITER to save the last iteration only"
+                "SOLVER.MAX_ITER to save only the last iteration"
             )
         super().__init__(checkpointer, period, **options)
         self._saved = -1  # last iteration with a checkpoint

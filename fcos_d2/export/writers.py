@@ -78,7 +78,7 @@ def _write_openvino(model: FCOS, path: Path, half: bool, metadata: str) -> None:
     import openvino
 
     if path.suffix != ".xml":
-        raise InputError(f"--format openvino writes .xml and .bin; name an .xml, got {path}")
+        raise InputError(f"--format openvino writes .xml and .bin; pass FILE.xml, got {path}")
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(_onnx_of(model, half=False), f"{folder}/model.onnx")
         converted = openvino.convert_model(f"{folder}/model.onnx")

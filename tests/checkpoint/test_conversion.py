@@ -276,11 +276,11 @@ def tiny():
 HEAD = "proposal_generator.fcos_head."
 MISFITS = {
     "missing": ({f"{HEAD}bbox_pred.bias": None}, {}, "they lack head.bbox_pred.bias; recognized"),
-    "unexpected": ({"mask.weight": torch.zeros(3)}, {}, "there is no place for mask.weight"),
+    "unexpected": ({"mask.weight": torch.zeros(3)}, {}, "they contain unexpected mask.weight"),
     "scales": (
         {f"{HEAD}scales.0.scale": torch.tensor([2.0])},
         {"USE_SCALE": False},
-        "there is no place for head.scales.0.scale",
+        "they contain unexpected head.scales.0.scale",
     ),
     "classes": ({}, {"NUM_CLASSES": 2}, r"expected \(2, 64, 3, 3\), got \(3, .*NUM_CLASSES 3 in"),
 }

@@ -105,7 +105,7 @@ def test_module_that_fails_to_import_is_named(tool, monkeypatch, tmp_path, fake_
     fake_detectron2(model_zoo="import a_module_that_is_gone")
     monkeypatch.setattr(tool, "pip", lambda *arguments, **options: None)
     monkeypatch.setattr(tool, "fetch_release", lambda folder: folder)
-    problem = "does not import (ModuleNotFoundError: No module named 'a_module_that_is_gone')"
+    problem = "cannot be imported (ModuleNotFoundError: No module named 'a_module_that_is_gone')"
     with pytest.raises(SystemExit, match=re.escape(problem)):
         tool.main([])
 
