@@ -16,14 +16,15 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..config_file import find_config
-from ..engine import Trainer, is_lazy, run_lazy, run_script, setup_cfg
+from ..engine import Trainer, run_lazy, run_script, setup_cfg
 from ..inference import evaluate
+from ..lazy_config import is_lazy
 
 
 def train(args: argparse.Namespace):
     """Trains, or with --eval-only evaluates; returns the results of the last evaluation."""
     args.config_file = find_config(args.config_file)
-    if is_lazy(args):
+    if is_lazy(args.config_file):
         return run_lazy(args)
     cfg = setup_cfg(args)
     if not args.eval_only:

@@ -5,7 +5,7 @@ Invalid user input raises InputErrors, which ``run_script`` prints.
 
 from .hooks import AssignmentStatistics, TrainingPanels
 from .launch import run_script
-from .lazy import is_lazy, run_lazy
+from .lazy import run_lazy
 from .loader import TrainLoader
 from .setup import setup_cfg
 from .trainer import Trainer
@@ -15,7 +15,6 @@ __all__ = [
     "TrainLoader",
     "Trainer",
     "TrainingPanels",
-    "is_lazy",
     "run_lazy",
     "run_script",
     "setup_cfg",

@@ -27,11 +27,6 @@ from .step import StepTrainer, amp_dtype
 logger = logging.getLogger(__name__)
 
 
-def is_lazy(args) -> bool:
-    """Returns whether ``args.config_file`` is a LazyConfig instead of a YAML file."""
-    return args.config_file.endswith(".py")
-
-
 def run_lazy(args) -> dict | None:
     """Trains or (``--eval-only``) evaluates the model of a LazyConfig file.
 
