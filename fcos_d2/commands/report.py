@@ -30,7 +30,7 @@ from ..evaluation.report import write_report
 from ..inference import accelerated, build_test_loader, load_detector
 from ..predictor import FINAL_WEIGHTS
 from ..visualization.boxes import PANEL_SIDE, draw_objects
-from ..visualization.curves import Series, ap_series, plot_training, read_metrics
+from ..visualization.curves import ap_series, plot_training, read_metrics
 from ..visualization.sheet import contact_sheet
 from .arguments import parser_of
 
@@ -50,7 +50,8 @@ def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: in
     records = load_dataset(name, filter_empty=False)
     sample = evenly_spaced(records, num_images)
     found = _detect(cfg, _require(output_dir / FINAL_WEIGHTS, "finish the training"))
-    precision = ", ".join(f"{key} {value:.1f}" for key, value in _final(ap_series(metrics)).items())
+    averages = ap_series(metrics).items()
+    precision = ", ".join(f"{name} {series.values[-1]:.1f}" for name, series in averages)
     shown = f"{len(sample)} of {len(records)} images, evenly spaced"
     heading = f"{name}:  {shown};  score ≥ {min_score}" + (f";  {precision}" if precision else "")
     class_names = MetadataCatalog.get(name).thing_classes
@@ -126,10 +127,6 @@ def _sheet(
     )
     titles = ["ground truth", "detections"] * PAIRS_PER_ROW
     return contact_sheet(rows, titles[:width], heading, names, group=2)
-
-
-def _final(precision: Mapping[str, Series]) -> dict[str, float]:
-    return {name: float(series.values[-1]) for name, series in precision.items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

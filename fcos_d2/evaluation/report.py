@@ -145,11 +145,10 @@ def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> lis
     for class_, (name, threshold) in enumerate(zip(names, best, strict=True)):
         averages = [evaluation.average(iou, class_) for iou in (None, 0, 5)]
         row = {"name": name, "count": evaluation.curves[class_].num_objects}
-        row |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True)) | {
-            "threshold": f"{threshold.score:.2f}"
-        }
-        row |= {k: 100 * getattr(threshold, k) for k in ("f1", "precision", "recall")}
-        rows.append(row | {"color": "#{:02x}{:02x}{:02x}".format(*class_color(class_))})
+        row |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True))
+        row |= {key: 100 * getattr(threshold, key) for key in ("f1", "precision", "recall")}
+        row["color"] = "#{:02x}{:02x}{:02x}".format(*class_color(class_))
+        rows.append(row | {"threshold": f"{threshold.score:.2f}"})
     return rows
 
 

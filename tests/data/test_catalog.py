@@ -30,16 +30,11 @@ def message(function, *arguments, **options):
     return text
 
 
-@pytest.fixture
-def custom():
+def custom(function, name="custom_train", **metadata) -> str:
     """Registers a function of the test as a dataset, as users without COCO files do."""
-
-    def register(function, name="custom_train", **metadata):
-        DatasetCatalog.register(name, function)
-        MetadataCatalog.get(name).set(**metadata)
-        return name
-
-    return register
+    DatasetCatalog.register(name, function)
+    MetadataCatalog.get(name).set(**metadata)
+    return name
 
 
 def test_valid_data_is_what_detectron2_loads(coco):
@@ -64,7 +59,7 @@ def test_filtering_empty_images_is_the_callers_choice(coco):
     assert [r["image_id"] for r in load_dataset(name, filter_empty=False)] == [1, 2, 3]
 
 
-def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own(custom):
+def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own():
     box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     masked = {**box, "segmentation": [[0.0, 0, 5, 0, 5, 5]]}
     records = [{"file_name": "", "annotations": [masked, box]}]
@@ -200,14 +195,14 @@ def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
     assert "datasets 'digits_val', 'shapes_train' have different classes" in text
 
 
-def test_boxes_as_arrays_and_data_without_annotations_are_fine(custom):
+def test_boxes_as_arrays_and_data_without_annotations_are_fine():
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
     assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_image_without_annotations_among_others_is_one_without_objects(custom, place):
+def test_image_without_annotations_among_others_is_one_without_objects(place):
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     records = [{"image_id": 1, "annotations": [box]}]
     records.insert(place, {"image_id": 2})
@@ -218,7 +213,7 @@ def test_image_without_annotations_among_others_is_one_without_objects(custom, p
     assert "annotations" not in records[place]
 
 
-def test_stream_is_handed_on_as_it_is(custom):
+def test_stream_is_handed_on_as_it_is():
     class Endless(IterableDataset):
         def __iter__(self):
             raise AssertionError("nobody may wait for its end")
@@ -226,7 +221,7 @@ def test_stream_is_handed_on_as_it_is(custom):
     assert isinstance(load_dataset(custom(Endless, thing_classes=["disc"])), Endless)
 
 
-def test_a_file_that_somebodys_loader_cannot_open_is_named(custom):
+def test_a_file_that_somebodys_loader_cannot_open_is_named():
     text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
     assert "dataset 'custom_train': " in text and "/no/such/labels.txt" in text
 
@@ -244,7 +239,7 @@ def test_class_count_that_does_not_match_names_key_and_value(coco, registered_di
 
 
 @pytest.mark.parametrize("classes", [["disc", "disc"], ["disc", " "]])
-def test_classes_that_nothing_tells_apart_are_refused(custom, classes):
+def test_classes_that_nothing_tells_apart_are_refused(classes):
     records = [{"file_name": "", "annotations": []}]
     text = message(load_dataset, custom(lambda: records, thing_classes=classes), False)
     assert f"classes are named {classes[1]!r}" in text

@@ -29,7 +29,6 @@ def deep_image(path, kind):
     [
         ("a.png", np.uint16, "I;16", "16-bit integers"),
         ("a.tif", ">u2", "I;16B", "16-bit integers"),
-        ("a.pgm", np.int32, "I", "integers of more than 8 bits"),
         ("a.tif", np.int32, "I", "integers of more than 8 bits"),
         ("a.tif", "F", "F", "floats"),
     ],

@@ -206,13 +206,8 @@ def _line(draw, color, rng) -> None:
 
 def _rectangle(draw, color, rng) -> None:
     corner, sides = rng.uniform(-20, SIZE, 2), rng.uniform(8, 70, 2)
-    outline = rng.random() < 0.4
-    draw.rectangle(
-        [*corner, *(corner + sides)],
-        fill=None if outline else color,
-        outline=color if outline else None,
-        width=int(rng.integers(1, 4)),
-    )
+    style = {"outline" if rng.random() < 0.4 else "fill": color}
+    draw.rectangle([*corner, *(corner + sides)], width=int(rng.integers(1, 4)), **style)
 
 
 def _ellipse(draw, color, rng) -> None:
