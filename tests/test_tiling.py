@@ -53,10 +53,8 @@ def scene(rng, count=6, side=160):
 
 
 def average_precision(predictor, images, truth) -> float:
-    found = [
-        Objects(p.boxes, p.classes.tolist(), p.scores.tolist()) for p in predictor.predict(images)
-    ]
-    truth = [Objects(b, [0] * len(b), crowd=[False] * len(b)) for b in truth]
+    found = [Objects(p.boxes, p.classes, p.scores) for p in predictor.predict(images)]
+    truth = [Objects(b, np.zeros(len(b), int)) for b in truth]
     return evaluate_boxes(truth, found, 1).average()
 
 

@@ -114,12 +114,11 @@ def _sheet(
     for record in sample:
         image = read_image(record["file_name"], "RGB")
         scale = PANEL_SIDE / max(image.shape[:2])
-        truth, (boxes, classes, scores, _) = ground_truth(record), found[record["image_id"]]
-        shown = [-1 if crowd else c for c, crowd in zip(truth.classes, truth.crowd, strict=True)]
-        panels.append(draw_objects(image, truth.boxes, shown, class_names, None, scale))
-        keep = np.flatnonzero(np.array(scores) >= min_score)
-        scores, classes = [scores[i] for i in keep], [classes[i] for i in keep]
-        panels.append(draw_objects(image, boxes[keep], classes, class_names, scores, scale))
+        truth = ground_truth(record)
+        classes = np.where(truth.crowd, -1, truth.classes)
+        panels.append(draw_objects(image, truth.boxes, classes, class_names, None, scale))
+        boxes, classes, scores, _ = found[record["image_id"]].above(min_score)
+        panels.append(draw_objects(image, boxes, classes, class_names, scores, scale))
         captions += [Path(record["file_name"]).name, ""]
     width = 2 * min(PAIRS_PER_ROW, len(sample))
     rows, names = (

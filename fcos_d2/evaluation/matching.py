@@ -25,16 +25,21 @@ class Objects(NamedTuple):
     """Ground truth or detections of one image."""
 
     boxes: np.ndarray  # [n, 4], xyxy in pixels of the image file
-    classes: list[int]
-    scores: list[float] | None = None  # of detections
-    crowd: list[bool] | None = None  # of ground truth
+    classes: np.ndarray  # int [n]
+    scores: np.ndarray | None = None  # [n], of detections
+    crowd: np.ndarray | None = None  # bool [n], of ground truth
 
     @classmethod
     def of(cls, found: Instances) -> Objects:
         """The detections of a detectron2 model."""
         found = found.to("cpu")
         boxes = found.pred_boxes.tensor.numpy()
-        return cls(boxes, found.pred_classes.tolist(), found.scores.tolist())
+        return cls(boxes, found.pred_classes.numpy(), found.scores.numpy())
+
+    def above(self, limits: np.ndarray | float) -> Objects:
+        """The detections that score at least ``limits``, of each or of all."""
+        keep = self.scores >= limits
+        return Objects(self.boxes[keep], self.classes[keep], self.scores[keep])
 
 
 class ImageMatches(NamedTuple):
@@ -92,8 +97,8 @@ def ground_truth(record: Mapping) -> Objects:
     annotations = record.get("annotations", ())
     return Objects(
         boxes_of(annotations),
-        [a["category_id"] for a in annotations],
-        crowd=[bool(a.get("iscrowd", 0)) or is_flat(a) for a in annotations],
+        np.array([a["category_id"] for a in annotations], dtype=int),
+        crowd=np.array([a.get("iscrowd", 0) or is_flat(a) for a in annotations], dtype=bool),
     )
 
 
@@ -178,17 +183,20 @@ def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
     """An index of pycocotools. Ids of annotations count within their image, from 1 (0 is none)."""
     annotations = []
     for number, (boxes, classes, scores, crowd) in enumerate(images):
-        for i, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, dtype=float).tolist()):
+        scores = np.zeros(len(boxes)) if scores is None else scores
+        crowd = np.zeros(len(boxes), bool) if crowd is None else crowd
+        columns = (np.asarray(part).tolist() for part in (boxes, classes, scores, crowd))
+        for i, ((x0, y0, x1, y1), class_, score, ignored) in enumerate(zip(*columns, strict=True)):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "place": i,
                     "image_id": number,
-                    "category_id": classes[i] + 1,
+                    "category_id": class_ + 1,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": int(crowd is not None and crowd[i]),
-                    "score": 0.0 if scores is None else scores[i],
+                    "iscrowd": int(ignored),
+                    "score": score,
                 }
             )
     coco = COCO()

@@ -125,10 +125,8 @@ def _summary(
 
 
 def _size_rows(evaluation: Evaluation, truth: Sequence[Objects]) -> list[dict]:
-    areas = np.concatenate(
-        [np.zeros(0)]
-        + [(o.boxes[:, 2:] - o.boxes[:, :2]).prod(axis=1)[~np.array(o.crowd, bool)] for o in truth]
-    )
+    boxes = np.concatenate([np.zeros((0, 4)), *(o.boxes[~o.crowd] for o in truth)])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     limits = [(0, math.inf), (0, 32**2), (32**2, 96**2), (96**2, math.inf)]
     words = ["all", "below 32 × 32 pixels", "up to 96 × 96 pixels", "more"]
     rows = []
@@ -155,16 +153,6 @@ def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> lis
 # ---- mistakes ----
 
 
-def _cut(found: Objects, best: Sequence[Threshold]) -> Objects:
-    """The detections that reach the threshold of their class."""
-    keep = [i for i, c in enumerate(found.classes) if found.scores[i] >= best[c].score]
-    return Objects(
-        np.asarray(found.boxes)[keep].reshape(-1, 4),
-        [found.classes[i] for i in keep],
-        [found.scores[i] for i in keep],
-    )
-
-
 def false_positives(
     truth: Sequence[Objects],
     found: Sequence[Objects],
@@ -183,8 +171,7 @@ def false_positives(
 
 def _explain(box: np.ndarray, class_: int, objects: Objects, names) -> tuple[str, str]:
     overlaps = box_ious(box, objects.boxes)
-    same = np.array([c == class_ for c in objects.classes], bool)
-    own, other = overlaps * same, overlaps * ~same
+    own, other = (overlaps * (objects.classes == class_), overlaps * (objects.classes != class_))
     if own.max(initial=0) >= 0.5:
         return "duplicate", "the object is found by a better box"
     if other.max(initial=0) >= 0.5:
@@ -212,15 +199,14 @@ def false_negatives(
 
 
 def _explain_miss(box, class_: int, kept: Objects, found: Objects, names) -> tuple[str, str]:
-    overlaps = box_ious(box, kept.boxes) * np.array([c != class_ for c in kept.classes], bool)
+    overlaps = box_ious(box, kept.boxes) * (kept.classes != class_)
     if overlaps.max(initial=0) >= 0.5:
         i = int(overlaps.argmax())
         return "wrong class", f"found as {names[kept.classes[i]]} {kept.scores[i]:.2f}"
-    same = np.array([c == class_ for c in found.classes], bool)
-    overlaps = box_ious(box, found.boxes) * same
-    right = [found.scores[i] for i in np.flatnonzero(overlaps >= 0.5)]
-    if right:
-        return "low score", f"found with {max(right):.2f}"
+    overlaps = box_ious(box, found.boxes) * (found.classes == class_)
+    right = found.scores[overlaps >= 0.5]
+    if len(right):
+        return "low score", f"found with {right.max():.2f}"
     if overlaps.max(initial=0) >= NEAR:
         return "poor box", f"IoU {overlaps.max():.2f}"
     return "not found", "nothing of its class there"
@@ -248,7 +234,8 @@ def _galleries(
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jpg"):
         old.unlink()
-    kept = [_cut(objects, best) for objects in found]
+    limits = np.array([threshold.score for threshold in best])
+    kept = [objects.above(limits[objects.classes]) for objects in found]
     matches = match_boxes(truth, kept, len(names)).images
     false = false_positives(truth, kept, matches, names)
     missed = false_negatives(truth, kept, found, matches, names)

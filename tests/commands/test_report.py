@@ -66,8 +66,8 @@ def found(monkeypatch):
     """What stands for the model's detections: class 1 everywhere, class 2 in the first image."""
     box, images = np.array([[16.0, 16, 48, 48]]), {}
     for i in range(5):
-        images[1 + i] = Objects(box, [1], [0.9])
-    images[1] = Objects(np.concatenate([box, box]), [1, 2], [0.9, 0.2])
+        images[1 + i] = Objects(box, np.array([1]), np.array([0.9]))
+    images[1] = Objects(np.concatenate([box, box]), np.array([1, 2]), np.array([0.9, 0.2]))
     monkeypatch.setattr(report, "_detect", lambda cfg, weights: images)
 
 

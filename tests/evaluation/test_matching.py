@@ -16,7 +16,8 @@ from tests.catalogs import coco_content
 
 
 def objects(boxes, classes, scores=None, crowd=None) -> Objects:
-    return Objects(np.array(boxes, float).reshape(-1, 4), list(classes), scores, crowd)
+    scores, crowd = (part if part is None else np.array(part) for part in (scores, crowd))
+    return Objects(np.array(boxes, float).reshape(-1, 4), np.array(classes, int), scores, crowd)
 
 
 A, B, FAR = [0, 0, 20, 20], [40, 40, 80, 90], [100, 100, 120, 120]
@@ -71,7 +72,7 @@ def test_ground_truth_of_a_record_has_corners_and_crowds():
     ]
     truth = ground_truth({"annotations": annotations})
     assert truth.boxes.tolist() == [[1, 2, 4, 6], [1, 2, 3, 4]]
-    assert truth.classes == [2, 0] and truth.crowd == [True, False]
+    assert truth.classes.tolist() == [2, 0] and truth.crowd.tolist() == [True, False]
     assert ground_truth({}).boxes.shape == (0, 4)
 
 
@@ -126,8 +127,8 @@ def test_more_than_100_objects_of_an_image_count_beside_the_ap_of_coco():
     """300 discs, all found: COCO's AP takes the best 100 detections of a class alone."""
     corners = np.stack(np.meshgrid(np.arange(20), np.arange(15)), axis=-1).reshape(-1, 2) * 10.0
     boxes = np.concatenate((corners, corners + 8), axis=1)
-    truth = [Objects(boxes, [0] * 300)]
-    found = [Objects(boxes, [0] * 300, np.linspace(0.9, 0.1, 300).tolist())]
+    truth = [objects(boxes, [0] * 300)]
+    found = [objects(boxes, [0] * 300, np.linspace(0.9, 0.1, 300))]
     evaluation = evaluate_boxes(truth, found, 1)
     assert evaluation.average() == pytest.approx(100 / 3, abs=1)
     assert evaluation.average_of_all() == pytest.approx(100) and evaluation.most == 300

@@ -28,7 +28,8 @@ def record(path, *objects) -> dict:
 
 def detections(*found) -> Objects:
     boxes, classes, scores = zip(*found, strict=True) if found else ((), (), ())
-    return Objects(np.array(boxes, float).reshape(-1, 4), list(classes), list(scores))
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    return Objects(boxes, np.array(classes, int), np.array(scores, float))
 
 
 def mistakes(truth, found):
