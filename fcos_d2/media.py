@@ -109,15 +109,13 @@ def _read_video(source: Source, skipped: Skipped) -> Iterator[Frame]:
 
 def count_frames(sources: Sequence[Source]) -> int | None:
     """How many frames there will be; None for a camera, which never ends."""
-    total = 0
-    for source in sources:
-        if source.kind == "camera":
-            return None
-        if source.kind == "image":
-            total += 1
-            continue
+    if any(source.kind == "camera" for source in sources):
+        return None
+    videos = [source.path for source in sources if source.kind == "video"]
+    total = len(sources) - len(videos)
+    for path in videos:
         cv2 = import_opencv()
-        capture = cv2.VideoCapture(source.path)
+        capture = cv2.VideoCapture(path)
         total += int(_property(capture, cv2.CAP_PROP_FRAME_COUNT) or 0)
         capture.release()
     return total

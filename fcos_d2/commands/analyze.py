@@ -68,13 +68,10 @@ def analyze(options: argparse.Namespace) -> None:
     shapes = [(-(-height // s), -(-width // s)) for s in model.grid.strides]
     print(f"points            {make_levels(shapes, model.grid.strides).num_points:,}")
     print(f"multiply-adds     {flops.total() / 1e9:.2f} G")
-    uncounted = {name: n for name, n in flops.unsupported_ops().items() if not _is_cheap(name)}
+    others = flops.unsupported_ops().items()
+    uncounted = {name: n for name, n in others if name.removeprefix("aten::") not in CHEAP}
     if uncounted:
         print(f"not counted       {', '.join(f'{name} ({n})' for name, n in uncounted.items())}")
-
-
-def _is_cheap(operator: str) -> bool:
-    return operator.removeprefix("aten::") in CHEAP
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

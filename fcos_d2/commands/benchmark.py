@@ -15,7 +15,6 @@ import itertools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -34,16 +33,10 @@ from .arguments import check_fcos, config_parser
 BOXES_PER_IMAGE = 7  # of random images; COCO has as many
 
 
-class Part(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    includes: str
-    run: Callable[[], object]
-
-
-def parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Part]:
-    """What training and inference consist of, each created when it is measured.
+def parts(
+    cfg: CfgNode, model: FCOS, options: argparse.Namespace
+) -> Iterator[tuple[str, str, Callable]]:
+    """What training and inference consist of: name, what it includes, and what runs it.
 
     Raises:
         InputError: a dataset cannot be used.
@@ -53,19 +46,19 @@ def parts(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> Iterator[Pa
     if not synthetic:
         training, testing = iter(Trainer.build_train_loader(cfg)), _test_batches(cfg, options.batch)
         reading = f"training: read, augment, batch; {workers}"
-        yield Part("data loading", reading, lambda: next(training))
+        yield "data loading", reading, lambda: next(training)
     step = _training_step(cfg, model, next(training))
-    yield Part("training step", "copy to the device, forward, losses, backward, optimizer", step)
+    yield "training step", "copy to the device, forward, losses, backward, optimizer", step
     accelerated(cfg, model.eval())
     batch, infer = next(testing), torch.no_grad()(model.__call__)
     network = torch.no_grad()(lambda: model.dense_predictions(batch))
-    yield Part("network", "copy to the device, normalization, backbone, head", network)
+    yield "network", "copy to the device, normalization, backbone, head", network
     outputs = network()
-    yield Part("post-processing", "candidates, decoding, NMS", lambda: model.detect(*outputs))
-    yield Part("inference", "network, post-processing, instances on the host", lambda: infer(batch))
+    yield "post-processing", "candidates, decoding, NMS", lambda: model.detect(*outputs)
+    yield "inference", "network, post-processing, instances on the host", lambda: infer(batch)
     if not synthetic:
         reading = f"read, resize, inference; {workers}"
-        yield Part("end to end", reading, lambda: infer(next(testing)))
+        yield "end to end", reading, lambda: infer(next(testing))
 
 
 def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
@@ -134,10 +127,10 @@ def benchmark(options: argparse.Namespace) -> None:
     for line in _circumstances(cfg, options):
         print(line)
     print("\n| part | ms per batch | images per second | includes |\n|---|---|---|---|")
-    for part in parts(cfg, model, options):
-        milliseconds = _milliseconds(part.run, options.seconds)
+    for name, includes, run in parts(cfg, model, options):
+        milliseconds = _milliseconds(run, options.seconds)
         speed = options.batch / milliseconds * 1e3
-        print(f"| {part.name} | {milliseconds:.2f} | {speed:.1f} | {part.includes} |", flush=True)
+        print(f"| {name} | {milliseconds:.2f} | {speed:.1f} | {includes} |", flush=True)
 
 
 def _milliseconds(run: Callable, seconds: float) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,14 +121,11 @@ def _scaled(image: Tensor, scale: float) -> Tensor:
 
 def _batches(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
     """uint8 Tensor[up to size, C, H, W] of images of the same size."""
-    for _, group in groupby(sorted(images, key=_shape), key=_shape):
-        alike = list(group)
-        for first in range(0, len(alike), size):
-            yield torch.stack(alike[first : first + size])
-
-
-def _shape(image: Tensor) -> tuple[int, ...]:
-    return tuple(image.shape)
+    alike: dict[tuple, list[Tensor]] = {}
+    for image in images:
+        alike.setdefault(tuple(image.shape), []).append(image)
+    for group in alike.values():
+        yield from torch.stack(group).split(size)
 
 
 def export(options: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from .catalog import (
     check_objects,
-    coco_content,
     load_dataset,
     prepare,
     register_datasets,
@@ -23,7 +22,6 @@ __all__ = [
     "check_num_classes",
     "check_objects",
     "class_names",
-    "coco_content",
     "count_classes",
     "find_classes",
     "load_dataset",

@@ -19,7 +19,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
-from ..data import coco_content, prepare
+from ..data.catalog import coco_content, prepare
 from ..errors import InputError
 
 KEYS = {"images", "annotations", "categories"}

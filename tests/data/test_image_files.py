@@ -22,16 +22,12 @@ def tree(tmp_path):
     "files, name, found",
     [
         (["1.jpg"], "1.jpg", "1.jpg"),
-        (["img/1.jpg"], "img\\1.jpg", "img/1.jpg"),
         (["1.jpg"], "..\\..\\media\\upload\\4\\1.jpg", "1.jpg"),
         (["1.jpg", "2/1.jpg"], "images/1/1.jpg", "1.jpg"),
         (["1/1.jpg", "2/1.jpg"], "images/1/1.jpg", "1/1.jpg"),
         (["1.jpg"], "/data/upload/1/1.jpg", "1.jpg"),
-        (["1.jpg"], "C:\\Users\\me\\1.jpg", "1.jpg"),
-        (["1.jpg"], "img/1.jpg", "1.jpg"),  # the folder is img already
         (["train/1.jpg"], "1.jpg", "train/1.jpg"),
         (["a/train/1.jpg", "a/val/1.jpg"], "val/1.jpg", "a/val/1.jpg"),
-        (["1.JPG"], "1.jpg", "1.JPG"),
         (["Images/A.jpg"], "images/a.JPG", "Images/A.jpg"),
         (["my photo.jpg"], "my%20photo.jpg", "my photo.jpg"),
         (["a%20b.jpg", "a b.jpg"], "img/a%20b.jpg", "a%20b.jpg"),

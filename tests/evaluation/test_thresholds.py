@@ -31,18 +31,14 @@ def test_best_cut_by_hand():
     found = best_threshold(curve([0.9, 0.7, 0.6, 0.3], [1, 1, 0, 1], 3))
     assert found.score == 0.3 and found.f1 == pytest.approx(6 / 7)
     assert found.precision == pytest.approx(3 / 4) and found.recall == 1
-    # Of 2 objects, the wrong third one is not worth it.
-    assert best_threshold(curve([0.9, 0.7, 0.6, 0.3], [1, 1, 0, 0], 2)).score == 0.7
+    # Of equal F1 the higher score is taken.
+    assert best_threshold(curve([0.9, 0.6, 0.5, 0.4, 0.2], [1, 0, 0, 0, 1], 3)).score == 0.9
 
 
 def test_equal_scores_are_kept_or_dropped_together():
     # Between the two of 0.6 a cut would reach F1 1, but no score is there to cut at.
     found = best_threshold(curve([0.9, 0.6, 0.6], [1, 1, 0], 2))
     assert found.score == 0.6 and found.f1 == pytest.approx(4 / 5)
-
-
-def test_of_equal_f1_the_higher_score_is_taken():
-    assert best_threshold(curve([0.9, 0.6, 0.5, 0.4, 0.2], [1, 0, 0, 0, 1], 3)).score == 0.9
 
 
 @pytest.mark.parametrize(
