@@ -152,12 +152,6 @@ def test_turned_photo_is_read_upright_unless_its_boxes_are_not(tmp_path):
     assert mapper()({**data, "width": 40, "height": 60})["image"].shape == (3, 60, 40)
 
 
-def test_other_failures_are_not_blamed_on_the_image(image_file):
-    broken = {key: value for key, value in OBJECT.items() if key != "category_id"}
-    with pytest.raises(KeyError, match="category_id"):
-        mapper()(record(image_file, broken))
-
-
 # ---- crops ----
 
 
