@@ -49,7 +49,7 @@ class Contents(NamedTuple):
     boxes_per_class: list[int]
     images_per_class: list[int]
     num_boxes: int
-    notes: dict[str, int]  # what there is beside, by its name
+    notes: dict[str, int]  # counts above 0 of what may be a mistake, by its description
 
 
 def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) -> Inspection:

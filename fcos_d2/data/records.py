@@ -116,9 +116,10 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
     return image, True
 
 
-def evenly_spaced(records: Sequence, count: int) -> Sequence:
+def evenly_spaced(records: Sequence, count: int) -> list:
     """At most ``count`` of the records."""
-    return records[:: max(1, len(records) // count)][:count]
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 # ---- what there is to learn ----

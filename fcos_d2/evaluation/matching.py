@@ -33,8 +33,8 @@ class Objects(NamedTuple):
     def of(cls, found: Instances) -> Objects:
         """The detections of a detectron2 model."""
         found = found.to("cpu")
-        boxes = found.pred_boxes.tensor.numpy()
-        return cls(boxes, found.pred_classes.numpy(), found.scores.numpy())
+        boxes = found.pred_boxes.tensor.float().numpy()
+        return cls(boxes, found.pred_classes.numpy(), found.scores.float().numpy())
 
     def above(self, limits: np.ndarray | float) -> Objects:
         """The detections that score at least ``limits``, of each or of all."""
