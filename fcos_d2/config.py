@@ -196,7 +196,7 @@ def _add_head(fcos: CN) -> None:
     fcos.USE_DEFORMABLE = False
     # Initial foreground probability, pi in 1708.02002.
     fcos.PRIOR_PROB = 0.01
-    # A learnable scale of the box prediction per level, s_i in equation 2 of 1904.01355.
+    # A learnable scale of the box prediction per level, s_i in section 3.2 of 1904.01355.
     fcos.USE_SCALE = None
     # Distances are relu(x) (True) or exp(x) (False), in strides or (NORM_REG_TARGETS False) pixels.
     fcos.USE_RELU = None
