@@ -234,7 +234,7 @@ def shortest_iteration(loop: list[Instruction]) -> list[Instruction]:
 @needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
 @pytest.mark.parametrize(
-    "loss, grad, most", [(True, False, 23), (False, True, 23), (True, True, 30)]
+    "loss, grad, most", [(True, False, 20), (False, True, 23), (True, True, 26)]
 )
 def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
     """2 special functions and few instructions per element; 16-byte accesses, two in flight."""

@@ -259,17 +259,17 @@ __device__ void publish(uint64_t* words, int step, uint64_t decided, uint64_t ke
   int shift = 32 * lane_index();
   if (shift < kStep) {
     uint64_t word = decided >> shift << 32 | unsigned(kept >> shift);
-    static_cast<volatile uint64_t*>(words)[2 * int64_t(step) + lane_index()] = word;
+    Atomic<uint64_t>(words[2 * int64_t(step) + lane_index()]).store(word, kRelaxed);
   }
 }
 
 // Waits until these boxes of an earlier step are decided, and returns those that are kept. Called by
 // one warp.
-__device__ uint64_t wait_for(const uint64_t* words, int step, uint64_t boxes) {
+__device__ uint64_t wait_for(uint64_t* words, int step, uint64_t boxes) {
   int half = lane_index() % 2;
   uint64_t wanted = boxes >> 32 * half << 32, word;
-  const volatile uint64_t& own = words[2 * int64_t(step) + half];
-  while (((word = own) & wanted) != wanted) {
+  Atomic<uint64_t> own(words[2 * int64_t(step) + half]);
+  while (((word = own.load(kRelaxed)) & wanted) != wanted) {
     __nanosleep(32); // leaves the multiprocessor to the blocks it waits for
   }
   uint64_t low = __shfl_sync(kAllLanes, unsigned(word), 0);
@@ -296,7 +296,7 @@ __device__ void find_overlaps(
 // Which of the first `count` boxes of a step, whose group starts at `start`, are suppressed by boxes
 // of earlier steps. Valid in the first warp, which waits while the others work one step ahead.
 __device__ uint64_t find_suppressed(
-    const FlatNms& args, const uint64_t* words, int64_t start, int count, FlatScratch& scratch) {
+    const FlatNms& args, uint64_t* words, int64_t start, int count, FlatScratch& scratch) {
   int lane = lane_index(), others = int(start % kStep); // boxes of other groups in a step
   uint64_t suppressed = 0;
   for (int s = int(start / kStep); s < scratch.turn; ++s) {

@@ -5,12 +5,18 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cuda/atomic>
 
 namespace fcos::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
+
+// A number in global memory that other blocks may access at the same time.
+template <class T>
+using Atomic = ::cuda::atomic_ref<T, ::cuda::thread_scope_device>;
+constexpr auto kRelaxed = ::cuda::memory_order_relaxed;
 
 // Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` loads of a thread are in
 // flight at once. In place, `take` may write where keys have been loaded, and what the caller wrote

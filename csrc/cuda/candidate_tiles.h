@@ -203,11 +203,6 @@ __device__ Scores make_scores(float logit, float quality) {
   return {cls, mul_rn(cls, quality)};
 }
 
-// Reads memory that other blocks may be writing.
-__device__ unsigned read_now(const unsigned* from) {
-  return *static_cast<const volatile unsigned*>(from);
-}
-
 // ---- searching a tile ----
 
 template <int Threads>

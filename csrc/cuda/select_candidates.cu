@@ -27,7 +27,7 @@ __device__ void add_counts(const Segment& segment, Scratch<kScanThreads>& scratc
   for (unsigned i = threadIdx.x; i < kBins; i += kScanThreads) {
     unsigned& own = scratch.bins[i];
     unsigned* all = &segment.state->bins[i];
-    own = own != 0 ? own + atomicAdd(all, own) : read_now(all);
+    own = own != 0 ? own + atomicAdd(all, own) : Atomic<unsigned>(*all).load(kRelaxed);
   }
   __syncthreads();
   Bin bin = scratch.find(scratch.bins, segment.wanted);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
   Tile tile = find_tile(plan, blockIdx.x);
   Segment segment = find_segment(plan, tile.level, tile.image);
   State& state = *segment.state;
-  uint64_t low = scan_range(int(read_now(&state.lowest_bin))).low;
+  uint64_t low = scan_range(int(Atomic<unsigned>(state.lowest_bin).load(kRelaxed))).low;
   unsigned count = find_survivors<T>(plan, tile, low, scratch);
   if (count == 0) {
     return;
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
     scratch.clear();
   }
   // Skips the atomics of the list. The lanes of a warp must agree.
-  bool full = __any_sync(kAllLanes, read_now(&state.found) > segment.capacity);
+  bool full =
+      __any_sync(kAllLanes, Atomic<unsigned>(state.found).load(kRelaxed) > segment.capacity);
   for_each_survivor<T>(plan, tile, low, count, scratch, [&](bool valid, uint64_t key) {
     if (many) {
       count_key(valid, scan_bin(key), scratch.bins);

@@ -204,14 +204,14 @@ __device__ __forceinline__ void take_patch(
   }
 }
 
-// What a kernel computes from the logits. Errors of single logits cancel in a loss, and are below the
-// rounding of half-precision gradients, but not of float32 gradients. Exponents above 2 multiply every
-// error, so the kernels for arbitrary exponents use exact functions.
+// What a kernel computes from the logits. Errors are below the rounding of half-precision logits and
+// gradients, but not of float32. Exponents above 2 multiply every error, so the kernels for arbitrary
+// exponents use exact functions.
 template <class T, int Gamma, bool Loss, bool Grad>
 struct Kind {
   using Real = typename Compute<T>::Type;
   using Fast = std::conditional_t<Loss, FastMath, CoarseMath>;
-  using Finer = std::conditional_t<(sizeof(T) == 4 && Grad), FineMath, Fast>;
+  using Finer = std::conditional_t<(sizeof(T) == 4), FineMath, Fast>;
   using Math = std::conditional_t<(sizeof(T) == 8 || Gamma < 0), ScalarMath<Real>, Finer>;
 
   static __device__ FocalTerms<Real> terms(const FocalPlan& plan, Real z) {

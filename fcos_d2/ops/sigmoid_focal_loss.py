@@ -46,7 +46,8 @@ def sigmoid_focal_loss(
 
     Returns:
         float32 (float64 for float64 logits) scalar, once differentiable in ``logits``; the loss and
-        its gradient are finite for finite logits.
+        its gradient are finite for finite logits. CUDA kernels may return zero for a gradient below
+        1.2e-38, the smallest normal float32 number.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, device or value.

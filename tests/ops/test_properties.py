@@ -106,10 +106,12 @@ def focal_loss_tolerance(logits, implementation) -> float:
     """Returns the relative tolerance of the sum."""
     if logits[0].dtype == torch.float64:
         return 1e-8  # torch's softplus of x > 20 is x
-    # In PTX, exp and 1/x are as inexact as GPUs may be, and p^2 softplus(z) triples the error; in
-    # long sums, errors cancel.
+    # In PTX, exp and 1/x are as inexact as GPUs may be, exp more so for half-precision logits, and
+    # p^2 softplus(z) triples the error; in long sums, errors cancel.
     few = sum(level.numel() for level in logits) < 100
-    return 1.5e-6 if few and implementation in ("ptx", "cuda") else 1e-6
+    if not few or implementation not in ("ptx", "cuda"):
+        return 1e-6
+    return 1.5e-6 if logits[0].dtype == torch.float32 else 6e-6
 
 
 @MANY

@@ -82,6 +82,13 @@ def test_loss_is_linear_for_confident_mistakes_and_vanishes_for_correct_logits(
     assert 0 <= sigmoid_focal_loss(one_level([right]), labels([label]), 0.25, gamma) < 1e-4
 
 
+def test_gradient_below_the_normal_numbers_may_be_zero():
+    logits = one_level([-90.0, -95.0])[0].requires_grad_()
+    loss = sigmoid_focal_loss([logits], labels([2]), alpha=-1, gamma=0)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert ((grad >= 0) & (grad <= 1.001 * logits.double().sigmoid())).all()
+
+
 def test_infinity_and_nan_are_never_hidden():
     assert sigmoid_focal_loss(one_level([math.inf]), labels([1])).isinf()
     assert sigmoid_focal_loss(one_level([-math.inf]), labels([1])) == 0

@@ -32,7 +32,7 @@ WEAKER = {
     "fence": (r"\t(membar\.gl|fence\.\w+\.gpu);", "\t"),
     "mask": (r"(\t(?:shfl|vote|redux)\.sync\.[^;]+, )(-1|%r\d+);", r"\g<1>2147483647;"),
     "atomic": (r"\t(atom|red)\.", r"\t\g<1>.weak."),
-    "volatile": (r"\t(ld|st)\.volatile\.", r"\t\g<1>."),
+    "relaxed": (r"\t(ld|st)\.relaxed\.gpu\.", r"\t\g<1>."),
     "order": (r"\.(acq_rel|acquire|release)\.", ".relaxed."),
 }
 LEVELS = inputs.pyramid(128, 160)
