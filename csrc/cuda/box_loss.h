@@ -30,32 +30,20 @@ __device__ __forceinline__ bool find_point(const BoxLosses& args, int64_t thread
   return point->image < args.num_images;
 }
 
-__device__ __forceinline__ int64_t offset(const Strides& strides, const Point& point, int channel) {
-  return point.image * strides.image + channel * strides.channel + point.index * strides.point;
-}
-
 // The five predictions of a point: four sides and the logit of its quality.
 template <class Real>
 using Predictions = Real[5];
 
 template <class T, class Real>
-__device__ void read_as(const BoxLosses& args, const Point& point, Predictions<Real>& out) {
+__device__ void write(const BoxLosses& args, const Point& point, const Predictions<Real>& grad) {
   const Map &ltrb = args.ltrb.level[point.level], &quality = args.quality.level[point.level];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    out[c] = widen(static_cast<const T*>(ltrb.data)[offset(ltrb.data_strides, point, c)]);
+    int64_t to = offset(ltrb.grad_strides, point.image, c, point.index);
+    narrow(grad[c], static_cast<T*>(ltrb.grad) + to);
   }
-  out[4] = widen(static_cast<const T*>(quality.data)[offset(quality.data_strides, point, 0)]);
-}
-
-template <class T, class Real>
-__device__ void write_as(const BoxLosses& args, const Point& point, const Predictions<Real>& grad) {
-  const Map &ltrb = args.ltrb.level[point.level], &quality = args.quality.level[point.level];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    narrow(grad[c], static_cast<T*>(ltrb.grad) + offset(ltrb.grad_strides, point, c));
-  }
-  narrow(grad[4], static_cast<T*>(quality.grad) + offset(quality.grad_strides, point, 0));
+  int64_t to = offset(quality.grad_strides, point.image, 0, point.index);
+  narrow(grad[4], static_cast<T*>(quality.grad) + to);
 }
 
 // Losses of a point, zero for background.
@@ -94,11 +82,15 @@ __device__ PointLosses<Real> take_point(const BoxLosses& args, int64_t thread) {
   }
   Predictions<Real> x = {0, 0, 0, 0, 0};
   if (args.matched[point.target] >= 0) {
-    with_type(args.dtype, [&](auto zero) { read_as<decltype(zero), Real>(args, point, x); });
+    with_type(args.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      read<T, 4>(args.ltrb.level[point.level], point.image, 0, point.index, x);
+      read<T, 1>(args.quality.level[point.level], point.image, 0, point.index, x + 4);
+    });
     losses = losses_of<Real>(args, point, x);
   }
   if constexpr (Grad) {
-    with_type(args.dtype, [&](auto zero) { write_as<decltype(zero), Real>(args, point, x); });
+    with_type(args.dtype, [&](auto zero) { write<decltype(zero), Real>(args, point, x); });
   }
   return losses;
 }

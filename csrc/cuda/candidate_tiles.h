@@ -154,37 +154,9 @@ FCOS_HD float bound_of(const SelectCandidates& args, float quality, float lowest
 
 // ---- reading ----
 
-__device__ int64_t offset(const Strides& strides, int64_t image, int channel, int64_t point) {
-  return image * strides.image + channel * strides.channel + point * strides.point;
-}
-
-// Neighboring channels of a point. All loads start before the first value is converted.
-template <class T, int N>
-__device__ void read_as(const Map& map, int64_t image, int channel, int64_t point, float* out) {
-  const T* data = static_cast<const T*>(map.data);
-  T stored[N];
-#pragma unroll
-  for (int c = 0; c < N; ++c) {
-    stored[c] = data[offset(map.data_strides, image, channel + c, point)];
-  }
-#pragma unroll
-  for (int c = 0; c < N; ++c) {
-    out[c] = float(widen(stored[c]));
-  }
-}
-
 template <int N>
 __device__ void read(const Map& map, DType dtype, int64_t image, int64_t point, float* out) {
-  switch (dtype) {
-    case DType::kHalf:
-      return read_as<__half, N>(map, image, 0, point, out);
-    case DType::kBFloat16:
-      return read_as<__nv_bfloat16, N>(map, image, 0, point, out);
-    case DType::kDouble:
-      return read_as<double, N>(map, image, 0, point, out);
-    default:
-      return read_as<float, N>(map, image, 0, point, out);
-  }
+  with_type(dtype, [&](auto zero) { read<decltype(zero), N>(map, image, 0, point, out); });
 }
 
 __device__ float read_quality(const Plan& plan, int level, int64_t image, int64_t point) {

@@ -82,12 +82,7 @@ __device__ __forceinline__ Vector<T, Size> load(const T* from, bool last_use) {
   }
 }
 
-FCOS_HD void set_minus_infinity(float* x) { *x = -INFINITY; }
-FCOS_HD void set_minus_infinity(double* x) { *x = -INFINITY; }
-FCOS_HD void set_minus_infinity(__half* x) { *x = __float2half_rn(-INFINITY); }
-FCOS_HD void set_minus_infinity(__nv_bfloat16* x) { *x = __float2bfloat16_rn(-INFINITY); }
-
-// Of the elements whose bit is set.
+// The elements whose bit is set.
 template <class T, int Size>
 __device__ __forceinline__ void set_minus_infinity(Vector<T, Size>* vector, unsigned elements) {
   T lanes[Size];
@@ -95,7 +90,7 @@ __device__ __forceinline__ void set_minus_infinity(Vector<T, Size>* vector, unsi
 #pragma unroll
   for (int j = 0; j < Size; ++j) {
     if (elements >> j & 1) {
-      set_minus_infinity(&lanes[j]);
+      narrow(typename Compute<T>::Type(-INFINITY), &lanes[j]);
     }
   }
   memcpy(vector, lanes, sizeof lanes);
@@ -156,6 +151,48 @@ __device__ __forceinline__ void store(T* to, const typename Compute<T>::Type (&v
                 narrow(values, T{}), narrow(values + kPerWord, T{}),
                 narrow(values + 2 * kPerWord, T{}), narrow(values + 3 * kPerWord, T{})));
   }
+}
+
+// ---- maps ----
+
+FCOS_HD int64_t offset(const Strides& strides, int64_t image, int channel, int64_t point) {
+  return image * strides.image + channel * strides.channel + point * strides.point;
+}
+
+// Neighboring channels of a point. All loads start before the first value is converted.
+template <class T, int N, class Real>
+__device__ void read(const Map& map, int64_t image, int channel, int64_t point, Real* out) {
+  const T* data = static_cast<const T*>(map.data);
+  T stored[N];
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    stored[c] = data[offset(map.data_strides, image, channel + c, point)];
+  }
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    out[c] = Real(widen(stored[c]));
+  }
+}
+
+// A level of an image is a matrix, its rows contiguous: classes x points, or points x classes.
+struct RowStrides {
+  int64_t image, row, column;
+};
+
+inline bool has_channels_last(const Map& map) {
+  return map.data_strides.channel == 1 && map.data_strides.point != 1;
+}
+inline RowStrides make_row_strides(const Strides& strides, bool columns_are_classes) {
+  return columns_are_classes ? RowStrides{strides.image, strides.point, strides.channel}
+                             : RowStrides{strides.image, strides.channel, strides.point};
+}
+
+// Whether rows consist of aligned vectors.
+inline bool has_vectors(
+    const void* data, const RowStrides& strides, int64_t columns, int64_t bytes) {
+  return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0 &&
+         columns * bytes % kVectorBytes == 0;
 }
 
 } // namespace fcos::cuda

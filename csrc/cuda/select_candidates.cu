@@ -170,7 +170,7 @@ __device__ void write_candidate(
     int64_t point = index / unsigned(args.num_classes);
     int found = int(index % unsigned(args.num_classes));
     float logit, ltrb[4];
-    read_as<T, 1>(args.logits.level[level], segment.image, found, point, &logit);
+    read<T, 1>(args.logits.level[level], segment.image, found, point, &logit);
     read<4>(args.ltrb.level[level], args.ltrb_dtype, segment.image, point, ltrb);
     Scores scores = make_scores(logit, read_quality(plan, level, segment.image, point));
     if (make_box(args, level, segment.image, point, ltrb, box)) {
@@ -242,15 +242,10 @@ LevelPlan make_level(const SelectCandidates& args, int l) {
   int64_t room = longest_sorted(args.slots[l + 1] - args.slots[l]) + kTileSize;
   plan.capacity =
       unsigned(std::min(classes * points, std::max(room, classes * points / kListShare)));
-  const Strides& strides = map.data_strides;
-  plan.columns_are_classes = strides.channel == 1 && strides.point != 1;
-  int64_t row_step = plan.columns_are_classes ? strides.point : strides.channel;
-  int64_t column_step = plan.columns_are_classes ? strides.channel : strides.point;
+  plan.columns_are_classes = has_channels_last(map);
+  RowStrides strides = make_row_strides(map.data_strides, plan.columns_are_classes);
   int64_t columns = plan.columns_are_classes ? classes : points;
-  int64_t vector = kVectorBytes / bytes_of(args.logits_dtype);
-  plan.is_vectorised = column_step == 1 && row_step % vector == 0 && strides.image % vector == 0 &&
-                       columns % vector == 0 &&
-                       reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0;
+  plan.is_vectorised = has_vectors(map.data, strides, columns, bytes_of(args.logits_dtype));
   return plan;
 }
 

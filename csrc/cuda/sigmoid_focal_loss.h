@@ -21,10 +21,6 @@ namespace fcos::cuda {
 constexpr int kLossThreads = 256;
 constexpr int kMaxRows = 16; // of a thread: float sums stay short, and there is a bit for each
 
-struct RowStrides {
-  int64_t image, row, column;
-};
-
 // One level of the batch.
 struct Matrix {
   const void* data;
@@ -293,28 +289,19 @@ __device__ double take_logits(const FocalPlan& plan, int block) {
 
 // ---- host ----
 
-inline bool is_aligned(const void* data, const RowStrides& strides, int64_t bytes) {
-  return strides.column == 1 && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         strides.image * bytes % kVectorBytes == 0 && strides.row * bytes % kVectorBytes == 0;
-}
-
 inline Matrix make_matrix(const FocalLoss& args, const Map& map) {
   Matrix m{};
   m.data = map.data, m.grad = map.grad;
   m.first_point = map.first_point;
-  m.columns_are_classes = map.data_strides.channel == 1 && map.data_strides.point != 1;
+  m.columns_are_classes = has_channels_last(map);
   m.rows = m.columns_are_classes ? map.num_points : args.num_classes;
   m.columns = m.columns_are_classes ? args.num_classes : map.num_points;
-  auto of_rows = [&](const Strides& strides) {
-    return m.columns_are_classes ? RowStrides{strides.image, strides.point, strides.channel}
-                                 : RowStrides{strides.image, strides.channel, strides.point};
-  };
-  m.data_strides = of_rows(map.data_strides), m.grad_strides = of_rows(map.grad_strides);
+  m.data_strides = make_row_strides(map.data_strides, m.columns_are_classes);
+  m.grad_strides = make_row_strides(map.grad_strides, m.columns_are_classes);
   int64_t bytes = bytes_of(args.dtype);
-  int vector = int(kVectorBytes / bytes);
-  m.is_vectorised = m.columns % vector == 0 && is_aligned(m.data, m.data_strides, bytes) &&
-                    (m.grad == nullptr || is_aligned(m.grad, m.grad_strides, bytes));
-  m.groups = m.is_vectorised ? m.columns / vector : m.columns;
+  m.is_vectorised = has_vectors(m.data, m.data_strides, m.columns, bytes) &&
+                    (m.grad == nullptr || has_vectors(m.grad, m.grad_strides, m.columns, bytes));
+  m.groups = m.is_vectorised ? int(m.columns * bytes / kVectorBytes) : m.columns;
   m.slices = int(divide_up(m.rows, kMaxRows));
   // Neighboring threads share rows. Where rows are short (few classes), the next thread's first row
   // is the next in memory, so that a warp reads one piece; long rows are cut into runs.
