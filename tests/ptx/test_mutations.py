@@ -1,9 +1,9 @@
 """Mutation tests of the interpreter: weakens the PTX of the kernels in one place at a time.
 
-Each barrier, fence or mask is removed, and each atomic access becomes a plain one. The interpreter
-must then report a fault, or results must differ, in a few calls of the op under a few schedules. It
-notices all 496 changes, so the kernels need all of what is there. Atomics are noticed also where
-counts may miss others and only save work, as in select_candidates: plain ones are data races.
+Each barrier, fence or mask is removed, and each atomic access becomes a plain one: about 500
+mutants, which vary with nvcc. For each, the interpreter must report a fault, or results must differ
+in a few calls of the op under a few schedules. Counts of select_candidates that only save work may
+miss others, but must be atomic too: plain accesses are data races.
 """
 
 from __future__ import annotations
