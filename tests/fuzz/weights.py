@@ -87,7 +87,8 @@ def save(content: object, how: str) -> bytes:
     if how == "safetensors":
         pairs = content.items() if isinstance(content, dict) else ()
         plain = {k: v for k, v in pairs if isinstance(v, Tensor) and array(v) is not None}
-        return safetensors.torch.save({str(k): v.clone() for k, v in plain.items()})
+        names = {k: str(k).encode(errors="replace").decode() for k in plain}  # it takes UTF-8 only
+        return safetensors.torch.save({names[k]: v.clone() for k, v in plain.items()})
     if how == "pickle":
         return pickle.dumps(array(content), protocol=2)
     file = io.BytesIO()
