@@ -5,6 +5,10 @@ import functools
 import re
 
 import pytest
+import torch
+
+from fcos_d2.ops import sigmoid_focal_loss
+from tests.ops.backends import use
 
 from . import ptx
 
@@ -115,3 +119,16 @@ def test_last_block_reads_what_fences_have_released(seed):
     message, out = run("last_block", 5, seed)
     assert message == f"{4 * 4 * THREADS} bytes were left unwritten"  # by the other blocks
     assert out[:THREADS] == [sum(range(i, 5 * THREADS, THREADS)) for i in range(THREADS)]
+
+
+def test_failed_launch_leaves_no_trace_in_later_ones():
+    logits, labels = torch.zeros(3, 1, 30, 30), torch.zeros(3, 900, dtype=torch.int32)
+    labels[2, 899] = 7  # out of range: an assertion fails in the last block
+    tiny = [logits[:1, :, :1, :1]], labels[:1, :1]
+    with use(ptx.overloads()), ptx.schedule(1):
+        expected = sigmoid_focal_loss(*tiny, alpha=0.25, gamma=2.0)
+        for _ in range(10):
+            with pytest.raises(RuntimeError):
+                sigmoid_focal_loss([logits], labels, alpha=0.25, gamma=2.0)
+        for _ in range(4096):  # until the ticket of every failed launch is taken again
+            assert torch.equal(sigmoid_focal_loss(*tiny, alpha=0.25, gamma=2.0), expected)
