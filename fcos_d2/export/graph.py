@@ -14,9 +14,11 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from ..modeling import FCOS, Predictions
+from ..modeling.acceleration import fold_batch_norms
 from ..ops import Candidates, reference
 
 
@@ -37,6 +39,8 @@ class DetectionGraph(nn.Module):
     def __init__(self, model: FCOS, top: Callable, suppress: Callable, half: bool = False):
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # Else the file computes weights; trained norms are operators that runtimes fuse.
+        fold_batch_norms(self.model, (FrozenBatchNorm2d,))
         self.dtype = torch.float16 if half else torch.float32
         for part in (self.model.backbone, self.model.head):
             _with_float32_group_norms(part.to(self.dtype))

@@ -79,11 +79,11 @@ def accelerate(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     return use_channels_last(model, dtype)
 
 
-def fold_batch_norms(model: nn.Module) -> None:
+def fold_batch_norms(model: nn.Module, norms: tuple[type[nn.Module], ...] = NORMS) -> None:
     """Folds the norms of detectron2's convolutions into their weights, in place."""
     for layer in model.modules():
         norm = getattr(layer, "norm", None)
-        if isinstance(layer, Conv2d) and isinstance(norm, NORMS):
+        if isinstance(layer, Conv2d) and isinstance(norm, norms):
             weight, bias = fuse_conv_bn_weights(
                 layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps,
                 norm.weight, norm.bias,

@@ -11,6 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
@@ -28,7 +30,7 @@ from fcos_d2.export import (
 )
 from fcos_d2.export.graph import DetectionGraph, Float32GroupNorm, nms_as_while_loop, top_of_onnx
 from fcos_d2.ops import Detections, batched_nms_padded, reference
-from tests.modeling.tiny import tiny_fcos
+from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
@@ -186,6 +188,14 @@ def test_group_norm_of_float16_maps_does_not_overflow():
 
 
 # ---- operators and errors ----
+
+
+def test_frozen_norms_are_folded_into_the_weights_of_the_file():
+    backbone = ("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH")
+    model = build_model(tiny_cfg(*backbone, 50))
+    graph = DetectionGraph(model, top_of_onnx, batched_nms_padded)
+    count = sum(isinstance(layer, FrozenBatchNorm2d) for layer in model.modules())
+    assert count == 53 and not any(isinstance(x, FrozenBatchNorm2d) for x in graph.modules())
 
 
 @pytest.mark.parametrize("exported", ["onnx"], indirect=True)
