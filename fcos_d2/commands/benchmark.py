@@ -27,6 +27,7 @@ from ..engine.step import amp_dtype
 from ..errors import InputError, exit_status
 from ..inference import accelerated, load_detector
 from ..modeling import FCOS
+from ..modeling.acceleration import keep_freed_memory
 from ..ops import backend
 from .arguments import check_fcos, config_parser
 
@@ -113,6 +114,7 @@ def benchmark(options: argparse.Namespace) -> None:
     Raises:
         InputError: config, data or sizes that cannot be used.
     """
+    keep_freed_memory()
     cfg = read_cfg(options.config_file, options.opts)
     choose_device(cfg)
     options.batch = options.batch or cfg.SOLVER.IMS_PER_BATCH

@@ -36,6 +36,7 @@ from ..media import (
     open_json,
     read_frames,
 )
+from ..modeling.acceleration import keep_freed_memory
 from ..predictor import Predictor
 from ..tiling import TiledPredictor
 from .arguments import parser_of
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         sources = choose_targets(sources, options.output, options.frames)
     check_targets(sources, options.json)
+    keep_freed_memory()
     predictor = load_predictor(options)
     if options.tile:
         predictor = TiledPredictor(predictor, options.tile, batch_size=options.batch_size)

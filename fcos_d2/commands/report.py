@@ -28,6 +28,7 @@ from ..errors import InputError, exit_status
 from ..evaluation import Objects, ground_truth
 from ..evaluation.report import write_report
 from ..inference import accelerated, build_test_loader, load_detector
+from ..modeling.acceleration import keep_freed_memory
 from ..predictor import FINAL_WEIGHTS
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import ap_series, plot_training, read_metrics
@@ -44,6 +45,7 @@ def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: in
     Raises:
         InputError: a file of the training is missing or cannot be used.
     """
+    keep_freed_memory()
     cfg = _load_config(output_dir)
     metrics = read_metrics(_require(output_dir / "metrics.json", "train first"))
     name = cfg.DATASETS.TEST[0]

@@ -15,6 +15,7 @@ from detectron2.engine import launch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import InputError, one_line_cause
+from ..modeling.acceleration import keep_freed_memory
 from .distributed import init_torchrun, is_torchrun
 from .hooks import Preempted
 
@@ -28,6 +29,7 @@ def run_script(main: Callable, args) -> int:
     0: success. 1 (by SystemExit): TEST.EXPECTED_RESULTS not met. 2: InputError, printed in one
     line. 75: stopped by SIGTERM, after saving everything that --resume needs. 130: interrupted.
     """
+    keep_freed_memory()
     try:
         if is_torchrun():
             init_torchrun()

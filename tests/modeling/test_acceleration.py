@@ -1,6 +1,8 @@
 """Accelerated detectors return the same detections as plain ones."""
 
 import copy
+import platform
+import resource
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ from torch import nn
 from fcos_d2 import InputError
 from fcos_d2.inference import accelerated
 from fcos_d2.modeling import acceleration
-from fcos_d2.modeling.acceleration import accelerate, fastest_dtype, fold_frozen_norms
+from fcos_d2.modeling.acceleration import (
+    accelerate,
+    fastest_dtype,
+    fold_frozen_norms,
+    keep_freed_memory,
+)
 
 from .tiny import tiny_cfg, tiny_fcos
 
@@ -138,3 +145,15 @@ def test_other_detectors_stay_in_float32():
     )
     with pytest.raises(InputError, match="needs MODEL.META_ARCHITECTURE FCOS, got ProposalNetwork"):
         accelerated(cfg, nn.Identity())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_mapped_again():
+    def page_faults_of_filling(pages):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        b"1" * (pages * resource.getpagesize())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    page_faults_of_filling(20_000)
+    assert page_faults_of_filling(10_000) < 1_000
