@@ -6,20 +6,30 @@ fails reports its error and does not affect the others: this must work where not
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 
 def collect_env_info() -> str:
-    """Returns the whole report as a multi-line string."""
-    parts = (_detectron2_report, _package_report, _ops_report)
-    return "\n".join(_attempt(part) for part in parts)
+    """Returns the report as a multi-line string."""
+    sections = (_detectron2_report, _package_report, _ops_report)
+    return "\n".join(_attempt(section) for section in sections)
 
 
-def _attempt(part: Callable[[], str]) -> str:
+def cpu_name() -> str:
+    """Returns the model name of the CPU, or its architecture outside Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _attempt(section: Callable[[], str]) -> str:
     try:
-        return part().rstrip()
+        return section().rstrip()
     except Exception as error:
-        name = part.__name__.strip("_").replace("_", " ")
+        name = section.__name__.strip("_").replace("_", " ")
         return f"{name} failed: {type(error).__name__}: {error}"
 
 

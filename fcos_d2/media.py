@@ -162,11 +162,11 @@ def choose_targets(
     is_single = num_frames == 1 or [source.kind for source in sources] == ["image"]
     if is_image(output) and not is_single:
         raise InputError(
-            f"--output {output} holds one image, but the inputs are more than one; name a folder "
+            f"--output {output} is one image, but there are several to write; choose a folder "
             "or a video file"
         )
     if is_image(output) and not can_hold_rgb(output):
-        raise InputError(f"--output {output}: its format cannot be written; name a .png or .jpg")
+        raise InputError(f"--output {output}: the format cannot be written; choose .png or .jpg")
     return [source._replace(target=output) for source in sources]
 
 
@@ -190,7 +190,7 @@ def check_targets(sources: Sequence[Source], json_file: Path | None) -> None:
     for option, target in targets:
         if original := inputs.get(_identity(target)):
             raise InputError(
-                f"{target} would be written over the input {original}; choose another {option}"
+                f"{target} would overwrite the input {original}; choose another {option}"
             )
     if json_file and os.path.abspath(json_file) in map(os.path.abspath, frames):
         raise InputError(f"--json {json_file} is a frame of --output too; choose another --json")

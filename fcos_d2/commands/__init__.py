@@ -1,1 +1,1 @@
-"""The commands behind ``fcos-d2`` and the scripts in tools/: ``main`` of each module is one."""
+"""Commands of ``fcos-d2`` and of the scripts in tools/; ``main`` of each module runs one."""

@@ -1,9 +1,9 @@
-"""Counts the parameters and the multiply-adds of the network of a config, by part.
+"""Counts the parameters and multiply-adds of a model by module.
 
     fcos-d2 analyze --config-file FILE [--size HEIGHT WIDTH] [--depth N]
 
-No weights and no data are needed. What is counted is what runs for one image: backbone and head,
-without decoding and NMS. One multiply-add counts as one flop, as fvcore and most papers do.
+Needs neither weights nor data. Counts the backbone and the head on one image, without decoding and
+NMS. One multiply-add counts as one flop, as in fvcore and most papers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..errors import InputError, exit_status
 from ..inference import build_detector
 from ..modeling import FCOS
 from ..ops import make_levels
-from .arguments import check_fcos, config_parser
+from .arguments import check_fcos, make_config_parser
 
-# fvcore does not know these, and their work is little beside the convolutions'.
-CHEAP = (
+# fvcore does not count these operators, whose cost is negligible next to the convolutions.
+NEGLIGIBLE = (
     "add", "add_", "clamp", "div", "exp", "max_pool2d", "mul", "mul_", "neg", "pad", "relu",
     "relu_", "rsqrt", "rsub", "sigmoid", "silu", "silu_", "sub", "sum", "upsample_nearest2d",
 )  # fmt: skip
 
 
 class Network(nn.Module):
-    """The part of the detector that is made of layers."""
+    """The backbone and head of a detector."""
 
     def __init__(self, model: FCOS):
         super().__init__()
@@ -38,22 +38,24 @@ class Network(nn.Module):
         self.network = model.network
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """float32 Tensor[B, C, H, W] -> all predictions of all levels."""
+        """float32 Tensor[B, C, H, W] -> predictions of all levels."""
         _, predictions = self.network(images)
         return [level for kind in predictions for level in kind]
 
 
 def analyze(options: argparse.Namespace) -> None:
-    """Prints the counts for one image of ``--size``, padded as the model pads it.
+    """Prints the counts for one image of ``--size``, padded as the model requires.
 
     Raises:
-        InputError: a config or size that cannot be used.
+        InputError: the config or the size is invalid.
     """
     cfg = read_cfg(options.config_file, options.opts)
     cfg.MODEL.DEVICE, cfg.MODEL.COMPILE = "cpu", False
     size = options.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     if min(size) < 1:
-        raise InputError(f"the size is {size[0]} x {size[1]}; pass --size HEIGHT WIDTH above 0")
+        raise InputError(
+            f"the input size must be positive, got {size[0]} x {size[1]}; pass --size HEIGHT WIDTH"
+        )
     model = build_detector(cfg).eval()
     check_fcos(cfg, model)
     unit = max(model.backbone.size_divisibility, 1)
@@ -69,22 +71,22 @@ def analyze(options: argparse.Namespace) -> None:
     print(f"points            {make_levels(shapes, model.grid.strides).num_points:,}")
     print(f"multiply-adds     {flops.total() / 1e9:.2f} G")
     others = flops.unsupported_ops().items()
-    uncounted = {name: n for name, n in others if name.removeprefix("aten::") not in CHEAP}
+    uncounted = {name: n for name, n in others if name.removeprefix("aten::") not in NEGLIGIBLE}
     if uncounted:
         print(f"not counted       {', '.join(f'{name} ({n})' for name, n in uncounted.items())}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = config_parser(__doc__)
+    """Parses the command line."""
+    parser = make_config_parser(__doc__)
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-        help="default: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST",
+        help="size of the image (default: INPUT.MIN_SIZE_TEST INPUT.MAX_SIZE_TEST)",
     )  # fmt: skip
-    parser.add_argument("--depth", type=int, default=2, help="of the table (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=2, help="table depth (default: %(default)s)")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(analyze, parse(arguments))

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Arguments and checks that the commands share."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from ..errors import InputError
 from ..modeling import FCOS
 
 
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring of the command's module."""
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """Returns a parser that prints ``doc``, the docstring of the command's module, as its help."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def config_parser(doc: str, required: bool = True) -> argparse.ArgumentParser:
-    """The same with ``--config-file FILE``, and KEY VALUE pairs that override it, in ``opts``.
+def make_config_parser(doc: str, required: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with ``--config-file FILE`` and the KEY VALUE pairs ``opts``.
 
-    Parse with ``parse_intermixed_args``: flags may then follow the pairs.
+    Call its ``parse_intermixed_args``, which allows flags after the pairs.
     """
-    parser = parser_of(doc)
-    parser.add_argument("--config-file", required=required, default="", metavar="FILE")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="override the config")
+    parser = make_parser(doc)
+    parser.add_argument(
+        "--config-file", required=required, default="", metavar="FILE", help="config file or name"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser
 
 
 def check_fcos(cfg: CfgNode, model: nn.Module) -> None:
-    """Makes sure that a command for FCOS got one.
+    """Checks that the model is an FCOS.
 
     Raises:
-        InputError: the model of the config is another.
+        InputError: it is another model.
     """
     if not isinstance(model, FCOS):
         raise InputError(

@@ -1,26 +1,24 @@
-"""Measures the parts of training and inference one by one, and all together.
+"""Measures training and inference, as a whole and part by part.
 
     fcos-d2 benchmark --config-file FILE [--batch N] [--seconds S] [KEY VALUE ...]
     fcos-d2 benchmark --config-file FILE --size 800 1344      random images: no data needed
 
-Prints a Markdown table that says what each time includes. Weights are those of MODEL.WEIGHTS, if
-any: an untrained model has no candidates, which makes post-processing look cheap. Times are medians
-of runs after a warm-up, on the device's own clock where it has one.
+Prints a Markdown table that says what each time includes. Times are medians after a warm-up. Set
+MODEL.WEIGHTS to trained weights to measure post-processing: an untrained model has no candidates.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch.utils.benchmark import Timer
 
+from ..collect_env import cpu_name
 from ..config_file import choose_device, read_cfg
 from ..engine import Trainer
 from ..engine.step import amp_dtype
@@ -29,18 +27,18 @@ from ..inference import accelerated, load_detector
 from ..modeling import FCOS
 from ..modeling.acceleration import keep_freed_memory
 from ..ops import backend
-from .arguments import check_fcos, config_parser
+from .arguments import check_fcos, make_config_parser
 
-BOXES_PER_IMAGE = 7  # of random images; COCO has as many
+BOXES_PER_IMAGE = 7  # in random images; the average of COCO
 
 
 def parts(
     cfg: CfgNode, model: FCOS, options: argparse.Namespace
 ) -> Iterator[tuple[str, str, Callable]]:
-    """What training and inference consist of: name, what it includes, and what runs it.
+    """Yields the name, the contents and a call of each part of training and inference.
 
     Raises:
-        InputError: a dataset cannot be used.
+        InputError: a dataset cannot be read.
     """
     workers, synthetic = f"{cfg.DATALOADER.NUM_WORKERS} workers", options.size is not None
     training = testing = _random_batches(options) if synthetic else None
@@ -63,7 +61,7 @@ def parts(
 
 
 def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
-    """Batches of the first test set, over and over."""
+    """Yields batches of the first test set, endlessly."""
     if not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty; set it, or pass --size for random images")
     loader = itertools.repeat(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]))
@@ -73,7 +71,7 @@ def _test_batches(cfg: CfgNode, size: int) -> Iterator[list[dict]]:
 
 
 def _random_batches(options: argparse.Namespace) -> Iterator[list[dict]]:
-    """Noise with boxes of class 0, of all sizes."""
+    """Yields a batch of noise with random boxes of class 0, endlessly."""
     height, width = options.size
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(options.batch, BOXES_PER_IMAGE, 2, 2, generator=generator).sort(dim=2)
@@ -96,7 +94,7 @@ def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict]) -> Callable:
     cast = torch.autocast(device, dtype, enabled=dtype is not None)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # every run does the work of the first
+        group["lr"] = 0.0  # keep the weights, so that every run does the same work
 
     def step():
         with cast:
@@ -109,10 +107,10 @@ def _training_step(cfg: CfgNode, model: FCOS, batch: list[dict]) -> Callable:
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    """Measures and prints.
+    """Prints the measurements.
 
     Raises:
-        InputError: config, data or sizes that cannot be used.
+        InputError: the config, the data or the sizes are invalid.
     """
     keep_freed_memory()
     cfg = read_cfg(options.config_file, options.opts)
@@ -126,7 +124,7 @@ def benchmark(options: argparse.Namespace) -> None:
     model = load_detector(cfg)
     check_fcos(cfg, model)
     options.channels = len(model.pixel_mean)
-    for line in _circumstances(cfg, options):
+    for line in _describe_setup(cfg, options):
         print(line)
     print("\n| part | ms per batch | images per second | includes |\n|---|---|---|---|")
     for name, includes, run in parts(cfg, model, options):
@@ -136,19 +134,19 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def _milliseconds(run: Callable, seconds: float) -> float:
-    """The median; Timer warms up and waits for the device."""
+    """Returns the median time of a call; Timer warms up and synchronizes."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     run()
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 
-def _circumstances(cfg: CfgNode, options: argparse.Namespace) -> Iterator[str]:
-    """What the figures depend on."""
+def _describe_setup(cfg: CfgNode, options: argparse.Namespace) -> Iterator[str]:
+    """Yields lines on what the measurements depend on."""
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
     kinds = sorted({kernels[device.type.upper()] for kernels in backend().values()})
     yield f"device      {name}"
     yield f"software    torch {torch.__version__}, ops {' and '.join(kinds)}"
@@ -167,22 +165,16 @@ def _circumstances(cfg: CfgNode, options: argparse.Namespace) -> Iterator[str]:
     yield f"weights     {cfg.MODEL.WEIGHTS or 'random'}"
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = config_parser(__doc__)
-    parser.add_argument("--batch", type=int, metavar="N", help="default: SOLVER.IMS_PER_BATCH")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--seconds", type=float, default=5.0, help="per part, at least")
+    """Parses the command line."""
+    parser = make_config_parser(__doc__)
+    add = parser.add_argument
+    add("--batch", type=int, metavar="N", help="batch size (default: SOLVER.IMS_PER_BATCH)")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of random images")
+    add("--seconds", type=float, default=5.0, help="minimum per part (default: %(default)s)")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(benchmark, parse(arguments))

@@ -1,10 +1,10 @@
-"""Converts weights of any FCOS to this package's, or this package's to those of another.
+"""Converts weights of other FCOS implementations to ours, or ours to theirs.
 
     fcos-d2 convert fcos_R_50.pth ours.safetensors
     fcos-d2 convert output/model_final.pth theirs.pth --to torchvision
 
-A target that ends in .safetensors is written in that format, any other by torch.save. To use
-weights of others here no conversion is needed: MODEL.WEIGHTS takes them as they are.
+OUT is written in the safetensors format if it ends in .safetensors, and by torch.save otherwise.
+MODEL.WEIGHTS also takes weights of other implementations directly.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from ..checkpoint.reading import load_safely, load_trusted
 from ..checkpoint.requirements import Requirements
 from ..checkpoint.saving import atomic_write
 from ..errors import InputError, exit_status
-from .arguments import parser_of
+from .arguments import make_parser
 
 
 def convert(source: str, target: str, format_name: str, trust_pickle: bool) -> None:
-    """Writes ``source`` to ``target`` in another format and says what it was.
+    """Converts ``source`` to ``target`` and prints the format that it recognized.
 
     Raises:
-        InputError: a file cannot be read or written, or the format cannot hold the weights.
+        InputError: a file cannot be read or written, or the format cannot express the weights.
     """
     weights, requirements, what = _read(source, trust_pickle)
     if format_name != OURS:
         if what is None:
-            raise InputError(f"{source} holds no known FCOS: it has {', '.join(list(weights)[:3])}")
+            keys = ", ".join(list(weights)[:3])
+            raise InputError(f"{source} is not a known FCOS: its first keys are {keys}")
         weights = export_weights(weights, format_name, requirements)
     _write(weights, target, is_bare=format_name == "torchvision")
-    print(f"{source}: {what or 'no known FCOS, copied as it is'}")
+    print(f"{source}: {what or 'not a known FCOS, copied unchanged'}")
     print(f"{target}: {len(weights)} tensors" + (f" for {format_name}" if what else ""))
     if requirements and format_name == OURS:
         print(f"use with: {_options(requirements)}")
     elif what and format_name != OURS:
-        print(f"exact where everything else is as in MODEL.FCOS.CONVENTION {format_name}")
+        print(f"exact if all other settings match MODEL.FCOS.CONVENTION {format_name}")
 
 
 def _read(source: str, trust_pickle: bool) -> tuple[Weights, Requirements | None, str | None]:
-    """The weights, named as ours if they are known; what they require; in words what they are."""
+    """Returns the weights (renamed to ours if recognized), their requirements and a description."""
     try:
         checkpoint = (load_trusted if trust_pickle else load_safely)(source)
     except OSError as error:
@@ -70,10 +71,10 @@ def _read(source: str, trust_pickle: bool) -> tuple[Weights, Requirements | None
 
 
 def _write(weights: Weights, target: str, is_bare: bool) -> None:
-    """Writes one file, or none; ``is_bare`` as torchvision's load_state_dict needs it."""
+    """Writes the weights atomically; ``is_bare`` leaves out the "model" key."""
     try:
         with atomic_write(target) as file:
-            if target.endswith(".safetensors"):  # no tensor may share memory with another
+            if target.endswith(".safetensors"):  # which rejects tensors that share memory
                 layout = torch.contiguous_format
                 copies = {k: value.clone(memory_format=layout) for k, value in weights.items()}
                 file.write(safetensors.torch.save(copies, {"format": "pt"}))
@@ -84,7 +85,7 @@ def _write(weights: Weights, target: str, is_bare: bool) -> None:
 
 
 def _options(requirements: Requirements) -> str:
-    """What to append to a command line of train_net.py."""
+    """Formats the requirements as KEY VALUE pairs for a command line."""
     settings = {"MODEL.FCOS.CONVENTION": requirements.conventions[0], **requirements.settings}
     return " ".join(
         f'{key} "{value}"' if isinstance(value, list) else f"{key} {value}"
@@ -93,20 +94,20 @@ def _options(requirements: Requirements) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = parser_of(__doc__)
+    """Parses the command line."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("source", metavar="IN", help="weights of any known FCOS")
+    add("source", metavar="IN", help="weights of any known FCOS implementation")
     add("target", metavar="OUT", help="file to write")
     add("--to", choices=(OURS, *WRITABLE), default=OURS, help="default: %(default)s")
     add(
         "--trust-pickle",
         action="store_true",
-        help="run whatever code is in IN to read it: only if you trust its author",
+        help="run the code in IN to read it; only for files from a source you trust",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(convert, *vars(parse(arguments)).values())

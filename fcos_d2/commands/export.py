@@ -1,14 +1,14 @@
-"""Writes a trained detector as one file that runs without fcos_d2 and without detectron2.
+"""Exports a trained detector to a file that runs without fcos_d2 and detectron2.
 
     fcos-d2 export --config-file CONFIG --format onnx --output FILE MODEL.WEIGHTS PTH
     fcos-d2 export ... --format torch_export --output FILE.pt2 --half --verify
     fcos-d2 export ... --format onnx --output FILE --int8 --verify
 
-Formats are onnx (onnxruntime, TensorRT), openvino (.xml and .bin), torch_export (torch.export.load)
-and aoti (compiled by AOTInductor for this kind of machine; C++ loads it without Python). --verify
-runs the file beside the model on images of the first test set, at three sizes and in batches of one
-and of up to four; the exit status is 1 if they differ. docs/deployment.md says what goes in and
-what comes out.
+Formats: onnx (ONNX Runtime, TensorRT), openvino (.xml and .bin), torch_export (torch.export.load)
+and aoti (compiled by AOTInductor for this type of machine; C++ loads it without Python). --verify
+compares the detections of the file and the model on images of the first test set, at three sizes
+and in batches of 1 and up to 4; the exit status is 1 if they differ. docs/deployment.md describes
+inputs and outputs.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from ..export import (
 from ..export.quantization import export_int8
 from ..inference import load_detector
 from ..modeling import FCOS
-from .arguments import check_fcos, config_parser
+from .arguments import check_fcos, make_config_parser
 
-SCALES = (0.75, 1.0, 1.25)  # of the images as the evaluation sees them
+SCALES = (0.75, 1.0, 1.25)  # of the images, relative to evaluation
 BATCH_SIZES = (1, 4)
 
 
 class Tolerance(NamedTuple):
-    """How much may differ: box coordinates in pixels, scores, and the share of detections lost."""
+    """Tolerated differences: of coordinates in pixels, of scores, and share of lost detections."""
 
     box: float
     score: float
@@ -55,13 +55,13 @@ class Tolerance(NamedTuple):
 
 
 FLOAT32 = Tolerance(0.05, 1e-4, 0.0)
-FLOAT16 = Tolerance(0.5, 0.005, 0.05)  # rounding moves some over a threshold
+FLOAT16 = Tolerance(0.5, 0.005, 0.05)  # rounding moves some scores across a threshold
 INT8 = Tolerance(3.0, 0.1, 0.2)
 CALIBRATION_IMAGES = 100
 
 
-def describe(cfg: CfgNode) -> dict[str, object]:
-    """What a runner must know beside the graph: how to make its input, what its classes are."""
+def make_metadata(cfg: CfgNode) -> dict[str, object]:
+    """Returns what a runtime needs besides the graph: how to prepare its input, and the classes."""
     datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     return {
         "channels": cfg.INPUT.FORMAT,
@@ -72,16 +72,16 @@ def describe(cfg: CfgNode) -> dict[str, object]:
 
 
 def read_images(cfg: CfgNode, records: Sequence[dict]) -> list[Tensor]:
-    """Images as the evaluation sees them."""
+    """Reads and resizes images as in evaluation."""
     mapper = FCOSDatasetMapper(cfg, is_train=False)
     return [mapper(dict(record))["image"] for record in tqdm(records, "reading", disable=None)]
 
 
 def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
-    """Prints how well the file repeats the model's detections; whether it does.
+    """Compares the detections of file and model, prints a table, returns whether they agree.
 
     Raises:
-        InputError: the first test set cannot be used, or the model finds nothing in it.
+        InputError: the first test set cannot be read, or the model detects nothing in it.
     """
     if not cfg.DATASETS.TEST:
         raise InputError("--verify needs images; set DATASETS.TEST")
@@ -104,71 +104,69 @@ def verify(cfg: CfgNode, model: FCOS, options: argparse.Namespace) -> bool:
             print(f"{scale:6} {max(map(len, batches)):6} {result}")
     if not compared:
         raise InputError(
-            "--verify compared nothing: the model finds no object; check MODEL.WEIGHTS, or lower "
-            "MODEL.FCOS.INFERENCE_TH_TEST"
+            "--verify needs detections, but the model detects nothing; check MODEL.WEIGHTS, or "
+            "lower MODEL.FCOS.INFERENCE_TH_TEST"
         )
-    same = "the same detections"
-    same += f", save up to {tolerance.lost:.0%}" if tolerance.lost else ""
-    print(same if good else f"error: not {same}")
+    tolerated = f" (tolerated: {tolerance.lost:.0%} lost)" if tolerance.lost else ""
+    print(f"{'the detections agree' if good else 'error: the detections differ'}{tolerated}")
     return good
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
-    """uint8 Tensor[C, H, W] at another size."""
+    """Resizes a uint8 Tensor[C, H, W]."""
     size = [max(1, round(scale * side)) for side in image.shape[1:]]
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _batches(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """uint8 Tensor[up to size, C, H, W] of images of the same size."""
-    alike: dict[tuple, list[Tensor]] = {}
+    """Yields uint8 Tensor[up to size, C, H, W] of images of the same shape."""
+    groups: dict[torch.Size, list[Tensor]] = {}
     for image in images:
-        alike.setdefault(tuple(image.shape), []).append(image)
-    for group in alike.values():
+        groups.setdefault(image.shape, []).append(image)
+    for group in groups.values():
         yield from torch.stack(group).split(size)
 
 
 def export(options: argparse.Namespace) -> int:
-    """What the command line says.
+    """Exports and, with --verify, verifies a detector; returns the exit status.
 
     Raises:
-        InputError: config, weights or data that cannot be used, or a format that cannot be written.
+        InputError: the config, the weights, the data or the format cannot be used.
     """
     cfg = read_cfg(options.config_file, options.opts)
     choose_device(cfg)
     if not cfg.MODEL.WEIGHTS:
-        raise InputError(
-            "MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and the file of the weights"
-        )
-    cfg.MODEL.COMPILE = False  # a graph is captured from the plain model
+        raise InputError("MODEL.WEIGHTS is empty; append MODEL.WEIGHTS FILE to the command")
+    cfg.MODEL.COMPILE = False  # export needs the uncompiled model
     model = load_detector(cfg)
     check_fcos(cfg, model)
     if options.int8:
         if options.format != "onnx" or options.half or not cfg.DATASETS.TRAIN:
-            raise InputError("--int8 needs --format onnx, no --half, and images of DATASETS.TRAIN")
+            raise InputError("--int8 needs --format onnx, DATASETS.TRAIN, and no --half")
         records = load_dataset(cfg.DATASETS.TRAIN[0], filter_empty=False)
         images = read_images(cfg, evenly_spaced(records, CALIBRATION_IMAGES))
-        export_int8(model, options.output, images, describe(cfg))
+        export_int8(model, options.output, images, make_metadata(cfg))
     else:
         export_detector(
-            model, options.output, options.format, half=options.half, metadata=describe(cfg)
+            model, options.output, options.format, half=options.half, metadata=make_metadata(cfg)
         )
     print(f"{options.output}: {options.output.stat().st_size / 2**20:.1f} MiB")
     return int(options.verify and not verify(cfg, model, options))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = config_parser(__doc__)
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--half", action="store_true", help="weights and feature maps in float16")
-    parser.add_argument("--int8", action="store_true", help="convolutions in int8; ONNX alone")
-    parser.add_argument("--verify", action="store_true", help="compare with the model")
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="that are compared")
+    """Parses the command line."""
+    parser = make_config_parser(__doc__)
+    add = parser.add_argument
+    add("--format", required=True, choices=FORMATS)
+    add("--output", required=True, type=Path, metavar="FILE", help="file to write")
+    add("--half", action="store_true", help="use float16 weights and feature maps")
+    add("--int8", action="store_true", help="quantize convolutions to int8 (only onnx)")
+    add("--verify", action="store_true", help="compare the detections with the model's")
+    add("--images", type=int, default=8, metavar="N", help="to compare (default: %(default)s)")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(export, parse(arguments))

@@ -1,13 +1,13 @@
-"""Writes a config for a folder of images and annotations, with comments that explain the choices.
+"""Writes a config, with explanations, for a folder of images and annotations.
 
     fcos-d2 new-config FOLDER -o mine.yaml
     fcos-d2 train --config-file mine.yaml
 
-Recognizes COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML, Roboflow's exports.
-Without a validation set, a fifth of the images becomes one, listed in mine_val.txt: every class is
-represented, and augmented copies of one photo stay together. An existing list is kept, so that
-adding images does not move others. Exit status: 0; 1 if the data has defects that must be corrected
-first; 2 if there is no data.
+Reads COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML and Roboflow's exports. If
+there is no validation set, a fifth of the images is held out and listed in mine_val.txt: every
+class is represented, and augmented copies of a photo stay together. An existing list is kept, so
+that adding images does not move others. The exit status is 1 if the data has defects that must be
+corrected first, and 2 if there is no data.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from ..data.inspection import inspect_dataset
 from ..data.level_fit import pyramid_keys, sample_of, suggest_pyramid
 from ..data.records import boxes_of, evenly_spaced
 from ..errors import InputError, exit_status
-from .arguments import parser_of
+from .arguments import make_parser
 
 VALIDATION = 0.2  # share of the images
-SLACK = 0.25  # by which the share of a class may differ from that
-SHOWN = 8  # class names
-SAMPLED = 2000  # images whose boxes are measured
+SLACK = 0.25  # relative deviation from this share that is tolerated for a class
+MAX_NAMES = 8  # class names listed in the config
+MAX_MEASURED = 2000  # images whose boxes are measured
 
-# ---- a validation set ----
+# ---- Validation set ----
 
 
 def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
     """Selects a fifth of the images, with about a fifth of the photos of every class.
 
-    The selection depends on a hash of the name of each photo; a few photos are moved for the sake
-    of rare classes, the rarest first.
+    Selects photos by a hash of their names, then adds and removes photos to balance the classes,
+    starting with the rarest.
 
     Args:
         labels: classes in each image, by file name.
@@ -56,26 +56,26 @@ def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
     groups: dict[str, set[int]] = {}
     for name, classes in labels.items():
         groups.setdefault(photo(name), set()).update(classes)
-    place = {group: share(group) for group in groups}
-    chosen = {group for group in groups if place[group] < VALIDATION}
+    position = {group: share(group) for group in groups}
+    chosen = {group for group in groups if position[group] < VALIDATION}
     counts = Counter(class_ for classes in groups.values() for class_ in classes)
-    settled: set[int] = set()
+    balanced: set[int] = set()
     for class_, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
-        members = sorted((g for g in groups if class_ in groups[g]), key=place.get)
-        free = [group for group in members if not groups[group] & settled]
+        members = sorted((g for g in groups if class_ in groups[g]), key=position.get)
+        free = [group for group in members if not groups[group] & balanced]
         wanted = max(1, round(VALIDATION * count)) if count > 1 else 0
         slack = int(SLACK * wanted)
         have = len(chosen.intersection(members))
-        missing, over = max(0, wanted - slack - have), max(0, have - wanted - slack)
+        missing, excess = max(0, wanted - slack - have), max(0, have - wanted - slack)
         chosen |= set([group for group in free if group not in chosen][:missing])
-        chosen -= set([group for group in reversed(free) if group in chosen][:over])
-        settled.add(class_)
+        chosen -= set([group for group in reversed(free) if group in chosen][:excess])
+        balanced.add(class_)
     return {name for name in labels if photo(name) in chosen}
 
 
-# ---- the recipe ----
+# ---- Settings ----
 
-TEXT = """\
+TEMPLATE = """\
 # {num_images} images with {num_classes} classes: {classes}
 _BASE_: {base}
 DATASETS:
@@ -88,23 +88,23 @@ INPUT:
 {sizes}
   RANDOM_FLIP: "horizontal"  # "none" if left and right differ, as in text
 {training}
-  MAX_ITER: {iterations}  # every image {epochs:.0f} times, and at least 1500 iterations
+  MAX_ITER: {iterations}  # {epochs:.0f} epochs, and at least 1500 iterations
   CHECKPOINT_PERIOD: {period}
 TEST: {{EVAL_PERIOD: {period}}}  # three evaluations
 VIS_PERIOD: {period}
-DATALOADER: {{NUM_WORKERS: {workers}}}  # for the CPU cores of this machine
+DATALOADER: {{NUM_WORKERS: {workers}}}  # for the CPU cores of this computer
 OUTPUT_DIR: output/{name}
 """
 SIZES = """\
-  # For images of {width:.0f} x {height:.0f}, this makes 5 percent of the boxes smaller than
+  # Images of {width:.0f} x {height:.0f} are resized so that 5% of the boxes are smaller than
   # {small:.0f} pixels.
   MIN_SIZE_TRAIN: {train_sizes}
   MAX_SIZE_TRAIN: {longest}
   MIN_SIZE_TEST: {size}
   MAX_SIZE_TEST: {longest}"""
 TILES = """\
-  # In images of {width:.0f} x {height:.0f}, 5 percent of the boxes are under {small:.0f} pixels,
-  # too small for downsampling: train on crops. Detect with fcos-d2 --tile {size}.
+  # In images of {width:.0f} x {height:.0f}, 5% of the boxes are smaller than {small:.0f} pixels,
+  # too small for downsampling: train on crops, and detect with fcos-d2 --tile {size}.
   CROP: {{ENABLED: True, TYPE: "absolute", SIZE: [{size}, {size}]}}
   MIN_SIZE_TRAIN: [{size}]
   MAX_SIZE_TRAIN: {size}
@@ -115,7 +115,7 @@ MODEL:
 {levels}
 SOLVER:
   IMS_PER_BATCH: {batch}  # for the memory of the GPU
-  BASE_LR: {rate:.6g}  # 0.01 for 16 images
+  BASE_LR: {rate:.6g}  # 0.01 for a batch of 16
   STEPS: {steps}
   WARMUP_ITERS: 500"""
 FROM_SCRATCH = """\
@@ -127,12 +127,12 @@ SOLVER:
   BASE_LR: 0.0014  # AdamW, with a cosine schedule"""
 
 
-class Fingerprint(NamedTuple):
-    """The statistics on which the recipe depends."""
+class Statistics(NamedTuple):
+    """Statistics of a dataset that determine the settings, in pixels."""
 
-    width: float  # of the images, median
+    width: float  # median of the images
     height: float
-    small: float  # 5th percentile of the shorter side of boxes, pixels
+    small: float  # 5th percentile of the shorter side of boxes
     records: list[dict]
 
     @property
@@ -141,8 +141,8 @@ class Fingerprint(NamedTuple):
         return min(self.width, self.height)
 
 
-def fingerprint(records: list[dict]) -> Fingerprint:
-    """Measures a dataset.
+def measure(records: list[dict]) -> Statistics:
+    """Measures the images and boxes of a dataset.
 
     Raises:
         InputError: it has no boxes.
@@ -152,27 +152,27 @@ def fingerprint(records: list[dict]) -> Fingerprint:
     if not (sides > 0).any():
         raise InputError("there are no boxes with area; check that these are the right annotations")
     sizes = np.median([(r["width"], r["height"]) for r in records], axis=0)
-    return Fingerprint(*sizes, float(np.quantile(sides[sides > 0], 0.05)), records)
+    return Statistics(*sizes, float(np.quantile(sides[sides > 0], 0.05)), records)
 
 
-def recipe(found: Fingerprint, has_gpu: bool) -> dict:
-    """Values for ``TEXT``: fine-tuning on a GPU, training from scratch on a CPU."""
+def choose_settings(data: Statistics, has_gpu: bool) -> dict:
+    """Returns values for ``TEMPLATE``: fine-tunes on a GPU, trains from scratch on a CPU."""
     pixels, most, batch, epochs = (24, 800, _gpu_batch(), 12) if has_gpu else (20, 480, 4, 20)
-    # 5 percent of the boxes become smaller than so many pixels; at most twice the original size.
-    size = np.clip(pixels / found.small * found.short, min(128, found.short), most)
-    size = max(32, round(min(size, 2 * found.short) / 8) * 8)
-    is_tiled = pixels / 2 > found.small * size / found.short
+    # Make 5% of the boxes smaller than ``pixels``, but enlarge images to at most twice their size.
+    size = np.clip(pixels / data.small * data.short, min(128, data.short), most)
+    size = max(32, round(min(size, 2 * data.short) / 8) * 8)
+    is_tiled = pixels / 2 > data.small * size / data.short
     if is_tiled:
         size = int(max(most, 512) // 32 * 32)
-    scale = 1 if is_tiled else size / found.short
-    longest = int(np.ceil(1.25 * scale * max(found.width, found.height) / 32) * 32)
+    scale = 1 if is_tiled else size / data.short
+    longest = int(np.ceil(1.25 * scale * max(data.width, data.height) / 32) * 32)
     steps = np.linspace(0.8, 1, 5) if has_gpu else np.linspace(0.9, 1.1, 4)
-    iterations = int(max(1500, round(epochs * len(found.records) / batch, -2)))
+    iterations = int(max(1500, round(epochs * len(data.records) / batch, -2)))
     base = "torchvision/fcos_R_50_FPN" if has_gpu else "digits/fcos_R_18_FPN_digits"
     values = {
-        "width": found.width,
-        "height": found.height,
-        "small": found.small * scale,
+        "width": data.width,
+        "height": data.height,
+        "small": data.small * scale,
         "size": size,
         "longest": longest,
         "train_sizes": sorted({round(size * step) for step in steps}),
@@ -180,30 +180,30 @@ def recipe(found: Fingerprint, has_gpu: bool) -> dict:
         "rate": 0.01 * batch / 16,
         "steps": [iterations * 2 // 3, iterations * 8 // 9],
         "weights": model_zoo.PREFIX + base,
-        "levels": _levels(found, has_gpu, found.short * scale, longest),
+        "levels": _levels(data, has_gpu, data.short * scale, longest),
     }
     return {
         "base": base,
         "sizes": (TILES if is_tiled else SIZES).format(**values),
         "training": (FINE_TUNING if has_gpu else FROM_SCRATCH).format(**values),
         "iterations": iterations,
-        "epochs": iterations * batch / len(found.records),
+        "epochs": iterations * batch / len(data.records),
         "period": max(1, iterations // 3),
         "workers": min(4, max(0, (os.cpu_count() or 1) - 1)),
     }
 
 
 def _gpu_batch() -> int:
-    """Images per iteration, which take about 2 GB each at 800 pixels."""
+    """Returns the batch size for the GPU; an image of 800 pixels takes about 2 GB."""
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     return int(np.clip(2 ** int(np.log2(max(memory / 2**31, 1))), 2, 16))
 
 
-def _levels(found: Fingerprint, has_gpu: bool, size: float, longest: int) -> str:
-    """Levels for the measured boxes; on a GPU those of the published weights if possible."""
-    records = evenly_spaced(found.records, SAMPLED)
+def _levels(data: Statistics, has_gpu: bool, size: float, longest: int) -> str:
+    """Returns config lines with levels that fit the boxes: the pretrained ones, if they do."""
+    records = evenly_spaced(data.records, MAX_MEASURED)
     samples = [sample_of(r, round(size), longest) for r in records]
-    pyramid = suggest_pyramid(samples, found.small * size / found.short)
+    pyramid = suggest_pyramid(samples, data.small * size / data.short)
     _, *keys = pyramid_keys(pyramid)
     reason = f"  # Levels of strides {', '.join(map(str, pyramid.strides))} fit the measured boxes."
     if has_gpu and pyramid.strides[0] >= 8:
@@ -211,11 +211,11 @@ def _levels(found: Fingerprint, has_gpu: bool, size: float, longest: int) -> str
     return "\n".join([reason, *keys, "    NUM_CLASSES: null  # as many as in the data"])
 
 
-# ---- the file ----
+# ---- Config file ----
 
 
 def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
-    """Writes the config and, if necessary, the list of validation images.
+    """Writes the config and, if necessary, the list of validation images; returns the exit status.
 
     Raises:
         InputError: the folder contains no data, or the file exists.
@@ -227,14 +227,14 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
     entries, train, test, why = assign_roles(recognize(folder), name, output)
     register_datasets(entries)
     found = [inspect_dataset(n, read_images=False) for n in (train, test)]
-    values, classes = recipe(fingerprint(found[0].records), has_gpu), found[0].class_names
+    values, classes = choose_settings(measure(found[0].records), has_gpu), found[0].class_names
     base = os.path.relpath(model_zoo.get_config_file(values.pop("base")), output.parent)
     lines = [f"    {key}: {json.dumps(e, ensure_ascii=False)}" for key, e in entries.items()]
-    more = ", ..." if len(classes) > SHOWN else ""
-    text = TEXT.format(
+    more = ", ..." if len(classes) > MAX_NAMES else ""
+    text = TEMPLATE.format(
         num_images=len(found[0].records),
         num_classes=len(classes),
-        classes=", ".join(classes[:SHOWN]) + more,
+        classes=", ".join(classes[:MAX_NAMES]) + more,
         base=json.dumps(base),
         entries="\n".join(lines),
         **values,
@@ -249,23 +249,23 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
             f"fcos-d2 check --config-file {output} --clean"
         )
         return 1
-    print(f"now: fcos-d2 train --config-file {output}")
+    print(f"next: fcos-d2 train --config-file {output}")
     return 0
 
 
 def assign_roles(found: dict, name: str, output: Path) -> tuple[dict[str, dict], str, str, str]:
-    """Entries by name, the names to train and to test on, and the reason."""
+    """Returns dataset entries by name, the names for training and testing, and the reason."""
     entries = {f"{name}_{split}": entry for split, entry in found.items() if split != "all"}
     if "trainval" in found and "test" in found:
         entries = {f"{name}_{split}": found[split] for split in ("trainval", "test")}
-        return entries, f"{name}_trainval", f"{name}_test", "The lists in the folder."
+        return entries, f"{name}_trainval", f"{name}_test", "The image lists of the folder."
     tested = next((split for split in ("val", "test") if split in found), None)
     if "train" in found and tested:
-        return entries, f"{name}_train", f"{name}_{tested}", "The splits in the folder."
+        return entries, f"{name}_train", f"{name}_{tested}", "The splits of the folder."
     split = "train" if "train" in found else next(iter(found))
     entry, path = found[split], output.with_name(f"{output.stem}_val.txt")
     if path.exists():
-        why = f"The images in {path}, which existed, stay the validation set."
+        why = f"{path} already existed; its images remain the validation set."
     else:
         names = _choose(name, entry)
         path.write_text("\n".join(sorted(names)) + "\n")
@@ -290,18 +290,17 @@ def _choose(name: str, entry: dict) -> set[str]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = parser_of(__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images and annotations")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="to train on; default: the GPU if there is one"
-    )
+    """Parses the command line."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="folder of images and annotations")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="config to write")
+    add("--device", choices=("cpu", "cuda"), help="to train on (default: cuda if available)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     options = parse(arguments)
     has_gpu = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     return exit_status(write_config, options.folder, options.output, has_gpu)

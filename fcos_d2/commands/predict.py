@@ -1,14 +1,15 @@
-"""Detects objects in images, folders, videos or a camera's frames.
+"""Detects objects in images, folders, videos and camera streams.
 
-    fcos-d2 photo.jpg                                a model pretrained on COCO, downloaded once
+    fcos-d2 photo.jpg                                with a COCO model, which is downloaded once
     fcos-d2 photos/ 'more/*.jpg' --model mmdetection/fcos_R_101_FPN_2x --output found/
     fcos-d2 street.mp4 --config-file output/digits/config.yaml --output street_found.mp4
     fcos-d2 photos/ --config-file FILE --weights FILE --output all.mp4 --json all.json
     fcos-d2 --webcam 0 --output camera.mp4 --frames 300
 
-Drawn images go into the folder detections unless --output or --json says otherwise. Classes are
-cut at the scores measured best in the last evaluation, or at 0.5, unless --score is given. No
-display is needed. Exit status: 0, 1 if some input was skipped, 2 if nothing can be done.
+Writes images with detections to the folder detections, unless --output or --json is given. The
+score threshold of a class is the best one measured in the last evaluation, or 0.5 if there is none;
+--score sets one for all classes. Needs no display. The exit status is 1 if an input was skipped,
+and 2 if an error ended the command.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from ..media import (
 from ..modeling.acceleration import keep_freed_memory
 from ..predictor import Predictor
 from ..tiling import TiledPredictor
-from .arguments import parser_of
+from .arguments import make_parser
 
 PRETRAINED = "torchvision/fcos_R_50_FPN"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Does what the command line says; the exit status.
+    """Detects objects in all inputs and writes them; returns the exit status.
 
     Raises:
-        InputError: inputs, config, weights or output that cannot be used.
+        InputError: the inputs, the config, the weights or the output cannot be used.
     """
     skipped = Skipped()
     sources = find_sources(options.inputs, skipped)
     if options.webcam is not None:
         sources.append(Source(str(options.webcam), "camera", Path(f"camera_{options.webcam}")))
     if not sources:
-        raise InputError("there is no input that can be read")
+        raise InputError("no input can be read; pass images, videos or folders that contain some")
     if options.output:
         sources = choose_targets(sources, options.output, options.frames)
     check_targets(sources, options.json)
@@ -73,17 +74,17 @@ def run(options: argparse.Namespace) -> int:
             writers.append(stack.enter_context(closing(JsonWriter(file))))
         frames = stack.enter_context(closing(read_frames(sources, skipped)))
         bar = stack.enter_context(tqdm(total=total, unit="image", disable=None))
-        shown, objects = _process(predictor, frames, writers, bar, options)
-    places = [options.output, options.json]
-    print(f"{objects} objects in {shown} images: {', '.join(str(p) for p in places if p)}")
+        num_images, num_objects = _process(predictor, frames, writers, bar, options)
+    targets = ", ".join(str(path) for path in (options.output, options.json) if path)
+    print(f"{num_objects} objects in {num_images} images: {targets}")
     return 1 if skipped else 0
 
 
 def load_predictor(options: argparse.Namespace) -> Predictor:
-    """The predictor of --config-file, or of --model.
+    """Loads the predictor of --config-file or --model.
 
     Raises:
-        InputError: config or weights that cannot be used.
+        InputError: the config or the weights cannot be used.
     """
     config, weights = options.config_file, options.weights
     if config is None:
@@ -99,40 +100,40 @@ def load_predictor(options: argparse.Namespace) -> Predictor:
 
 
 def _process(predictor, frames, writers, bar, options) -> tuple[int, int]:
-    """Detects and writes batch by batch; numbers of frames and of objects."""
-    shown = objects = 0
+    """Detects objects batch by batch and writes them; returns the numbers of images and objects."""
+    num_images = num_objects = 0
     frames = islice(frames, options.frames)
     while batch := list(islice(frames, options.batch_size)):
         predictions = predictor.predict([frame.image for frame in batch])
         for frame, found in zip(batch, predictions, strict=True):
             for writer in writers:
                 writer.write(frame, found)
-            objects += len(found)
-        shown += len(batch)
+            num_objects += len(found)
+        num_images += len(batch)
         bar.update(len(batch))
-    return shown, objects
+    return num_images, num_objects
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = parser_of(__doc__)
+    """Parses the command line."""
+    parser = make_parser(__doc__)
     parser.prog = "fcos-d2"
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="images, videos, folders or patterns")
-    add("--model", default=PRETRAINED, metavar="NAME", help="of MODEL_ZOO.md; default: %(default)s")
-    add("--config-file", metavar="FILE", help="instead of --model: of a model of your own")
-    add("--weights", default="", metavar="FILE", help="default: what training left in OUTPUT_DIR")
-    add("--output", type=Path, metavar="PATH", help="folder, image file or video file")
-    add("--json", type=Path, metavar="FILE", help="boxes, classes and scores of all frames")
-    add("--score", type=float, metavar="S", help="lowest score shown, of all classes")
+    add("inputs", nargs="*", metavar="INPUT", help="images, videos, folders or glob patterns")
+    add("--model", default=PRETRAINED, metavar="NAME", help="model of the zoo (%(default)s)")
+    add("--config-file", metavar="FILE", help="config of your own model, instead of --model")
+    add("--weights", default="", metavar="FILE", help="default: the final ones in OUTPUT_DIR")
+    add("--output", type=Path, metavar="PATH", help="folder, image or video to write")
+    add("--json", type=Path, metavar="FILE", help="write boxes, classes and scores to FILE")
+    add("--score", type=float, metavar="S", help="score threshold of all classes")
     add("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--tile", type=int, metavar="N", help="detect in overlapping tiles of N x N pixels")
-    add("--webcam", type=int, metavar="N", help="number of a camera, like 0")
-    add("--frames", type=int, metavar="N", help="stop after so many frames")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="override the config")
+    add("--webcam", type=int, metavar="N", help="index of a camera, such as 0")
+    add("--frames", type=int, metavar="N", help="stop after N images or frames")
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config keys to override")
     options = parser.parse_args(arguments)
     if not options.inputs and options.webcam is None:
-        parser.error("nothing to look at; name images, folders or videos, or pass --webcam 0")
+        parser.error("no input is given; pass images, videos or folders, or --webcam 0")
     if not options.output and not options.json:
         options.output = Path("detections")
     if options.batch_size < 1:
@@ -143,5 +144,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(run, parse(arguments))

@@ -1,10 +1,10 @@
-"""Draws a training run: its curves, detections, and a page to browse the mistakes.
+"""Draws the training curves, detections and mistakes of a training run.
 
     fcos-d2 report OUTPUT_DIR [--images N] [--score S] [--mistakes N]
 
-Runs the model that train_net.py left in OUTPUT_DIR on the first test set, and writes curves.png,
-contact_sheet.png and report/index.html, which opens from disk. The images of the contact sheet are
-evenly spaced over the test set, so nobody chose the pretty ones.
+Runs the final model in OUTPUT_DIR on the first test set, and writes curves.png, contact_sheet.png
+and report/index.html, a page to browse the mistakes. The images of the contact sheet are evenly
+spaced over the test set, not selected.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from ..predictor import FINAL_WEIGHTS
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import ap_series, plot_training, read_metrics
 from ..visualization.sheet import contact_sheet
-from .arguments import parser_of
+from .arguments import make_parser
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3
 
 
 def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: int) -> None:
-    """Writes the figures and the page, and prints where they are.
+    """Writes the figures and the page, and prints their paths.
 
     Raises:
-        InputError: a file of the training is missing or cannot be used.
+        InputError: a file of the training run is missing or cannot be used.
     """
     keep_freed_memory()
     cfg = _load_config(output_dir)
@@ -51,7 +51,7 @@ def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: in
     name = cfg.DATASETS.TEST[0]
     records = load_dataset(name, filter_empty=False)
     sample = evenly_spaced(records, num_images)
-    found = _detect(cfg, _require(output_dir / FINAL_WEIGHTS, "finish the training"))
+    found = _detect(cfg, _require(output_dir / FINAL_WEIGHTS, "finish training"))
     averages = ap_series(metrics).items()
     precision = ", ".join(f"{name} {series.values[-1]:.1f}" for name, series in averages)
     shown = f"{len(sample)} of {len(records)} images, evenly spaced"
@@ -75,15 +75,15 @@ def report(output_dir: Path, num_images: int, min_score: float, num_mistakes: in
     print(f"page           {page}")
 
 
-def _require(path: Path, what: str) -> Path:
-    """``path``, if it is a file; else the error that says how it is made."""
+def _require(path: Path, remedy: str) -> Path:
+    """Returns ``path`` if it is a file; raises an error with the command that creates it if not."""
     if path.is_file():
         return path
     config = path.parent / "config.yaml"
     command = f"python train_net.py --config-file {config} --resume"
     if not config.is_file():
         command = f"python train_net.py --config-file {DEMO_CONFIG} OUTPUT_DIR {path.parent}"
-    raise InputError(f"{path} does not exist; {what}: {command}")
+    raise InputError(f"{path} does not exist; {remedy}: {command}")
 
 
 def _load_config(output_dir: Path) -> CfgNode:
@@ -96,7 +96,7 @@ def _load_config(output_dir: Path) -> CfgNode:
 
 
 def _detect(cfg: CfgNode, weights: Path) -> dict[object, Objects]:
-    """What the model finds in the first test set, by image id."""
+    """Returns the model's detections in the first test set by image id."""
     model, found = accelerated(cfg, load_detector(cfg, str(weights))), {}
     with torch.no_grad():
         for batch in tqdm(build_test_loader(cfg, cfg.DATASETS.TEST[0]), disable=None):
@@ -131,13 +131,13 @@ def _sheet(
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = parser_of(__doc__)
-    add = parser.add_argument
-    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="of train_net.py")
-    add("--images", type=int, default=12, metavar="N", help="default: %(default)s")
-    add("--score", type=float, default=0.5, metavar="S", help="lowest shown (default: %(default)s)")
-    add("--mistakes", type=int, default=24, metavar="N", help="of each kind (default: %(default)s)")
+    """Parses the command line."""
+    parser = make_parser(__doc__)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="of the training run")
+    add("--images", type=int, default=12, metavar="N", help=f"in the contact sheet {default}")
+    add("--score", type=float, default=0.5, metavar="S", help=f"score threshold {default}")
+    add("--mistakes", type=int, default=24, metavar="N", help=f"to show of each kind {default}")
     options = parser.parse_args(arguments)
     for name in ("images", "mistakes"):
         if getattr(options, name) < 1:
@@ -146,5 +146,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(report, *vars(parse(arguments)).values())

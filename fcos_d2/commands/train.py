@@ -1,4 +1,4 @@
-"""Trains and evaluates FCOS, with the flags that every Detectron2 user knows.
+"""Trains and evaluates FCOS, with the flags of Detectron2's train_net.py.
 
 python train_net.py --config-file configs/digits/fcos_R_18_FPN_digits.yaml
 python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS output/digits/model_final.pth
@@ -38,10 +38,10 @@ def train(args: argparse.Namespace):
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, which is detectron2's."""
+    """Parses the command line with detectron2's parser."""
     return default_argument_parser(epilog=__doc__).parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return run_script(train, parse(arguments))

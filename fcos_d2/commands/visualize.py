@@ -3,10 +3,10 @@
     fcos-d2 visualize --config-file FILE [--output DIR] [--images N]
     fcos-d2 check --config-file FILE [--clean] [--skip-images]
 
-Draws images as training sees them, with their boxes and the points that learn them on each level.
---check reads all images and annotations instead and reports defects, classes, boxes that no point
-learns, and levels that would fit better; the exit status is 1 if training would stop. --clean also
-writes repaired annotation files without defects.
+Draws augmented training images, with their boxes and the points assigned to them on each level.
+--check instead reads all images and annotations, and reports defects, classes, boxes without an
+assigned point, and levels that would fit better; the exit status is 1 if the data must be corrected
+before training. --clean also writes annotation files that are repaired and free of defects.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ from ..modeling.structures import PointGrid, pack_ground_truth
 from ..visualization.assignment import draw_assignment, to_rgb
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.sheet import contact_sheet
-from .arguments import config_parser
+from .arguments import make_config_parser
 
-MOST_SHOWN = 20  # broken things that are listed, the others are counted
-MOST_MEASURED = 2000  # images whose assignment is computed: enough for shares of a percent
+MAX_LISTED = 20  # defects that are printed; more are only counted
+MAX_MEASURED = 2000  # images whose assignment is computed, which are enough for a precision of 0.1%
 
 
-# ---- drawings ----
+# ---- Drawing ----
 
 
 def draw(cfg: CfgNode, names: Sequence[str], folder: Path, num_images: int) -> None:
-    """Draws images as training sees them, and the points that learn each object.
+    """Draws training images and the points assigned to each object.
 
     Raises:
-        InputError: a dataset cannot be used.
+        InputError: a dataset cannot be read.
     """
-    losses, grid = _rules(cfg)
+    losses, grid = _assignment_rules(cfg)
     mapper = FCOSDatasetMapper(cfg, is_train=True)
     for name in names:
         records = load_dataset(name, filter_empty=False, masks=cfg.MODEL.MASK_ON)
@@ -102,8 +102,8 @@ def _draw_record(sample: dict, image_format: str, losses, grid, name: str) -> np
     return contact_sheet([[objects], [points]], [title])
 
 
-def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, PointGrid]:
-    """The assignment rules of the config, optionally with other levels."""
+def _assignment_rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, PointGrid]:
+    """Returns the assignment rules of the config, optionally with other levels."""
     if pyramid is not None:
         cfg = cfg.clone()
         cfg.MODEL.FCOS.FPN_STRIDES = pyramid.strides
@@ -116,14 +116,14 @@ def _rules(cfg: CfgNode, pyramid: Pyramid | None = None) -> tuple[FCOSLoss, Poin
     return losses, PointGrid(fcos.FPN_STRIDES, fcos.LOCATION_OFFSET, fcos.LOCATION_PITCH)
 
 
-# ---- check ----
+# ---- Checking ----
 
 
 def check(cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bool) -> bool:
     """Prints a report on the datasets; returns whether training can use them as they are.
 
     Raises:
-        InputError: an annotation file cannot be read at all.
+        InputError: an annotation file cannot be read.
     """
     masks = cfg.MODEL.MASK_ON
     inspections = [inspect_dataset(name, read_images, masks) for name in names]
@@ -143,21 +143,24 @@ def check(cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bo
     if write_clean:
         _write_clean(inspections, masks)
     elif problems > len(reasons) or any(inspection.repaired for inspection in inspections):
-        print("--clean writes repaired annotation files without defects")
+        print("pass --clean to write annotation files without defects")
     print(f"problems to correct: {problems}" if problems else "ready to train")
     return not problems
 
 
 def _print_contents(inspection: Inspection, contents: Contents) -> None:
     print(f"\n{inspection.name}")
-    print(f"  {len(inspection.records)} images, {contents.num_boxes} boxes that can be used")
+    print(f"  {len(inspection.records)} images, {contents.num_boxes} usable boxes")
     for line in describe_repairs(inspection.repaired):
         print(f"  repaired: {line}")
-    broken = [f"image {name}: {why}" for name, why in inspection.image_problems.items()]
-    broken += [problem.text for problem in inspection.problems]
-    if broken:
-        print(f"\n  broken: {len(broken)}")
-        _print_some(broken)
+    defects = [f"image {name}: {why}" for name, why in inspection.image_problems.items()]
+    defects += [problem.text for problem in inspection.problems]
+    if defects:
+        print(f"\n  defects: {len(defects)}")
+    for line in defects[:MAX_LISTED]:
+        print(f"    {line}")
+    if len(defects) > MAX_LISTED:
+        print(f"    and {len(defects) - MAX_LISTED} more")
     for what, count in contents.notes.items():
         print(f"  note: {count} {what}")
     print("\n  class                     boxes    images")
@@ -168,15 +171,8 @@ def _print_contents(inspection: Inspection, contents: Contents) -> None:
         print(f"  {name[:22]:22} {boxes:8} {images:9}  {bar if boxes else 'never used'}")
 
 
-def _print_some(lines: Sequence[str]) -> None:
-    for line in lines[:MOST_SHOWN]:
-        print(f"    {line}")
-    if len(lines) > MOST_SHOWN:
-        print(f"    and {len(lines) - MOST_SHOWN} more")
-
-
 def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
-    """Mismatches between datasets, or between a dataset and the model."""
+    """Describes mismatches between datasets, or between a dataset and the model."""
     lines = []
     for inspection in inspections:
         try:
@@ -193,18 +189,18 @@ def _mismatches(cfg: CfgNode, inspections: Sequence[Inspection]) -> list[str]:
             if shared:
                 lines.append(
                     f"{shared} of the {len(inspection.records)} images of {inspection.name} are "
-                    "also trained on, so evaluation would measure memorization: set 'part'"
+                    "also in the training data, which makes evaluation meaningless; set 'part'"
                 )
     return lines
 
 
 def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
-    """Writes clean copies of annotation files with defects."""
-    broken = [i for i in inspections if i.num_problems or i.repaired]
-    for inspection in broken:
+    """Writes copies without defects of the annotation files that have some."""
+    defective = [i for i in inspections if i.num_problems or i.repaired]
+    for inspection in defective:
         if not inspection.files:
             print(f"--clean: {inspection.name} has no annotation file; correct it in Python")
-    for file, content, num_before, repaired, removed in clean(inspections, broken, masks):
+    for file, content, num_before, repaired, removed in clean(inspections, defective, masks):
         for line in describe_repairs(repaired):
             print(f"repaired: {line}")
         for line in removed:
@@ -216,36 +212,37 @@ def _write_clean(inspections: Sequence[Inspection], masks: bool) -> None:
             continue
         path.write_text(json.dumps(content))
         print(
-            f"{count} of {num_before} annotations: {path}; name it in the config instead of {file}"
+            f"{count} of {num_before} annotations: {path}; use it in the config instead of {file}"
         )
 
 
 def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
-    """Prints how the configured and the suggested levels fit, at the sizes of training."""
-    records = evenly_spaced(inspection.records, MOST_MEASURED)
+    """Prints how well the configured and the suggested levels fit at the training sizes."""
+    records = evenly_spaced(inspection.records, MAX_MEASURED)
     sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
     samples = {
         size: [sample_of(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
     }
-    fits = {size: measure_fit(samples[size], *_rules(cfg)) for size in sizes}
+    rules = _assignment_rules(cfg)
+    fits = {size: measure_fit(samples[size], *rules) for size in sizes}
     for size, fit in fits.items():
         print(f"\n  levels at INPUT.MIN_SIZE_TRAIN {size}, {fit.num_images} images")
-        _print_fit(fit, *_rules(cfg))
+        _print_fit(fit, *rules)
     _print_suggestion(cfg, samples[sizes[0]], fits[sizes[0]])
 
 
 def _print_suggestion(cfg: CfgNode, samples: Sequence[Sample], configured: LevelFit) -> None:
     pyramid = suggest_pyramid(samples)
-    fit = measure_fit(samples, *_rules(cfg, pyramid))
+    fit = measure_fit(samples, *_assignment_rules(cfg, pyramid))
     share = _share(fit.unserved, fit.num_boxes)
     if fit.unserved >= configured.unserved:
-        print(f"  these levels fit: those of the paper's proportions would leave {share} unlearned")
+        print(f"  the levels fit; levels of the paper's proportions would leave out {share}")
     else:
-        print(f"\n  other levels would leave only {share} unlearned:")
+        print(f"\n  other levels would leave out only {share}:")
         for line in pyramid_keys(pyramid):
             print(f"    {line}")
     if min(pyramid.strides) == STRIDES[0] and fit.too_small > MISSED * fit.num_boxes:
-        print("  many objects are small: raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
+        print("  many objects are small; raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
 
 
 def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
@@ -253,29 +250,29 @@ def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
     for stride, (low, high), boxes, points in zip(
         grid.strides, losses.size_ranges, fit.boxes_per_level, fit.points_per_level, strict=True
     ):
-        # A distance of the range is about half of the box's longer side.
+        # The range limits distances, which are about half of the longer side of a box.
         sizes = f"{max(0, 2 * low):.0f} to {2 * high:.0f}".replace("to inf", "and more")
         print(f"    {stride:6}   {sizes:14} {boxes:7} {points / fit.num_images:11.1f}")
-    print(f"    boxes that no point learns: {_share(fit.unserved, fit.num_boxes)}", end="")
+    print(f"    boxes without an assigned point: {_share(fit.unserved, fit.num_boxes)}", end="")
     print(f" ({fit.too_small} too small, {fit.covered} covered by smaller boxes)")
     positive = sum(fit.points_per_level)
     print(f"    ambiguous points: {_share(fit.ambiguous, positive)}")
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count} of {total} ({100 * count / max(total, 1):.1f} %)"
+    return f"{count} of {total} ({count / max(total, 1):.1%})"
 
 
 def run(options: argparse.Namespace) -> int:
-    """What the command line says; the exit status.
+    """Draws or checks the datasets; returns the exit status.
 
     Raises:
-        InputError: a config or dataset cannot be used.
+        InputError: the config or a dataset cannot be used.
     """
     cfg = read_cfg(options.config_file, options.opts)
     names = options.dataset or list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     if not names:
-        raise InputError("no dataset is named; set DATASETS.TRAIN or pass --dataset NAME")
+        raise InputError("there is no dataset; set DATASETS.TRAIN or pass --dataset NAME")
     if options.check or options.clean:
         return int(not check(cfg, names, not options.skip_images, options.clean))
     draw(cfg, names, options.output or Path(cfg.OUTPUT_DIR) / "data", options.images)
@@ -283,15 +280,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = config_parser(__doc__, required=False)
+    """Parses the command line."""
+    parser = make_config_parser(__doc__, required=False)
     add = parser.add_argument
-    add("--dataset", action="append", metavar="NAME", help="instead of the config's")
-    add("--check", action="store_true", help="report instead of drawing")
-    add("--clean", action="store_true", help="write repaired annotation files")
+    add("--dataset", action="append", metavar="NAME", help="replaces the datasets of the config")
+    add("--check", action="store_true", help="check the datasets instead of drawing them")
+    add("--clean", action="store_true", help="write annotation files without defects")
     add("--skip-images", action="store_true", help="check without reading images")
-    add("--output", type=Path, metavar="DIR", help="default: OUTPUT_DIR/data")
-    add("--images", type=int, default=12, metavar="N", help="default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="for drawings (default: OUTPUT_DIR/data)")
+    add("--images", type=int, default=12, metavar="N", help="to draw (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if options.images < 1:
         parser.error(f"--images must be at least 1, got {options.images}")
@@ -299,5 +296,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Runs the command; returns its exit status."""
     return exit_status(run, parse(arguments))

@@ -1,4 +1,4 @@
-"""The analyze command against numbers worked out by hand and published ones."""
+"""Tests the analyze command against published counts and counts by hand."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def values(capsys, *words):
-    """What the lines below the table say, by their first word."""
+    """Returns the output, and the lines below the table by their first word."""
     config, *rest = words
     assert analyze.main(["--config-file", str(ROOT / "configs" / config), *rest]) == 0
     text = capsys.readouterr().out
@@ -17,7 +17,7 @@ def values(capsys, *words):
 
 
 def test_fcos_r50_has_the_published_number_of_parameters(capsys):
-    """32,244,250 and 32,021,850 trainable: tianzhi0549/FCOS and AdelaiDet, with 80 classes."""
+    """tianzhi0549/FCOS and AdelaiDet have 32,244,250, of which 32,021,850 are trainable."""
     options = ("--size", "100", "130", "MODEL.FCOS.NUM_CLASSES", "80")
     table, found = values(capsys, "fcos_R_50_FPN_1x.yaml", *options)
     assert found["parameters"] == "32,244,250, trainable 32,021,850"
@@ -27,7 +27,7 @@ def test_fcos_r50_has_the_published_number_of_parameters(capsys):
     assert "head.cls_tower" in table and "backbone.bottom_up" in table
 
 
-def test_flops_of_the_head_are_those_of_its_convolutions(capsys):
+def test_flops_of_the_head_match_its_convolutions(capsys):
     """A 3x3 convolution has 9 C_in C_out multiply-adds per point, and BN two per value."""
     table, found = values(
         capsys, "digits/fcos_R_18_FPN_digits.yaml", "--size", "160", "160", "--depth", "1"
@@ -41,7 +41,8 @@ def test_flops_of_the_head_are_those_of_its_convolutions(capsys):
     assert "not" not in found
 
 
-def test_size_that_is_none_is_one_line(capsys):
+def test_size_of_zero_is_an_error(capsys):
     config = str(ROOT / "configs" / "digits" / "fcos_R_18_FPN_digits.yaml")
     assert analyze.main(["--config-file", config, "--size", "0", "9"]) == 2
-    assert capsys.readouterr().err == "error: the size is 0 x 9; pass --size HEIGHT WIDTH above 0\n"
+    message = "error: the input size must be positive, got 0 x 9; pass --size HEIGHT WIDTH\n"
+    assert capsys.readouterr().err == message

@@ -1,4 +1,4 @@
-"""The benchmark command: every part is measured, and says what it is."""
+"""Tests the benchmark command."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def run(tiny_shapes, tmp_path, capsys):
 
 
 def table(out):
-    """name -> (milliseconds, images per second)."""
+    """Returns (milliseconds, images per second) by name."""
     assert HEADER in out
     rows = [line.split("|")[1:-1] for line in out.partition(HEADER)[2].splitlines()[2:]]
     return {row[0].strip(): (float(row[1]), float(row[2])) for row in rows}
@@ -43,7 +43,7 @@ def test_every_part_is_measured_on_the_data_of_the_config(run):
     assert "weights     random" in printed.out and "device " in printed.out
 
 
-def test_random_images_need_no_data(run):
+def test_random_images_need_no_dataset(run):
     status, printed = run(
         "--batch", 1, "--size", 40, 56,
         "MODEL.INFERENCE.DTYPE", "bfloat16", "SOLVER.AMP.ENABLED", "True",
@@ -58,7 +58,7 @@ def test_random_images_need_no_data(run):
     )
 
 
-def test_mistake_is_one_line(run):
+def test_negative_batch_size_is_an_error(run):
     status, printed = run("--batch", -3)
     assert status == 2 and "--batch and --size must be positive, got -3" in printed.err
     assert len(printed.err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""fcos-d2 convert: what it writes, what it says, and how it refuses."""
+"""Tests the convert command."""
 
 import pickle
 import shlex
@@ -20,7 +20,7 @@ from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
 @pytest.fixture
 def script(tmp_path, capsys):
-    """Runs the script on names of files in tmp_path."""
+    """Returns a function that runs the command on files in tmp_path."""
 
     def run(source, target, *options):
         status = convert.main([str(tmp_path / source), str(tmp_path / target), *options])
@@ -31,7 +31,7 @@ def script(tmp_path, capsys):
 
 
 def small_cfg():
-    """A ResNet-50 of few channels: torchvision has no other backbone."""
+    """Returns a config of a ResNet-50, torchvision's only backbone, with few channels."""
     widths = {"STEM_OUT_CHANNELS": 4, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4}
     options = [item for key, width in widths.items() for item in (f"MODEL.RESNETS.{key}", width)]
     name = "build_fcos_d2_resnet_fpn_backbone"
@@ -58,8 +58,8 @@ def assert_refused(result, *parts):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_printed_options_are_those_that_the_weights_need(script, tmp_path, caplog, suffix):
-    """They go into a shell as they are, and then the written file loads and agrees."""
+def test_weights_load_with_the_printed_options(script, tmp_path, caplog, suffix):
+    """The options are quoted for a shell."""
     theirs = export_weights(small_weights(), "torchvision")
     torch.save({"model": theirs}, tmp_path / "theirs.pth")
     result = script("theirs.pth", f"ours{suffix}")
@@ -80,20 +80,20 @@ def test_the_printed_options_are_those_that_the_weights_need(script, tmp_path, c
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", ["adelaidet", "detectron2", "torchvision"])
-def test_there_and_back_gives_the_same_weights(script, tmp_path, name, suffix):
+def test_round_trip_preserves_the_weights(script, tmp_path, name, suffix):
     ours = small_weights()
     torch.save({"model": ours, "iteration": 3}, tmp_path / "ours.pth")
     there = script("ours.pth", f"theirs{suffix}", "--to", name)
     assert there.status == 0 and f"for {name}" in there.out
-    assert f"exact where everything else is as in MODEL.FCOS.CONVENTION {name}" in there.out
+    assert f"exact if all other settings match MODEL.FCOS.CONVENTION {name}" in there.out
     back = script(f"theirs{suffix}", f"back{suffix}")
     assert back.status == 0 and f"recognized as {name}" in back.out
-    if name != "adelaidet":  # the others have no factors, which are 1
+    if name != "adelaidet":  # the others have no scales, which are 1
         ours = {key: value for key, value in ours.items() if not key.endswith(".scale")}
     torch.testing.assert_close(read(tmp_path / f"back{suffix}"), ours, rtol=0, atol=0)
 
 
-def test_torchvision_loads_what_is_written_for_it(script, tmp_path):
+def test_weights_for_torchvision_have_its_keys(script, tmp_path):
     with torch.device("meta"):
         names = fcos_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     ours = import_weights(peers.weights("torchvision_R_50"), 80).weights
@@ -104,9 +104,7 @@ def test_torchvision_loads_what_is_written_for_it(script, tmp_path):
     assert written.keys() == names.keys() - counters
 
 
-def test_weights_that_cannot_be_exact_elsewhere_are_refused_and_nothing_is_written(
-    script, tmp_path
-):
+def test_weights_that_the_format_cannot_express_are_refused(script, tmp_path):
     weights = small_weights()
     scales = {f"head.scales.{i}.scale": torch.tensor([1.0 + i]) for i in range(3)}
     torch.save(weights | scales, tmp_path / "ours.pth")
@@ -117,26 +115,26 @@ def test_weights_that_cannot_be_exact_elsewhere_are_refused_and_nothing_is_writt
     assert not (tmp_path / "theirs.pth").exists()
 
 
-def test_files_that_cannot_be_used_are_refused(script, tmp_path):
+def test_unusable_files_are_refused(script, tmp_path):
     assert_refused(script("absent.pth", "ours.pth"), "absent.pth: No such file")
     torch.save([1, 2], tmp_path / "list.pth")
     assert_refused(script("list.pth", "ours.pth"), "list.pth cannot be used", "got list")
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "other.pth")
     result = script("other.pth", "ours.pth", "--to", "adelaidet")
-    assert_refused(result, "other.pth holds no known FCOS: it has a.weight")
+    assert_refused(result, "other.pth is not a known FCOS: its first keys are a.weight")
     assert_refused(script("other.pth", "no/such/folder.pth"), "cannot write", "No such file")
 
 
-def test_unknown_weights_are_copied_and_so_are_those_of_a_trusted_pickle(script, tmp_path):
+def test_unknown_weights_of_a_trusted_pickle_are_copied(script, tmp_path):
     content = {"model": {"a.weight": torch.ones(2)}, "args": SimpleNamespace(a=1)}
     (tmp_path / "pickle.pkl").write_bytes(pickle.dumps(content))
     assert_refused(script("pickle.pkl", "ours.pth"), "would call", "--trust-pickle")
     result = script("pickle.pkl", "ours.safetensors", "--trust-pickle")
-    assert result.status == 0 and "no known FCOS, copied as it is" in result.out
+    assert result.status == 0 and "not a known FCOS, copied unchanged" in result.out
     assert read(tmp_path / "ours.safetensors")["a.weight"].tolist() == [1, 1]
 
 
-def test_average_of_our_own_training_is_what_is_converted(script, tmp_path):
+def test_ema_is_converted_if_the_checkpoint_has_one(script, tmp_path):
     weights = tiny_fcos().state_dict()
     average = {f"module.{key}": value + 1 for key, value in weights.items()}
     torch.save({"model": weights, "ema": average, "iteration": 7}, tmp_path / "ours.pth")

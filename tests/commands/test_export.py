@@ -1,4 +1,4 @@
-"""The export command on a tiny detector and tiny data."""
+"""Tests the export command on a tiny detector and dataset."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest_plugins = ["tests.script"]
 
 @pytest.fixture(scope="module")
 def trained(tiny_shapes, tmp_path_factory):
-    """(config file, weights) of a detector that finds something everywhere."""
+    """Returns (config file, weights) of a detector with detections in every image."""
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "tiny.yaml"
     config.write_text(CONFIG)
@@ -37,7 +37,7 @@ def run(trained, tmp_path, capsys):
     return call
 
 
-def test_file_is_written_and_verified_on_the_test_set(run, tmp_path):
+def test_exported_file_is_verified_on_the_test_set(run, tmp_path):
     status, printed = run("--output", tmp_path / "model.pt2", "--verify", "--images", 3)
     assert status == 0, printed.err
     *_, header, one, two, three, four, five, six, verdict = printed.out.splitlines()
@@ -45,49 +45,49 @@ def test_file_is_written_and_verified_on_the_test_set(run, tmp_path):
     rows = [line.split() for line in (one, two, three, four, five, six)]
     assert [row[:3] for row in rows] == [[s, b, "3"] for s in ("0.75", "1.0", "1.25") for b in "13"]
     assert all(int(row[3]) > 10 and row[4:7] == ["0", "0", "0"] for row in rows)
-    assert verdict == "the same detections"
+    assert verdict == "the detections agree"
     assert read_metadata(tmp_path / "model.pt2", "torch_export") == {
         "channels": "BGR", "min_size": 48, "max_size": 64, "classes": ["small", "large"],
     }  # fmt: skip
 
 
-def test_difference_is_told_and_is_the_exit_status(run, tmp_path, monkeypatch):
+def test_difference_is_printed_and_fails(run, tmp_path, monkeypatch):
     def write(model, path, *_, **__):
         path.touch()
         write.model = model
 
-    def open_spoiled(*_):
+    def load_shifted(*_):
         return lambda images: (found := run_detector(write.model, images))._replace(
             boxes=found.boxes + 0.06
         )
 
     monkeypatch.setattr(export, "export_detector", write)
-    monkeypatch.setattr(export, "load_exported", open_spoiled)
+    monkeypatch.setattr(export, "load_exported", load_shifted)
     status, printed = run("--output", tmp_path / "model.pt2", "--verify", "--images", 2)
-    assert status == 1 and "not the same detections" in printed.out
+    assert status == 1 and "error: the detections differ" in printed.out
     status, printed = run(
         "--output", tmp_path / "model.pt2", "--verify", "MODEL.FCOS.INFERENCE_TH_TEST", "1.0"
     )
-    assert status == 2 and "compared nothing" in printed.err
+    assert status == 2 and "the model detects nothing" in printed.err
 
 
 def test_float16_is_verified_with_wider_tolerances(run, tmp_path):
     status, printed = run("--output", tmp_path / "half.pt2", "--half", "--verify", "--images", 2)
-    assert "save up to 5%" in printed.out
+    assert "the detections agree (tolerated: 5% lost)" in printed.out
     assert status == 0, printed.out
 
 
 @pytest.mark.parametrize(
     "weights, message",
-    [("", "MODEL.WEIGHTS is empty; end the command with"), ("no.pth", "no.pth: no such file")],
+    [("", "MODEL.WEIGHTS is empty; append"), ("no.pth", "no.pth: no such file")],
 )
-def test_missing_weights_are_one_line(run, tmp_path, weights, message):
+def test_missing_weights_are_an_error(run, tmp_path, weights, message):
     status, printed = run("--output", tmp_path / "model.pt2", weights=weights)
     assert status == 2 and message in printed.err
     assert len(printed.err.splitlines()) == 1 and not list(tmp_path.glob("model*"))
 
 
-def test_int8_is_calibrated_and_finds_nearly_the_same(run, tmp_path):
+def test_int8_export_is_verified(run, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "int8.onnx"
     status, printed = run("--format", "onnx", "--output", path, "--int8", "--verify")

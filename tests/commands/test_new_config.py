@@ -1,4 +1,4 @@
-"""fcos-d2 new-config: from a folder of any kind to a config that trains."""
+"""Tests the new-config command."""
 
 import json
 from collections import Counter
@@ -19,13 +19,13 @@ SIZE = (96, 72)
 
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
-    """An empty working directory, with a folder data."""
+    """Makes an empty working directory with the folder data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
 
-def images(folder, names):
+def write_images(folder, names):
     for name in names:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def images(folder, names):
 
 
 def write_labels(path, names):
-    """A COCO file of images with a box each."""
+    """Writes a COCO file of images with one box each."""
     objects = {name: [(n % 2 + 1, (10, 12, 30, 40))] for n, name in enumerate(names)}
     path.write_text(json.dumps(coco_content(objects, "abc", SIZE)))
 
@@ -51,15 +51,15 @@ def loaded(name) -> set[str]:
 
 @pytest.fixture
 def labels(data):
-    """A folder of photos with a COCO file."""
-    images(data / "photos", NAMES)
+    """Writes photos and their COCO file."""
+    write_images(data / "photos", NAMES)
     write_labels(data / "labels.json", NAMES)
     return data / "labels.json"
 
 
-def test_folder_becomes_a_config_that_loads(labels, capsys):
+def test_written_config_loads(labels, capsys):
     assert write_config() == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.endswith("now: fcos-d2 train --config-file mine.yaml\n")
+    assert capsys.readouterr().out.endswith("next: fcos-d2 train --config-file mine.yaml\n")
     cfg = read_cfg("mine.yaml")
     assert set(cfg.DATASETS.REGISTER) == {"mine_train", "mine_val"}
     train, test = (loaded(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
@@ -76,14 +76,14 @@ def test_folder_becomes_a_config_that_loads(labels, capsys):
         ("train val trainval test", "trainval", "test"),
     ],
 )
-def test_splits_of_the_folder_are_used(splits, train, test):
+def test_existing_splits_are_used(splits, train, test):
     found = {split: {"yolo": split} for split in splits.split()}
     entries, *roles, _ = new_config.assign_roles(found, "mine", Path("mine.yaml"))
     assert roles == [f"mine_{train}", f"mine_{test}"]
     assert all(entries[role] == {"yolo": role.removeprefix("mine_")} for role in roles)
 
 
-def test_defects_come_first(labels, capsys):
+def test_defects_must_be_corrected_first(labels, capsys):
     content = json.loads(labels.read_text())
     content["annotations"][0]["category_id"] = 9
     labels.write_text(json.dumps(content))
@@ -91,16 +91,16 @@ def test_defects_come_first(labels, capsys):
     assert "1 problems must be corrected first: fcos-d2 check" in capsys.readouterr().out
 
 
-def test_nothing_is_written_over(labels, capsys):
+def test_existing_config_is_not_overwritten(labels, capsys):
     Path("mine.yaml").write_text("mine")
     assert write_config() == 2 and Path("mine.yaml").read_text() == "mine"
     assert "mine.yaml exists" in capsys.readouterr().err
 
 
-# ---- the validation set ----
+# ---- Validation set ----
 
 
-def test_every_class_has_its_share_and_copies_stay_together():
+def test_validation_set_is_balanced_and_keeps_copies_together():
     rng = np.random.default_rng(0)
     labels = {}
     for n in range(400):
@@ -122,55 +122,51 @@ def test_every_class_has_its_share_and_copies_stay_together():
     assert taken[3] == 1 and taken[4] == 0
 
 
-def test_list_of_validation_images_is_kept_and_new_images_are_trained_on(labels, data):
+def test_existing_list_is_kept_and_new_images_are_for_training(labels, data):
     assert write_config() == 0
     before = loaded("mine_val")
     assert 3 <= len(before) <= 9
     more = [*NAMES, *(f"more{n}.jpg" for n in range(20))]
-    images(data / "photos", more)
+    write_images(data / "photos", more)
     write_labels(data / "labels.json", more)
     read_cfg("mine.yaml")
     assert loaded("mine_val") == before and len(loaded("mine_train")) == 50 - len(before)
     Path("mine.yaml").unlink()
-    assert write_config() == 0 and "mine_val.txt, which existed" in Path("mine.yaml").read_text()
+    assert write_config() == 0 and "mine_val.txt already existed" in Path("mine.yaml").read_text()
     assert loaded("mine_val") == before
 
 
-# ---- the recipe ----
+# ---- Settings ----
 
 
-def records(size, side, count=100):
+def settings_for(size, side, has_gpu, count=100):
     box = {"bbox": [5, 5, side, side], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
     record = {"width": size[0], "height": size[1], "annotations": [box]}
-    return [record] * count
+    return new_config.choose_settings(new_config.measure([record] * count), has_gpu)
 
 
 @pytest.mark.parametrize(
     "size, side, has_gpu, expected",
     [
         ((640, 480), 40, False, ["MIN_SIZE_TEST: 240", "FPN_STRIDES: [8, 16]"]),
-        ((640, 480), 160, False, ["MIN_SIZE_TEST: 128"]),  # large objects: a small input will do
+        ((640, 480), 160, False, ["MIN_SIZE_TEST: 128"]),  # large objects need a small input
         ((100, 80), 10, False, ["MIN_SIZE_TEST: 160"]),  # at most twice as large
         ((1280, 960), 60, True, ["MIN_SIZE_TEST: 384"]),
         ((4000, 3000), 16, False, ["MIN_SIZE_TEST: 0", 'TYPE: "absolute", SIZE: [512, 512]']),
         ((4000, 3000), 16, True, ["MIN_SIZE_TEST: 0", "SIZE: [800, 800]"]),
     ],
 )
-def test_recipe_follows_the_sizes_of_images_and_boxes(size, side, has_gpu, expected):
-    made = new_config.recipe(new_config.fingerprint(records(size, side)), has_gpu)
-    text = "\n".join(str(value) for value in made.values())
+def test_settings_depend_on_the_sizes_of_images_and_boxes(size, side, has_gpu, expected):
+    text = "\n".join(map(str, settings_for(size, side, has_gpu).values()))
     assert all(line in text for line in expected), text
 
 
-def test_length_of_training_follows_the_amount_of_data():
-    few, many = (
-        new_config.recipe(new_config.fingerprint(records((640, 480), 40, n)), False)
-        for n in (50, 10_000)
-    )
+def test_number_of_iterations_depends_on_the_number_of_images():
+    few, many = (settings_for((640, 480), 40, False, count) for count in (50, 10_000))
     assert few["iterations"] == 1500 and many["iterations"] == 50_000 and many["epochs"] == 20
 
 
-def test_gpu_starts_from_published_weights(labels):
+def test_config_for_a_gpu_starts_from_published_weights(labels):
     assert new_config.main(["data", "-o", "mine.yaml", "--device", "cuda"]) == 0
     cfg = read_cfg("mine.yaml")
     assert cfg.MODEL.WEIGHTS == "zoo://torchvision/fcos_R_50_FPN"

@@ -1,4 +1,4 @@
-"""fcos-d2 from the user's side: every kind of input and output, with a detector that finds much."""
+"""Tests the predict command with every kind of input and output."""
 
 import json
 import sys
@@ -24,11 +24,11 @@ NAMES = ["disc", "box", "cross"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A training run's output: config, weights that find something everywhere, thresholds."""
+    """Returns OUTPUT_DIR of a training run, whose model has detections in every image."""
     folder = tmp_path_factory.mktemp("trained")
     sizes = ("INPUT.MIN_SIZE_TEST", 64, "OUTPUT_DIR", str(folder), "DATASETS.TRAIN", ())
     (folder / "config.yaml").write_text(tiny_cfg(*sizes, "DATASETS.TEST", ()).dump())
-    torch.manual_seed(0)  # of the session's fixtures this one is not seeded
+    torch.manual_seed(0)  # fixtures of a module are not seeded
     model = tiny_fcos()
     nn.init.constant_(model.head.cls_logits.bias, 1.0)
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
@@ -43,13 +43,13 @@ def write_thresholds(folder, scores) -> None:
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three readable images, one of them in a folder below, and a text file."""
+    """Writes three images, one of them in a subfolder, and a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.jpg", "more/c.png"]):
         pixels = np.random.default_rng(number).integers(0, 255, (48, 64 + number, 3), np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    (folder / "notes.txt").write_text("not for us")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -71,7 +71,7 @@ def frames_of(path) -> list[np.ndarray]:
 
 @pytest.fixture
 def fcos_d2(trained, capsys):
-    """Runs the command; its exit status, stdout and stderr."""
+    """Returns a function that runs the command and returns its exit status, stdout and stderr."""
 
     def run(*arguments):
         status = predict.main([*map(str, arguments), "--config-file", str(trained / "config.yaml")])
@@ -80,18 +80,18 @@ def fcos_d2(trained, capsys):
     return run
 
 
-def test_folder_becomes_a_folder_of_the_same_names(fcos_d2, photos, tmp_path):
+def test_output_folder_has_the_names_of_the_input_folder(fcos_d2, photos, tmp_path):
     status, out, err = fcos_d2(photos, "--output", tmp_path / "found", "--batch-size", 2)
     assert status == 0 and "skipped" not in err
     assert "in 3 images" in out
     for name in ("a.png", "b.jpg", "more/c.png"):
         drawn = np.asarray(Image.open(tmp_path / "found" / name))
-        assert drawn.shape[1] == 320  # small images are enlarged, so that labels have room
+        assert drawn.shape[1] == 320  # small images are enlarged to fit their labels
         assert (drawn.astype(int) - drawn.mean()).std() > 1
     assert not (tmp_path / "found" / "notes.txt").exists()
 
 
-def test_every_source_has_a_target_of_its_own(photos, tmp_path):
+def test_every_input_has_its_own_output_file(photos, tmp_path):
     for name in ("a.xpm", "bare.psd", "w.avi", "w.mkv"):
         (photos / name).touch()
     copytree(photos / "more", tmp_path / "other" / "more")
@@ -112,19 +112,19 @@ def test_every_source_has_a_target_of_its_own(photos, tmp_path):
     }
 
 
-def refused(inputs, output, json_file=None) -> str:
-    """The message with which an output is refused."""
+def error_of(inputs, output, json_file=None) -> str:
+    """Returns the message of the error that the output causes."""
     with pytest.raises(InputError) as caught:
         sources = choose_targets(find_sources(inputs, Skipped()), Path(output))
         check_targets(sources, json_file)
     return str(caught.value)
 
 
-def test_image_file_holds_one_picture_and_no_more(fcos_d2, photos, tmp_path, monkeypatch):
+def test_output_image_is_refused_for_several_images(fcos_d2, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
     write_video(photos / "w.avi")
     for inputs in (["."], ["w.avi"], ["a.png", "w.avi"]):
-        assert "one.png holds one image, but the inputs are more" in refused(inputs, "one.png")
+        assert "one.png is one image, but there are several" in error_of(inputs, "one.png")
     assert fcos_d2("w.avi", "--output", tmp_path / "one.png", "--frames", 1)[0] == 0
     assert Image.open(tmp_path / "one.png").size == (320, 240)
 
@@ -143,24 +143,24 @@ def test_no_input_is_overwritten(photos, tmp_path, monkeypatch, inputs, output, 
     (tmp_path / "w.mp4").touch()
     (tmp_path / "link").symlink_to(photos)
     (tmp_path / "hard.png").hardlink_to(photos / "a.png")
-    expected = f"would be written over the input {original}; choose another --output"
-    assert expected in refused([inputs], output)
+    expected = f"would overwrite the input {original}; choose another --output"
+    assert expected in error_of([inputs], output)
 
 
-def test_json_is_neither_an_input_nor_a_frame(photos, tmp_path):
+def test_json_must_differ_from_inputs_and_outputs(photos, tmp_path):
     image = photos / "a.png"
-    assert "choose another --json" in refused([str(photos)], "all.mp4", Path("all.mp4"))
-    assert "over the input" in refused([str(image)], "found", image)
+    assert "choose another --json" in error_of([str(photos)], "all.mp4", Path("all.mp4"))
+    assert "would overwrite the input" in error_of([str(image)], "found", image)
 
 
-def test_pattern_and_single_file(fcos_d2, photos, tmp_path):
+def test_glob_pattern_and_single_file_are_read(fcos_d2, photos, tmp_path):
     assert fcos_d2(photos / "*.jpg", "--output", tmp_path / "all")[0] == 0
     assert [p.name for p in (tmp_path / "all").iterdir()] == ["b.jpg"]
     assert fcos_d2(photos / "a.png", "--output", tmp_path / "one.jpg")[0] == 0
     assert Image.open(tmp_path / "one.jpg").size == (320, 240)
 
 
-def test_json_holds_every_picture_with_names_and_boxes_in_its_pixels(fcos_d2, photos, tmp_path):
+def test_json_has_the_class_names_and_boxes_of_every_image(fcos_d2, photos, tmp_path):
     status, _, _ = fcos_d2(photos, "--json", tmp_path / "found.json")
     entries = json.loads((tmp_path / "found.json").read_text())
     assert status == 0 and [e["width"] for e in entries] == [64, 65, 66]
@@ -175,7 +175,7 @@ def test_json_holds_every_picture_with_names_and_boxes_in_its_pixels(fcos_d2, ph
             assert item["class"] == NAMES[item["class_id"]] and 0 <= item["score"] <= 1
 
 
-def test_images_of_different_sizes_become_one_video_undistorted(fcos_d2, photos, tmp_path):
+def test_images_of_different_sizes_are_padded_in_a_video(fcos_d2, photos, tmp_path):
     Image.new("RGB", (48, 96)).save(photos / "z.png")
     assert fcos_d2(photos, "--output", tmp_path / "all.mp4", "--score", 1.0)[0] == 0
     frames = frames_of(tmp_path / "all.mp4")
@@ -183,7 +183,7 @@ def test_images_of_different_sizes_become_one_video_undistorted(fcos_d2, photos,
 
 
 @pytest.mark.parametrize("rate, expected", [(None, 10), (0.0, 5), (-1.0, 5), (float("nan"), 5)])
-def test_video_becomes_a_video_of_its_rate_or_five_frames_a_second(
+def test_output_video_has_the_frame_rate_of_the_input_or_five(
     fcos_d2, tmp_path, monkeypatch, rate, expected
 ):
     video, real = write_video(tmp_path / "street.avi"), cv2.VideoCapture
@@ -206,14 +206,14 @@ def test_video_becomes_a_video_of_its_rate_or_five_frames_a_second(
     assert len(frames) == 5 and frames[0].shape == (240, 320, 3)
 
 
-def test_frames_stop_a_video(fcos_d2, tmp_path):
+def test_frames_limits_the_number_of_frames(fcos_d2, tmp_path):
     video = write_video(tmp_path / "street.avi", frames=9)
     status, out, _ = fcos_d2(video, "--frames", 4, "--json", tmp_path / "f", "--batch-size", 3)
     assert status == 0 and "in 4 images" in out
     assert [e["frame"] for e in json.loads((tmp_path / "f").read_text())] == [0, 1, 2, 3]
 
 
-def test_camera_is_read_until_it_ends(fcos_d2, tmp_path, monkeypatch):
+def test_camera_is_read_until_its_stream_ends(fcos_d2, tmp_path, monkeypatch):
     video = str(write_video(tmp_path / "camera.avi", frames=3))
     opened, real = [], cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", lambda path: opened.append(path) or real(video))
@@ -223,7 +223,7 @@ def test_camera_is_read_until_it_ends(fcos_d2, tmp_path, monkeypatch):
     assert len(frames_of(tmp_path / "camera_7.mp4")) == 3
 
 
-def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, photos, tmp_path):
+def test_unreadable_inputs_are_reported_and_skipped(fcos_d2, photos, tmp_path):
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
     (photos / "broken.mp4").write_bytes(b"no video")
     Image.fromarray(np.full((48, 64), 30_000, np.uint16)).save(photos / "deep.png")
@@ -240,10 +240,10 @@ def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nothing.png", "--output", "x"], "no input that can be read"),
+        (["nothing.png", "--output", "x"], "no input can be read"),
         (["a.png", "--output", "x", "--weights", "none.pth"], "none.pth: no such file"),
         (["a.png", "--output", "x", "--opts", "MODEL.FCOS.NMS", "1"], "unknown config key"),
-        (["a.png", "--output", "a.xpm"], "its format cannot be written; name a .png or .jpg"),
+        (["a.png", "--output", "a.xpm"], "cannot be written; choose .png or .jpg"),
         (["a.png", "--output", "/proc/x/a"], "cannot write"),
         (["a.png", "--output", "/proc/x/a.mp4"], "cannot write"),
         (["a.png", "--output", "b.jpg/a.mp4"], "cannot write"),
@@ -251,36 +251,28 @@ def test_what_cannot_be_read_is_named_and_skipped_and_the_status_tells(fcos_d2, 
         (["a.png", "--json", "b.jpg/x"], "cannot write b.jpg/x: "),
     ],
 )
-def test_what_makes_everything_impossible_is_one_line(
-    fcos_d2, photos, monkeypatch, arguments, message
-):
+def test_errors_are_one_line(fcos_d2, photos, monkeypatch, arguments, message):
     monkeypatch.chdir(photos)
     status, _, err = fcos_d2(*arguments)
     last = err.strip().splitlines()[-1]
     assert status == 2 and last.startswith("error: ") and message in last
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["a.png", "--output", "x", "--frames", "0"],
-    ],
-)
-def test_senseless_command_line_is_refused(fcos_d2, arguments, capsys):
+@pytest.mark.parametrize("arguments", [[], ["a.png", "--output", "x", "--frames", "0"]])
+def test_invalid_command_line_is_refused(fcos_d2, arguments):
     with pytest.raises(SystemExit) as caught:
         fcos_d2(*arguments)
     assert caught.value.code == 2
 
 
-def test_missing_opencv_names_the_command_that_installs_it(fcos_d2, tmp_path, monkeypatch):
+def test_error_without_opencv_has_the_command_to_install_it(fcos_d2, tmp_path, monkeypatch):
     video = write_video(tmp_path / "street.avi")
     monkeypatch.setitem(sys.modules, "cv2", None)
     status, _, err = fcos_d2(video, "--output", tmp_path / "x")
     assert status == 2 and "pip install opencv-python-headless" in err
 
 
-# ---- thresholds ----
+# ---- Thresholds ----
 
 
 def scores_by_class(fcos_d2, photos, path, *arguments) -> dict[str, list[float]]:
@@ -289,7 +281,7 @@ def scores_by_class(fcos_d2, photos, path, *arguments) -> dict[str, list[float]]
     return {name: [o["score"] for o in entry["objects"] if o["class"] == name] for name in NAMES}
 
 
-def test_every_class_is_cut_at_its_own_score(fcos_d2, trained, photos, tmp_path):
+def test_every_class_has_its_own_score_threshold(fcos_d2, trained, photos, tmp_path):
     everything = scores_by_class(fcos_d2, photos, tmp_path / "f")
     assert all(len(scores) > 3 for scores in everything.values())
     best = sorted(everything["box"])

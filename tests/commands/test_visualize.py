@@ -1,4 +1,4 @@
-"""fcos-d2 visualize: what it says and draws, on a dataset with one of every mistake."""
+"""Tests the visualize and check commands."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ VERSION: 2
 
 @pytest.fixture
 def labels(tmp_path, monkeypatch):
-    """Twenty photos of 64 x 64 with a box of 3 pixels and one of 40 each; two of three classes."""
+    """Writes 20 photos of 64 x 64 pixels, with a box of 3 and one of 40 pixels each."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     objects = {}
@@ -55,7 +55,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_sound_data_is_ready_and_its_classes_are_counted(labels, capsys):
+def test_valid_data_is_ready_to_train_and_its_classes_are_counted(labels, capsys):
     status, out, _ = run(capsys, "--check")
     assert status == 0 and out.rstrip().endswith("ready to train")
     assert out.count("never used") == 2
@@ -63,24 +63,24 @@ def test_sound_data_is_ready_and_its_classes_are_counted(labels, capsys):
     assert sum(int(words[1]) for words in lines) == 20
 
 
-def test_small_objects_that_no_point_learns_are_counted_and_levels_suggested(labels, capsys):
+def test_boxes_without_points_are_counted_and_levels_suggested(labels, capsys):
     _, out, _ = run(capsys, "--check", "--dataset", "seen_train")
     count = out.partition(" images,")[0].split()[-1]
-    assert f"boxes that no point learns: {count} of {2 * int(count)} (50.0 %)" in out
+    assert f"boxes without an assigned point: {count} of {2 * int(count)} (50.0%)" in out
     assert f"({count} too small, 0 covered by smaller boxes)" in out
-    assert "other levels would leave only" in out and "FPN_STRIDES: [4, 8]" in out
+    assert "other levels would leave out only" in out and "FPN_STRIDES: [4, 8]" in out
     assert "raise INPUT.MIN_SIZE_TRAIN" in out
-    # The suggestion is a config: with it the same check is content.
+    # The suggested config passes the check.
     text = out.partition("MODEL:\n")[2].splitlines()
     yaml = ["MODEL:"] + [line[4:] for line in text if line.startswith("      ")]
     Path("better.yaml").write_text("_BASE_: config.yaml\n" + "\n".join(yaml) + "\n")
     assert (
         visualize.main(["--config-file", "better.yaml", "--check", "--dataset", "seen_train"]) == 0
     )
-    assert f"boxes that no point learns: {count} of" not in capsys.readouterr().out
+    assert f"boxes without an assigned point: {count} of" not in capsys.readouterr().out
 
 
-def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
+def test_defects_are_listed_and_removed_by_clean(labels, capsys):
     labels["annotations"][3]["bbox"] = None
     labels["annotations"][4].update(bbox=[20, 20, -3, 3], iscrowd="0")
     write(labels)
@@ -94,7 +94,7 @@ def test_everything_broken_is_named_and_clean_files_train(labels, capsys):
     ):
         assert line in out
     status, out, _ = run(capsys, "--check", "--clean")
-    assert status == 1 and "37 of 40 annotations: labels_clean.json; name it in the config" in out
+    assert status == 1 and "37 of 40 annotations: labels_clean.json; use it in the config" in out
     for line in (
         "repaired: 1 boxes with negative width or height: corners swapped",
         "repaired: 1 iscrowd written as a string: converted",
@@ -120,16 +120,16 @@ def test_clean_file_without_annotations_is_not_written(labels, capsys, num_broke
     assert (refusal in out) != is_written
 
 
-def test_data_set_is_no_validation_of_itself(labels, capsys):
+def test_images_shared_by_training_and_test_sets_are_a_problem(labels, capsys):
     config = Path("config.yaml")
     config.write_text(
         config.read_text().replace(", part: [0, 0.5]", "").replace("[0.5, 1]", "[0, 1]")
     )
     status, out, _ = run(capsys, "--check", "--skip-images")
-    assert status == 1 and "20 of the 20 images of seen_val are also trained on" in out
+    assert status == 1 and "20 of the 20 images of seen_val are also in the training data" in out
 
 
-def test_data_that_teaches_nothing_is_not_ready(labels, capsys):
+def test_data_with_crowds_only_is_not_ready(labels, capsys):
     for annotation in labels["annotations"]:
         annotation["iscrowd"] = 1
     write(labels)
@@ -137,7 +137,7 @@ def test_data_that_teaches_nothing_is_not_ready(labels, capsys):
     assert status == 1 and "annotations are crowd regions" in out and "ready" not in out
 
 
-def test_classes_in_another_order_or_number_are_problems(labels, capsys):
+def test_different_class_order_and_number_are_problems(labels, capsys):
     labels["categories"][0]["name"], labels["categories"][1]["name"] = "disc", "dot"
     Path("other.json").write_text(json.dumps(labels))
     config = CONFIG.replace('seen_val: {json: "labels', 'seen_val: {json: "other')
@@ -148,13 +148,13 @@ def test_classes_in_another_order_or_number_are_problems(labels, capsys):
     assert status == 1 and "set MODEL.FCOS.NUM_CLASSES 3" in out
 
 
-def test_pictures_show_objects_and_the_points_of_every_level(labels, capsys):
+def test_drawings_show_objects_and_the_points_of_every_level(labels, capsys):
     status, out, _ = run(capsys, "--images", "2", "--output", "drawn")
     assert status == 0 and "drawn/seen_train" in out
     files = sorted(Path("drawn").rglob("*.png"))
     assert len(files) == 4
-    picture = np.asarray(Image.open(files[0]))
-    assert picture.shape[1] > 2 * 320 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    drawing = np.asarray(Image.open(files[0]))
+    assert drawing.shape[1] > 2 * 320 and len(np.unique(drawing.reshape(-1, 3), axis=0)) > 20
 
 
 def test_data_registered_without_sizes_is_checked(labels, capsys):
@@ -168,7 +168,7 @@ def test_data_registered_without_sizes_is_checked(labels, capsys):
         assert status == 0 and "levels at INPUT.MIN_SIZE_TRAIN 64, 3 images" in out
 
 
-def test_clean_file_lacks_what_is_broken_in_the_folder_of_every_entry(labels, capsys):
+def test_clean_file_drops_images_broken_in_the_folder_of_any_entry(labels, capsys):
     Path("more").mkdir()
     for n in range(20):
         Path(f"more/{n}.png").write_bytes(Path(f"photos/{n}.png").read_bytes())
@@ -185,7 +185,7 @@ def test_clean_file_lacks_what_is_broken_in_the_folder_of_every_entry(labels, ca
     assert kept == {f"{n}.png" for n in range(20)} - set(broken)
 
 
-def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):
+def test_masks_are_checked_if_mask_on_is_set(labels, capsys):
     labels["annotations"][0]["segmentation"] = 3
     write(labels)
     assert run(capsys, "--check", "--skip-images")[0] == 0
@@ -197,10 +197,10 @@ def test_masks_are_checked_for_a_model_that_needs_them(labels, capsys):
     "arguments, message",
     [
         (["--check", "--dataset", "unknown"], "unknown dataset 'unknown'"),
-        (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "no dataset is named"),
+        (["--check", "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], "there is no dataset"),
         (["MODEL.FCOS.SIZES_OF_INTEREST", "[1, 2, 3]"], "1 ascending bounds between 2 levels"),
     ],
 )
-def test_senseless_command_is_one_line(labels, capsys, arguments, message):
+def test_errors_are_one_line(labels, capsys, arguments, message):
     status, _, err = run(capsys, *arguments)
     assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
