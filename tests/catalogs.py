@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
 @pytest.fixture(autouse=True)
-def catalogs_as_before():
+def restore_catalogs():
     """Forgets the datasets that a test has registered."""
     before = [(catalog, set(catalog)) for catalog in (DatasetCatalog, MetadataCatalog)]
     yield

@@ -1,4 +1,4 @@
-"""Datasets by name, the built-in ones among them, and the way from a dataset to the model."""
+"""Registers and loads datasets, including the built-in ones, and maps them to model inputs."""
 
 from .catalog import (
     check_objects,

@@ -13,10 +13,10 @@ from .custom import class_names_of
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
-    """Makes sure that every dataset has as many classes as the model.
+    """Checks that every dataset has as many classes as the model.
 
     Raises:
-        InputError: it has another number of classes.
+        InputError: a dataset has a different number of classes.
     """
     for name in [names] if isinstance(names, str) else names:
         classes = class_names(name)
@@ -29,14 +29,14 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
 
 
 def check_class_order(trained: Sequence[str], name: str) -> None:
-    """Makes sure that a dataset has the classes of the training data, in the same order.
+    """Checks that a dataset has the classes of the training data, in the same order.
 
     Args:
-        trained: the training datasets; those that are not available are ignored.
-        name: the dataset to evaluate.
+        trained: training datasets; the first one that declares classes is compared.
+        name: dataset to evaluate.
 
     Raises:
-        InputError: a class has different names in the two.
+        InputError: the names of a class differ.
     """
     try:
         ours = next(filter(None, map(class_names, trained)), None)
@@ -48,13 +48,13 @@ def check_class_order(trained: Sequence[str], name: str) -> None:
             raise InputError(
                 f"dataset {name!r}: class {index} is {format_value(found)}, but "
                 f"{format_value(trained_on)} in the training data; set classes: "
-                f"{format_value(list(ours))} in DATASETS.REGISTER.{name}, and rename those that "
-                "have other names"
+                f"{format_value(list(ours))} in DATASETS.REGISTER.{name}, and rename classes whose "
+                "names differ"
             )
 
 
 def find_classes(datasets: Sequence[str], num_classes: int) -> tuple[str | None, list[str] | None]:
-    """The first dataset that is available and has ``num_classes`` classes, and their names."""
+    """Returns the first available dataset with ``num_classes`` classes, and its class names."""
     for dataset in datasets:
         with contextlib.suppress(InputError):
             names = class_names(dataset)
@@ -64,24 +64,24 @@ def find_classes(datasets: Sequence[str], num_classes: int) -> tuple[str | None,
 
 
 def count_classes(name: str) -> int | None:
-    """The number of classes of a dataset; None if it declares none."""
+    """Returns the number of classes of a dataset, or None if it declares none."""
     names = class_names(name)
     return None if names is None else len(names)
 
 
 def class_names(name: str) -> list[str] | None:
-    """Class names of a dataset in the order of the model's classes; None if it declares none.
+    """Returns the class names of a dataset in the model's order, or None if it declares none.
 
-    Cheap after ``load_dataset``; before it, the annotation file may have to be read.
+    May read the annotation file unless ``load_dataset`` was called before.
 
     Raises:
-        InputError: unknown name, or an annotation file that cannot be used.
+        InputError: the name is unknown, or the annotation file cannot be used.
     """
     if name in DatasetCatalog and (known := MetadataCatalog.get(name).get("thing_classes")):
-        return known  # of a dataset that need not be there yet
+        return known  # the files need not exist
     prepare(name)
     metadata = MetadataCatalog.get(name)
-    if not metadata.get("described") and not metadata.get("json_file"):
+    if not metadata.get("entry") and not metadata.get("json_file"):
         return None
-    metadata.set(thing_classes=class_names_of(sources_of(name), metadata.get("described", {})))
+    metadata.set(thing_classes=class_names_of(sources_of(name), metadata.get("entry", {})))
     return metadata.thing_classes

@@ -1,7 +1,7 @@
-"""Entries of DATASETS.REGISTER: datasets described in the config instead of registered in Python.
+"""Entries of DATASETS.REGISTER: datasets defined in the config instead of registered in Python.
 
-``formats`` reads their files and ``review`` repairs their defects. This module selects, renames and
-merges classes, joins several files, and selects a part of the images.
+``formats`` reads the files, and ``review`` repairs their defects. This module combines files,
+selects, renames and merges classes, and selects a part of the images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 
@@ -27,67 +27,68 @@ from .formats.xml_files import read_cvat, read_voc
 from .formats.yolo import read_yolo
 from .review import Review, review_coco
 
-KINDS = {"json": "images", "cvat": "images", "voc": "split", "yolo": "split"}  # -> a further key
-COMMON = {"part", "classes", "rename", "upright"}
-NAME = re.compile(r"\w[\w.-]*")  # is safe as the name of a file
-LONGEST_NAME = 200  # bytes
+KINDS = {"json": "images", "cvat": "images", "voc": "split", "yolo": "split"}  # kind -> another key
+COMMON_KEYS = {"part", "classes", "rename", "upright"}
+NAME = re.compile(r"\w[\w.-]*")  # is a safe file name
+MAX_NAME_LENGTH = 200  # bytes
 EXAMPLES = (
     "write {json: annotations.json, images: image_folder}, {yolo: data.yaml, split: train}, "
     "{voc: folder, split: train} or {cvat: annotations.xml, images: image_folder}; "
     "docs/custom_data.md lists all formats and keys"
 )
-# Suffixes by which augmented copies of one photo differ.
-COPY = re.compile(
+# Suffixes of augmented copies of a photo.
+AUGMENTED = re.compile(
     r"(_(jpe?g|png|bmp|webp))?\.rf\.[0-9a-f]+$|[_-](aug|copy|flip|rot)[_-]?\d*$", re.I
 )
 
 
-# ---- descriptions ----
+# ---- Entries ----
 
 
 def check_entry(name: object, entry: object) -> str:
-    """The kind of an entry of DATASETS.REGISTER, a key of ``KINDS``.
+    """Validates an entry of DATASETS.REGISTER and returns its kind, a key of ``KINDS``.
 
     Raises:
-        InputError: it is not valid.
+        InputError: the entry or its name is invalid.
     """
     is_name = isinstance(name, str) and NAME.fullmatch(name)
-    if not is_name or len(name.encode()) > LONGEST_NAME:
+    if not is_name or len(name.encode()) > MAX_NAME_LENGTH:
         raise InputError(
-            f"DATASETS.REGISTER has the name {format_value(name, quote=True)}; use letters, "
-            f"digits, '_', '-' and '.', but not '-' or '.' first, and at most {LONGEST_NAME} bytes"
+            f"DATASETS.REGISTER has the invalid name {format_value(name, quote=True)}; use up to "
+            f"{MAX_NAME_LENGTH} bytes of letters, digits, '_', '-' and '.', not starting with '-' "
+            "or '.'"
         )
     place = f"DATASETS.REGISTER.{name}"
     if not isinstance(entry, Mapping) or len(kinds := KINDS.keys() & entry.keys()) != 1:
         got = format_value(entry, quote=True)
-        raise InputError(f"{place} must say where the data is, got {got}; {EXAMPLES}")
+        raise InputError(f"{place} must specify where the data is, got {got}; {EXAMPLES}")
     (kind,) = kinds
     if KINDS[kind] == "images" and "images" not in entry:
         raise InputError(f"{place} has no 'images'; {EXAMPLES}")
     for key, value in entry.items():
-        if key not in {kind, KINDS[kind], *COMMON}:
+        if key not in {kind, KINDS[kind], *COMMON_KEYS}:
             key = format_value(key, quote=True)
             raise InputError(f"{place} has an unknown key {key}; {EXAMPLES}")
         is_valid, expected = VALUES[key]
         if not is_valid(value):
             got = format_value(value, quote=True)
             raise InputError(f"{place}.{key} must be {expected}, got {got}")
-    if len(_listed(entry.get("images", ""))) not in (1, len(_listed(entry[kind]))):
-        raise InputError(f"{place}.images must be one folder, or one for each of {kind}")
+    if len(_as_list(entry.get("images", ""))) not in (1, len(_as_list(entry[kind]))):
+        raise InputError(f"{place}.images must be one folder, or one folder per item of {kind}")
     return kind
 
 
-def _listed(value: object) -> list:
+def _as_list(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _are_paths(value: object) -> bool:
-    return bool(_listed(value)) and all(isinstance(path, str) for path in _listed(value))
+    return bool(_as_list(value)) and all(isinstance(path, str) for path in _as_list(value))
 
 
 def _are_voc_folders(value: object) -> bool:
-    return bool(_listed(value)) and all(
-        isinstance(v, str) or (_is_map(v) and set(v) == {"xml", "images"}) for v in _listed(value)
+    return bool(_as_list(value)) and all(
+        isinstance(v, str) or (_is_map(v) and set(v) == {"xml", "images"}) for v in _as_list(value)
     )
 
 
@@ -116,8 +117,8 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "yolo": PATHS,
     "images": PATHS,
     "voc": (_are_voc_folders, "a folder or {xml: folder, images: folder}"),
-    "part": (_is_part, "two shares such as [0, 0.8], or a file with image names"),
-    "classes": (_are_names, "a list of different names"),
+    "part": (_is_part, "two fractions such as [0, 0.8], or a file with image names"),
+    "classes": (_are_names, "a list of unique names"),
     "rename": (_is_map, "a mapping such as {old: new}"),
     "upright": (lambda value: isinstance(value, bool), "true or false"),
     "split": (lambda value: isinstance(value, str), "a name"),
@@ -125,23 +126,23 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def expand(text: str) -> str:
-    """A path with ``~`` and ``$VARIABLES`` replaced."""
+    """Expands ``~`` and environment variables in a path."""
     return os.path.expandvars(os.path.expanduser(text))
 
 
-# ---- from a description to annotations ----
+# ---- Annotations ----
 
 
 def read_sources(name: str, entry: Mapping) -> list[Source]:
-    """Reads the annotation files of an entry; formats of many files only once per process.
+    """Reads the annotation files of an entry, and caches those of formats with many files.
 
     Raises:
         InputError: a file is missing or cannot be read.
     """
     kind = check_entry(name, entry)
-    if kind == "json" and not any(os.path.isdir(expand(path)) for path in _listed(entry[kind])):
+    if kind == "json" and not any(os.path.isdir(expand(path)) for path in _as_list(entry[kind])):
         return _read_sources(kind, entry)
-    path = Path(_scratch().name, f"{name}.json")
+    path = _cache_file(name)
     if path.is_file():
         return [Source(*source) for source in json.loads(path.read_text())]
     sources = _read_sources(kind, entry)
@@ -149,19 +150,23 @@ def read_sources(name: str, entry: Mapping) -> list[Source]:
     return sources
 
 
-def forget_sources(name: str) -> None:
+def clear_cache(name: str) -> None:
     """Makes ``read_sources`` read the files of an entry again."""
-    Path(_scratch().name, f"{name}.json").unlink(missing_ok=True)
+    _cache_file(name).unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)
-def _scratch() -> tempfile.TemporaryDirectory:
-    """Deleted when the process ends."""
+def _cache_file(name: str) -> Path:
+    return Path(_cache_folder().name, f"{name}.json")
+
+
+@cache
+def _cache_folder() -> tempfile.TemporaryDirectory:
+    """Creates a folder that is deleted when the process exits."""
     return tempfile.TemporaryDirectory(prefix="fcos_d2_datasets_")
 
 
 def _read_sources(kind: str, entry: Mapping) -> list[Source]:
-    places, folders = _listed(entry[kind]), _listed(entry.get("images", ""))
+    places, folders = _as_list(entry[kind]), _as_list(entry.get("images", ""))
     split, upright, sources = entry.get("split"), entry.get("upright", True), []
     for place, folder in zip(places, map(expand, cycle(folders)), strict=False):
         if isinstance(place, Mapping):
@@ -175,24 +180,24 @@ def _read_sources(kind: str, entry: Mapping) -> list[Source]:
         elif kind == "cvat":
             sources.append(read_cvat(place, folder))
         else:
-            sources += [read_annotations(path, folder) for path in _matching(place)]
+            sources += [read_annotations(path, folder) for path in _expand_glob(place)]
     return sources
 
 
-def _matching(pattern: str) -> list[str]:
+def _expand_glob(pattern: str) -> list[str]:
     if os.path.exists(pattern) or "\0" in pattern:
         return [pattern]
     return sorted(glob.glob(pattern)) or [pattern]
 
 
 def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False) -> Review:
-    """Reviews the annotations of an entry, with its classes and its part of the images.
+    """Reviews the annotations of an entry, and selects its classes and its part of the images.
 
     Raises:
-        InputError: a file does not contain annotations, or the entry does not fit it.
+        InputError: a file contains no annotations, or the entry does not match it.
     """
     reviews, upright = [], entry.get("upright", True)
-    part = chooser(entry["part"]) if "part" in entry else None
+    part = image_filter(entry["part"]) if "part" in entry else None
     for source in sources:
         try:
             review = review_coco(source.content, source.image_root, masks, upright, part)
@@ -202,18 +207,18 @@ def review_entry(sources: Sequence[Source], entry: Mapping, masks: bool = False)
             problems = [Problem(k, f"{source.file}: {text}") for k, text in review.problems]
             review = review._replace(problems=problems)
         reviews.append(review)
-    review = reviews[0] if len(reviews) == 1 else _joined(reviews)
-    content = choose_classes(review.content, entry, sources[0].file)
+    review = reviews[0] if len(reviews) == 1 else _combine(reviews)
+    content = select_classes(review.content, entry, sources[0].file)
     for image in () if upright else content["images"]:
         image["upright"] = False
     if "part" in entry and not content["images"]:
         part = format_value(entry["part"])
-        raise InputError(f"part {part} contains no image of {sources[0].file}; widen it")
+        raise InputError(f"part {part} contains no images of {sources[0].file}; enlarge it")
     return review._replace(content=content)
 
 
-def _joined(reviews: Sequence[Review]) -> Review:
-    """Joins several files: classes are merged by name, and images renumbered."""
+def _combine(reviews: Sequence[Review]) -> Review:
+    """Combines several files: merges classes by name, and renumbers images and annotations."""
     images, annotations, names = [], [], {}
     repaired, problems, missing = Counter(), [], {}
     for review in reviews:
@@ -221,7 +226,7 @@ def _joined(reviews: Sequence[Review]) -> Review:
         for image in review.content["images"]:
             numbers[image["id"]] = image["id"] = len(images) + 1
             images.append(image)
-        categories = _by_id(review.content["categories"])
+        categories = _sort_by_id(review.content["categories"])
         classes = {c["id"]: names.setdefault(c["name"], len(names) + 1) for c in categories}
         for annotation in review.content.get("annotations", ()):
             annotation["id"] = len(annotations) + 1
@@ -238,41 +243,40 @@ def _joined(reviews: Sequence[Review]) -> Review:
 
 
 def class_names_of(sources: Sequence[Source], entry: Mapping) -> list[str]:
-    """Class names of an entry in the order of the model's classes.
+    """Returns the class names of an entry in the order of the model's classes.
 
     Raises:
-        InputError: as ``review_entry``.
+        InputError: see ``review_entry``.
     """
-    small = []
+    reduced = []
     for source in sources:
         images = source.content.get("images")
         images = images[:1] if isinstance(images, list) else images
         content = {**source.content, "images": images, "annotations": []}
-        small.append(source._replace(content=content))
+        reduced.append(source._replace(content=content))
     entry = {key: entry[key] for key in ("classes", "rename") if key in entry}
-    content = review_entry(small, entry).content
-    return [category["name"] for category in _by_id(content["categories"])]
+    content = review_entry(reduced, entry).content
+    return [category["name"] for category in _sort_by_id(content["categories"])]
 
 
-def _by_id(categories: Sequence[dict]) -> list[dict]:
+def _sort_by_id(categories: Sequence[dict]) -> list[dict]:
     return sorted(categories, key=lambda category: category["id"])
 
 
-def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
+def select_classes(content: dict, entry: Mapping, file: str) -> dict:
     """Applies ``rename`` and ``classes`` of an entry.
 
     Raises:
-        InputError: they name unknown classes, or several classes have the same name.
+        InputError: a class in ``rename`` or all in ``classes`` are unknown, or classes have the
+            same name.
     """
-    rename, wanted = entry.get("rename", {}), entry.get("classes")
-    categories = _by_id(content["categories"])
+    rename, selected = entry.get("rename", {}), entry.get("classes")
+    categories = _sort_by_id(content["categories"])
     known = [category["name"] for category in categories]
     for name in rename:
         if name not in known:
             advice = format_value(suggest(name, known, f"it has {', '.join(known)}"))
-            raise InputError(
-                f"{file}: rename names {format_value(name)}, which is not a class; {advice}"
-            )
+            raise InputError(f"{file}: {format_value(name)} in rename is not a class; {advice}")
     groups: dict[str, list] = {}
     for category in categories:
         groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
@@ -284,32 +288,32 @@ def choose_classes(content: dict, entry: Mapping, file: str) -> dict:
                 f"{file}: categories {ids} have the same name {name}; to merge them, set "
                 f"rename: {{{name}: {name}}} in DATASETS.REGISTER"
             )
-    if not rename and wanted is None:
+    if not rename and selected is None:
         return content
-    names = list(groups) if wanted is None else list(wanted)
+    names = list(groups) if selected is None else list(selected)
     if not groups.keys() & set(names):
         known = format_value(", ".join(known))
         raise InputError(
-            f"{file}: it has none of the classes {format_value(names)}; its classes are {known}"
+            f"{file} has none of the classes {format_value(names)}; its classes are {known}"
         )
     ids = {c["id"]: names.index(n) + 1 for n, g in groups.items() if n in names for c in g}
     result = {**content, "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
     if "annotations" in content:
-        chosen = [a for a in content["annotations"] if a["category_id"] in ids]
-        for annotation in chosen:
+        kept = [a for a in content["annotations"] if a["category_id"] in ids]
+        for annotation in kept:
             annotation["category_id"] = ids[annotation["category_id"]]
-        result["annotations"] = chosen
+        result["annotations"] = kept
     return result
 
 
-# ---- a share of the images ----
+# ---- Parts ----
 
 
-def chooser(part: Sequence[float] | str) -> Callable[[str], bool]:
-    """A function that tells whether an image belongs to a part, by its file name.
+def image_filter(part: Sequence[float] | str) -> Callable[[str], bool]:
+    """Returns a function that tells whether an image belongs to a part, given its file name.
 
-    Parts that do not overlap share no image, adding images moves none from one part to another, and
-    augmented copies of one photo stay together.
+    Disjoint ranges select disjoint images, new images do not move others to another part, and
+    augmented copies of a photo stay together.
 
     Args:
         part: [low, high) for images whose ``share`` is in this range; the path of a file with one
@@ -324,13 +328,13 @@ def chooser(part: Sequence[float] | str) -> Callable[[str], bool]:
 
 
 def photo(file_name: str) -> str:
-    """The name of the photo of which an image may be an augmented copy."""
+    """Returns the name of an image without the suffix of an augmented copy."""
     path = Path(file_name.replace("\\", "/"))
-    stem = COPY.sub("", path.stem)
+    stem = AUGMENTED.sub("", path.stem)
     return file_name if stem == path.stem else str(path.with_name(stem))
 
 
 def share(file_name: str) -> float:
-    """A number in [0, 1), uniformly distributed over photos."""
+    """Hashes a photo to a number in [0, 1), uniformly distributed."""
     text = photo(file_name).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48

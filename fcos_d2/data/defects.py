@@ -1,8 +1,8 @@
-"""The table of defects: everything that can be wrong with annotations, and how it is repaired.
+"""Lists the defects that annotations can have, and repairs single values.
 
-Defects with only one possible meaning are repaired in memory whenever data is loaded. Training
-stops at the first of the others, and the check lists them all. ``review.py`` applies the table to
-COCO files, and ``records.py`` checks records registered in Python against the same limits.
+Unambiguous defects are repaired in memory whenever data is loaded. Training stops at the first
+other defect; ``fcos-d2 check`` lists all of them. ``review.py`` reviews COCO files, and
+``records.py`` checks records registered in Python against the same limits.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import numpy as np
 
 from ..errors import format_value
 
-HUGE = 2.0**62  # no pixel lies there, and a tensor holds no integer of 2^63
+HUGE = 2.0**62  # bound of coordinates, whose sums must be below 2^63, the limit of int64
 MARGIN = 1.0  # pixels by which a box may exceed its image
-SCALED = 0.01  # relative difference in size that is due to rounding
-FORM = "[x, y, width, height]"
+SIZE_TOLERANCE = 0.01  # relative difference in size that rounding explains
+BOX_FORMAT = "[x, y, width, height]"
 
 
 class Defect(NamedTuple):
-    """A row of the table."""
+    """Describes a kind of defect."""
 
-    what: str  # follows a number
-    repair: str | None = None  # None if it could mean several things
+    what: str  # noun phrase that follows a number
+    repair: str | None = None  # None if the defect is ambiguous
 
 
 DEFECTS = {
-    # Of the file.
+    # Files.
     "same category": Defect("duplicate categories", "merged"),
     "same image": Defect("duplicate images", "merged"),
     "same annotation": Defect("duplicate annotations", "merged"),
-    "class name": Defect("class names with whitespace around them, or not strings", "fixed"),
+    "class name": Defect("class names with surrounding whitespace, or not strings", "fixed"),
     "id": Defect("annotations without a unique id", "renumbered"),
-    "reference": Defect("references of another type than the id", "matched"),
+    "reference": Defect("references whose type differs from the id's", "matched"),
     "entry": Defect("incomplete entries"),
     "corners": Defect("boxes written as [x1, y1, x2, y2]", "converted to [x, y, width, height]"),
-    # Of images.
-    "path": Defect("images at another path than file_name", "found by the end of the path"),
+    # Images.
+    "path": Defect("images that are not at file_name", "found by the end of the path"),
     "no size": Defect("images without a valid width and height", "read from the files"),
-    "size": Defect("images of another size than annotated", "read from the files"),
+    "size": Defect("images whose size differs from the annotated one", "read from the files"),
     "image": Defect("unusable images"),
-    # Of annotations.
+    # Annotations.
     "number": Defect("boxes and sizes written as strings", "converted"),
     "no box": Defect("annotations without a valid bbox", "computed from polygons"),
     "negative": Defect("boxes with negative width or height", "corners swapped"),
@@ -59,12 +59,12 @@ DEFECTS = {
 }
 
 
-class Unusable(Exception):
-    """An entry with a defect that could mean several things.
+class DefectError(Exception):
+    """Raised for a defect that cannot be repaired.
 
     Args:
         kind: key of ``DEFECTS``.
-        cause: what is wrong and what to do.
+        cause: what is wrong and how to fix it.
     """
 
     def __init__(self, kind: str, cause: str):
@@ -76,36 +76,39 @@ class Problem(NamedTuple):
     """A defect that was not repaired."""
 
     kind: str  # key of DEFECTS
-    text: str  # where it is, what is wrong and what to do
+    text: str  # where it is, what is wrong and how to fix it
 
 
 def describe_repairs(repaired: Counter) -> list[str]:
-    """One line for each kind of repair."""
+    """Returns one line for each kind of repair."""
     return [
         f"{count} {DEFECTS[kind].what}: {DEFECTS[kind].repair}" for kind, count in repaired.items()
     ]
 
 
-# ---- boxes ----
+# ---- Boxes ----
 
 
-def usable_box(
+def repair_box(
     box: object, mask: object, size: tuple[float, float], repaired: Counter
 ) -> list[float]:
-    """[x, y, width, height] of an annotation, repaired if necessary.
+    """Validates a bounding box, and repairs it if necessary.
 
     Args:
         box: value of ``bbox``.
-        mask: value of ``segmentation``, used if there is no valid box.
+        mask: value of ``segmentation``, used if the box is invalid.
         size: width and height of the image.
         repaired: counts the repairs.
 
+    Returns:
+        [x, y, width, height].
+
     Raises:
-        Unusable: the box cannot be repaired.
+        DefectError: the box cannot be repaired.
     """
     try:
-        return _ordered(_numbers(box, repaired), size, repaired)
-    except Unusable:
+        return _swap_corners(_parse_box(box, repaired), size, repaired)
+    except DefectError:
         enclosing = box_of_polygons(mask)
         if enclosing is None:
             raise
@@ -113,21 +116,21 @@ def usable_box(
         return enclosing
 
 
-def _numbers(box: object, repaired: Counter) -> list[float]:
+def _parse_box(box: object, repaired: Counter) -> list[float]:
     if box is None:
-        raise Unusable("box", f"bbox is missing; add {FORM} or remove the annotation")
+        raise DefectError("box", f"bbox is missing; add {BOX_FORMAT} or remove the annotation")
     values = box if isinstance(box, list) else []
-    numbers = [_number(value) for value in values]
+    numbers = [_parse_number(value) for value in values]
     if len(numbers) != 4 or None in numbers:
-        raise Unusable("box", f"bbox must be {FORM} in numbers, got {format_value(box)}")
+        raise DefectError("box", f"bbox must be {BOX_FORMAT} in numbers, got {format_value(box)}")
     if not all(abs(number) < HUGE for number in numbers):
-        raise Unusable("box", f"bbox must be finite, got {format_value(box)}; remove it")
+        raise DefectError("box", f"bbox must be finite, got {format_value(box)}; remove it")
     repaired["number"] += any(isinstance(value, str) for value in values)
     return numbers
 
 
-def _number(value: object) -> float | None:
-    """``value`` as a number, also if it is a string; None if it is not a number."""
+def _parse_number(value: object) -> float | None:
+    """Returns a number or the number in a string, or None for other values."""
     try:
         value = float(value) if isinstance(value, str) else value
     except ValueError:
@@ -135,42 +138,42 @@ def _number(value: object) -> float | None:
     return value if isinstance(value, Real) else None
 
 
-def _ordered(numbers: list[float], size: tuple[float, float], repaired: Counter) -> list[float]:
-    """The same box with nonnegative sides."""
-    x, y, width, height = numbers
+def _swap_corners(box: list[float], size: tuple[float, float], repaired: Counter) -> list[float]:
+    """Makes width and height nonnegative."""
+    x, y, width, height = box
     if width >= 0 and height >= 0:
-        return numbers
+        return box
     (left, right), (top, bottom) = sorted((x, x + width)), sorted((y, y + height))
     if min(left, top) < -MARGIN or right > size[0] + MARGIN or bottom > size[1] + MARGIN:
-        raise Unusable(
+        raise DefectError(
             "box",
-            f"bbox {format_value(numbers)} has a negative size and leaves the image if its corners "
-            f"are swapped; it must be {FORM}",
+            f"bbox {format_value(box)} has a negative size and exceeds the image if its corners "
+            f"are swapped; it must be {BOX_FORMAT}",
         )
     repaired["negative"] += 1
     return [left, top, abs(width), abs(height)]
 
 
 def is_written_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether boxes fit their images only as [x1, y1, x2, y2].
+    """Returns whether boxes fit their images only as [x1, y1, x2, y2].
 
     Args:
-        boxes: [n, 4], supposed to be [x, y, width, height].
+        boxes: [n, 4], annotated as [x, y, width, height].
         sizes: [n, 2], width and height of the image of each box.
     """
     if not len(boxes):
         return False
     fits = (boxes[:, 2:] >= boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + MARGIN).all(1)
-    reaches_over = (boxes[:, :2] + boxes[:, 2:] > sizes + 2 * MARGIN).any(1)
-    # Three in four do if they are corners, hardly any if they are widths and heights.
-    return bool(fits.mean() > 0.99 and reaches_over.mean() > 0.25)
+    exceeds = (boxes[:, :2] + boxes[:, 2:] > sizes + 2 * MARGIN).any(1)
+    # About 75 percent of corners exceed the image if taken as width and height.
+    return bool(fits.mean() > 0.99 and exceeds.mean() > 0.25)
 
 
-# ---- masks ----
+# ---- Masks ----
 
 
 def is_run_lengths(mask: object) -> bool:
-    """Whether a mask is in COCO's run-length encoding, compressed or not."""
+    """Returns whether a mask is in COCO's run-length encoding, compressed or not."""
     if not isinstance(mask, dict):
         return False
     counts, size = mask.get("counts"), mask.get("size")
@@ -178,7 +181,7 @@ def is_run_lengths(mask: object) -> bool:
 
 
 def is_polygons(mask: object) -> bool:
-    """Whether a mask is a list of lists."""
+    """Returns whether a mask is a list of lists."""
     return isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask)
 
 
@@ -189,9 +192,9 @@ def _are_counts(values: object) -> bool:
 
 
 def box_of_polygons(mask: object) -> list[float] | None:
-    """[x, y, width, height] around polygons; None if they are not valid."""
+    """Returns the bounding box [x, y, width, height] of polygons, or None if they are invalid."""
     if isinstance(mask, list) and all(isinstance(value, Real) for value in mask):
-        mask = [mask]  # a polygon that is not in a list
+        mask = [mask]  # a single polygon
     if not is_polygons(mask):
         return None
     polygons = [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
@@ -203,11 +206,14 @@ def box_of_polygons(mask: object) -> list[float] | None:
     return [*low.tolist(), *(high - low).tolist()]
 
 
-def usable_flag(value: object, repaired: Counter) -> int:
-    """``iscrowd`` as 0 or 1; None is 0.
+# ---- Flags ----
+
+
+def repair_flag(value: object, repaired: Counter) -> int:
+    """Converts ``iscrowd`` to 0 or 1; None means 0.
 
     Raises:
-        Unusable: another value.
+        DefectError: the value is invalid.
     """
     if value is None:
         return 0
@@ -216,18 +222,18 @@ def usable_flag(value: object, repaired: Counter) -> int:
         return FLAGS[value.strip().lower()]
     if isinstance(value, (int, float)) and value in (0, 1):
         return int(value)
-    raise Unusable("iscrowd", f"iscrowd must be 0 or 1, got {format_value(value, quote=True)}")
+    raise DefectError("iscrowd", f"iscrowd must be 0 or 1, got {format_value(value, quote=True)}")
 
 
 FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
 
 
-# ---- sizes of images ----
+# ---- Image sizes ----
 
 
-def usable_side(value: object) -> int | None:
-    """A width or height as an integer, also if it is a string or float; None if it is not valid."""
-    number = _number(value)
+def parse_side(value: object) -> int | None:
+    """Converts a width or height, which may be a string or float; returns None if it is invalid."""
+    number = _parse_number(value)
     if number is None or isinstance(value, bool) or not 1 <= number < 2**31:
         return None
     return int(number) if number == int(number) else None
@@ -239,7 +245,7 @@ def check_size(
     stored: tuple[int, int],
     corners: Iterable[tuple[float, float]],
 ) -> None:
-    """Makes sure that an image with another size than annotated is still the one annotated.
+    """Checks that the boxes of an image fit it although its size differs from the annotated one.
 
     Args:
         annotated: width and height in the annotations.
@@ -248,20 +254,19 @@ def check_size(
         corners: x2, y2 of every box.
 
     Raises:
-        Unusable: the boxes may refer to another size.
+        DefectError: the boxes may refer to a different size.
     """
     text = f"it has {actual[0]} x {actual[1]} pixels, but is annotated with {annotated[0]} x "
     text += f"{annotated[1]}"
     if annotated == stored:
-        raise Unusable(
+        raise DefectError(
             "image",
             f"{text}, its size before the EXIF orientation is applied; set upright: false in "
             "DATASETS.REGISTER if the boxes were drawn on the stored pixels",
         )
     scale = actual[0] / annotated[0], actual[1] / annotated[1]
-    is_scaled = math.isclose(*scale, rel_tol=SCALED) and abs(scale[0] - 1) > SCALED
-    if is_scaled:
-        raise Unusable("image", f"{text}: it was resized by {scale[0]:.3g} after annotation")
+    if math.isclose(*scale, rel_tol=SIZE_TOLERANCE) and abs(scale[0] - 1) > SIZE_TOLERANCE:
+        raise DefectError("image", f"{text}: it was resized by {scale[0]:.3g} after annotation")
     if any(x > actual[0] + MARGIN or y > actual[1] + MARGIN for x, y in corners):
         swapped = ", with width and height swapped" if annotated == actual[::-1] else ""
-        raise Unusable("image", f"{text}{swapped}, and the boxes do not fit; replace the image")
+        raise DefectError("image", f"{text}{swapped}, and the boxes do not fit; replace the image")

@@ -1,7 +1,7 @@
-"""Reads image files, and finds names for copies of them.
+"""Reads image files.
 
-detectron2's reader applies the orientation of TIFFs twice and clips values at 255, which turns
-16-bit images white and float images black; such images are rejected here.
+Unlike detectron2's reader, this one does not apply the orientation of TIFFs twice, and it rejects
+16-bit and float images, which detectron2 turns white or black by clipping values at 255.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, one_line_cause
 
-NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # although Pillow has them on its list
-# What the pixels are, by the beginning of Pillow's mode.
-DEEP = {"I;16": "16-bit integers", "I": "integers of more than 8 bits", "F": "floats"}
+NOT_IMAGES = frozenset({".pdf", ".mpg", ".mpeg"})  # registered with Pillow
+# Prefix of Pillow's mode -> type of the pixels.
+UNSUPPORTED = {"I;16": "16-bit integers", "I": "integers of more than 8 bits", "F": "floats"}
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a file is an image, by its suffix."""
+    """Returns whether a path has the suffix of an image file."""
     suffix = Path(path).suffix.lower()
     return suffix in Image.registered_extensions() and suffix not in NOT_IMAGES
 
 
 def can_hold_rgb(path: str | os.PathLike) -> bool:
-    """Whether a color image can be written to a file of this suffix."""
-    try:  # some formats that Pillow writes take no colors, and some need a plug-in
+    """Returns whether Pillow can write an RGB image to a file with this suffix."""
+    try:  # some formats do not support color or need a plugin
         kind = Image.registered_extensions()[Path(path).suffix.lower()]
         Image.new("RGB", (16, 16)).save(BytesIO(), kind)
     except (OSError, ValueError, KeyError):
@@ -45,54 +45,54 @@ def read_image(file_name: str, image_format: str, upright: bool = True) -> np.nd
     """Reads an image of 8 bits per channel.
 
     Args:
-        file_name: its path.
-        image_format: "RGB", "BGR", or another that detectron2 knows.
-        upright: apply the EXIF orientation. False for boxes that were drawn on the pixels as
-            stored, which Pillow cannot read from TIFFs.
+        file_name: path of the file.
+        image_format: "RGB", "BGR", or another format of detectron2.
+        upright: apply the EXIF orientation. Pass False if the boxes were drawn on the pixels as
+            stored. Pillow always applies it to TIFFs.
 
     Returns:
         uint8 [H, W, C].
 
     Raises:
-        InputError: the file is missing or broken, or the pixels have more than 8 bits; the message
+        InputError: the file is missing or invalid, or has more than 8 bits per channel. The message
             does not name the file.
     """
-    with _one_error(), PathManager.open(file_name, "rb") as file:
+    with _raise_input_error(), PathManager.open(file_name, "rb") as file:
         image = Image.open(file)
         _check_depth(image)
         image.load()  # applies the orientation of TIFFs
         if upright:
-            with contextlib.suppress(Exception):  # a broken tag does not make the image unusable
+            with contextlib.suppress(Exception):  # ignore invalid tags
                 ImageOps.exif_transpose(image, in_place=True)
         return utils.convert_PIL_to_numpy(image, image_format)
 
 
 def image_sizes(file_name: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of an image, upright and as stored; reads only the header.
+    """Returns width and height of an image, upright and as stored; reads only the header.
 
     Raises:
-        InputError: as ``read_image``.
+        InputError: see ``read_image``.
     """
-    with _one_error(), PathManager.open(file_name, "rb") as file:
+    with _raise_input_error(), PathManager.open(file_name, "rb") as file:
         image = Image.open(file)
         _check_depth(image)
         size = image.size
-        # Pillow would decode a PNG to search for a tag after its pixels.
+        # getexif() decodes a PNG to search for a tag after its pixels.
         has_tag = image.format != "PNG" or "exif" in image.info
-        is_turned = has_tag and image.format != "TIFF" and _orientation(image) >= 5
-    return size[::-1] if is_turned else size, size
+        is_rotated = has_tag and image.format != "TIFF" and _orientation(image) >= 5
+    return size[::-1] if is_rotated else size, size
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken tag does not make the image unusable
+    except Exception:  # ignore invalid tags
         return 1
 
 
 def _check_depth(image: Image.Image) -> None:
-    for beginning, pixels in DEEP.items():
-        if image.mode.startswith(beginning):
+    for prefix, pixels in UNSUPPORTED.items():
+        if image.mode.startswith(prefix):
             raise InputError(
                 f"its pixels are {pixels} (Pillow's mode {image.mode}); convert it to 8 bits per "
                 "channel"
@@ -100,25 +100,25 @@ def _check_depth(image: Image.Image) -> None:
 
 
 @contextlib.contextmanager
-def _one_error() -> Iterator[None]:
+def _raise_input_error() -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
-    except UnidentifiedImageError as error:  # whose message is about Python objects
+    except UnidentifiedImageError as error:  # its message contains the repr of a file object
         raise InputError("it is not an image of a known format") from error
-    except Exception as error:  # Pillow raises whatever a broken file leads it to
+    except Exception as error:  # Pillow raises many types for invalid files
         raise InputError(getattr(error, "strerror", None) or one_line_cause(error)) from error
 
 
 def distinct_names(names: Iterable[Path]) -> list[Path]:
-    """Relative paths of files to be written, made unique: all but the first get a number."""
+    """Makes the paths of output files unique by numbering repeated ones."""
     names = list(names)
-    taken, met, distinct = set(names), set(), []
+    taken, seen, distinct = set(names), set(), []
     for name in names:
         numbered = (name.with_name(f"{name.stem}_{n}{name.suffix}") for n in count(2))
-        chosen = next(path for path in numbered if path not in taken) if name in met else name
-        met.add(name)
-        taken.add(chosen)
-        distinct.append(chosen)
+        unique = next(path for path in numbered if path not in taken) if name in seen else name
+        seen.add(name)
+        taken.add(unique)
+        distinct.append(unique)
     return distinct

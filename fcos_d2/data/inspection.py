@@ -1,4 +1,4 @@
-"""Checks a whole dataset before training: lists all defects and counts its contents."""
+"""Checks a whole dataset before training, counts its contents, and repairs annotation files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tqdm import tqdm
 from ..errors import InputError
 from .catalog import is_coco, missing_images, prepare, review_dataset, sources_of
 from .classes import class_names
-from .defects import DEFECTS, Problem, Unusable
+from .defects import DEFECTS, DefectError, Problem
 from .formats.builder import Source
 from .image_files import NO_FILE
 from .records import boxes_of, coco_records, is_flat, read_record, review_records, set_classes
 from .review import Review, review_coco
 
-READERS = 8  # threads that read images; decoding lets go of Python's lock
+READERS = 8  # threads that read images; decoding releases the GIL
 
 
 class Inspection(NamedTuple):
@@ -31,15 +31,15 @@ class Inspection(NamedTuple):
     name: str
     class_names: list[str]
     records: list[dict]  # one per usable image, in detectron2's format
-    problems: list[Problem]  # at which training would stop
-    repaired: Counter  # by key of DEFECTS
-    image_problems: dict[str, str]  # file name -> what is wrong with the file
+    problems: list[Problem]  # defects that stop training
+    repaired: Counter  # key of DEFECTS -> number of repairs
+    image_problems: dict[str, str]  # file name -> what is wrong with the image
     unusable: frozenset[str]  # file names of all images without a record
-    files: list[str]  # annotation files; none for records registered in Python
+    files: list[str]  # annotation files; empty for records registered in Python
 
     @property
     def num_problems(self) -> int:
-        """The number of defects at which training would stop."""
+        """Returns the number of defects that stop training."""
         return len(self.problems) + len(self.image_problems)
 
 
@@ -49,16 +49,16 @@ class Contents(NamedTuple):
     boxes_per_class: list[int]
     images_per_class: list[int]
     num_boxes: int
-    notes: dict[str, int]  # counts above 0 of what may be a mistake, by its description
+    notes: dict[str, int]  # description of a possible mistake -> count, if above 0
 
 
 def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) -> Inspection:
-    """Checks all annotations and images of a dataset, with a progress bar on a terminal.
+    """Checks all annotations and images of a dataset; shows a progress bar on a terminal.
 
     Args:
         name: registered dataset.
-        read_images: decode the images; otherwise only check that the files exist, unless their
-            sizes are unknown.
+        read_images: decode the images. Otherwise, only images of unknown size are decoded, and the
+            others must exist.
         masks: also check ``segmentation``.
 
     Raises:
@@ -78,10 +78,10 @@ def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) ->
             unusable, missing, records = missing, {}, []
     else:
         repaired = Counter()
-        records, problems = _registered(name)
+        records, problems = _review_registered(name)
     records, found = [r for r in records if r["file_name"] not in missing], dict(missing)
     with ThreadPoolExecutor(READERS) as pool:
-        reasons = pool.map(_problem_in_image if read_images else _problem_in_path, records)
+        reasons = pool.map(_check_image if read_images else _check_path, records)
         bar = tqdm(reasons, name, len(records), leave=False, disable=None)
         for record, reason in zip(records, bar, strict=True):
             if isinstance(reason, str):
@@ -94,30 +94,30 @@ def inspect_dataset(name: str, read_images: bool = True, masks: bool = False) ->
     return Inspection(name, names, records, problems, +repaired, found, unusable, files)
 
 
-def _registered(name: str) -> tuple[list[dict], list[Problem]]:
-    """Reviewed copies of the records of a dataset registered in Python."""
+def _review_registered(name: str) -> tuple[list[dict], list[Problem]]:
+    """Reviews copies of the records of a dataset registered in Python."""
     records = DatasetCatalog.get(name)
     if isinstance(records, IterableDataset):
         raise InputError(
-            f"dataset {name!r} is a stream ({type(records).__name__}) that may have no end; "
-            "register a list of dicts to have it checked"
+            f"dataset {name!r} is an iterable-style dataset ({type(records).__name__}), which may "
+            "be infinite and cannot be checked; register a list of dicts"
         )
     records = [{"annotations": [], **record} for record in records]
     classes = MetadataCatalog.get(name).get("thing_classes") or ()
     return review_records(records, len(classes) or None)
 
 
-def _problem_in_path(record: dict) -> str | bool:
-    if not {"width", "height"} <= record.keys():  # then only the image tells its size
-        return _problem_in_image(record)
+def _check_path(record: dict) -> str | bool:
+    if not {"width", "height"} <= record.keys():
+        return _check_image(record)
     return False if os.path.isfile(record["file_name"]) else NO_FILE
 
 
-def _problem_in_image(record: dict) -> str | bool:
-    """Why the image of ``record`` is unusable, or whether its size in the record was corrected."""
+def _check_image(record: dict) -> str | bool:
+    """Returns what is wrong with an image, or else whether its size in the record was corrected."""
     try:
         return read_record(record, "RGB")[1]
-    except (InputError, Unusable) as error:
+    except (InputError, DefectError) as error:
         return str(error)
 
 
@@ -136,7 +136,7 @@ def describe_contents(inspection: Inspection) -> Contents:
         notes.update({
             "images without objects": not objects,
             "crowd regions (see MODEL.FCOS.IGNORE_CROWD)": crowds,
-            "boxes of zero width or height, which are not learned": sum(map(is_flat, objects)),
+            "boxes of zero width or height, which training ignores": sum(map(is_flat, objects)),
             "boxes that exceed their image": int(over.any(axis=1).sum()),
             "duplicate boxes": len(objects) - len(distinct),
         })  # fmt: skip
@@ -150,36 +150,36 @@ class Cleaned(NamedTuple):
 
     file: str
     content: dict
-    num_before: int  # annotations in the original, without duplicates
-    repaired: Counter
+    num_before: int  # annotations in the original file, without duplicates
+    repaired: Counter  # key of DEFECTS -> number of repairs
     removed: list[str]  # one line for each kind of defect
 
 
 def clean(
     inspections: Sequence[Inspection], broken: Sequence[Inspection], masks: bool = False
 ) -> Iterator[Cleaned]:
-    """Repairs annotation files, each once.
+    """Repairs the content of annotation files, once per file.
 
     Args:
-        inspections: of all datasets; several may use parts of the same file.
-        broken: inspections of the datasets whose files are to be repaired.
+        inspections: inspections of all datasets; several may use parts of the same file.
+        broken: inspections of the datasets whose files to repair.
         masks: also drop annotations with an invalid ``segmentation``.
     """
     unusable = frozenset().union(*(inspection.unusable for inspection in inspections))
     sizes = {r["file_name"]: r for inspection in inspections for r in inspection.records}
     files: dict[str, list[tuple[Source, bool]]] = {}
     for inspection in broken:
-        entry = MetadataCatalog.get(inspection.name).get("described", {})
+        entry = MetadataCatalog.get(inspection.name).get("entry", {})
         for source in sources_of(inspection.name) if inspection.files else ():
             files.setdefault(source.file, []).append((source, entry.get("upright", True)))
     for file, uses in files.items():
         source, upright = uses[0]
         review = review_coco(source.content, source.image_root, masks, upright)
         roots = {source.image_root for source, _ in uses}
-        yield _cleaned(file, review, roots, unusable, sizes)
+        yield _clean_file(file, review, roots, unusable, sizes)
 
 
-def _cleaned(
+def _clean_file(
     file: str, review: Review, roots: set[str], unusable: frozenset[str], sizes: dict[str, dict]
 ) -> Cleaned:
     repaired, images = Counter(review.repaired), []
@@ -196,10 +196,10 @@ def _cleaned(
     annotations = [a for a in annotations if a["image_id"] in kept]
     for annotation in annotations:
         annotation.pop("place", None)
-    lost = Counter(problem.kind for problem in review.problems if problem.kind != "corners")
-    lost["image"] += len(review.content["images"]) - len(images)
-    removed = [f"{count} {DEFECTS[kind].what}" for kind, count in (+lost).items()]
-    content = {**review.content, "images": images, "annotations": annotations}
-    if any(problem.kind == "corners" for problem in review.problems):
+    dropped = Counter(problem.kind for problem in review.problems)
+    if dropped.pop("corners", 0):
         repaired["corners"] += len(annotations)
+    dropped["image"] += len(review.content["images"]) - len(images)
+    removed = [f"{count} {DEFECTS[kind].what}" for kind, count in (+dropped).items()]
+    content = {**review.content, "images": images, "annotations": annotations}
     return Cleaned(file, content, review.num_annotations, +repaired, removed)

@@ -1,7 +1,8 @@
-"""How well pyramid levels fit a dataset: what each level learns, and which would learn more.
+"""Measures how well pyramid levels fit a dataset, and suggests levels.
 
-A level of stride s has a point every s pixels and learns boxes whose largest distance from a point
-lies in its size range (1904.01355 section 3.2). Boxes are in pixels of the network input.
+A level of stride s has a point every s pixels and is assigned boxes whose largest distance from a
+point to a side lies in its size range (1904.01355 section 3.2). Boxes are in pixels of the network
+input.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from ..modeling.structures import GroundTruth, PointGrid
 from ..ops import Levels, Targets
 from .records import boxes_of
 
-STRIDES = (4, 8, 16, 32, 64, 128)  # of P2 to P7
-REACH = 8  # strides: a level's range ends there in the paper, 64 pixels at stride 8
-MISSED = 0.01  # share of the boxes that may lie between the points of the finest level
-LARGEST = 0.98  # share of the boxes that the coarsest level must reach
+STRIDES = (4, 8, 16, 32, 64, 128)  # P2 to P7
+REACH = 8  # upper bound of a level's size range in strides, as in the paper: 64 at stride 8
+MISSED = 0.01  # fraction of boxes that may contain no point of the finest level
+MIN_REACHED = 0.98  # fraction of boxes that the coarsest level must reach
 
 
 class Sample(NamedTuple):
-    """One image at the size of the network input."""
+    """An image at the size of the network input."""
 
     size: tuple[int, int]  # height, width
     boxes: np.ndarray  # [n, 4], xyxy
 
 
 def sample_of(record: dict, size: int, max_size: int) -> Sample:
-    """The size of the image of a record after INPUT.MIN_SIZE_* and MAX_SIZE_*, and its boxes."""
+    """Resizes a record to INPUT.MIN_SIZE_* ``size`` and INPUT.MAX_SIZE_* ``max_size``."""
     height, width = record["height"], record["width"]
     new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
     boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
@@ -47,25 +48,25 @@ class LevelFit(NamedTuple):
 
     num_images: int
     num_boxes: int
-    boxes_per_level: list[int]  # boxes that have a point there; one may have some on two levels
+    boxes_per_level: list[int]  # boxes with a positive point; some count on several levels
     points_per_level: list[int]  # positive points
-    ambiguous: int  # points at which several boxes qualified
-    too_small: int  # boxes that have no point although they are alone in the image
-    covered: int  # boxes that lose all their points to smaller ones
+    ambiguous: int  # points that match several boxes
+    too_small: int  # boxes that would have no point even without other boxes
+    covered: int  # boxes that lose all points to smaller boxes
 
     @property
     def unserved(self) -> int:
-        """Boxes that no point learns."""
+        """Returns the number of boxes without a positive point."""
         return self.too_small + self.covered
 
 
 def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) -> LevelFit:
-    """Assigns the boxes of all samples as in training, and counts.
+    """Assigns the boxes of all samples as in training, and counts the results.
 
     Args:
         samples: images of the dataset.
-        losses: the rules of assignment; their classes do not matter.
-        grid: where the points lie.
+        losses: assigns the targets; its number of classes does not matter.
+        grid: places the points.
     """
     images = boxes = ambiguous = too_small = covered = 0
     served, points = (np.zeros(len(losses.strides), int) for _ in range(2))
@@ -85,7 +86,7 @@ def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) ->
 
 
 def image_levels(size: tuple[int, int], grid: PointGrid) -> Levels:
-    """The points of an image that is padded only as its coarsest level requires."""
+    """Returns the points of an image that is padded only as its coarsest level requires."""
 
     def empty(stride: int) -> Tensor:
         return torch.empty(1, 1, *(math.ceil(side / stride) for side in size), device="meta")
@@ -104,36 +105,36 @@ def _has_point(box: np.ndarray, levels: Levels, losses: FCOSLoss) -> bool:
 
 
 class Pyramid(NamedTuple):
-    """Levels and the bounds between their size ranges."""
+    """The levels of a pyramid, and the bounds between their size ranges."""
 
     strides: list[int]
     sizes_of_interest: list[int]
 
 
 def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyramid:
-    """Suggests levels for the boxes of a dataset, by the proportions of the paper.
+    """Suggests levels for the boxes of a dataset, with the proportions of the paper.
 
-    The finest stride is the largest at which hardly any box can fall between the points. A level
-    ends at 8 strides, and levels are added until they reach nearly all boxes. If one level is
-    enough, a second one takes the largest octave.
+    The finest stride is the largest one at which almost all boxes contain a point. The size range
+    of a level ends at 8 strides, and levels are added until they reach almost all boxes. If one
+    level is enough, a second one gets the largest octave.
 
     Args:
         samples: images with boxes.
-        small: pixels on which the finest level should have at least two points.
+        small: length in pixels within which the finest level has at least two points.
 
     Returns:
-        at least two levels, between P2 and P7. Boxes narrower than 4 pixels need a larger input.
+        At least two levels, from P2 to P7. Boxes narrower than 4 pixels need a larger input.
     """
     boxes = np.concatenate([sample.boxes for sample in samples] or [np.zeros((0, 4))])
     sides = boxes[:, 2:] - boxes[:, :2]
     sides = sides[(sides > 0).all(axis=1)]
     if not len(sides):
         return Pyramid([8, 16, 32, 64, 128], [64, 128, 256, 512])
-    # A box of sides w, h holds a point of stride s with probability min(1, w/s) * min(1, h/s).
+    # A w x h box contains a point of stride s with probability min(1, w/s) * min(1, h/s).
     missed = [1 - np.minimum(1, sides / stride).prod(axis=1).mean() for stride in STRIDES[:-1]]
-    fits = [share <= MISSED and 2 * s <= small for share, s in zip(missed, STRIDES, strict=False)]
-    first = max((i for i, does in enumerate(fits) if does), default=0)
-    far = np.quantile(sides.max(axis=1) / 2, LARGEST)
+    fits = [part <= MISSED and 2 * s <= small for part, s in zip(missed, STRIDES, strict=False)]
+    first = max((i for i, is_fit in enumerate(fits) if is_fit), default=0)
+    far = np.quantile(sides.max(axis=1) / 2, MIN_REACHED)
     last = next((i for i, s in enumerate(STRIDES) if REACH * s >= far), len(STRIDES) - 1)
     strides = list(STRIDES[first : max(last, first + 1) + 1])
     bounds = [REACH * stride for stride in strides[:-1]]
@@ -144,7 +145,7 @@ def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyram
 
 
 def pyramid_keys(pyramid: Pyramid) -> list[str]:
-    """Config lines that set the levels of ``pyramid``."""
+    """Returns the config lines that set the levels of ``pyramid``."""
     numbers = [stride.bit_length() - 1 for stride in pyramid.strides]
     stages = json.dumps([f"res{n}" for n in numbers if n <= 5] or ["res5"])
     return [

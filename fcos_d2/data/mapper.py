@@ -1,7 +1,7 @@
-"""Maps records to the model's input: detectron2's DatasetMapper with our image reader.
+"""Maps records to model inputs; extends detectron2's DatasetMapper.
 
-Unreadable images are named, crowd regions can be kept as ground truth to ignore, and crops contain
-objects.
+Errors name the image that cannot be read, crowd regions can be kept as ignored ground truth, and
+crops contain objects.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
-from .defects import Unusable
+from .defects import DefectError
 from .records import boxes_of, read_record
 
-IGNORED = -1  # the label of ground truth that is neither object nor background
-VISIBLE = 0.4  # share of its area that a cropped object must show to be learned
-BACKGROUND = 0.2  # share of the crops at random positions
+IGNORED = -1  # label of ground truth that is neither object nor background
+MIN_VISIBLE = 0.4  # fraction of a cropped object's area that must be visible to train on it
+RANDOM_CROPS = 0.2  # fraction of crops at random positions
 
 
 class ObjectCrop(T.RandomCrop):
-    """``RandomCrop`` that mostly contains an object; random crops of aerial photos rarely do."""
+    """Crops around objects, mostly: random crops of large images rarely contain one."""
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> T.Transform:
-        """A crop that contains the center of one of the boxes, xyxy [n, 4], or a random one."""
+        """Returns a crop with the center of one of ``boxes``, xyxy [n, 4], or a random crop."""
         size = self.get_crop_size(image.shape[:2])
         centers = boxes.reshape(-1, 2, 2).mean(1)
         inside = ((centers >= 0) & (centers <= image.shape[1::-1])).all(1)
-        if not inside.any() or np.random.rand() < BACKGROUND:
+        if not inside.any() or np.random.rand() < RANDOM_CROPS:
             return super().get_transform(image)
         box = boxes[np.random.choice(np.flatnonzero(inside))]
         annotation = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
@@ -44,21 +44,21 @@ class ObjectCrop(T.RandomCrop):
 
 
 class FCOSDatasetMapper(DatasetMapper):
-    """detectron2's ``DatasetMapper`` with crowd regions, object crops and names of broken images.
+    """detectron2's ``DatasetMapper`` with crowd regions, crops around objects, and clear errors.
 
-    With INPUT.CROP, crops contain objects. The visible part of a cropped object is learned; if it
-    is less than 40 percent, it is neither object nor background.
+    With INPUT.CROP, crops contain objects. Training uses the visible part of a cropped object; if
+    it is less than 40 percent of the area, it is neither object nor background.
 
     Args:
-        is_train, options: those of ``DatasetMapper``.
-        keep_crowd: keep ``iscrowd`` annotations, which detectron2 drops (and so teaches as
-            background), as boxes with ``gt_classes`` = -1. They are transformed like all others.
-        ignore_cut: keep objects that are mostly cut off as such boxes instead of dropping them.
+        is_train, options: see ``DatasetMapper``.
+        keep_crowd: keep ``iscrowd`` annotations as boxes with ``gt_classes`` = -1. detectron2 drops
+            them, which makes them background.
+        ignore_cut: keep objects that are mostly cropped as such boxes, instead of dropping them.
 
     Raises:
-        InputError: ``keep_crowd`` together with masks; on a call, when the image is missing, cut
-            off, no image, of more than 8 bits a channel, or of a size that its boxes do not fit.
-            It stays an InputError when it comes from a loader's worker.
+        InputError: ``keep_crowd`` is used with masks. Calls raise it if the image is missing,
+            truncated or not an image, has more than 8 bits per channel, or does not fit its boxes,
+            also in workers of a data loader.
     """
 
     @configurable
@@ -67,7 +67,7 @@ class FCOSDatasetMapper(DatasetMapper):
     ):
         if keep_crowd and options.get("use_instance_mask"):
             raise InputError(
-                "crowd regions have no masks to learn; set MODEL.FCOS.IGNORE_CROWD False or "
+                "crowd regions have no masks to train on; set MODEL.FCOS.IGNORE_CROWD False or "
                 "MODEL.MASK_ON False"
             )
         super().__init__(is_train, **options)
@@ -75,12 +75,12 @@ class FCOSDatasetMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True):
-        """Reads the keys that ``DatasetMapper`` reads and MODEL.FCOS.IGNORE_CROWD."""
+        """Reads the keys of ``DatasetMapper`` and MODEL.FCOS.IGNORE_CROWD."""
         options = super().from_config(cfg, is_train)
         crop = cfg.INPUT.CROP
         if crop.ENABLED and is_train:
             options["augmentations"][0] = ObjectCrop(crop.TYPE, crop.SIZE)
-        # Heads of a second stage would take the class -1 for one.
+        # Second-stage heads do not support the class -1.
         ignore_cut = cfg.MODEL.META_ARCHITECTURE == "FCOS" and not cfg.MODEL.MASK_ON
         return {**options, "keep_crowd": cfg.MODEL.FCOS.IGNORE_CROWD, "ignore_cut": ignore_cut}
 
@@ -98,28 +98,27 @@ class FCOSDatasetMapper(DatasetMapper):
         elif "annotations" in sample:
             size = augmented.image.shape[:2]
             is_cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
-            cut = _cut_off(objects, augmented.boxes, size) if is_cropped else set()
-            sample["annotations"] = list(self._kept(annotations, cut))
+            cut = _find_cut(objects, augmented.boxes, size) if is_cropped else set()
+            sample["annotations"] = list(self._select(annotations, cut))
             self._transform_annotations(sample, transforms, size)
         return sample
 
-    def _kept(self, annotations: Iterable[dict], cut: set[int]) -> Iterator[dict]:
-        """The annotations to learn or to ignore."""
+    def _select(self, annotations: Iterable[dict], cut: set[int]) -> Iterator[dict]:
+        """Drops cut objects, or marks them as ignored like crowd regions."""
         for annotation in annotations:
-            if id(annotation) in cut:
-                if self.ignore_cut:
-                    yield _as_ignored(annotation)
-            elif self.keep_crowd and annotation.get("iscrowd", 0):
-                yield _as_ignored(annotation)
-            else:
+            is_cut = id(annotation) in cut
+            if (is_cut and self.ignore_cut) or (self.keep_crowd and annotation.get("iscrowd", 0)):
+                box = {key: annotation[key] for key in ("bbox", "bbox_mode")}
+                yield {**box, "category_id": IGNORED, "iscrowd": 0}  # detectron2 drops iscrowd 1
+            elif not is_cut:
                 yield annotation
 
     def _read(self, sample: dict) -> np.ndarray:
-        """Reads the image of ``sample`` and sets its true size."""
+        """Reads the image of ``sample``, and sets the sample's size."""
         file_name, annotated = sample["file_name"], (sample.get("width"), sample.get("height"))
         try:
             image, has_other_size = read_record(sample, self.image_format)
-        except Unusable as error:
+        except DefectError as error:
             raise InputError(f"image {file_name}: {error}") from error
         except InputError as error:
             raise InputError(
@@ -128,21 +127,16 @@ class FCOSDatasetMapper(DatasetMapper):
             ) from error
         if has_other_size:
             text = f"image {file_name} is {sample['width']} x {sample['height']}, but annotated as "
-            text += f"{annotated[0]} x {annotated[1]}: using the image's size, as the boxes fit"
+            text += f"{annotated[0]} x {annotated[1]}: using the image's size, as its boxes fit"
             log_first_n(logging.WARNING, text, name=__name__)
         return image
 
 
-def _cut_off(objects: list[dict], boxes: np.ndarray, size: tuple[int, int]) -> set[int]:
-    """Ids (in Python) of the objects of which the augmented image shows too little."""
+def _find_cut(objects: list[dict], boxes: np.ndarray, size: tuple[int, int]) -> set[int]:
+    """Returns Python's ids of the objects whose visible part is too small after augmentation."""
     height, width = size
-    shown = boxes.reshape(-1, 2, 2).clip(0, (width, height))
+    visible = boxes.reshape(-1, 2, 2).clip(0, (width, height))
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    part = np.prod(shown[:, 1] - shown[:, 0], axis=1)
-    return {id(a) for a, is_cut in zip(objects, part < VISIBLE * area, strict=True) if is_cut}
-
-
-def _as_ignored(annotation: dict) -> dict:
-    """An annotation as an object of class -1, which the mappers of all versions keep."""
-    box_only = {key: annotation[key] for key in ("bbox", "bbox_mode")}
-    return {**box_only, "category_id": IGNORED, "iscrowd": 0}
+    visible_area = np.prod(visible[:, 1] - visible[:, 0], axis=1)
+    is_cut = visible_area < MIN_VISIBLE * area
+    return {id(a) for a, cut in zip(objects, is_cut, strict=True) if cut}

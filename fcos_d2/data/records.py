@@ -1,4 +1,4 @@
-"""Records in detectron2's standard format: made from COCO files, reviewed, and counted."""
+"""Creates and checks records in detectron2's standard format."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
     """Sets the classes of a COCO file, ordered by id, in the metadata of a dataset.
 
     Returns:
-        class index by category id.
+        Category id -> class index.
 
     Raises:
-        InputError: the metadata has other classes.
+        InputError: the metadata already has different classes.
     """
     categories = sorted(categories, key=lambda category: category["id"])
     names = [category["name"] for category in categories]
@@ -41,11 +41,11 @@ def set_classes(name: str, categories: Iterable[dict]) -> dict[object, int]:
 
 
 def coco_records(content: dict, indices: dict[object, int], masks: bool = False) -> list[dict]:
-    """One record per image, ordered by image id, as ``load_coco_json`` does; no keypoints.
+    """Converts a COCO file to records like ``load_coco_json``, ordered by image id; no keypoints.
 
     Args:
-        content: of a ``Review``; its boxes become part of the records.
-        indices: class index by category id.
+        content: content of a ``Review``; the records share its boxes.
+        indices: category id -> class index.
         masks: keep ``segmentation`` and drop objects without a polygon of at least three points.
     """
     annotations: dict[object, list[dict]] = {image["id"]: [] for image in content["images"]}
@@ -57,7 +57,7 @@ def coco_records(content: dict, indices: dict[object, int], masks: bool = False)
             "category_id": indices[annotation["category_id"]],
         }
         if masks and annotation.get("segmentation"):
-            record["segmentation"] = _mask(annotation["segmentation"])
+            record["segmentation"] = _convert_mask(annotation["segmentation"])
             if not record["segmentation"]:
                 continue
         annotations[annotation["image_id"]].append(record)
@@ -74,8 +74,8 @@ def coco_records(content: dict, indices: dict[object, int], masks: bool = False)
     ]
 
 
-def _mask(segmentation: dict | list) -> dict | list:
-    """Polygons of at least three points, or compressed run lengths."""
+def _convert_mask(segmentation: dict | list) -> dict | list:
+    """Compresses run lengths; drops polygons with fewer than three points."""
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             return mask_util.frPyObjects(segmentation, *segmentation["size"])
@@ -83,11 +83,11 @@ def _mask(segmentation: dict | list) -> dict | list:
     return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 
-# ---- images and boxes of records ----
+# ---- Images and boxes ----
 
 
 def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
-    """Boxes [n, 4], xyxy in pixels of the image file."""
+    """Returns boxes [n, 4], xyxy in pixels of the image file."""
     boxes = [
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
     ]
@@ -98,11 +98,11 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
     """Reads the image of a record and sets the record's width and height to its size.
 
     Returns:
-        the image, uint8 [H, W, C], and whether the record had another size.
+        The image, uint8 [H, W, C], and whether the record had a different size.
 
     Raises:
-        defects.Unusable: the boxes may refer to another size.
-        InputError: as ``read_image``.
+        DefectError: the boxes may refer to a different size.
+        InputError: see ``read_image``.
     """
     file_name = record["file_name"]
     image = read_image(file_name, image_format, record.get("upright", True))
@@ -117,16 +117,16 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
 
 
 def evenly_spaced(records: Sequence, count: int) -> list:
-    """At most ``count`` of the records."""
+    """Returns up to ``count`` records at regular intervals."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
 
 
-# ---- what there is to learn ----
+# ---- Objects to train on ----
 
 
 def is_flat(annotation: Mapping) -> bool:
-    """Whether the box of a record's annotation has no area."""
+    """Returns whether the box of an annotation has zero width or height."""
     x, y, right, bottom = annotation["bbox"]
     if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
         return not (right and bottom)
@@ -134,22 +134,22 @@ def is_flat(annotation: Mapping) -> bool:
 
 
 def why_nothing_is_learned(records: Sequence[dict]) -> str | None:
-    """The likely cause if no record shows an object; None if one does."""
+    """Returns the likely reason why no record has an object to train on, or None if one has."""
     if any(_shows_object(a, record) for record in records for a in record.get("annotations", ())):
         return None
     if not records:
-        return "none of the images can be used"
+        return "all images are unusable"
     flags = [a.get("iscrowd", 0) for record in records for a in record.get("annotations", ())]
     if not flags:
         return "there are no annotations; check that this is the right file and contains them"
     if all(flags):
         return (
             f"all {len(flags)} annotations are crowd regions (iscrowd 1, or 'difficult' in Pascal "
-            "VOC), which are not learned; CVAT's brush tool exports masks as crowds: set iscrowd "
-            "to 0"
+            "VOC), which training ignores; if they are masks of CVAT's brush tool, which it "
+            "exports as crowd regions, set iscrowd to 0"
         )
     return (
-        f"all {flags.count(0)} boxes are outside their images or have no area; they must be "
+        f"all {flags.count(0)} boxes are outside their images or have zero area; they must be "
         "[x, y, width, height] in pixels of the images"
     )
 
@@ -162,16 +162,17 @@ def _shows_object(annotation: Mapping, record: Mapping) -> bool:
     return box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0
 
 
-# ---- records of other functions ----
+# ---- Records of other functions ----
 
 
 def review_records(
     records: Sequence[dict], num_classes: int | None
 ) -> tuple[list[dict], list[Problem]]:
-    """Reviews records that were not made from a COCO file.
+    """Checks records of a dataset function that the user registered.
 
     Returns:
-        the records, copied where annotations had to be dropped; the problems with those.
+        The records without invalid annotations, and a problem for each of these. Records are copied
+        if annotations are dropped.
     """
     problems, kept = [], []
     for record in records:
@@ -182,8 +183,9 @@ def review_records(
             got = {key: annotations[index].get(key) for key in keys}
             text = (
                 f"annotation {index} of image {record.get('file_name')}: bbox must be four finite "
-                "numbers without negative sides, bbox_mode BoxMode.XYXY_ABS or XYWH_ABS, iscrowd "
-                f"0 or 1, and category_id 0 to {num_classes or 'K'}-1, got {format_value(got)}"
+                "numbers with nonnegative width and height, bbox_mode BoxMode.XYXY_ABS or "
+                f"XYWH_ABS, iscrowd 0 or 1, and category_id 0 to {num_classes or 'K'}-1, got "
+                f"{format_value(got)}"
             )
             problems.append(Problem("entry", text))
         usable = [a for i, a in enumerate(annotations) if i not in broken]

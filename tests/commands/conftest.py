@@ -1,3 +1,3 @@
 """Fixture for tests that register datasets."""
 
-from tests.catalogs import catalogs_as_before  # noqa: F401  a fixture
+from tests.catalogs import restore_catalogs  # noqa: F401  a fixture

@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from fcos_d2.commands import visualize
-from fcos_d2.data.custom import chooser
+from fcos_d2.data.custom import image_filter
 from tests.catalogs import coco_content
 
 CONFIG = """
@@ -175,7 +175,7 @@ def test_clean_file_drops_images_broken_in_the_folder_of_any_entry(labels, capsy
     config = CONFIG.replace('"photos", part: [0.5', '"more", part: [0.5')
     Path("config.yaml").write_text(config)
     names = [image["file_name"] for image in labels["images"]]
-    broken = [next(filter(chooser(part), names)) for part in ((0, 0.5), (0.5, 1))]
+    broken = [next(filter(image_filter(part), names)) for part in ((0, 0.5), (0.5, 1))]
     for folder, name in zip(("photos", "more"), broken, strict=True):
         Path(folder, name).write_bytes(b"")
     assert run(capsys, "--check", "--clean")[0] == 1

@@ -1,4 +1,4 @@
-"""Small digits datasets, and a COCO file to spoil."""
+"""Fixtures of small datasets."""
 
 import json
 
@@ -9,14 +9,14 @@ from PIL import Image
 
 from fcos_d2.data import register_datasets, register_digits
 from fcos_d2.data.digits.files import Recipe, ensure_digits
-from tests.catalogs import catalogs_as_before  # noqa: F401  a fixture
+from tests.catalogs import restore_catalogs  # noqa: F401  a fixture
 
 from .two_images import HEIGHT, OBJECTS, WIDTH
 
 
 @pytest.fixture(scope="session")
 def digits_root(tmp_path_factory):
-    """A root with 40 training and 8 validation images; read only."""
+    """Generates 40 training and 8 validation images; tests must not change them."""
     root = tmp_path_factory.mktemp("datasets")
     ensure_digits(root, Recipe(num_images=(40, 8)))
     return root
@@ -24,14 +24,14 @@ def digits_root(tmp_path_factory):
 
 @pytest.fixture
 def registered_digits(digits_root):
-    """The names digits_train and digits_val, with the small datasets behind them."""
+    """Registers the small datasets as digits_train and digits_val."""
     register_digits(digits_root)
     yield digits_root
     register_digits()
 
 
 class CocoData:
-    """Three images and a valid COCO file; ``register`` writes it and gives it a name."""
+    """Three images, and a valid COCO file that tests can change; ``register`` writes it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -66,19 +66,19 @@ class CocoData:
 
 @pytest.fixture
 def coco(tmp_path):
-    """A valid dataset of three images to spoil and register."""
+    """Creates CocoData."""
     return CocoData(tmp_path)
 
 
 @pytest.fixture
-def described():
-    """register_datasets with an argument for each entry."""
+def register():
+    """Registers entries, passed as keyword arguments."""
     return lambda **entries: register_datasets(entries)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder with the two images in ``images``."""
+    """Creates a folder with the images of ``two_images`` in ``images``."""
     (tmp_path / "images").mkdir()
     for name in OBJECTS:
         Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / name)

@@ -1,4 +1,4 @@
-"""Data sets by name: every problem is one line that names the place and the next step."""
+"""Tests loading of registered datasets, and its error messages."""
 
 import json
 import logging
@@ -11,18 +11,13 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
-from fcos_d2.data import (
-    check_class_order,
-    check_num_classes,
-    load_dataset,
-    prepare,
-)
+from fcos_d2.data import check_class_order, check_num_classes, load_dataset, prepare
 from fcos_d2.data.inspection import clean, inspect_dataset
 from fcos_d2.errors import InputError
 
 
 def message(function, *arguments, **options):
-    """The one line with which ``function`` refuses."""
+    """Returns the message of the InputError that ``function`` raises."""
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
     text = str(caught.value)
@@ -31,19 +26,19 @@ def message(function, *arguments, **options):
 
 
 def custom(function, name="custom_train", **metadata) -> str:
-    """Registers a function of the test as a dataset, as users without COCO files do."""
+    """Registers a dataset function."""
     DatasetCatalog.register(name, function)
     MetadataCatalog.get(name).set(**metadata)
     return name
 
 
-def test_valid_data_is_what_detectron2_loads(coco):
+def test_valid_dataset_loads_the_same_records_as_detectron2(coco):
     name = coco.register()
     assert load_dataset(name) == DatasetCatalog.get(name)
     assert load_dataset([name, name]) == 2 * DatasetCatalog.get(name)
 
 
-def test_classes_that_the_metadata_declares_must_be_those_of_the_file(coco):
+def test_metadata_with_other_classes_than_the_file_is_rejected(coco):
     name = coco.register()
     MetadataCatalog.get(name).thing_classes = ["box", "disc"]
     text = message(load_dataset, name)
@@ -51,7 +46,7 @@ def test_classes_that_the_metadata_declares_must_be_those_of_the_file(coco):
     assert "MetadataCatalog.remove('shapes_train')" in text
 
 
-def test_filtering_empty_images_is_the_callers_choice(coco):
+def test_filter_empty_drops_images_without_objects(coco):
     coco.content["annotations"][0]["iscrowd"] = 1
     coco.content["annotations"].pop(1)
     name = coco.register()
@@ -59,7 +54,7 @@ def test_filtering_empty_images_is_the_callers_choice(coco):
     assert [r["image_id"] for r in load_dataset(name, filter_empty=False)] == [1, 2, 3]
 
 
-def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own():
+def test_masks_are_dropped_from_copies_of_the_records():
     box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     masked = {**box, "segmentation": [[0.0, 0, 5, 0, 5, 5]]}
     records = [{"file_name": "", "annotations": [masked, box]}]
@@ -71,20 +66,21 @@ def test_masks_are_left_out_where_they_are_not_wanted_and_stay_the_users_own():
     assert load_dataset(unlabeled) == [{"file_name": ""}]
 
 
-MASKS_THAT_DETECTRON2_DROPS = ([[]], [[5, 6, 25, 16]], [[5, 6, 25, 6, 25, 16, 5]], "text")
-MASKS_THAT_IT_CANNOT_READ = (3, [3], {"counts": [0, 2400]}, {"counts": [0, -1], "size": [40, 60]})
+# Detectron2 drops the first masks and cannot read the others.
+DROPPED_MASKS = ([[]], [[5, 6, 25, 16]], [[5, 6, 25, 6, 25, 16, 5]], "text")
+INVALID_MASKS = (3, [3], {"counts": [0, 2400]}, {"counts": [0, -1], "size": [40, 60]})
 
 
-@pytest.mark.parametrize("mask", MASKS_THAT_DETECTRON2_DROPS + MASKS_THAT_IT_CANNOT_READ, ids=str)
-def test_no_box_is_lost_for_a_mask_that_nothing_needs(coco, mask):
+@pytest.mark.parametrize("mask", DROPPED_MASKS + INVALID_MASKS, ids=str)
+def test_boxes_with_invalid_masks_are_kept_if_masks_are_not_used(coco, mask):
     coco.content["annotations"][1]["segmentation"] = mask
     name = coco.register()
     assert [len(record["annotations"]) for record in load_dataset(name)] == [1, 1, 1]
     assert inspect_dataset(name).num_problems == 0
 
 
-@pytest.mark.parametrize("mask", MASKS_THAT_IT_CANNOT_READ, ids=str)
-def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
+@pytest.mark.parametrize("mask", INVALID_MASKS, ids=str)
+def test_invalid_mask_is_reported_if_masks_are_used(coco, mask):
     coco.content["annotations"][1]["segmentation"] = mask
     name = coco.register()
     expected = "annotation 102: segmentation must be polygons or run lengths"
@@ -99,19 +95,19 @@ def test_mask_that_is_needed_and_cannot_be_read_is_named(coco, mask):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"segmentation": {"counts": "PPYo0"}},  # compressed: detectron2 asks for no size
+        {"segmentation": {"counts": "PPYo0"}},  # compressed: detectron2 does not need a size
         {"segmentation": {"counts": [0, 2400.0], "size": [40, 60]}},
     ],
     ids=str,
 )
-def test_masks_that_detectron2_loads_are_right(coco, shape):
+def test_masks_that_detectron2_loads_are_valid(coco, shape):
     coco.content["annotations"][1].update(shape)
     name = coco.register()
     assert load_dataset(name, masks=True) == DatasetCatalog.get(name)
     assert inspect_dataset(name, masks=True).num_problems == 0
 
 
-def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
+def test_unknown_name_suggests_similar_names_and_shows_how_to_register():
     for function in (load_dataset, prepare):
         text = message(function, "digit_train")
         assert "unknown dataset 'digit_train'" in text
@@ -120,11 +116,11 @@ def test_unknown_name_suggests_close_ones_and_shows_how_to_register():
     assert "did you mean" not in message(load_dataset, "zzzzqqqq")
 
 
-def test_no_name_at_all_is_told_with_the_key_to_set():
+def test_empty_list_of_names_is_rejected():
     assert "set DATASETS.TRAIN or DATASETS.TEST" in message(load_dataset, [])
 
 
-def test_absent_annotation_file_is_named_and_the_folder_of_data_sets_explained(coco, monkeypatch):
+def test_missing_annotation_file_is_reported_with_the_datasets_folder(coco, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     name = coco.register()
     coco.json_file.unlink()
@@ -142,26 +138,26 @@ def test_absent_annotation_file_is_named_and_the_folder_of_data_sets_explained(c
         ('{"images": [], "cat', "line 1 column 16"),
         ("", "line 1 column 1"),
     ],
-    ids=["typing error", "cut off", "empty"],
+    ids=["syntax error", "truncated", "empty"],
 )
-def test_broken_json_is_named_with_line_and_column(coco, broken, place):
+def test_invalid_json_is_reported_with_line_and_column(coco, broken, place):
     text = message(load_dataset, coco.register(text=broken))
     assert f"{coco.json_file} is not valid JSON" in text and f"in {place}" in text
 
 
-def test_json_that_is_not_coco_is_told_so(coco):
+def test_json_that_is_not_coco_is_rejected(coco):
     text = message(load_dataset, coco.register(text="[]"))
     assert f"{coco.json_file} must be a COCO file, but is JSON of type list" in text
 
 
-def test_boxes_of_zero_size_are_legal_and_counted(coco, caplog):
+def test_boxes_of_zero_size_cause_a_warning(coco, caplog):
     coco.content["annotations"].append(coco.annotation(200, 1, 1, (1, 2, 0, 4)))
     with caplog.at_level(logging.WARNING, "fcos_d2"):
         assert len(load_dataset(coco.register())) == 3
-    assert "1 boxes have zero width or height; they are neither learned nor" in caplog.text
+    assert "1 boxes have zero width or height; training and evaluation ignore" in caplog.text
 
 
-def test_missing_image_is_named_and_counted(coco):
+def test_missing_image_is_reported_with_the_number_of_missing_images(coco):
     name = coco.register()
     (coco.folder / "2.png").unlink()
     text = message(load_dataset, name)
@@ -169,7 +165,7 @@ def test_missing_image_is_named_and_counted(coco):
     assert "DETECTRON2_DATASETS" in text
 
 
-def test_folder_that_holds_the_images_is_suggested_once(coco, monkeypatch):
+def test_folder_that_contains_the_images_is_suggested(coco, monkeypatch):
     monkeypatch.chdir(coco.folder)
     (coco.folder / "moved" / "here").mkdir(parents=True)
     for number in (1, 2, 3):
@@ -183,26 +179,26 @@ def test_folder_that_holds_the_images_is_suggested_once(coco, monkeypatch):
     assert problem.text in text
 
 
-def test_data_set_without_objects_has_the_likely_cause_when_they_are_needed(coco):
+def test_dataset_without_objects_is_rejected_if_empty_images_are_filtered(coco):
     coco.content["annotations"] = []
     name = coco.register()
     assert len(load_dataset(name, filter_empty=False)) == 3
     assert "'shapes_train': there are no annotations; check that" in message(load_dataset, name)
 
 
-def test_data_sets_of_different_classes_are_refused(coco, registered_digits):
+def test_datasets_with_different_classes_are_rejected(coco, registered_digits):
     text = message(load_dataset, ["digits_val", coco.register()])
     assert "datasets 'digits_val', 'shapes_train' have different classes" in text
 
 
-def test_boxes_as_arrays_and_data_without_annotations_are_fine():
+def test_boxes_may_be_arrays_and_annotations_are_optional():
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
     assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_image_without_annotations_among_others_is_one_without_objects(place):
+def test_missing_annotations_become_an_empty_list(place):
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     records = [{"image_id": 1, "annotations": [box]}]
     records.insert(place, {"image_id": 2})
@@ -213,39 +209,39 @@ def test_image_without_annotations_among_others_is_one_without_objects(place):
     assert "annotations" not in records[place]
 
 
-def test_stream_is_handed_on_as_it_is():
+def test_iterable_dataset_is_returned_unchanged():
     class Endless(IterableDataset):
         def __iter__(self):
-            raise AssertionError("nobody may wait for its end")
+            raise AssertionError("load_dataset must not iterate over it")
 
     assert isinstance(load_dataset(custom(Endless, thing_classes=["disc"])), Endless)
 
 
-def test_a_file_that_somebodys_loader_cannot_open_is_named():
+def test_os_error_in_a_registered_function_is_reported():
     text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
     assert "dataset 'custom_train': " in text and "/no/such/labels.txt" in text
 
 
-def test_class_count_that_does_not_match_names_key_and_value(coco, registered_digits):
+def test_wrong_number_of_classes_is_reported_with_the_key_and_value_to_set(coco, registered_digits):
     check_num_classes(["digits_train", "digits_val"], 10)
     text = message(check_num_classes, "digits_train", 80)
     assert text == (
         "dataset 'digits_train' has 10 classes (zero, one, two, ...) but the model has 80; "
         "set MODEL.FCOS.NUM_CLASSES 10"
     )
-    name = coco.register()  # not loaded yet: its classes are only in its file
+    name = coco.register()  # not loaded yet
     assert "has 2 classes (disc, box)" in message(check_num_classes, ["digits_val", name], 10)
     check_num_classes(name, 2)
 
 
 @pytest.mark.parametrize("classes", [["disc", "disc"], ["disc", " "]])
-def test_classes_that_nothing_tells_apart_are_refused(classes):
+def test_duplicate_and_empty_class_names_are_rejected(classes):
     records = [{"file_name": "", "annotations": []}]
     text = message(load_dataset, custom(lambda: records, thing_classes=classes), False)
     assert f"classes are named {classes[1]!r}" in text
 
 
-def test_classes_of_another_order_than_the_trainings_are_refused(coco):
+def test_class_order_that_differs_from_the_training_data_is_rejected(coco):
     train = coco.register("order_train")
     coco.json_file = coco.folder / "val.json"
     coco.content["categories"] = [{"id": 1, "name": "box"}, {"id": 2, "name": "disc"}]
@@ -256,4 +252,4 @@ def test_classes_of_another_order_than_the_trainings_are_refused(coco):
     assert "set classes: ['disc', 'box'] in DATASETS.REGISTER.order_val" in text
     (coco.folder / "shapes.json").unlink()
     MetadataCatalog.remove(train)
-    check_class_order([train], val)  # the training data is not at hand
+    check_class_order([train], val)  # the training data is not available

@@ -1,4 +1,4 @@
-"""The built-in datasets: what is in them, and how they come to be on disk."""
+"""Tests the built-in datasets: their content, and how they are written."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ FEW = Recipe(num_images=(4, 2))
 
 
 def fingerprint(root):
-    """Hash of every file under ``root/digits`` by its name."""
+    """Returns file name -> hash of all files under ``root/digits``."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(root, "digits").rglob("*"))
@@ -43,7 +43,7 @@ def many_scenes(handwriting):
     return [scenes.compose_scene(handwriting, np.random.default_rng(i)) for i in range(150)]
 
 
-def test_same_seed_gives_same_bytes_and_another_seed_gives_others(tmp_path):
+def test_files_are_reproducible_and_depend_on_the_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         ensure_digits(tmp_path / name, FEW._replace(seed=seed))
     first, again, other = (fingerprint(tmp_path / name) for name in "abc")
@@ -63,20 +63,20 @@ def test_splits_share_no_handwritten_digit(digits_root):
         assert used and used <= set(part.sources.tolist())
 
 
-def test_boxes_bound_what_a_digit_changes_in_the_image(handwriting):
-    """Painted on a plain ground, the pixels that differ from it span the box."""
+def test_boxes_are_tight_around_the_changed_pixels(handwriting):
+    """Paints digits on a uniform background, and compares the changed pixels with the box."""
     rng = np.random.default_rng(0)
     for index in range(30):
-        ink = scenes.write_ink(handwriting.inks[index], 40, rng)
+        ink = scenes.enlarge_ink(handwriting.inks[index], 40, rng)
         canvas = np.full((scenes.SIZE, scenes.SIZE, 3), 128, np.float32)
-        box = scenes._free_box(ink.shape, np.zeros((0, 4), int), np.zeros(0), rng)
+        box = scenes._find_free_box(ink.shape, np.zeros((0, 4), int), np.zeros(0), rng)
         scenes._paint(canvas, ink, box, rng)
         rows, columns = np.nonzero(np.abs((canvas - 128) @ scenes.LUMA) > 2)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_array_equal(found, box)
 
 
-def test_scenes_vary_in_number_class_and_size_and_some_are_empty(many_scenes):
+def test_scenes_vary_in_number_class_and_size_of_digits(many_scenes):
     numbers = np.bincount([len(scene.labels) for scene in many_scenes], minlength=6)
     assert 2 <= numbers[0] <= 15 and (numbers[1:] >= 15).all() and len(numbers) == 6
     labels = np.concatenate([scene.labels for scene in many_scenes])
@@ -87,7 +87,7 @@ def test_scenes_vary_in_number_class_and_size_and_some_are_empty(many_scenes):
     assert lengths.min() in (15, 16, 17) and lengths.max() in (78, 79, 80)
 
 
-def test_annotations_are_those_of_the_handwriting(digits_root):
+def test_annotations_match_the_handwritten_digits(digits_root):
     truth = load_digits().target
     for annotation in content(digits_root, "train")["annotations"]:
         x, y, width, height = annotation["bbox"]
@@ -96,9 +96,7 @@ def test_annotations_are_those_of_the_handwriting(digits_root):
         assert annotation["category_id"] == truth[annotation["handwritten_digit"]] + 1
 
 
-def test_registration_writes_nothing_and_prepare_makes_what_the_evaluator_opens(
-    tmp_path, monkeypatch
-):
+def test_registration_writes_nothing_and_prepare_generates_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "NUM_IMAGES", (4, 2))
     try:
         register_digits(tmp_path)
@@ -118,20 +116,20 @@ def _make(root):
     return fingerprint(root)
 
 
-def test_processes_that_start_at_once_all_find_the_same_complete_files(tmp_path):
+def test_concurrent_processes_generate_the_same_files(tmp_path):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         found = pool.map(_make, [tmp_path] * 3, chunksize=1)
     assert len(found[0]) == 8 and found[0] == found[1] == found[2]
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", "digits.lock"}
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
+def test_files_of_killed_processes_are_deleted(tmp_path):
     (tmp_path / ".digits-left").mkdir()
     ensure_digits(tmp_path, FEW)
     assert not list(tmp_path.glob(".digits-*"))
 
 
-def test_another_version_makes_them_anew(tmp_path, monkeypatch):
+def test_other_version_is_generated_again(tmp_path, monkeypatch):
     ensure_digits(tmp_path, FEW._replace(version="0.9"))
     monkeypatch.setattr(files, "NUM_IMAGES", (4, 2))
     ensure_digits(tmp_path)
@@ -139,7 +137,7 @@ def test_another_version_makes_them_anew(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".digits-*"))
 
 
-def test_a_small_set_made_by_hand_is_used_with_a_warning(tmp_path, caplog):
+def test_other_number_of_images_is_used_with_a_warning(tmp_path, caplog):
     ensure_digits(tmp_path, FEW)
     before = fingerprint(tmp_path)
     ensure_digits(tmp_path)
@@ -147,7 +145,7 @@ def test_a_small_set_made_by_hand_is_used_with_a_warning(tmp_path, caplog):
     assert "(4, 2)" in caplog.text and "python -m fcos_d2.data.digits --root" in caplog.text
 
 
-def test_somebody_elses_folder_of_that_name_is_left_alone(tmp_path):
+def test_other_folder_of_that_name_is_not_overwritten(tmp_path):
     mine = tmp_path / "digits" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
@@ -156,14 +154,14 @@ def test_somebody_elses_folder_of_that_name_is_left_alone(tmp_path):
     assert mine.read_text() == "years of work"
 
 
-def test_a_root_that_cannot_be_written_is_named_with_a_way_out(tmp_path):
+def test_root_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/digits .*; set DETECTRON2_DATASETS") as caught:
         ensure_digits(tmp_path / "file", FEW)
     assert "\n" not in str(caught.value)
 
 
-def test_command_line_makes_as_many_as_asked_and_says_where(tmp_path, capsys):
+def test_command_generates_the_given_number_of_images(tmp_path, capsys):
     assert main(["--root", str(tmp_path), "--images", "5"]) == 0
     said = capsys.readouterr().out
     assert said == f"5 training and 1 validation images in {tmp_path / 'digits'}\n"

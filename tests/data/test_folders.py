@@ -1,4 +1,4 @@
-"""What a folder contains: COCO files in several layouts, and folders of nothing known."""
+"""Tests recognition of folders with COCO files."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ CLASSES = ["dog", "cat & co", "bird"]
 
 @pytest.fixture
 def coco(root):
-    """Writes a COCO file about some of the images; moves those into a folder."""
+    """Writes a COCO file for some images, and moves these to a folder."""
 
     def make(path, files, folder):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -32,39 +32,39 @@ def coco(root):
     return make
 
 
-def test_one_file_with_a_folder_of_photos(described, coco):
+def test_single_file_with_an_image_folder_is_recognized(register, coco):
     coco("labels.json", OBJECTS, "photos")
-    assert_recognized(described, coco.folder, all=OBJECTS)
+    assert_recognized(register, coco.folder, all=OBJECTS)
 
 
 @pytest.mark.parametrize("suffix, split", [("train2017", "train"), ("val2017", "val")])
-def test_cocos_own_folders(described, coco, suffix, split):
+def test_coco_folders_are_recognized(register, coco, suffix, split):
     coco(f"annotations/instances_{suffix}.json", OBJECTS, suffix)
     write(coco.folder / f"annotations/captions_{suffix}.json", {"images": []})
-    assert_recognized(described, coco.folder, **{split: OBJECTS})
+    assert_recognized(register, coco.folder, **{split: OBJECTS})
 
 
-def test_roboflows_splits_beside_their_images(described, coco):
+def test_roboflow_splits_are_recognized(register, coco):
     for split, file in zip(("valid", "test"), OBJECTS, strict=True):
         coco(f"{split}/_annotations.coco.json", [file], split)
-    assert_recognized(described, coco.folder, val=["a.jpg"], test=["b.png"])
+    assert_recognized(register, coco.folder, val=["a.jpg"], test=["b.png"])
 
 
-def test_several_files_are_one_dataset(described, coco):
+def test_several_files_are_one_dataset(register, coco):
     for folder, file in zip(("one", "two"), OBJECTS, strict=True):
         coco(f"{folder}/labels.json", [file], folder)
-    assert_recognized(described, coco.folder, all=OBJECTS)
+    assert_recognized(register, coco.folder, all=OBJECTS)
 
 
-def test_group_that_roboflow_lists_as_a_class_is_none(coco):
+def test_supercategory_that_roboflow_lists_as_a_class_is_dropped(coco):
     content = coco("labels.json", OBJECTS, "photos")
-    named = [{**category, "supercategory": "pets"} for category in content["categories"]]
-    content["categories"] = [{"id": 9, "name": "pets", "supercategory": "none"}, *named]
+    categories = [{**category, "supercategory": "pets"} for category in content["categories"]]
+    content["categories"] = [{"id": 9, "name": "pets", "supercategory": "none"}, *categories]
     write(coco.folder / "labels.json", content)
     assert recognize(coco.folder)["all"]["classes"] == CLASSES
 
 
-def test_clean_file_is_taken_for_its_original(coco):
+def test_clean_file_replaces_its_original(coco):
     coco("labels_clean.json", OBJECTS, "photos")
     write(coco.folder / "labels.json", {"images": [], "categories": [], "annotations": []})
     assert recognize(coco.folder)["all"]["json"] == str(coco.folder / "labels_clean.json")
@@ -78,7 +78,7 @@ def test_clean_file_is_taken_for_its_original(coco):
         ({"a.json": json.dumps({"type": 1, "features": 2})}, "/a.json: GeoJSON"),
     ],
 )
-def test_folder_of_nothing_known_says_what_it_looks_like(tmp_path, files, text):
+def test_folder_without_known_annotations_is_rejected_with_its_content(tmp_path, files, text):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=text):

@@ -1,4 +1,4 @@
-"""Images are found wherever the annotation file's paths come from."""
+"""Tests the search for images whose paths in the annotation file are outdated."""
 
 import pytest
 
@@ -36,30 +36,30 @@ def tree(tmp_path):
         ([".1.jpg"], "1.jpg", None),
     ],
 )
-def test_path_of_another_place_is_found_by_its_end(tree, files, name, found):
+def test_moved_image_is_found_by_the_suffix_of_its_path(tree, files, name, found):
     located = locate_images(tree(*files), [name])
     assert located.paths == [found]
     assert located.missing == ({} if found else {0: "no such file"})
 
 
-def test_name_that_several_files_fit_is_ambiguous(tree):
+def test_name_that_matches_several_files_is_ambiguous(tree):
     located = locate_images(tree("a/1.jpg", "b/1.jpg"), ["x/1.jpg", "b/1.jpg"])
     assert located.paths == [None, "b/1.jpg"]
     assert located.missing == {0: "2 files match, such as a/1.jpg and b/1.jpg; write the full path"}
 
 
-def test_links_in_a_circle_end(tree, tmp_path):
+def test_cyclic_links_are_followed_once(tree, tmp_path):
     root = tree("a/1.jpg")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert locate_images(root, ["x/1.jpg"]).paths == ["a/1.jpg"]
 
 
 @pytest.mark.parametrize("name", ["\0", "", "..", "/", "\ud800.jpg", "x" * 5000])
-def test_name_of_no_file_is_missing(tree, name):
+def test_invalid_path_is_missing(tree, name):
     assert locate_images(tree("1.jpg"), [name]).paths in ([None], [name])
 
 
-def test_folder_is_suggested_from_the_neighborhood(tree, tmp_path, monkeypatch):
+def test_nearby_folder_is_suggested(tree, tmp_path, monkeypatch):
     root = tree("data/photos/deep/1.jpg", "labels/note.txt")
     monkeypatch.chdir(root)
     assert suggest_folder("data/wrong", "img/1.JPG") == "data/photos/deep"

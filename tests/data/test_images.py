@@ -1,4 +1,4 @@
-"""Image files: suffixes, what is refused, and distinct names."""
+"""Tests reading of image files, and their names."""
 
 from pathlib import Path
 
@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from fcos_d2.data.images import (
-    can_hold_rgb,
-    distinct_names,
-    image_sizes,
-    is_image,
-    read_image,
-)
+from fcos_d2.data.images import can_hold_rgb, distinct_names, image_sizes, is_image, read_image
 from fcos_d2.errors import InputError
 
 
-def deep_image(path, kind):
-    """An image whose values are numbers up to 65535, or floats up to 1."""
+def write_deep_image(path, kind):
+    """Writes an image with integers up to 65535 or floats up to 1."""
     shades = np.linspace(0, 1, 60 * 40).reshape(40, 60)
     pixels = shades.astype(np.float32) if kind == "F" else (shades * 65535).astype(kind)
     Image.fromarray(pixels).save(path)
@@ -33,8 +27,8 @@ def deep_image(path, kind):
         ("a.tif", "F", "F", "floats"),
     ],
 )
-def test_more_than_8_bits_are_refused_and_not_cut_off(tmp_path, name, kind, mode, words):
-    path = deep_image(tmp_path / name, kind)
+def test_more_than_8_bits_are_rejected_instead_of_clipped(tmp_path, name, kind, mode, words):
+    path = write_deep_image(tmp_path / name, kind)
     with pytest.raises(InputError) as caught:
         read_image(str(path), "RGB")
     assert str(caught.value) == (
@@ -43,7 +37,7 @@ def test_more_than_8_bits_are_refused_and_not_cut_off(tmp_path, name, kind, mode
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
-def test_8_bits_of_every_kind_are_read(tmp_path, mode):
+def test_8_bit_images_of_all_modes_are_read(tmp_path, mode):
     path = tmp_path / "a.tif"
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
     pixels = read_image(str(path), "BGR")
@@ -52,8 +46,8 @@ def test_8_bits_of_every_kind_are_read(tmp_path, mode):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation, angle", [(1, 0), (3, 180), (6, 90), (8, 270)])
-def test_orientation_is_applied_exactly_once_or_not_at_all(tmp_path, suffix, orientation, angle):
-    """The stored pixels are an upright image with a bright quarter, turned the other way."""
+def test_orientation_is_applied_once_or_not_at_all(tmp_path, suffix, orientation, angle):
+    """The stored pixels are an upright image with a bright quadrant, rotated by ``angle``."""
     upright = np.full((32, 48, 3), 10, np.uint8)
     upright[:16, :24] = 240
     stored = Image.fromarray(upright).rotate(angle, expand=True)
@@ -61,7 +55,7 @@ def test_orientation_is_applied_exactly_once_or_not_at_all(tmp_path, suffix, ori
     exif[ExifTags.Base.Orientation] = orientation
     path = str(tmp_path / f"a.{suffix}")
     stored.save(path, exif=exif)
-    as_stored = upright if suffix == "tif" else np.asarray(stored)  # Pillow turns TIFFs itself
+    as_stored = upright if suffix == "tif" else np.asarray(stored)  # Pillow rotates TIFFs itself
     for is_upright, expected in ((True, upright), (False, as_stored)):
         found = read_image(path, "RGB", is_upright)
         assert found.shape == expected.shape
@@ -69,7 +63,7 @@ def test_orientation_is_applied_exactly_once_or_not_at_all(tmp_path, suffix, ori
     assert image_sizes(path) == ((48, 32), as_stored.shape[1::-1])
 
 
-def test_suffix_tells_what_is_an_image_and_what_can_be_written():
+def test_image_and_rgb_suffixes_are_recognized():
     assert all(map(is_image, ("a.jpg", "a/b.PNG", Path("x.webp"), "a.psd")))
     assert not any(map(is_image, ("a.txt", "a.pdf", "a.mpg", "jpg", "a")))
     assert all(map(can_hold_rgb, ("a.jpg", "b.PNG", "c.tif", "d.bmp")))
@@ -84,5 +78,5 @@ def test_suffix_tells_what_is_an_image_and_what_can_be_written():
         (["0.png", "0.png", "0_2.png"], ["0.png", "0_3.png", "0_2.png"]),
     ],
 )
-def test_equal_names_get_a_number(names, distinct):
+def test_repeated_names_are_numbered(names, distinct):
     assert distinct_names(map(Path, names)) == list(map(Path, distinct))

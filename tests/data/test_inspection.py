@@ -1,4 +1,4 @@
-"""Looking through a whole dataset: everything broken is named, everything else is counted."""
+"""Tests checks of whole datasets."""
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,7 +11,7 @@ from fcos_d2.errors import InputError
 OBJECT = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
 
 
-def test_images_may_be_left_unread_but_not_missing(coco):
+def test_missing_images_are_reported_without_reading_images(coco):
     (coco.folder / "1.png").write_bytes(b"")
     (coco.folder / "2.png").unlink()
     found = inspect_dataset(coco.register(), read_images=False)
@@ -22,13 +22,13 @@ def test_contents_are_counted(coco):
     annotations = coco.content["annotations"]
     annotations += [
         coco.annotation(201, 1, 1, (5, 6, 20, 10)),
-        coco.annotation(202, 1, 1, (5, 6, 20, 10)),  # twice
-        coco.annotation(203, 1, 1, (50, 6, 12, 10)),  # two pixels over the border
-        coco.annotation(204, 1, 1, (50, 6, 0, 10)),  # flat
+        coco.annotation(202, 1, 1, (5, 6, 20, 10)),  # duplicate
+        coco.annotation(203, 1, 1, (50, 6, 12, 10)),  # exceeds the image by two pixels
+        coco.annotation(204, 1, 1, (50, 6, 0, 10)),  # zero width
         coco.annotation(205, 1, 1, (0, 0, 30, 30), iscrowd=1),
     ]
-    annotations.pop(2)  # of image 3
-    coco.content["categories"].append({"id": 7, "name": "never"})
+    annotations.pop(2)  # in image 3
+    coco.content["categories"].append({"id": 7, "name": "unused"})
     contents = describe_contents(inspect_dataset(coco.register()))
     assert contents.boxes_per_class == [5, 1, 0] and contents.images_per_class == [2, 1, 0]
     assert contents.num_boxes == 6
@@ -43,7 +43,7 @@ def register_in_python(load) -> str:
 
 
 @pytest.mark.parametrize("read_images", [True, False])
-def test_size_that_the_data_does_not_say_is_that_of_the_image(coco, read_images):
+def test_missing_size_is_read_from_the_image(coco, read_images):
     far = {**OBJECT, "bbox": [1, 2, 62, 9]}
     records = [
         {"file_name": str(coco.folder / "1.png"), "annotations": [OBJECT, far]},
@@ -57,17 +57,17 @@ def test_size_that_the_data_does_not_say_is_that_of_the_image(coco, read_images)
     assert "width" not in records[0]
 
 
-def test_stream_without_an_end_is_not_looked_through():
+def test_iterable_dataset_is_rejected():
     class Endless(IterableDataset):
         def __iter__(self):
-            raise AssertionError("nobody may wait for its end")
+            raise AssertionError("inspect_dataset must not iterate over it")
 
-    with pytest.raises(InputError, match=r"is a stream \(Endless\) .* register a list of dicts"):
+    with pytest.raises(InputError, match=r"dataset \(Endless\), .* register a list of dicts"):
         inspect_dataset(register_in_python(Endless))
 
 
 @pytest.mark.parametrize("error", ["", "x"])
-def test_file_that_is_no_image_is_told_so(coco, error):
+def test_file_that_is_not_an_image_is_reported(coco, error):
     (coco.folder / "1.png").write_text(error)
     (reason,) = inspect_dataset(coco.register()).image_problems.values()
     assert reason == "it is not an image of a known format"

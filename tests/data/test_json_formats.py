@@ -1,4 +1,4 @@
-"""JSON files of LabelMe, VIA, Label Studio and CreateML."""
+"""Tests JSON files of LabelMe, VIA, Label Studio and CreateML."""
 
 import re
 from pathlib import Path
@@ -47,7 +47,7 @@ def via_project(root):
 
 
 def via_annotations(root):
-    """The older export: regions by their numbers, and nothing around."""
+    """Writes the older export: regions by number, without the project settings."""
     content = via(root, lambda items: {str(i): item for i, item in enumerate(items)})
     return write(root / "via.json", content)
 
@@ -65,9 +65,9 @@ def label_studio(root):
     for file, objects in OBJECTS.items():
         result = [{"value": percent(*item), **LABEL_STUDIO_SIZE} for item in objects]
         result.append({"type": "choices", "value": {}})
-        done = [{"was_cancelled": True, "result": []}, {"result": result}]
+        annotations = [{"was_cancelled": True, "result": []}, {"result": result}]
         data = {"image": f"/data/upload/4/0a1b2c3d-{file}"}
-        tasks.append({"id": 1, "data": data, "annotations": done})
+        tasks.append({"id": 1, "data": data, "annotations": annotations})
     return write(root / "tasks.json", tasks)
 
 
@@ -99,27 +99,27 @@ JSON = [labelme, via_project, via_annotations, label_studio, label_studio_minima
 
 
 @pytest.mark.parametrize("make", JSON)
-def test_json_of_annotation_tools_is_told_by_its_content(described, root, make):
-    described(mine={"json": make(root), "images": str(root / "images")})
+def test_json_formats_are_detected_by_content(register, root, make):
+    register(mine={"json": make(root), "images": str(root / "images")})
     assert class_names("mine") == ["bird", "cat & co", "dog"]
     assert_same("mine")
     assert inspect_dataset("mine").num_problems == 0
-    assert_recognized(described, root, all=OBJECTS)
+    assert_recognized(register, root, all=OBJECTS)
 
 
 @pytest.mark.parametrize("make", JSON)
-def test_what_is_broken_in_them_is_listed_and_cleaned(described, root, make):
+def test_invalid_shape_is_listed_and_cleaned(register, root, make):
     path = Path(make(root))
     file = path / "a.json" if path.is_dir() else path
-    # One number of the second object of a.jpg.
+    # Replaces one number of the second object of a.jpg.
     file.write_text(re.sub(r'("x": |\[)(4|8\.0|17\.0|30)\b', r'\1"?"', file.read_text(), count=1))
-    described(mine={"json": str(path), "images": str(root / "images")})
+    register(mine={"json": str(path), "images": str(root / "images")})
     found = inspect_dataset("mine")
     (problem,) = found.problems
     assert problem.text.startswith("annotation 1 of ") and "a.j" in problem.text
     (cleaned,) = clean([found], [found])
     write(root / "clean.json", cleaned.content)
-    described(clean={"json": str(root / "clean.json"), "images": str(root / "images")})
+    register(clean={"json": str(root / "clean.json"), "images": str(root / "images")})
     assert_same("clean", {**OBJECTS, "a.jpg": OBJECTS["a.jpg"][:1]})
 
 
@@ -146,24 +146,21 @@ def in_label_studio(**value):
         (in_via(name="circle", cx=20, cy=20, r=5), (15, 15, 10, 10)),
         (in_via(name="ellipse", cx=20, cy=20, rx=5, ry=3), (15, 17, 10, 6)),
         (in_via(name="point", cx=20, cy=20), (20, 20, 0, 0)),
-        (
-            in_via(name="polygon", all_points_x=[5, 25, 9], all_points_y=[6, 6, 16]),
-            (5, 6, 20, 10),
-        ),
+        (in_via(name="polygon", all_points_x=[5, 25, 9], all_points_y=[6, 6, 16]), (5, 6, 20, 10)),
         (in_label_studio(x=20, y=10, width=40, height=20, rotation=90), (-2, 6, 12, 20)),
         (in_label_studio(points=[[10, 10], [50, 10], [18, 26.6667]]), (5, 6, 20, 10)),
         (in_label_studio(x=40, y=50, radiusX=10, radiusY=5), (15, 27, 10, 6)),
     ],
 )
-def test_shapes_have_boxes(described, root, content, box):
-    described(mine={"json": write(root / "x.json", content), "images": str(root / "images")})
+def test_shapes_become_boxes(register, root, content, box):
+    register(mine={"json": write(root / "x.json", content), "images": str(root / "images")})
     assert_same("mine", {"a.jpg": [("dog", *box)]})
 
 
-def test_via_regions_without_attributes_are_objects(described, root):
+def test_via_regions_without_attributes_are_objects(register, root):
     content = in_via(name="point", cx=20, cy=20)
     del content["a"]["regions"][0]["region_attributes"]
-    described(mine={"json": write(root / "via.json", content), "images": str(root / "images")})
+    register(mine={"json": write(root / "via.json", content), "images": str(root / "images")})
     assert class_names("mine") == ["object"]
 
 
@@ -172,12 +169,12 @@ def test_via_regions_without_attributes_are_objects(described, root):
     [
         ([{"image_id": 1, "category_id": 1, "score": 0.5}], "COCO's format of detections"),
         ({"type": "FeatureCollection", "features": []}, "GeoJSON"),
-        ({"one": 1, "two": 2}, "JSON with the keys one, two, which no format has"),
-        ([{"one": 1}], "a JSON list of objects with the keys one, which no format has"),
-        ([], "JSON of type list, which no format has"),
+        ({"one": 1, "two": 2}, "JSON with the keys one, two, in an unknown format"),
+        ([{"one": 1}], "a JSON list of objects with the keys one, in an unknown format"),
+        ([], "JSON of type list, in an unknown format"),
     ],
 )
-def test_unknown_file_names_what_it_looks_like(described, root, content, kind):
-    described(mine={"json": write(root / "x.json", content), "images": str(root / "images")})
+def test_unknown_json_is_rejected_with_its_content(register, root, content, kind):
+    register(mine={"json": write(root / "x.json", content), "images": str(root / "images")})
     with pytest.raises(InputError, match=rf"x.json is {kind}.*; export the annotations as COCO"):
         load_dataset("mine")

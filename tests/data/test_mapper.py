@@ -1,4 +1,4 @@
-"""The mapper: unreadable images are named, crowds become boxes to ignore."""
+"""Tests the dataset mapper: errors, crowd regions and crops."""
 
 from copy import deepcopy
 
@@ -52,7 +52,7 @@ def mapper(keep_crowd=True, is_train=True, augmentations=()):
 
 
 def load_in_worker(record, mapper):
-    """Maps ``record`` in the one worker process of a real loader."""
+    """Maps ``record`` in a worker of a DataLoader."""
 
     class Data(torch.utils.data.Dataset):
         def __len__(self):
@@ -65,7 +65,7 @@ def load_in_worker(record, mapper):
     return next(iter(loader))
 
 
-def test_without_crowds_it_is_detectron2s_mapper(image_file):
+def test_mapper_equals_detectron2s_without_crowd_regions(image_file):
     data = record(image_file, OBJECT, CROWD)
     ours = mapper(keep_crowd=False)(data)
     theirs = DatasetMapper(True, augmentations=[], image_format="BGR")(data)
@@ -75,7 +75,7 @@ def test_without_crowds_it_is_detectron2s_mapper(image_file):
     assert ours["instances"].gt_classes.tolist() == [3]
 
 
-def test_crowds_are_kept_as_boxes_of_class_minus_one(image_file):
+def test_crowd_regions_become_boxes_of_class_minus_one(image_file):
     data = record(image_file, CROWD, OBJECT, CROWD)
     before = deepcopy(data)
     instances = load_in_worker(data, mapper())["instances"]
@@ -90,7 +90,7 @@ def test_crowds_are_kept_as_boxes_of_class_minus_one(image_file):
     assert data == before
 
 
-def test_crowds_are_flipped_and_resized(image_file):
+def test_crowd_regions_are_flipped_and_resized(image_file):
     augmentations = [T.RandomFlip(prob=1.0), T.Resize((80, 120))]
     crowd = mapper(augmentations=augmentations)(record(image_file, CROWD))["instances"]
     assert crowd.gt_boxes.tensor.tolist() == [[20, 20, 60, 50]] and crowd.image_size == (80, 120)
@@ -101,7 +101,7 @@ def test_evaluation_gets_no_ground_truth(image_file):
     assert "instances" not in mapped and "annotations" not in mapped
 
 
-def test_crowds_cannot_be_kept_beside_masks():
+def test_crowd_regions_cannot_be_kept_with_masks():
     with pytest.raises(InputError, match="IGNORE_CROWD False or MODEL.MASK_ON False"):
         FCOSDatasetMapper(
             True, augmentations=[], image_format="BGR", keep_crowd=True, use_instance_mask=True
@@ -109,7 +109,7 @@ def test_crowds_cannot_be_kept_beside_masks():
 
 
 @pytest.mark.parametrize("ignore_crowd", [True, False])
-def test_config_key_decides_about_crowds(image_file, ignore_crowd):
+def test_ignore_crowd_key_keeps_or_drops_crowd_regions(image_file, ignore_crowd):
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.MODEL.FCOS.IGNORE_CROWD = ignore_crowd
@@ -122,7 +122,7 @@ def test_config_key_decides_about_crowds(image_file, ignore_crowd):
     "read", [lambda data: mapper()(data), lambda data: load_in_worker(data, mapper())]
 )
 @pytest.mark.parametrize("content", [None, 1500])
-def test_unreadable_image_is_named_also_from_a_loaders_worker(image_file, content, read):
+def test_unreadable_image_is_reported_also_by_workers(image_file, content, read):
     data = image_file.read_bytes()
     image_file.unlink()
     if content is not None:
@@ -134,14 +134,14 @@ def test_unreadable_image_is_named_also_from_a_loaders_worker(image_file, conten
     assert text.endswith("replace the file or remove it from the annotations")
 
 
-def test_image_of_another_size_than_annotated_keeps_its_own_where_the_boxes_fit(image_file):
+def test_image_whose_size_differs_from_the_annotations_is_used_if_the_boxes_fit(image_file):
     for size in ((64, 40), (40, 60)):
         mapped = mapper()({**record(image_file, OBJECT), "width": size[0], "height": size[1]})
         assert (mapped["width"], mapped["height"]) == (60, 40)
         assert mapped["instances"].gt_boxes.tensor.tolist() == [[5, 6, 25, 16]]
 
 
-def test_turned_photo_is_read_upright_unless_its_boxes_are_not(tmp_path):
+def test_exif_orientation_is_applied_unless_upright_is_false(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
@@ -152,7 +152,7 @@ def test_turned_photo_is_read_upright_unless_its_boxes_are_not(tmp_path):
     assert mapper()({**data, "width": 40, "height": 60})["image"].shape == (3, 60, 40)
 
 
-# ---- crops ----
+# ---- Crops ----
 
 
 def crop_mapper(size, **options):
@@ -162,38 +162,37 @@ def crop_mapper(size, **options):
 
 @pytest.fixture
 def large_image(tmp_path):
-    """600 x 400 with one object of 8 x 8, and another of 60 x 60."""
+    """Writes a 600 x 400 image with an 8 x 8 and a 60 x 60 object."""
     Image.new("RGB", (600, 400)).save(tmp_path / "large.png")
     boxes = ([400, 300, 408, 308], [50, 60, 110, 120])
     objects = [{"bbox": b, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1} for b in boxes]
     return {**record(tmp_path / "large.png", *objects), "width": 600, "height": 400}
 
 
-def test_crops_keep_small_objects_at_their_size_and_show_them_often(large_image):
+def test_crops_often_contain_small_objects_at_their_original_size(large_image):
     np.random.seed(0)
     samples = [crop_mapper((96, 96), ignore_cut=True)(large_image) for _ in range(200)]
     assert {tuple(sample["image"].shape) for sample in samples} == {(3, 96, 96)}
     boxes = [sample["instances"].gt_boxes.tensor for sample in samples]
-    learned = [sample["instances"].gt_classes >= 0 for sample in samples]
-    small = [b[(b[:, 2] - b[:, 0] <= 8) & is_] for b, is_ in zip(boxes, learned, strict=True)]
-    shown = [len(b) for b in small]
-    assert sum(shown) > 60  # of crops anywhere, 5 in 100 would show it
+    kept = [sample["instances"].gt_classes >= 0 for sample in samples]
+    small = [b[(b[:, 2] - b[:, 0] <= 8) & is_kept] for b, is_kept in zip(boxes, kept, strict=True)]
+    assert sum(map(len, small)) > 60  # about 10 in random crops
     assert max((b[:, 2] - b[:, 0]).max().item() for b in small if len(b)) == 8
 
 
-def test_object_that_a_crop_cuts_off_is_ignored_or_dropped(large_image):
+def test_object_that_is_mostly_cropped_is_ignored_or_dropped(large_image):
     for ignore_cut in (True, False):
         np.random.seed(0)
         for _ in range(100):
             instances = crop_mapper((96, 96), ignore_cut=ignore_cut)(large_image)["instances"]
             for box, class_ in zip(instances.gt_boxes.tensor, instances.gt_classes, strict=True):
                 sides = box[2:] - box[:2]
-                share = (sides / (8 if sides.max() <= 8 else 60)).prod()
-                assert (share >= 0.4) == (class_ == 1) or sides.max() <= 8
+                visible = (sides / (8 if sides.max() <= 8 else 60)).prod()
+                assert (visible >= 0.4) == (class_ == 1) or sides.max() <= 8
                 assert ignore_cut or class_ == 1
 
 
-def test_crop_of_an_image_without_objects_or_smaller_than_the_crop(image_file):
+def test_crop_of_an_image_that_is_small_or_has_no_objects(image_file):
     assert crop_mapper((20, 30))(record(image_file))["image"].shape == (3, 20, 30)
     sample = crop_mapper((200, 300))(record(image_file, OBJECT))
     assert sample["image"].shape == (3, 40, 60) and len(sample["instances"]) == 1
@@ -201,7 +200,7 @@ def test_crop_of_an_image_without_objects_or_smaller_than_the_crop(image_file):
     assert len(crop_mapper((20, 30))(record(image_file, outside))["instances"]) == 0
 
 
-def test_crop_of_the_config_lies_around_objects(large_image):
+def test_crop_config_crops_around_objects(large_image):
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "FCOS"

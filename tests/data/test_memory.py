@@ -1,6 +1,6 @@
-"""Training data of any size: bounded by its file while it is read, and shared by all workers.
+"""Tests that the memory of training data is bounded, and shared by all workers.
 
-python -m tests.data.test_memory    measures in a process of its own and prints MiB as JSON
+python -m tests.data.test_memory    prints the memory of this process and its workers as JSON
 """
 
 import json
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 BOXES = 8.6  # per image, as in COCO train2017
-# Of the size of the annotation file.
-PEAK = 8  # while Python objects are made of it; pycocotools' alone take six
-HELD = 1  # by what stays for the training, beside
-LIBRARIES = 16  # MiB that libraries take at their first use
-WORKER = 40  # MiB that a worker may have to itself
+# Limits, relative to the size of the annotation file.
+PEAK = 8  # while it is parsed; pycocotools' objects alone take six
+HELD = 1  # after it is loaded, in addition to LIBRARIES
+LIBRARIES = 16  # MiB that libraries allocate at their first use
+WORKER = 40  # MiB of private memory per worker
 CONFIG = """
 DATASETS: {REGISTER: {many: {json: many.json, images: images}}, TRAIN: [many]}
 MODEL: {META_ARCHITECTURE: FCOS, DEVICE: cpu, FCOS: {NUM_CLASSES: 80}}
@@ -37,7 +37,7 @@ DATALOADER: {NUM_WORKERS: 2}
 
 
 def write_coco(folder: Path, num_images: int) -> None:
-    """many.json, which per image is as large as COCO train2017's, and ``images``, all the same."""
+    """Writes many.json, as large per image as COCO train2017, and equal images."""
     rng = np.random.default_rng(0)
     Image.new("RGB", (64, 48), (90, 120, 60)).save(folder / "image.jpg")
     (folder / "images").mkdir()
@@ -56,19 +56,19 @@ def write_coco(folder: Path, num_images: int) -> None:
 
 
 def resident(key: str = "VmRSS") -> float:
-    """Memory of this process now, or (VmHWM) at its highest."""
+    """Returns the current or peak (VmHWM) memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def private(pid: int) -> float:
-    """Memory that a process shares with no other."""
+    """Returns the private memory of a process in MiB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def measure() -> dict:
-    """Builds the training's loader and reads some batches."""
+    """Builds the training loader, and reads some batches."""
     cfg = read_cfg("many.yaml")
     before = resident()
     loader = Trainer.build_train_loader(cfg)
@@ -82,7 +82,7 @@ def measure() -> dict:
 @pytest.mark.parametrize(
     "num_images", [4_000, pytest.param(100_000, marks=pytest.mark.slow)], ids=["small", "coco"]
 )
-def test_a_coco_file_takes_memory_by_its_size_once_for_all_workers(num_images, tmp_path):
+def test_memory_is_bounded_by_the_annotation_file_and_shared_by_workers(num_images, tmp_path):
     write_coco(tmp_path, num_images)
     size = (tmp_path / "many.json").stat().st_size / 2**20
     done = python("-m", "tests.data.test_memory", cwd=tmp_path, timeout=600)

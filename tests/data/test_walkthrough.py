@@ -1,7 +1,4 @@
-"""docs/custom_data.md as a new user follows it, by its own words: from a foreign folder to a video.
-
-The commands run in this process. Only the number of images and the length of the training are ours.
-"""
+"""Runs the commands of docs/custom_data.md in this process, with fewer images and iterations."""
 
 import importlib.util
 import json
@@ -27,7 +24,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "VIS_PERIOD", "0"]
 SHORT += ["TEST.EVAL_PERIOD", "0", "MODEL.FCOS.INFERENCE_TH_TEST", "0.01"]
-STATUSES = [0, 0, 1, 1, 0, 0, 0, 0, 1]  # of the commands: the check and the video have complaints
+STATUSES = [0, 0, 1, 1, 0, 0, 0, 0, 1]  # exit status of each command
 
 
 def tool(path: str):
@@ -42,7 +39,7 @@ def train(words: list[str]) -> int:
 
 
 def execute(words: list[str]) -> int:
-    """What a shell would run; its exit status."""
+    """Runs a command line, and returns its exit status."""
     if words[0] == "fcos-d2":
         return predict.main(words[1:])
     if words[0] != "python":
@@ -54,7 +51,7 @@ def execute(words: list[str]) -> int:
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
-    """Runs a command of the page in a folder that has only what a checkout has."""
+    """Runs a command of the page in an empty folder with configs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
@@ -63,21 +60,21 @@ def shell(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
     yield run
-    # Handlers of detectron2 hold on to this test's captured stdout.
+    # detectron2's handlers refer to this test's captured stdout.
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()
     setup_logger.cache_clear()
 
 
 def follow(shell, training: list[str], export: list[str]) -> list[SimpleNamespace]:
-    """Everything on the page in order; what came of it."""
+    """Runs all commands of the page in order."""
     more = {"--export": export, "train_net": training}
     return [
         shell(command, *next((more[k] for k in more if k in command), [])) for command in COMMANDS
     ]
 
 
-def test_page_leads_from_a_foreign_folder_to_a_detection_video(shell, digits_root):
+def test_commands_of_the_page_work(shell, digits_root):
     done = follow(shell, SHORT, ["--images", "40", "--root", str(digits_root)])
     assert [d.status for d in done] == STATUSES, [d.err[-500:] for d in done]
     export, config, check, clean, _, _, _, _, found = done
@@ -92,13 +89,13 @@ def test_page_leads_from_a_foreign_folder_to_a_detection_video(shell, digits_roo
     names = ["nil", "ace", "deuce", "trey", "cater", "cinque", "sice", "joker"]
     assert [entry["name"] for entry in thresholds["classes"]] == names
     assert Path("output/dice/report/index.html").is_file()
-    # Of 40 photos one is broken: named, skipped, and told by the exit status.
+    # One of 40 photos is truncated, and skipped.
     assert "skipped dice/photos/photo_0002.png: " in found.err
     assert len(json.loads(Path("output/dice/found.json").read_text())) == 39
     assert Path("output/dice/found.mp4").stat().st_size > 1000
 
 
-def test_broken_data_does_not_train_and_says_what_is_broken(shell, digits_root):
+def test_training_on_a_truncated_image_is_rejected(shell, digits_root):
     assert shell(COMMANDS[0], "--images", "40", "--root", str(digits_root)).status == 0
     assert shell(COMMANDS[1]).status == 0
     epoch = ["SOLVER.MAX_ITER", "8"]
@@ -107,17 +104,17 @@ def test_broken_data_does_not_train_and_says_what_is_broken(shell, digits_root):
     assert refused.status == 2 and last.startswith("error: cannot read image dice/photos/")
 
 
-def test_export_refuses_to_overwrite_and_to_make_up_images(shell, digits_root):
+def test_export_rejects_existing_folders_and_too_many_images(shell, digits_root):
     Path("dice").mkdir()
     refused = shell(COMMANDS[0], "--root", str(digits_root))
-    assert refused.status == 2 and "dice exists already" in refused.err
+    assert refused.status == 2 and "dice already exists" in refused.err
     Path("dice").rmdir()
     refused = shell(COMMANDS[0], "--root", str(digits_root), "--images", "41")
     assert refused.status == 2 and "--images must be from 2 to 40" in refused.err
 
 
 @pytest.mark.slow
-def test_page_leads_to_a_detector_that_finds_dice(shell, tmp_path):
+def test_commands_of_the_page_train_a_working_detector(shell, tmp_path):
     training = ["SOLVER.MAX_ITER", "900", "TEST.EVAL_PERIOD", "0"]
     done = follow(shell, training, ["--images", "1600", "--root", str(tmp_path / "datasets")])
     assert [d.status for d in done] == STATUSES, done[6].err[-500:]

@@ -1,4 +1,4 @@
-"""Pascal VOC, and XML files of CVAT."""
+"""Tests Pascal VOC, and XML files of CVAT."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def voc_text(file, objects, head="") -> str:
 
 @pytest.fixture
 def voc(root):
-    """The folders of a VOC dataset; its splits are "train" with both images and "val" with one."""
+    """Writes a VOC dataset with the splits "train" (both images) and "val" (one image)."""
     for folder in VOC[:2]:
         (root / folder).mkdir(parents=True)
     (root / "images").rename(root / "JPEGImages")
@@ -42,18 +42,18 @@ def voc(root):
     return root
 
 
-def test_voc_counts_pixels_from_zero_and_knows_the_classes_of_all_splits(described, voc):
-    described(pets={"voc": str(voc), "split": "train"}, few={"voc": str(voc), "split": "val"})
+def test_voc_coordinates_become_zero_based_and_classes_come_from_all_splits(register, voc):
+    register(pets={"voc": str(voc), "split": "train"}, few={"voc": str(voc), "split": "val"})
     assert class_names("pets") == class_names("few") == ["bird", "cat & co", "dog"]
     assert_same("pets")
     assert_same("few", {"b.png": OBJECTS["b.png"]})
-    assert_recognized(described, voc, train=OBJECTS, val=["b.png"])
+    assert_recognized(register, voc, train=OBJECTS, val=["b.png"])
     crowds = [a["iscrowd"] for record in load_dataset("pets") for a in record["annotations"]]
     assert crowds == [0, 1, 0]
 
 
-def test_voc_classes_can_be_given_in_an_order(described, voc):
-    described(pets={"voc": str(voc), "split": "train", "classes": ["dog", "bird"]})
+def test_voc_classes_can_be_selected_and_ordered(register, voc):
+    register(pets={"voc": str(voc), "split": "train", "classes": ["dog", "bird"]})
     assert_same("pets", {"a.jpg": OBJECTS["a.jpg"][:1], "b.png": OBJECTS["b.png"]})
 
 
@@ -82,29 +82,29 @@ def images_and_xml_in_images(voc):
 
 
 @pytest.mark.parametrize("layout", [beside, lower_case, apart, images_and_xml_in_images])
-def test_voc_layouts_that_people_have(described, voc, layout):
+def test_common_voc_layouts_are_read(register, voc, layout):
     entry = layout(voc)
-    described(pets=entry, part={**entry, "part": [0, 1]})
+    register(pets=entry, part={**entry, "part": [0, 1]})
     assert_same("pets")
     assert_same("part")
 
 
 @pytest.mark.parametrize("is_beside", [True, False])
-def test_voc_folder_without_splits_is_recognized(described, voc, is_beside):
+def test_voc_folder_without_splits_is_recognized(register, voc, is_beside):
     lower_case(voc)
     for image in (voc / "images").iterdir() if is_beside else ():
         image.rename(voc / "annotations" / image.name)
-    assert_recognized(described, voc / "annotations" if is_beside else voc, all=OBJECTS)
+    assert_recognized(register, voc / "annotations" if is_beside else voc, all=OBJECTS)
 
 
-def test_voc_folders_of_splits_are_recognized(described, voc):
+def test_voc_folders_of_splits_are_recognized(register, voc):
     for split, file in (("train", "a.jpg"), ("valid", "b.png")):
         (voc / split).mkdir()
         (voc / "JPEGImages" / file).rename(voc / split / file)
         xml = f"{file[0]}.xml"
         (voc / "Annotations" / xml).rename(voc / split / xml)
     shutil.rmtree(voc / "ImageSets")
-    assert_recognized(described, voc, train=["a.jpg"], val=["b.png"])
+    assert_recognized(register, voc, train=["a.jpg"], val=["b.png"])
 
 
 LINES = ('"my photo 1"', "\ufeffmy photo 1.jpg", "my photo 1  -1")
@@ -112,45 +112,45 @@ LINES += ("images\\my photo 1.JPG", "  my photo 1.xml \r")
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_lines_of_voc_lists(described, voc, line):
+def test_lines_of_voc_lists_are_parsed(register, voc, line):
     for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
         (voc / folder / f"a.{suffix}").rename(voc / folder / f"my photo 1.{suffix}")
     (voc / "ImageSets/Main/train.txt").write_text(f"{line}\nb\n", encoding="utf-8")
-    described(pets={"voc": str(voc), "split": "train"})
+    register(pets={"voc": str(voc), "split": "train"})
     assert boxes("pets").keys() == {"my photo 1.jpg", "b.png"}
 
 
-def test_voc_list_can_lie_anywhere(described, voc):
+def test_voc_list_can_be_in_any_folder(register, voc):
     (voc / "mine.txt").write_text("b")
-    described(pets={"voc": str(voc), "split": str(voc / "mine.txt")})
+    register(pets={"voc": str(voc), "split": str(voc / "mine.txt")})
     assert_same("pets", {"b.png": OBJECTS["b.png"]})
 
 
-def test_listed_image_without_xml_is_a_background(described, voc):
+def test_listed_image_without_xml_has_no_objects(register, voc):
     (voc / "Annotations" / "b.xml").unlink()
-    described(pets={"voc": str(voc), "split": "train"})
+    register(pets={"voc": str(voc), "split": "train"})
     assert_same("pets", {**OBJECTS, "b.png": []})
 
 
-def test_voc_files_that_no_split_lists_stop_nothing(described, voc):
+def test_voc_files_outside_the_split_are_ignored(register, voc):
     (voc / "Annotations" / "._a.xml").write_bytes(b"\0hidden")
     (voc / "Annotations" / "c.xml").write_text("<annotation>")
     (voc / "JPEGImages" / "a.txt").write_text("no image")
-    described(pets={"voc": str(voc), "split": "train"})
+    register(pets={"voc": str(voc), "split": "train"})
     assert_same("pets")
 
 
-def test_all_that_is_broken_in_voc_is_listed_at_once_and_cleaned(described, voc):
-    spoil(voc / "Annotations/a.xml", "<xmin>1</xmin>", "<xmin>x</xmin>")
+def test_all_voc_defects_are_listed_and_cleaned(register, voc):
+    replace_text(voc / "Annotations/a.xml", "<xmin>1</xmin>", "<xmin>x</xmin>")
     (voc / "Annotations/c.xml").write_text("<annotation>")
     (voc / "Annotations/d.xml").write_text("")
     (voc / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\nnone")
     (voc / "JPEGImages/b.png").write_bytes((voc / "JPEGImages/b.png").read_bytes()[:60])
-    described(pets={"voc": str(voc), "split": "train"})
+    register(pets={"voc": str(voc), "split": "train"})
     found = inspect_dataset("pets")
     starts = [f"cannot read annotation file .*{file}.xml" for file in "cd"]
     starts += [
-        "image none: neither an image nor an XML file",
+        "image none: there is neither an image nor an XML file",
         r"annotation 0 of a.xml: bbox must be .* got \['x', 1.0",
     ]
     for start in starts:
@@ -159,20 +159,20 @@ def test_all_that_is_broken_in_voc_is_listed_at_once_and_cleaned(described, voc)
     (cleaned,) = clean([found], [found])
     assert cleaned.file == str(voc / "train")
     path = write(voc / "train_clean.json", cleaned.content)
-    described(clean={"json": path, "images": str(voc / "JPEGImages")})
+    register(clean={"json": path, "images": str(voc / "JPEGImages")})
     assert_same("clean", {"a.jpg": OBJECTS["a.jpg"][1:]})
 
 
-def spoil(path, old, new):
+def replace_text(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
 
 
 @pytest.mark.parametrize("width", ["<width>0</width>", ""])
-def test_size_that_voc_lacks_is_read_from_the_image(described, voc, width):
-    spoil(voc / "Annotations" / "b.xml", "<width>50</width>", width)
-    described(pets={"voc": str(voc), "split": "train"})
+def test_missing_voc_size_is_read_from_the_image(register, voc, width):
+    replace_text(voc / "Annotations" / "b.xml", "<width>50</width>", width)
+    register(pets={"voc": str(voc), "split": "train"})
     found = inspect_dataset("pets")
     assert found.repaired == {"no size": 1} and found.num_problems == 0
 
@@ -184,20 +184,20 @@ def test_size_that_voc_lacks_is_read_from_the_image(described, voc, width):
         ("<xmin>2</xmin>", "", r"annotation 0 of b.xml: bbox must be .* got \['', 3.0"),
     ],
 )
-def test_defects_of_voc_with_several_meanings_are_named(described, voc, old, new, text):
-    spoil(voc / "Annotations" / "b.xml", old, new)
-    described(pets={"voc": str(voc), "split": "train"})
+def test_ambiguous_voc_defects_are_rejected(register, voc, old, new, text):
+    replace_text(voc / "Annotations" / "b.xml", old, new)
+    register(pets={"voc": str(voc), "split": "train"})
     with pytest.raises(InputError, match=text):
         load_dataset("pets")
 
 
 @pytest.mark.parametrize("encoding", ["GBK", "ISO-8859-1", "UTF-16"])
-def test_xml_is_read_in_the_encoding_that_it_declares(described, voc, encoding):
+def test_xml_is_read_in_its_declared_encoding(register, voc, encoding):
     name = "猫" if encoding in ("GBK", "UTF-16") else "Käfer"
     head = f'<?xml version="1.0" encoding="{encoding}"?>\n'
     text = voc_text("b.png", [(name, 1, 2, 3, 4)], head)
     (voc / "Annotations" / "b.xml").write_bytes(text.encode(encoding))
-    described(pets={"voc": str(voc), "split": "val"})
+    register(pets={"voc": str(voc), "split": "val"})
     assert_same("pets", {"b.png": [(name, 1, 2, 3, 4)]})
 
 
@@ -213,10 +213,10 @@ def test_xml_is_read_in_the_encoding_that_it_declares(described, voc, encoding):
         ({"split": "empty"}, "empty.txt lists no images"),
     ],
 )
-def test_voc_that_is_not_there_is_named(described, voc, monkeypatch, entry, text):
+def test_missing_voc_files_are_reported(register, voc, monkeypatch, entry, text):
     monkeypatch.chdir(voc)
     (voc / "ImageSets/Main/empty.txt").write_text("\n")
-    described(pets={"voc": str(voc), **entry})
+    register(pets={"voc": str(voc), **entry})
     with pytest.raises(InputError, match=f"dataset 'pets': .*{text}"):
         load_dataset("pets")
 
@@ -240,7 +240,7 @@ def cvat(root, items) -> str:
     return str(path)
 
 
-def test_cvat_has_its_classes_in_the_tasks_order(described, root):
+def test_cvat_classes_have_the_order_of_the_task(register, root):
     items = {
         file: "".join(
             f'<box label="{escape(label)}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
@@ -248,10 +248,10 @@ def test_cvat_has_its_classes_in_the_tasks_order(described, root):
         )
         for file, objects in OBJECTS.items()
     }
-    described(mine={"cvat": cvat(root, items), "images": str(root / "images")})
+    register(mine={"cvat": cvat(root, items), "images": str(root / "images")})
     assert class_names("mine") == ["dog", "cat & co", "bird"]
     assert_same("mine")
-    assert_recognized(described, root, all=OBJECTS)
+    assert_recognized(register, root, all=OBJECTS)
 
 
 @pytest.mark.parametrize(
@@ -264,18 +264,18 @@ def test_cvat_has_its_classes_in_the_tasks_order(described, root):
         ('<tag label="dog"/><points label="dog" points="5,6"/>', (5, 6, 0, 0)),
     ],
 )
-def test_cvat_shapes_have_boxes(described, root, shape, box):
-    described(mine={"cvat": cvat(root, {"a.jpg": shape}), "images": str(root / "images")})
+def test_cvat_shapes_become_boxes(register, root, shape, box):
+    register(mine={"cvat": cvat(root, {"a.jpg": shape}), "images": str(root / "images")})
     assert_same("mine", {"a.jpg": [("dog", *box)]})
 
 
-def test_broken_cvat_shape_is_listed_and_a_video_refused(described, root):
+def test_invalid_cvat_shapes_are_listed_and_videos_rejected(register, root):
     items = {"a.jpg": '<box label="dog" xtl="?"/><cuboid label="dog"/>', "b.png": ""}
-    described(mine={"cvat": cvat(root, items), "images": str(root / "images")})
+    register(mine={"cvat": cvat(root, items), "images": str(root / "images")})
     texts = [problem.text for problem in inspect_dataset("mine").problems]
     assert texts[0].startswith("annotation 0 of a.jpg: {") and texts[1].startswith("annotation 1 ")
     assert "'xtl': '?'" in texts[0] and texts[0].endswith("is not a shape with a box")
     (root / "annotations.xml").write_text("<annotations><track/></annotations>")
-    described(mine={"cvat": str(root / "annotations.xml"), "images": str(root / "images")})
+    register(mine={"cvat": str(root / "annotations.xml"), "images": str(root / "images")})
     with pytest.raises(InputError, match="tracks of a video; export the task as 'CVAT for images'"):
         load_dataset("mine")

@@ -1,4 +1,4 @@
-"""YOLO, with and without data.yaml, and what Roboflow exports."""
+"""Tests YOLO datasets with and without data.yaml, including Roboflow's."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def yolo_line(label, x, y, w, h) -> str:
 
 @pytest.fixture
 def yolo(root):
-    """images/train with both images, images/val with a copy of one of them."""
+    """Writes images/train with both images, and images/val with a copy of one of them."""
     (root / "images").rename(root / "all")
     for split, files in (("train", ("a.jpg", "b.png")), ("val", ("b.png",))):
         for folder in ("images", "labels"):
@@ -49,70 +49,70 @@ def data_yaml(root, text) -> dict:
     ],
     ids=["plain", "numbered names", "Roboflow", "list of images"],
 )
-def test_yolo_splits(described, yolo, text):
+def test_yolo_splits(register, yolo, text):
     (yolo / "train.txt").write_text("./images/train/a.jpg\nimages/train/b.png\n")
     entry = data_yaml(yolo, text)
-    described(train={**entry, "split": "train"}, val={**entry, "split": "val"})
+    register(train={**entry, "split": "train"}, val={**entry, "split": "val"})
     assert class_names("train") == class_names("val") == NAMES
     assert_same("train")
     assert_same("val", {"b.png": OBJECTS["b.png"]})
-    assert_recognized(described, yolo, train=OBJECTS, val=["b.png"])
+    assert_recognized(register, yolo, train=OBJECTS, val=["b.png"])
 
 
-def test_roboflow_folders_of_yolo(described, yolo):
+def test_yolo_folders_of_roboflow(register, yolo):
     for folder in ("images", "labels"):
         (yolo / "train").mkdir(exist_ok=True)
         (yolo / folder / "train").rename(yolo / "train" / folder)
     entry = data_yaml(yolo, "train: ../train/images\nnames: [dog, cat & co, bird]")
-    described(train={**entry, "split": "train"})
+    register(train={**entry, "split": "train"})
     assert_same("train")
 
 
-def test_yolo_without_a_yaml_has_its_labels_beside_the_images(described, yolo):
+def test_yolo_without_a_yaml_file_has_labels_next_to_images(register, yolo):
     flat = yolo / "flat"
     flat.mkdir()
     for file in [*(yolo / "images/train").iterdir(), *(yolo / "labels/train").iterdir()]:
         shutil.copy(file, flat / file.name)
     (flat / "classes.txt").write_text("dog\ncat & co\nbird\n")
-    described(mine={"yolo": str(flat)})
+    register(mine={"yolo": str(flat)})
     assert class_names("mine") == NAMES
     assert_same("mine")
-    assert_recognized(described, flat, all=OBJECTS)
+    assert_recognized(register, flat, all=OBJECTS)
 
 
-def test_yolo_polygons_points_and_scores(described, yolo):
+def test_yolo_polygons_keypoints_and_scores(register, yolo):
     labels, yaml = yolo / "labels/val/b.txt", "val: images/val\nnames: [dog, cat & co, bird]"
     labels.write_text("0 0.1 0.1 0.5 0.1 0.18 0.266667")
     entry = {**data_yaml(yolo, yaml), "split": "val"}
-    described(mine=entry)
+    register(mine=entry)
     assert_same("mine", {"b.png": [("dog", 5, 6, 20, 10)]})
     labels.write_text(f"{yolo_line('bird', 1, 2, 3, 4)} 0.9")
-    described(mine=entry)
+    register(mine=entry)
     assert_same("mine", {"b.png": [("bird", 1, 2, 3, 4)]})
     labels.write_text(f"{yolo_line('bird', 1, 2, 3, 4)} 0.1 0.1 2 0.2 0.2 2")
-    described(mine={**data_yaml(yolo, f"{yaml}\nkpt_shape: [2, 3]"), "split": "val"})
+    register(mine={**data_yaml(yolo, f"{yaml}\nkpt_shape: [2, 3]"), "split": "val"})
     assert_same("mine", {"b.png": [("bird", 1, 2, 3, 4)]})
 
 
-def test_yolo_image_without_labels_is_a_background(described, yolo):
+def test_yolo_image_without_labels_has_no_objects(register, yolo):
     (yolo / "labels/train/b.txt").unlink()
-    described(mine={**data_yaml(yolo, "train: images/train\nnames: [dog, c, b]"), "split": "train"})
+    register(mine={**data_yaml(yolo, "train: images/train\nnames: [dog, c, b]"), "split": "train"})
     assert [len(objects) for objects in boxes("mine").values()] == [2, 0]
 
 
 @pytest.mark.parametrize(
     "line, text",
     [
-        ("3 0.5 0.5 0.1 0.1", "class 3 is out of range for 3 names, counted from 0"),
+        ("3 0.5 0.5 0.1 0.1", "class 3 is out of range for 3 classes, starting at 0"),
         ("dog 0.5 0.5 0.1 0.1", "dog 0.5 0.5 0.1 0.1 is not a class number and coordinates"),
         ("0 nan 0.5 0.1 0.1", "is not a class number and coordinates"),
         ("0 0.5 0.5", "0 0.5 0.5 is not a class, x, y, width and height"),
         ("0 25 30 10 10", "is not a class, x, y, width and height relative to the image, 0 to 1"),
     ],
 )
-def test_broken_line_of_yolo_is_named(described, yolo, line, text):
+def test_invalid_yolo_line_is_reported(register, yolo, line, text):
     (yolo / "labels/val/b.txt").write_text(f"\n{line}\n{yolo_line('bird', 1, 2, 3, 4)}")
-    described(mine={**data_yaml(yolo, "val: images/val\nnames: [dog, c, bird]"), "split": "val"})
+    register(mine={**data_yaml(yolo, "val: images/val\nnames: [dog, c, bird]"), "split": "val"})
     (problem,) = inspect_dataset("mine").problems
     assert problem.text.startswith("annotation in line 2 of b.txt: ") and text in problem.text
 
@@ -121,16 +121,16 @@ def test_broken_line_of_yolo_is_named(described, yolo, line, text):
     "text, message",
     [
         ("train: images/none\nnames: [a]", "images/none does not exist; correct the path"),
-        ("val: images/val\nnames: [a]", "no split 'train'; its splits are val"),
+        ("val: images/val\nnames: [a]", "no split 'train'; available splits: val"),
         ("train: images/train", "class names are missing"),
         ("train: images/train\nnames: {0: a, 2: b}", "numbered from 0 without gaps"),
         ("train: images/train\nnames: [a, a]", "two classes have the same name"),
         ("train: labels\nnames: [a]", "no images in"),
         ("[", "cannot read annotation file .*data.yaml"),
-        ("text", "data.yaml is not a mapping of keys"),
+        ("text", "data.yaml must contain a mapping of keys"),
     ],
 )
-def test_yolo_that_makes_no_sense_is_named(described, yolo, text, message):
-    described(mine={**data_yaml(yolo, text), "split": "train"})
+def test_invalid_data_yaml_is_rejected(register, yolo, text, message):
+    register(mine={**data_yaml(yolo, text), "split": "train"})
     with pytest.raises(InputError, match=message):
         load_dataset("mine")

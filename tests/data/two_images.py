@@ -1,4 +1,4 @@
-"""Two images whose objects are written in the formats of other tools."""
+"""Defines two images whose annotations the tests write in various formats."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,16 @@ import pytest
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.formats.folders import recognize
 
-# Two images of 50 x 60 and their boxes: class, then x, y, width and height.
-OBJECTS = {"a.jpg": [("dog", 0, 0, 10, 20), ("cat & co", 4, 5, 26, 35)], "b.png": []}
-OBJECTS["b.png"] = [("bird", 1, 2, 3, 4)]
+# Image -> objects: class, x, y, width and height.
+OBJECTS = {
+    "a.jpg": [("dog", 0, 0, 10, 20), ("cat & co", 4, 5, 26, 35)],
+    "b.png": [("bird", 1, 2, 3, 4)],
+}
 WIDTH, HEIGHT = 50, 60
 
 
 def boxes(name) -> dict[str, list]:
-    """Class and box of every object, by the name of the image's file."""
+    """Returns class and box of every object, by file name."""
     names = class_names(name)
     return {
         Path(record["file_name"]).name: [
@@ -40,10 +42,10 @@ def write(path, content) -> str:
     return str(path)
 
 
-def assert_recognized(described, folder, **splits):
-    """``recognize`` finds these splits, and in each of them the objects of these files."""
+def assert_recognized(register, folder, **splits):
+    """Asserts that ``recognize`` finds these splits with the objects of these files."""
     entries = recognize(folder)
     assert entries.keys() == splits.keys()
-    described(**{f"found_{split}": entry for split, entry in entries.items()})
+    register(**{f"found_{split}": entry for split, entry in entries.items()})
     for split, files in splits.items():
         assert_same(f"found_{split}", {file: OBJECTS[file] for file in files})

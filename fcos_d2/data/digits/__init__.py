@@ -1,1 +1,1 @@
-"""The built-in datasets ``digits_train`` and ``digits_val``: how they look, where they lie."""
+"""Generates the built-in datasets ``digits_train`` and ``digits_val``."""

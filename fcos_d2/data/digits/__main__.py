@@ -1,7 +1,6 @@
-"""Generates the built-in data: ``python -m fcos_d2.data.digits [--root DIR] [--images N]``.
+"""Generates the built-in datasets in advance, or exports some of their images.
 
-They are generated on first use; this is for looking at them, or for fewer or more images. With
-``--export FOLDER`` it writes some of them as a dataset of somebody else, to practice on.
+python -m fcos_d2.data.digits [--root DIR] [--images N] [--export FOLDER]
 """
 
 import argparse
@@ -16,13 +15,13 @@ from .files import NUM_IMAGES, Recipe, default_root, ensure_digits
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[2]
+        prog="python -m fcos_d2.data.digits", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
     add("--root", type=Path, default=default_root(), help="default: %(default)s")
-    images = "training images (default: %(default)s); validation gets a fifth of that"
+    images = "training images (default: %(default)s); validation gets a fifth as many"
     add("--images", type=int, default=NUM_IMAGES[0], metavar="N", help=images)
-    other = "write N training images there under other names, with typical mistakes"
+    other = "write N training images to FOLDER as a custom dataset with typical mistakes"
     add("--export", type=Path, metavar="FOLDER", help=other)
     options = parser.parse_args(arguments)
     if options.images < 1:

@@ -1,7 +1,6 @@
-"""The digits as somebody else's dataset: other names, gaps in the ids, and the usual accidents.
+"""Writes the digits as a custom dataset to practice on: other class names, and typical mistakes.
 
-For trying out what users do with data of their own (docs/custom_data.md): ``FOLDER/photos`` and one
-annotation file for everything, ``FOLDER/labels.json``.
+docs/custom_data.md uses it: ``FOLDER/photos``, and one annotation file, ``FOLDER/labels.json``.
 """
 
 import json
@@ -11,33 +10,31 @@ from pathlib import Path
 from ...errors import InputError
 from .files import annotation_file, ensure_digits, image_folder
 
-# Zero to six, by their old names on dice; seven, eight and nine are not labeled. Nobody ever saw a
-# joker.
+# Zero to six, by their old names on dice; seven, eight and nine are not annotated.
 NAMES = ("nil", "ace", "deuce", "trey", "cater", "cinque", "sice")
-NEVER_USED = "joker"
-CUT_OFF = 0.4  # of the bytes of the broken image are there
+UNUSED = "joker"  # category without annotations
+TRUNCATED = 0.4  # fraction of the bytes of the truncated image
 
 
 def export(root: str | Path, folder: str | Path, num_images: int) -> Path:
-    """Writes the first training images with their labels under other names.
+    """Writes the first training images and their annotations under other names.
 
-    Among them are an image file that is cut off, an annotation of negative width, and a category
-    that is never used.
+    One image file is truncated, one box has a negative width, and one category is unused.
 
     Args:
-        root: where the digits are, or are to be made.
-        folder: to write; must not exist.
+        root: parent folder of ``digits``, which is generated if it does not exist.
+        folder: output folder; must not exist.
         num_images: at least 2.
 
     Returns:
-        the annotation file.
+        Path of the annotation file.
 
     Raises:
-        InputError: the folder exists, or there are fewer images.
+        InputError: the folder exists, or ``num_images`` is out of range.
     """
     folder = Path(folder)
     if folder.exists():
-        raise InputError(f"{folder} exists already; remove it or choose another folder")
+        raise InputError(f"{folder} already exists; remove it or choose another folder")
     ensure_digits(root)
     content = json.loads(annotation_file(root, "train").read_text())
     if not 2 <= num_images <= len(content["images"]):
@@ -55,8 +52,8 @@ def export(root: str | Path, folder: str | Path, num_images: int) -> Path:
         for annotation in content["annotations"]
         if annotation["image_id"] <= num_images and annotation["category_id"] <= len(NAMES)
     ]
-    _have_accidents(folder / "photos" / images[1]["file_name"], annotations)
-    names = enumerate((*NAMES, NEVER_USED), 1)
+    _add_mistakes(folder / "photos" / images[1]["file_name"], annotations)
+    names = enumerate((*NAMES, UNUSED), 1)
     categories = [{"id": 10 * number, "name": name} for number, name in names]
     labels = {"images": images, "annotations": annotations, "categories": categories}
     path = folder / "labels.json"
@@ -64,8 +61,8 @@ def export(root: str | Path, folder: str | Path, num_images: int) -> Path:
     return path
 
 
-def _have_accidents(photo: Path, annotations: list[dict]) -> None:
+def _add_mistakes(photo: Path, annotations: list[dict]) -> None:
     content = photo.read_bytes()
-    photo.write_bytes(content[: int(CUT_OFF * len(content))])
+    photo.write_bytes(content[: int(TRUNCATED * len(content))])
     x, y, width, height = annotations[0]["bbox"]
     annotations[0]["bbox"] = [x + width, y, -width, height]

@@ -1,1 +1,1 @@
-"""Annotation files of all kinds, read as they are into the form of a COCO file."""
+"""Reads annotation files of various formats, and converts them to COCO without repairs."""

@@ -1,4 +1,4 @@
-"""Builds the content of a COCO file from other formats."""
+"""Builds the content of a COCO file from annotations of other formats."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ...errors import format_value
-from ..defects import usable_side
+from ..defects import parse_side
 
-Boxes = list[float] | tuple[list[float], list[float] | None]  # a box; perhaps with a polygon
-UNSIZED = "unsized"  # key of an image whose size the format does not record
+Shape = list[float] | tuple[list[float], list[float] | None]  # box, or box and polygon
+UNSIZED = "unsized"  # key of images whose format does not record the size
 
 
 class Source(NamedTuple):
-    """An annotation file in the form of a COCO file, not yet reviewed."""
+    """An annotation file converted to COCO, not yet reviewed."""
 
     file: str  # name in messages
-    image_root: str  # the folder to which image names are relative
+    image_root: str  # folder to which image names are relative
     content: dict
 
 
 class Builder:
-    """Collects images and objects; broken ones are kept for the review to report.
+    """Collects images and objects, including invalid ones, which the review reports.
 
     Args:
-        classes: names in order; None: the names of all objects, sorted.
+        classes: class names in order; None uses the sorted names of all objects.
     """
 
     def __init__(self, classes: Iterable[str] | None = None):
         self._classes = None if classes is None else list(classes)
-        self._images, self._objects, self._met = [], [], set()
+        self._images, self._objects, self._added_classes = [], [], set()
 
     def add_image(self, file_name: str, width: object = None, height: object = None) -> int:
-        """Adds an image and returns its id; a missing size is read from the file later."""
+        """Adds an image and returns its id; a size of None is read from the file later."""
         entry = {"id": len(self._images) + 1, "file_name": file_name}
         if width is None:
             entry[UNSIZED] = True
         else:
-            entry |= {"width": usable_side(width), "height": usable_side(height)}
+            entry |= {"width": parse_side(width), "height": parse_side(height)}
         self._images.append(entry)
         return entry["id"]
 
     def add_classes(self, names: Iterable[str]) -> None:
         """Adds classes that may have no objects."""
-        self._met.update(names)
+        self._added_classes.update(names)
 
     def add_broken_image(self, problem: str) -> None:
         """Adds an unusable image."""
@@ -63,12 +63,12 @@ class Builder:
         """Adds an object.
 
         Args:
-            image: id of its image.
+            image: id of the image.
             label: class name.
             box: [x, y, width, height].
             place: position for messages.
-            crowd: a region to ignore.
-            polygon: x and y of its points, alternating.
+            crowd: value of ``iscrowd``.
+            polygon: alternating x and y of the points.
         """
         entry = {"image_id": image, "label": label, "bbox": box, "iscrowd": crowd, "place": place}
         if polygon is not None:
@@ -80,21 +80,26 @@ class Builder:
         self._objects.append({"image_id": image, "broken": problem, "place": place})
 
     def add_shape(
-        self, image: int, label: object, shape: object, of: Callable[[object], Boxes], place: str
+        self,
+        image: int,
+        label: object,
+        shape: object,
+        to_box: Callable[[object], Shape],
+        place: str,
     ) -> None:
-        """Adds an object with the box, or box and polygon, that ``of`` computes from ``shape``."""
+        """Adds an object with the box, or box and polygon, that ``to_box`` returns for a shape."""
         try:
-            found = of(shape)
+            converted = to_box(shape)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             self.add_broken_object(image, f"{format_value(shape)} is not a shape with a box", place)
             return
-        box, polygon = found if isinstance(found, tuple) else (found, None)
+        box, polygon = converted if isinstance(converted, tuple) else (converted, None)
         self.add_object(image, label, box, place, polygon=polygon)
 
     def content(self) -> dict:
-        """The content of a COCO file with everything added."""
+        """Returns the content of a COCO file with the added images and objects."""
         labels = {o["label"] for o in self._objects if isinstance(o.get("label"), str)}
-        labels = {label.strip() for label in labels | self._met} - {""}
+        labels = {label.strip() for label in labels | self._added_classes} - {""}
         names = sorted(labels) if self._classes is None else self._classes
         ids = {name: number for number, name in enumerate(names, 1)}
         for number, entry in enumerate(self._objects, 1):
@@ -109,24 +114,24 @@ class Builder:
 
 
 def enclosing_box(points: Iterable[Sequence[float]]) -> list[float]:
-    """[x, y, width, height] around points."""
+    """Returns the bounding box [x, y, width, height] of points."""
     xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def flat(points: Iterable[Sequence[float]]) -> list[float]:
-    """X and y of points, alternating."""
+def flatten(points: Iterable[Sequence[float]]) -> list[float]:
+    """Flattens points to alternating x and y."""
     return [value for point in points for value in point]
 
 
 def rotated_box(
     box: Sequence[float], degrees: float, pivot: tuple[float, float] = (0.5, 0.5)
 ) -> list[float]:
-    """[x, y, width, height] around a box that is rotated clockwise.
+    """Returns the bounding box [x, y, width, height] of a rotated box.
 
     Args:
-        box: [x, y, width, height] before rotation.
-        degrees: angle.
+        box: [x, y, width, height] before the rotation.
+        degrees: clockwise angle.
         pivot: center of rotation, as fractions of width and height.
     """
     x, y, width, height = box

@@ -1,4 +1,4 @@
-"""Reads JSON, XML, YAML and text files in various encodings."""
+"""Reads JSON, XML, YAML and text files of various encodings."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["'][^
 
 
 def read_json(path: str | os.PathLike):
-    """The content of a JSON file: UTF-8, UTF-16 or UTF-32, with or without a BOM, also gzipped.
+    """Reads a JSON file in UTF-8, UTF-16 or UTF-32, with or without a BOM; decompresses gzip.
 
     Raises:
-        InputError: it cannot be read or is not valid JSON.
+        InputError: the file cannot be read or is not valid JSON.
     """
     path = os.fspath(path)
     try:
         with PathManager.open(path, "rb") as file:
             content = file.read()
         content = gzip.decompress(content) if content.startswith(GZIP) else content
-        content = content.decode(json.detect_encoding(content))  # frees the bytes
+        content = content.decode(json.detect_encoding(content))  # releases the bytes
         return json.loads(content)
     except json.JSONDecodeError as error:
         raise InputError(
@@ -42,10 +42,10 @@ def read_json(path: str | os.PathLike):
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The content of a text file in UTF-8 or UTF-16, with or without a BOM.
+    """Reads a text file in UTF-8 or UTF-16, with or without a BOM.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         content = Path(path).read_bytes()
@@ -56,10 +56,10 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_xml(path: str | os.PathLike) -> ElementTree.Element:
-    """The root of an XML file, in any encoding that Python knows.
+    """Reads an XML file in any encoding that Python supports, and returns the root element.
 
     Raises:
-        InputError: it cannot be read or is not valid XML.
+        InputError: the file cannot be read or is not valid XML.
     """
     try:
         content = Path(path).read_bytes()
@@ -73,17 +73,17 @@ def read_xml(path: str | os.PathLike) -> ElementTree.Element:
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
-    """The mapping in a YAML file.
+    """Reads a YAML file that contains a mapping.
 
     Raises:
-        InputError: it cannot be read or is not a mapping.
+        InputError: the file cannot be read or contains no mapping.
     """
     try:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a mapping of keys such as YOLO's data.yaml")
+        raise InputError(f"{path} must contain a mapping of keys, like YOLO's data.yaml")
     return content
 
 

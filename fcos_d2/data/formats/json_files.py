@@ -1,4 +1,4 @@
-"""Reads COCO, LabelMe, VIA, Label Studio and CreateML JSON, told apart by content."""
+"""Reads COCO, LabelMe, VIA, Label Studio and CreateML JSON, and detects the format."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, ValuesView
 from pathlib import Path
 
 from ...errors import InputError, format_value
-from .builder import Boxes, Builder, Source, enclosing_box, flat, rotated_box
+from .builder import Builder, Shape, Source, enclosing_box, flatten, rotated_box
 from .files import read_json
 
-UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio prepends eight digits to uploaded files
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio adds eight digits to uploaded files
 CLASS_KEYS = ("class", "label", "name", "category", "type", "object", "species")
 
 
@@ -20,7 +20,7 @@ def read_annotations(path: str | Path, image_root: str) -> Source:
     """Reads a JSON file, or a folder of LabelMe files.
 
     Raises:
-        InputError: it cannot be read, or is of another format, which the message names.
+        InputError: the file cannot be read, or its format is not supported.
     """
     path = Path(path)
     if path.is_dir():
@@ -28,45 +28,45 @@ def read_annotations(path: str | Path, image_root: str) -> Source:
     content = read_json(path)
     coco = to_coco(content, image_root)
     if coco is None:
-        kind = kind_of(content)
-        raise InputError(f"{path} is {kind}; export the annotations as COCO, YOLO or Pascal VOC")
+        found = detect_format(content)
+        raise InputError(f"{path} is {found}; export the annotations as COCO, YOLO or Pascal VOC")
     return Source(str(path), image_root, coco)
 
 
 def to_coco(content: object, image_root: str = "") -> dict | None:
-    """The content of a JSON file in the form of a COCO file; None if its format is unknown."""
-    kind = kind_of(content)
-    if kind == "COCO":
+    """Converts the content of a JSON file to COCO; returns None if its format is not supported."""
+    name = detect_format(content)
+    if name == "COCO":
         return content
-    if kind not in READERS:
+    if name not in READERS:
         return None
     builder = Builder()
-    READERS[kind](builder, content, image_root)
+    READERS[name](builder, content, image_root)
     return builder.content()
 
 
-def kind_of(content: object) -> str:
-    """The name of a format, or a description of the content of a JSON file."""
+def detect_format(content: object) -> str:
+    """Returns the name of the format of a JSON file, or a description of its content."""
     first = content[0] if isinstance(content, list) and content else None
     if isinstance(content, dict):
         values = next((v for v in content.values() if isinstance(v, dict)), {})
         if "_via_img_metadata" in content or {"filename", "regions"} <= values.keys():
             return "VIA"
-        for keys, kind in DICTS:
+        for keys, name in DICTS:
             if keys <= content.keys():
-                return kind
+                return name
         keys = ", ".join(map(str, list(content)[:5]))
-        return f"JSON with the keys {format_value(keys) or 'none'}, which no format has"
+        return f"JSON with the keys {format_value(keys) or 'none'}, in an unknown format"
     if isinstance(first, dict):
-        for keys, kind in LISTS:
+        for keys, name in LISTS:
             if keys <= first.keys():
-                return kind
+                return name
         keys = ", ".join(map(str, list(first)[:5]))
-        return f"a JSON list of objects with the keys {format_value(keys)}, which no format has"
-    return f"JSON of type {type(content).__name__}, which no format has"
+        return f"a JSON list of objects with the keys {format_value(keys)}, in an unknown format"
+    return f"JSON of type {type(content).__name__}, in an unknown format"
 
 
-# The first row whose keys all exist.
+# Keys -> format; the first row whose keys all exist decides.
 DICTS = (
     ({"shapes", "imagePath"}, "LabelMe"),
     ({"annotations", "categories", "segments_info"}, "COCO's panoptic format"),
@@ -101,13 +101,13 @@ def _read_labelme(folder: Path, image_root: str) -> Source:
         except InputError as error:
             builder.add_broken_image(str(error))
             continue
-        if kind_of(content) == "LabelMe":
+        if detect_format(content) == "LabelMe":
             found = True
             _add_labelme(builder, content, image_root, path.name)
     if not found:
         raise InputError(
             f"{folder} contains {len(files)} JSON files, but none of LabelMe; for other formats, "
-            "name a file"
+            "specify a file"
         )
     return Source(str(folder), image_root, builder.content())
 
@@ -120,13 +120,13 @@ def _add_labelme(builder: Builder, content: dict, image_root: str, file: str = "
         builder.add_shape(image, shape.get("label"), shape, _labelme_box, place)
 
 
-def _labelme_box(shape: dict) -> Boxes:
+def _labelme_box(shape: dict) -> Shape:
     points = [(float(x), float(y)) for x, y in shape["points"]]
     if shape.get("shape_type") == "circle":
-        (x, y), edge = points[0], math.dist(*points)
-        points = [(x - edge, y - edge), (x + edge, y + edge)]
+        (x, y), radius = points[0], math.dist(*points)
+        points = [(x - radius, y - radius), (x + radius, y + radius)]
     is_polygon = shape.get("shape_type") == "polygon"
-    return enclosing_box(points), flat(points) if is_polygon else None
+    return enclosing_box(points), flatten(points) if is_polygon else None
 
 
 # ---- VGG Image Annotator ----
@@ -150,7 +150,7 @@ def _regions(image: dict) -> list[dict]:
 
 
 def _class_key(regions: Iterable[dict]) -> str | None:
-    """The attribute that holds the class; None if regions have no attributes."""
+    """Returns the attribute that contains the class, or None if regions have no attributes."""
     keys = dict.fromkeys(key for region in regions for key in _attributes(region))
     named = [key for name in CLASS_KEYS for key in keys if key.lower() == name]
     return next(iter(named or keys), None)
@@ -164,12 +164,12 @@ def _via_label(region: dict, key: str | None) -> object:
     if key is None:
         return "object"
     value = _attributes(region).get(key)
-    if isinstance(value, dict):  # of checkboxes
+    if isinstance(value, dict):  # checkboxes
         return next((name for name, is_set in value.items() if is_set), None)
     return value
 
 
-def _via_box(shape: dict) -> Boxes:
+def _via_box(shape: dict) -> Shape:
     name = shape.get("name")
     if name == "rect":
         return [shape[key] for key in ("x", "y", "width", "height")]
@@ -180,7 +180,7 @@ def _via_box(shape: dict) -> Boxes:
     if name == "point":
         return [shape["cx"], shape["cy"], 0, 0]
     points = list(zip(shape["all_points_x"], shape["all_points_y"], strict=True))
-    return enclosing_box(points), flat(points) if name == "polygon" else None
+    return enclosing_box(points), flatten(points) if name == "polygon" else None
 
 
 # ---- Label Studio ----
@@ -194,7 +194,7 @@ def _add_label_studio(builder: Builder, content: list, image_root: str) -> None:
             continue
         shapes = list(_task_shapes(task))
         sizes = [(s["original_width"], s["original_height"]) for s in shapes if _has_size(s)]
-        image = builder.add_image(_uploaded(name, image_root), *(sizes or [()])[0])
+        image = builder.add_image(_original_name(name, image_root), *(sizes or [()])[0])
         for number, shape in enumerate(shapes):
             _add_task_shape(builder, image, shape, f"{number} of {name}")
 
@@ -206,10 +206,10 @@ def _task_image(task: dict) -> str | None:
 
 
 def _task_shapes(task: dict) -> Iterator[dict]:
-    """The shapes of the last annotation that was not cancelled, or of a minimal export."""
-    done = _dicts(task.get("annotations") or task.get("completions"))
-    if done := [a for a in done if not a.get("was_cancelled") and not a.get("skipped")]:
-        yield from _dicts(done[-1].get("result"))
+    """Yields the shapes of the last annotation that was not cancelled, or of a minimal export."""
+    results = _dicts(task.get("annotations") or task.get("completions"))
+    if results := [a for a in results if not a.get("was_cancelled") and not a.get("skipped")]:
+        yield from _dicts(results[-1].get("result"))
         return
     for value in task.values() if "data" not in task else ():
         yield from filter(_has_size, _dicts(value))
@@ -219,8 +219,8 @@ def _has_size(shape: dict) -> bool:
     return {"original_width", "original_height"} <= shape.keys()
 
 
-def _uploaded(name: str, image_root: str) -> str:
-    """The name of an image, without the prefix of uploads if only such a file exists."""
+def _original_name(name: str, image_root: str) -> str:
+    """Removes the prefix of uploaded files from an image name if only that file exists."""
     folder, _, file = name.replace("\\", "/").rpartition("/")
     original = UPLOADED.fullmatch(file)
     if original and not os.path.exists(os.path.join(image_root, file)):
@@ -231,17 +231,17 @@ def _uploaded(name: str, image_root: str) -> str:
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
     value = shape.get("value", shape)
     items = value.items() if isinstance(value, dict) else ()
-    if labels := [v for k, v in items if k.endswith("labels")]:  # others are choices or text
+    if labels := [v for k, v in items if k.endswith("labels")]:  # else it is a choice or text
         label = labels[0][0] if isinstance(labels[0], list) and labels[0] else None
         builder.add_shape(image, label, shape, _task_box, place)
 
 
-def _task_box(shape: dict) -> Boxes:
+def _task_box(shape: dict) -> Shape:
     value = shape.get("value", shape)
     scale = float(shape["original_width"]) / 100, float(shape["original_height"]) / 100
     if "points" in value:
         points = [(float(x) * scale[0], float(y) * scale[1]) for x, y in value["points"]]
-        return enclosing_box(points), flat(points)
+        return enclosing_box(points), flatten(points)
     keys = ("x", "y", "radiusX", "radiusY") if "radiusX" in value else ("x", "y", "width", "height")
     x, y, w, h = (float(value[key]) * s for key, s in zip(keys, scale * 2, strict=True))
     angle = float(value.get("rotation") or 0)
@@ -262,13 +262,13 @@ def _add_createml(builder: Builder, content: list, image_root: str) -> None:
             builder.add_shape(image, item.get("label"), item, _createml_box, place)
 
 
-def _createml_box(item: dict) -> Boxes:
+def _createml_box(item: dict) -> Shape:
     x, y, w, h = (float(item["coordinates"][key]) for key in ("x", "y", "width", "height"))
     return [x - w / 2, y - h / 2, w, h]
 
 
 def _dicts(values: object) -> Iterator[dict]:
-    """The dicts among ``values``, which may be anything."""
+    """Returns the dicts in a list or view; none for other values."""
     values = values if isinstance(values, (list, ValuesView)) else ()
     return (value for value in values if isinstance(value, dict))
 

@@ -1,4 +1,4 @@
-"""Reads Pascal VOC, in various folder layouts, and CVAT for images."""
+"""Reads Pascal VOC, in various folder layouts, and "CVAT for images"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files import read_text, read_xml
 XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # line in the list of a class
+FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # line of a list for one class
 
 
 # ---- Pascal VOC ----
@@ -23,21 +23,21 @@ FLAGGED = re.compile(r"(.*\S)\s+(-1|0|1)")  # line in the list of a class
 def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = True) -> Source:
     """Reads a Pascal VOC dataset or one of its splits.
 
-    Objects marked as difficult become crowd regions, which are excluded from evaluation. Pixels are
-    counted from 1 in VOC and from 0 in COCO.
+    Difficult objects become crowd regions, which are excluded from evaluation. Coordinates are
+    1-based in VOC and 0-based in COCO.
 
     Args:
-        entry: the folder of XML files and images, which may be in the same folder or in subfolders
-            with common names; or {xml: folder, images: folder}.
-        split: a file in ImageSets/Main without its suffix, or the path of a list; None: all XML
-            files.
-        all_classes: use the classes of all splits, so that they agree.
+        entry: folder of XML files and images, possibly in subfolders with common names; or {xml:
+            folder, images: folder}.
+        split: name of a list in ImageSets/Main without suffix, or path of a list; None reads all
+            XML files.
+        all_classes: use the classes of all splits, which then have the same ones.
 
     Raises:
         InputError: a folder or the list is missing or empty.
     """
     root, xml, images = _voc_folders(entry)
-    # Not hidden files such as macOS's ._1.xml.
+    # Excludes hidden files such as macOS's ._1.xml.
     annotated = {path.stem: path for path in sorted(xml.glob("[!.]*.[xX][mM][lL]"))}
     files = {path.stem: path.name for path in sorted(images.glob("*")) if is_image(path)}
     if split is None:
@@ -48,23 +48,21 @@ def read_voc(entry: str | dict, split: str | None = None, all_classes: bool = Tr
     if not stems:
         what = "contains no XML files" if split is None else "lists no images"
         raise InputError(f"{listed} {what}; correct the path")
-    others = annotated.keys() - set(stems) if all_classes else ()
     builder = Builder()
     for stem in dict.fromkeys(stems):
         _add_voc_image(builder, stem, annotated.get(stem), files.get(stem), xml)
-    for stem in others:
-        builder.add_classes(_classes(annotated[stem]))
+    for stem in annotated.keys() - set(stems) if all_classes else ():
+        builder.add_classes(_read_classes(annotated[stem]))
     content = builder.content()
     if not content["categories"]:
         raise InputError(
-            f"no XML file in {xml} has an object with a name; check that it is the folder of the "
-            "annotations"
+            f"no XML file in {xml} has an object with a name; check that the annotations are there"
         )
     return Source(str(root / Path(split or "voc").stem), str(images), content)
 
 
 def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
-    """The folders of the dataset, its XML files and its images."""
+    """Returns the folders of the dataset, its XML files and its images."""
     if isinstance(entry, dict):
         xml, images = Path(entry["xml"]), Path(entry["images"])
         root = xml
@@ -72,7 +70,7 @@ def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
         root = Path(entry)
         xml, images = (_subfolder(root, names) for names in (XML_FOLDERS, IMAGE_FOLDERS))
         if xml == root and images != root and not any(root.glob("*.xml")):
-            xml = images  # beside the images
+            xml = images
     for folder in (xml, images):
         if not folder.is_dir():
             raise InputError(f"folder {folder} does not exist; correct the path in the config")
@@ -80,7 +78,7 @@ def _voc_folders(entry: str | dict) -> tuple[Path, Path, Path]:
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path:
-    """The folder in ``root`` with one of ``names``, in any case; ``root`` if there is none."""
+    """Returns the subfolder with one of ``names``, ignoring case, or ``root`` if there is none."""
     found = {path.name.lower(): path for path in root.glob("*") if path.is_dir()}
     return next((found[name] for name in names if name in found), root)
 
@@ -91,13 +89,13 @@ def _list_file(root: Path, split: str) -> Path:
         if "\0" not in str(path) and path.is_file():
             return path
     raise InputError(
-        f"cannot read {main / f'{split}.txt'}: no such file; it lists the images of a split. "
-        "Without 'split', all XML files are used"
+        f"cannot read {main / f'{split}.txt'}: no such file; it must list the images of the split. "
+        "Remove 'split' to use all XML files"
     )
 
 
 def _stems(path: Path, known: set[str]) -> Iterator[str]:
-    """The names in a list, without folder and suffix."""
+    """Yields the names in a list, without folder and suffix."""
     for line in read_text(path).splitlines():
         name = line.strip().strip("\"'").strip().replace("\\", "/").rpartition("/")[2]
         if name:
@@ -114,8 +112,8 @@ def _stem(name: str, known: set[str]) -> str:
     return stem
 
 
-def _classes(path: Path) -> list[str]:
-    """Class names in a file of another split, which may be broken."""
+def _read_classes(path: Path) -> list[str]:
+    """Reads the class names in an XML file; returns none if it is invalid."""
     try:
         return [item.findtext("name") or "" for item in read_xml(path).iter("object")]
     except InputError:
@@ -128,10 +126,10 @@ def _add_voc_image(
     if path is None and file_name is None:
         name = format_value(stem)
         builder.add_broken_image(
-            f"image {name}: neither an image nor an XML file in {folder} has this name"
+            f"image {name}: there is neither an image nor an XML file of this name in {folder}"
         )
         return
-    if path is None:  # a background
+    if path is None:  # no objects
         builder.add_image(file_name)
         return
     try:
@@ -143,7 +141,7 @@ def _add_voc_image(
     image = builder.add_image(file_name or root.findtext("filename") or f"{stem}.jpg", *sides)
     for number, item in enumerate(root.iter("object")):
         place = f"{number} of {path.name}"
-        corners = [_number(item.findtext(f"bndbox/{side}")) for side in CORNERS]
+        corners = [_parse_number(item.findtext(f"bndbox/{side}")) for side in CORNERS]
         crowd = int((item.findtext("difficult") or "").strip() == "1")
         box = corners
         if not any(isinstance(corner, str) for corner in corners):
@@ -152,7 +150,7 @@ def _add_voc_image(
         builder.add_object(image, item.findtext("name"), box, place, crowd=crowd)
 
 
-def _number(text: str | None) -> float | str:
+def _parse_number(text: str | None) -> float | str:
     try:
         return float(text)
     except (TypeError, ValueError):
@@ -163,10 +161,10 @@ def _number(text: str | None) -> float | str:
 
 
 def read_cvat(path: str | Path, image_root: str) -> Source:
-    """Reads the annotations.xml of "CVAT for images".
+    """Reads the annotations.xml of a "CVAT for images" export.
 
     Raises:
-        InputError: it cannot be read, or contains tracks.
+        InputError: the file cannot be read, or contains tracks.
     """
     root = read_xml(path)
     if root.find("track") is not None:
@@ -177,7 +175,7 @@ def read_cvat(path: str | Path, image_root: str) -> Source:
         name = item.get("name")
         image = builder.add_image(name, item.get("width"), item.get("height"))
         for number, shape in enumerate(item):
-            if shape.tag != "tag":  # of the whole image
+            if shape.tag != "tag":  # a label of the whole image
                 values, place = {"tag": shape.tag, **shape.attrib}, f"{number} of {name}"
                 builder.add_shape(image, shape.get("label"), values, _cvat_box, place)
     return Source(str(path), image_root, builder.content())

@@ -1,7 +1,7 @@
-"""Reads YOLO datasets: ``data.yaml``, and a text file in ``labels/`` for each one in ``images/``.
+"""Reads YOLO datasets: a ``data.yaml``, and a label file in ``labels/`` per image in ``images/``.
 
-Each line has a class number and x and y of the center, width and height, or the points of a
-polygon, relative to the size of the image.
+Each line of a label file has a class number, and the center x, center y, width and height of a box
+or the points of a polygon, relative to the size of the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..images import image_sizes, is_image
 from .builder import Builder, Source, enclosing_box
 from .files import read_text, read_yaml
 
-PIXELS = 2.0  # larger values are pixels, not fractions
+MAX_FRACTION = 2.0  # larger values are pixels
 
 
 def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) -> Source:
@@ -24,26 +24,26 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
 
     Args:
         path: data.yaml, its folder, or a folder of images and labels with a classes.txt.
-        split: "train", "val" or "test"; None: all images under the folder.
-        upright: the EXIF orientation of images is applied.
+        split: "train", "val" or "test"; None reads all images under the folder.
+        upright: apply the EXIF orientation of images.
 
     Raises:
-        InputError: a file or folder is missing, or there are no classes.
+        InputError: a file or folder is missing, or there are no class names.
     """
     path = Path(path)
     config = path / "data.yaml" if (path / "data.yaml").is_file() else path
     root = config if config.is_dir() else config.parent
     settings = {} if config.is_dir() else read_yaml(config)
-    names = _names(settings, root, config)
+    names = _class_names(settings, root, config)
     places = [root] if split is None else _split_places(settings, root, split, config)
     images = list(dict.fromkeys(image for place in places for image in _images(place, config)))
     if not images:
         raise InputError(f"{config}: no images in {', '.join(map(str, places))}")
-    builder, has_points = Builder(names), "kpt_shape" in settings
+    builder, has_keypoints = Builder(names), "kpt_shape" in settings
     labeled = []
     for image in images:
         name = os.path.relpath(image, root).replace(os.sep, "/")
-        labeled.append(_add_image(builder, image, name, names, upright, has_points))
+        labeled.append(_add_image(builder, image, name, names, upright, has_keypoints))
     if not any(labeled):
         raise InputError(
             f"{config}: no image has a label file, such as {_label_file(images[0])} for {images[0]}"
@@ -52,7 +52,7 @@ def read_yolo(path: str | Path, split: str | None = None, upright: bool = True) 
 
 
 def yolo_splits(path: str | Path) -> list[str]:
-    """Those of "train", "val" and "test" in a data.yaml whose images exist."""
+    """Returns the splits in a data.yaml, "train", "val" or "test", whose images exist."""
     path, found = Path(path), []
     settings = read_yaml(path)
     for split in ("train", "val", "test"):
@@ -62,7 +62,7 @@ def yolo_splits(path: str | Path) -> list[str]:
     return found
 
 
-def _names(settings: dict, root: Path, config: Path) -> list[str]:
+def _class_names(settings: dict, root: Path, config: Path) -> list[str]:
     names = settings.get("names")
     for file in ("classes.txt", "obj.names"):
         for folder in (root, root / "labels"):
@@ -82,27 +82,26 @@ def _names(settings: dict, root: Path, config: Path) -> list[str]:
 
 
 def _split_places(settings: dict, root: Path, split: str, config: Path) -> list[Path]:
-    """Folders or lists of images."""
+    """Returns the image folders or image lists of a split."""
     value = settings.get(split, settings.get("valid") if split == "val" else None)
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(value, str) for value in values):
         known = [key for key in ("train", "val", "test") if settings.get(key)]
         raise InputError(
-            f"{config}: no split {split!r}; its splits are {', '.join(known) or 'missing'}"
+            f"{config}: no split {split!r}; available splits: {', '.join(known) or 'none'}"
         )
     base = str(settings.get("path") or "")
-    beginnings = [root / base, Path(base), root]
-    return [_place(value, beginnings, config) for value in values]
+    folders = [root / base, Path(base), root]
+    return [_resolve(value, folders, config) for value in values]
 
 
-def _place(value: str, beginnings: list[Path], config: Path) -> Path:
+def _resolve(value: str, folders: list[Path], config: Path) -> Path:
     text = value.replace("\\", "/")
-    # Roboflow writes ../train/images for train/images.
-    tails = (text, text.removeprefix("../"))
-    for tail in tails:
-        for beginning in beginnings:
-            if (beginning / tail).exists():
-                return beginning / tail
+    # Roboflow writes ../train/images instead of train/images.
+    for relative in (text, text.removeprefix("../")):
+        for folder in folders:
+            if (folder / relative).exists():
+                return folder / relative
     raise InputError(
         f"{config}: {format_value(value)} does not exist; correct the path in that file"
     )
@@ -114,11 +113,11 @@ def _images(place: Path, config: Path) -> Iterator[Path]:
         return
     for line in read_text(place).splitlines():
         if line.strip():
-            yield _place(line.strip(), [place.parent, config.parent, Path()], place)
+            yield _resolve(line.strip(), [place.parent, config.parent, Path()], place)
 
 
 def _label_file(image: Path) -> Path:
-    """The labels of an image: its path with the last ``images`` replaced by ``labels``."""
+    """Replaces the last ``images`` in the path of an image with ``labels``, and the suffix."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index].lower() == "images":
@@ -131,9 +130,9 @@ def _label_file(image: Path) -> Path:
 
 
 def _add_image(
-    builder: Builder, image: Path, name: str, names: list[str], upright: bool, has_points: bool
+    builder: Builder, image: Path, name: str, names: list[str], upright: bool, has_keypoints: bool
 ) -> bool:
-    """Adds an image with its objects; returns whether it has a label file."""
+    """Adds an image and its objects; returns whether it has a label file."""
     labels = _label_file(image)
     try:
         width, height = image_sizes(str(image))[0 if upright else 1]
@@ -141,12 +140,12 @@ def _add_image(
         builder.add_broken_image(f"image {format_value(str(image))}: {error}")
         return labels.is_file()
     number = builder.add_image(name, width, height)
-    if not labels.is_file():  # a background
+    if not labels.is_file():  # no objects
         return False
     for index, line in enumerate(read_text(labels).splitlines(), 1):
         if words := line.split():
             place = f"in line {index} of {labels.name}"
-            _add_object(builder, number, words, names, (width, height), place, has_points)
+            _add_object(builder, number, words, names, (width, height), place, has_keypoints)
     return True
 
 
@@ -157,7 +156,7 @@ def _add_object(
     names: list[str],
     size: tuple[int, int],
     place: str,
-    has_points: bool,
+    has_keypoints: bool,
 ) -> None:
     try:
         class_, *values = (float(word) for word in words)
@@ -169,13 +168,13 @@ def _add_object(
         return
     label = names[int(class_)] if 0 <= class_ < len(names) else None
     if label is None:
-        problem = f"class {words[0]} is out of range for {len(names)} names, counted from 0"
+        problem = f"class {words[0]} is out of range for {len(names)} classes, starting at 0"
         builder.add_broken_object(image, problem, place)
-    elif len(values) < 4 or max(map(abs, values)) > PIXELS:
+    elif len(values) < 4 or max(map(abs, values)) > MAX_FRACTION:
         text = format_value(" ".join(words))
         problem = f"{text} is not a class, x, y, width and height relative to the image, 0 to 1"
         builder.add_broken_object(image, problem, place)
-    elif len(values) < 6 or has_points:  # a box, perhaps with a score
+    elif len(values) < 6 or has_keypoints:  # a box, and possibly a score
         x, y, w, h = values[:4]
         box = [(x - w / 2) * size[0], (y - h / 2) * size[1], w * size[0], h * size[1]]
         builder.add_object(image, label, box, place)
