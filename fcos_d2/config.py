@@ -116,9 +116,10 @@ CONVENTIONS: dict[str, dict[str, object]] = {
 def add_fcos_config(cfg: CN) -> None:
     """Adds the keys of FCOS to a detectron2 config.
 
-    They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL.CHANNELS_LAST``,
-    ``MODEL.INFERENCE``, ``MODEL.LAZY_CONFIG``, ``MODEL_EMA``, ``DATASETS.REGISTER``, and in
-    ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and AMP.PRECISION.
+    They are ``MODEL.FCOS``, ``MODEL.TIMM``, ``MODEL.COMPILE``, ``MODEL.COMPILE_MODE``,
+    ``MODEL.CHANNELS_LAST``, ``MODEL.INFERENCE``, ``MODEL.LAZY_CONFIG``, ``MODEL_EMA``,
+    ``DATASETS.REGISTER``, and in ``SOLVER`` OPTIMIZER, GRADIENT_ACCUMULATION, MAX_SKIPPED_ITERS and
+    AMP.PRECISION.
 
     Raises:
         InputError: the config already has ``MODEL.FCOS``.
@@ -154,8 +155,10 @@ def _add_training(cfg: CN) -> None:
     # Iterations that may be skipped because a loss or a gradient is not finite; one more stops
     # training.
     cfg.SOLVER.MAX_SKIPPED_ITERS = 0
-    # torch.compile for backbone and head.
+    # torch.compile for backbone and head, and its mode: "reduce-overhead" captures a CUDA graph for
+    # each input shape.
     cfg.MODEL.COMPILE = False
+    cfg.MODEL.COMPILE_MODE = "default"
     # Feature maps in channels_last memory format while training: faster on CPUs, and on GPUs in
     # lower precision. Inference always uses it.
     cfg.MODEL.CHANNELS_LAST = False

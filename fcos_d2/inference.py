@@ -65,8 +65,11 @@ def build_detector(cfg) -> nn.Module:
     if cfg.MODEL.COMPILE:
         # In place, so that names in checkpoints do not change. Losses and detections come from
         # ops that a compiler could not improve.
-        model.backbone.compile()
-        model.head.compile()
+        try:
+            model.backbone.compile(mode=cfg.MODEL.COMPILE_MODE)
+            model.head.compile(mode=cfg.MODEL.COMPILE_MODE)
+        except RuntimeError as error:
+            raise InputError(f"MODEL.COMPILE_MODE: {one_line_cause(error)}") from error
     return use_channels_last(model) if cfg.MODEL.CHANNELS_LAST else model
 
 

@@ -313,7 +313,9 @@ def test_weights_of_other_dtypes_train_or_are_refused():
 def eager_compiler(monkeypatch):
     """Replaces torch.compile's backend: graphs are captured, but run eagerly."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, mode: compile_module(self, backend="eager")
+    )
     yield
     torch._dynamo.reset()
 
@@ -337,6 +339,12 @@ def test_backbone_and_head_are_compiled_by_config(eager_compiler):
     ema = build_ema(compiled, 0.9).module  # a copy, which must not be compiled as well
     assert list(ema.state_dict()) == list(plain.state_dict())
     assert ema.backbone._compiled_call_impl is None
+
+
+def test_unknown_compile_mode_is_an_error():
+    cfg = tiny_cfg("MODEL.COMPILE", True, "MODEL.COMPILE_MODE", "fast")
+    with pytest.raises(InputError, match="MODEL.COMPILE_MODE: Unrecognized mode=fast, should be"):
+        Trainer.build_model(cfg)
 
 
 @pytest.mark.slow
