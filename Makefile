@@ -71,7 +71,7 @@ PROFILE = ncu --kill yes --launch-count 1 --set full --kernel-name regex:$(1)_ke
 gpu-bench: gpu-build ## on a GPU: compare the ops with their peers; RESULTS=FOLDER also writes the table there
 	$(GPU_PYTHON) -W ignore -m benchmarks --device cuda $(if $(RESULTS),--results $(RESULTS))
 	-@if command -v ncu; then \
-	    ($(call PROFILE,focal,sigmoid_focal_loss); \
+	    ($(call PROFILE,loss,sigmoid_focal_loss); \
 	    $(call PROFILE,scan,select_candidates); \
 	    $(call PROFILE,padded,select_candidates)) $(if $(RESULTS),| tee $(RESULTS)/ncu.txt); \
 	else echo "make gpu-bench: no profiles, ncu is not installed"; fi
