@@ -1,7 +1,7 @@
-"""Information for issue reports: ``python -m fcos_d2.collect_env``.
+"""Prints information for issue reports: ``python -m fcos_d2.collect_env``.
 
-Prints versions, which implementation of each op is in use, and how it was built. A section that
-fails reports its error and does not affect the others: this must work where nothing else does.
+Reports versions, and which implementation of each op is in use and how it was built. It must work
+even if nothing else does, so a section that fails reports its error and does not affect the others.
 """
 
 from __future__ import annotations

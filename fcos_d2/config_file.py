@@ -17,7 +17,7 @@ from .config import add_fcos_config, resolve_convention
 from .config_values import check_values
 from .data import count_classes, register_datasets
 from .errors import InputError, one_line_cause, suggest
-from .lazy_config import cfg_of_lazy, is_lazy
+from .lazy_config import cfg_from_lazy, is_lazy
 
 
 def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -39,7 +39,7 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if is_lazy(config_file):
         check_config_file(config_file)
         with _config_errors(cfg, "on the command line"):
-            cfg = cfg_of_lazy(config_file, list(opts or []))
+            cfg = cfg_from_lazy(config_file, list(opts or []))
         check_values(cfg)
         return cfg
     if config_file:

@@ -1,4 +1,4 @@
-"""Checks choices and ranges of detectron2's own keys, which would otherwise fail late in a run."""
+"""Checks the values of detectron2's config keys, which would otherwise fail late in a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REGISTRIES = {
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
     "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
 }
-# Lowest value, of each number in a tuple.
+# Minimum value, which holds for each number in a tuple.
 AT_LEAST = {
     "DATALOADER.NUM_WORKERS": 0,
     "INPUT.MAX_SIZE_TEST": 1,
@@ -56,11 +56,11 @@ AT_LEAST = {
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks the values of keys that detectron2 does not check.
+    """Checks choices and ranges that detectron2 does not check.
 
     Raises:
-        InputError: a name is not registered, a value is not among the choices or is out of range,
-            or values do not fit together.
+        InputError: a name is not registered, a value is not among the choices or out of range, or
+            values do not fit together.
     """
     choices = {key: list(names) for key, names in CHOICES.items()}
     choices |= {key: [name for name, _ in registry] for key, registry in REGISTRIES.items()}

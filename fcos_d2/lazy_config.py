@@ -1,4 +1,4 @@
-"""Reads LazyConfig files, also as a CfgNode."""
+"""Reads LazyConfig files and converts them to CfgNodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import InputError, one_line_cause
 
 SECTIONS = {"model", "optimizer", "lr_multiplier", "dataloader", "train"}
 _MAPPER = "dataloader.{}.mapper.augmentations[0]."
-# Keys that inference needs, and where a LazyConfig has their values.
+# Config keys that inference needs, and their paths in a LazyConfig.
 KEYS = {
     "MODEL.DEVICE": "train.device",
     "MODEL.WEIGHTS": "train.init_checkpoint",
@@ -44,7 +44,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: an existing file.
-        overrides: like ``train.max_iter=100``.
+        overrides: assignments such as ``train.max_iter=100``.
 
     Raises:
         InputError: the file is not Python or lacks a section, or an override is invalid.
@@ -52,7 +52,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
     except SyntaxError as error:
-        cause = error.__cause__ or error  # detectron2 wraps the error with the line
+        cause = error.__cause__ or error  # detectron2 wraps the error that has the line
         raise InputError(f"{path} line {cause.lineno}: {cause.msg}; correct the Python") from error
     except HydraException as error:
         raise InputError(f"invalid override of {path}: {one_line_cause(error)}") from error
@@ -65,16 +65,16 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def cfg_of_lazy(path: str, opts: Sequence[str]) -> CfgNode:
-    """Builds a CfgNode with the model of a LazyConfig, for everything but training.
+def cfg_from_lazy(path: str, opts: Sequence[str]) -> CfgNode:
+    """Builds a CfgNode from a LazyConfig, for all commands except training.
 
     Args:
         path: an existing file.
         opts: overrides of the LazyConfig (``train.device=cpu``), and KEY VALUE pairs that override
-            the CfgNode, such as ``MODEL.INFERENCE.DTYPE auto``.
+            the CfgNode (``MODEL.INFERENCE.DTYPE auto``).
 
     Raises:
-        InputError: as for ``load_lazy``.
+        InputError: see ``load_lazy``.
     """
     overrides = [word for word in opts if "=" in word]
     lazy = load_lazy(path, overrides)

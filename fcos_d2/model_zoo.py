@@ -1,9 +1,9 @@
-"""Configs and published weights by name, with the functions of ``detectron2.model_zoo``.
+"""Configs and published weights by name, with the API of ``detectron2.model_zoo``.
 
-A name is the path of a config in ``configs/`` without its suffix, as in MODEL_ZOO.md:
-"torchvision/fcos_R_50_FPN". As MODEL.WEIGHTS, "zoo://torchvision/fcos_R_50_FPN" stands for its
-published weights. They are downloaded on first use and stay in iopath's cache ($FVCORE_CACHE, by
-default ~/.torch/iopath_cache).
+A name, such as "torchvision/fcos_R_50_FPN", is the path of a config in ``configs/`` without its
+suffix; MODEL_ZOO.md lists them. MODEL.WEIGHTS "zoo://torchvision/fcos_R_50_FPN" loads the published
+weights, which are downloaded on first use to iopath's cache ($FVCORE_CACHE, by default
+~/.torch/iopath_cache).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _mmdetection(name: str, digest: str) -> Weights:
 
 
 _TRICKS = "fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head"
-# Weights that are public under a permissive license. AdelaiDet's and the original's are for
-# non-commercial use, and their servers are gone; their files still load.
+# Weights under a permissive license. Those of AdelaiDet and of the original FCOS are for
+# non-commercial use and no longer hosted; their files can still be loaded.
 WEIGHTS = {
     "torchvision/fcos_R_50_FPN": Weights(
         f"{_TORCHVISION}fcos_resnet50_fpn_coco-99b0c9b7.pth", "BSD-3-Clause"
@@ -70,7 +70,7 @@ WEIGHTS = {
 
 
 def names() -> list[str]:
-    """Returns the names of all models, sorted, without the template in configs/custom."""
+    """Returns the names of all models in sorted order, without the template in configs/custom."""
     files = (path for suffix in SUFFIXES for path in CONFIGS.rglob(f"fcos_*{suffix}"))
     paths = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
     return sorted(path for path in paths if not path.startswith("custom/"))
@@ -82,7 +82,7 @@ def get_config_file(name: str) -> str:
     Raises:
         InputError: there is no such config.
     """
-    stem = name.removesuffix(".yaml").removesuffix(".py")
+    stem = _stem(name)
     for suffix in SUFFIXES:
         if (CONFIGS / f"{stem}{suffix}").is_file():
             return str(CONFIGS / f"{stem}{suffix}")
@@ -99,12 +99,12 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def get_config(name: str, trained: bool = False):
-    """Returns the config ``name``: a CfgNode with every key filled in, or a LazyConfig.
+    """Returns the config ``name``: a CfgNode with all keys, or a LazyConfig.
 
     Args:
         name: name of a config.
         trained: set MODEL.WEIGHTS (``train.init_checkpoint``) to the published weights instead of
-            the initial weights of training.
+            those that training starts from.
 
     Raises:
         InputError: there is no such config, or it has no published weights.
@@ -127,9 +127,9 @@ def get(name: str, trained: bool = False, device: str | None = None) -> torch.nn
 
     Args:
         name: name of a config.
-        trained: load the published weights; otherwise the model is initialized randomly, where
-            detectron2 would download the initial weights of training.
-        device: replaces the config's, which becomes the CPU if there is no GPU.
+        trained: load the published weights; otherwise the model is initialized randomly, unlike
+            in detectron2, which downloads the weights that training starts from.
+        device: device of the model; None for the config's, or the CPU if there is no GPU.
 
     Raises:
         InputError: there is no such config, or its weights cannot be loaded.
@@ -167,21 +167,21 @@ def _weights(name: str) -> Weights:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    elsewhere = [other for other in known if other.rpartition("/")[2] == name]
-    return suggest(name, known, f"there are {', '.join(known)}", elsewhere)
+    in_folders = [other for other in known if other.rpartition("/")[2] == name]
+    return suggest(name, known, f"available: {', '.join(known)}", in_folders)
 
 
-# ---- downloads ----
+# ---- Downloads ----
 
 
-class Zoo(PathHandler):
-    """Opens ``zoo://NAME``."""
+class ZooPathHandler(PathHandler):
+    """Resolves ``zoo://NAME`` to the file of the published weights."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        """Returns the file of the weights, downloading it if necessary.
+        """Returns the file of the weights, which is downloaded if necessary.
 
         Raises:
             InputError: there is no such model, or it cannot be downloaded.
@@ -210,8 +210,8 @@ def download(url: str, target: Path) -> None:
             torch.hub.download_url_to_file(url, str(target), hash_prefix=digest)
     except (OSError, HTTPException, RuntimeError) as error:
         cause = one_line_cause(error)
-        if isinstance(error, RuntimeError):  # torch names both hashes
-            cause = "its SHA-256 is not the one in its name, or it was truncated"
+        if isinstance(error, RuntimeError):  # torch's message contains both hashes
+            cause = "its SHA-256 differs from the one in its name"
         raise InputError(
             f"cannot download {url} ({cause}); try again, or download it elsewhere and save it as "
             f"{target}"
@@ -220,7 +220,7 @@ def download(url: str, target: Path) -> None:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """Sets the timeout of sockets: torch's download would wait forever."""
+    """Sets the timeout of sockets, without which torch's download may wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
@@ -229,4 +229,4 @@ def _timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-PathManager.register_handler(Zoo(), allow_override=True)
+PathManager.register_handler(ZooPathHandler(), allow_override=True)

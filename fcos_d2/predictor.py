@@ -1,4 +1,4 @@
-"""Detection on images: a trained detector that takes files or arrays and returns plain arrays."""
+"""Runs a trained detector on image files or arrays; returns NumPy arrays."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ FINAL_WEIGHTS = "model_final.pth"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What was found in an image, best first.
+    """Detections in an image, by descending score.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
         boxes: float32 [n, 4], xyxy in pixels of the image.
         scores: float32 [n] in [0, 1].
         classes: int64 [n] in [0, K).
-        names: n class names; the numbers of the classes where they have no names.
-        category_ids: n ids of the classes in their dataset; ``classes`` where it is not known.
+        names: n class names; class indices as strings if the names are unknown.
+        category_ids: n ids of the classes in the dataset; ``classes`` if the dataset is unknown.
     """
 
     image: np.ndarray
@@ -52,10 +52,10 @@ class Prediction:
         return len(self.scores)
 
     def draw(self, scale: float | None = None) -> np.ndarray:
-        """The image with boxes, names and scores.
+        """Draws boxes, names and scores on the image.
 
         Args:
-            scale: enlargement; None enlarges small images, so that the labels have room.
+            scale: factor by which the image is enlarged; None enlarges small images to fit labels.
 
         Returns:
             uint8 [H * scale, W * scale, 3], RGB.
@@ -65,7 +65,7 @@ class Prediction:
         return draw_boxes(self.image, self.boxes, self.names, self.scores, colors, scale)
 
     def to_coco(self, image_id: int | str = 0) -> list[dict]:
-        """Entries of a COCO result file, with ``bbox`` as x, y, width, height."""
+        """Returns the entries of a COCO result file, with ``bbox`` as x, y, width, height."""
         boxes = BoxMode.convert(self.boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
         rows = zip(self.category_ids, boxes, self.scores.tolist(), strict=True)
         return [
@@ -74,7 +74,7 @@ class Prediction:
         ]
 
     def to_supervision(self):
-        """As ``supervision.Detections``.
+        """Returns the detections as ``supervision.Detections``.
 
         Raises:
             InputError: supervision is not installed.
@@ -91,13 +91,13 @@ class Predictor:
     """Detects objects in images of any size.
 
     Args:
-        model: a detectron2 detector, in evaluation mode, on its device.
-        resize: shortest side and longest side of the network input, in pixels; a shortest side of
-            0 leaves images as they are.
+        model: a detectron2 detector in evaluation mode.
+        resize: shortest side and maximum longest side of the network input, in pixels; a shortest
+            side of 0 disables resizing.
         input_format: channel order of the network input, as in INPUT.FORMAT.
-        thresholds: lowest score of each class, [K]; one number for all classes.
-        names: of the classes, [K]; None for numbers.
-        category_ids: of the classes in their dataset, [K]; None for their numbers.
+        thresholds: score threshold of each class, [K], or of all classes.
+        names: class names, [K]; None to use class indices.
+        category_ids: ids of the classes in the dataset, [K]; None to use class indices.
 
     Attributes:
         class_names: ``names``.
@@ -112,10 +112,9 @@ class Predictor:
         names: Sequence[str] | None = None,
         category_ids: Sequence[int] | None = None,
     ):
-        self._model, self._input_format = model, input_format
-        self._resize = resize
-        self._thresholds, self.class_names = np.asarray(thresholds, dtype=float), names
-        self._category_ids = category_ids
+        self._model, self._resize, self._input_format = model, resize, input_format
+        self._thresholds = np.asarray(thresholds, dtype=float)
+        self.class_names, self._category_ids = names, category_ids
 
     @classmethod
     def from_config(
@@ -125,18 +124,18 @@ class Predictor:
         weights: str = "",
         threshold: float | None = None,
     ) -> Predictor:
-        """The predictor of a trained model.
+        """Loads the predictor of a trained model.
 
         Args:
-            config_file: the config that the model was trained with.
+            config_file: config that the model was trained with.
             opts: KEY VALUE pairs that override it.
-            weights: file or URL. Where empty, MODEL.WEIGHTS of ``opts``, or else what training left
-                in OUTPUT_DIR. With MODEL_EMA.ENABLED their average counts, as in evaluation.
-            threshold: lowest score of all classes. None: those measured in the last evaluation,
-                from the folder of the weights; 0.5 where there are none.
+            weights: file or URL; by default MODEL.WEIGHTS if ``opts`` sets it, and else the final
+                weights in OUTPUT_DIR. With MODEL_EMA.ENABLED, loads the EMA, as evaluation does.
+            threshold: score threshold of all classes; None for those measured in the last
+                evaluation and saved next to the weights, or 0.5 if there are none.
 
         Raises:
-            InputError: config, weights or thresholds that are missing or do not fit each other.
+            InputError: config, weights or thresholds are missing or do not fit together.
         """
         cfg = read_cfg(config_file, opts)
         choose_device(cfg)
@@ -145,7 +144,7 @@ class Predictor:
             weights = cfg.MODEL.WEIGHTS
         weights = weights or _final_weights(cfg.OUTPUT_DIR)
         model = accelerated(cfg, load_detector(cfg, weights))
-        measured = _measured(Path(weights).parent, num_classes)
+        measured = _find_thresholds(Path(weights).parent, num_classes)
         dataset, names = find_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), num_classes)
         names = measured.class_names if measured else names
         if threshold is None:
@@ -157,16 +156,15 @@ class Predictor:
     def from_pretrained(
         cls, name: str, threshold: float | None = None, device: str | None = None
     ) -> Predictor:
-        """The predictor of a model with published weights, which are downloaded once.
+        """Loads a model with published weights, which are downloaded on first use.
 
         Args:
-            name: a model of the zoo, such as "torchvision/fcos_R_50_FPN"; see
-                ``fcos_d2.model_zoo.WEIGHTS``.
-            threshold: lowest score of all classes; None: 0.5.
-            device: such as "cpu"; None: the GPU if there is one.
+            name: key of ``fcos_d2.model_zoo.WEIGHTS``, such as "torchvision/fcos_R_50_FPN".
+            threshold: score threshold of all classes; None for 0.5.
+            device: a device such as "cpu"; None for the GPU if there is one.
 
         Raises:
-            InputError: there is no such model, or its weights cannot be had.
+            InputError: there is no such model, or its weights cannot be downloaded.
         """
         model_zoo.get_checkpoint_url(name)
         opts = ["MODEL.DEVICE", device] if device else []
@@ -174,14 +172,14 @@ class Predictor:
         return cls.from_config(config, opts, weights, threshold)
 
     def __call__(self, image: str | PathLike | Image.Image | np.ndarray) -> Prediction:
-        """What is found in one image: a file, a Pillow image, or uint8 [H, W, 3] RGB."""
+        """Detects objects in an image: a path, a Pillow image, or uint8 [H, W, 3] RGB."""
         return self.predict([image])[0]
 
     @torch.no_grad()
     def predict(
         self, images: Sequence[str | PathLike | Image.Image | np.ndarray]
     ) -> list[Prediction]:
-        """The same for images that go through the network together; their sizes may differ."""
+        """Detects objects in a batch of images, whose sizes may differ."""
         images = [_as_rgb(image) for image in images]
         outputs = self._model([self._prepare(image) for image in images])
         found = [output["instances"].to("cpu") for output in outputs]
@@ -192,7 +190,7 @@ class Predictor:
         image = convert_PIL_to_numpy(Image.fromarray(image), self._input_format)
         if self._resize[0]:
             size = T.ResizeShortestEdge.get_output_shape(height, width, *self._resize)
-            size = [max(1, side) for side in size]  # of an image that is nothing but an edge
+            size = [max(1, side) for side in size]  # extreme aspect ratios are rounded to 0
             image = T.ResizeTransform(height, width, *size).apply_image(image)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {"image": pixels, "height": height, "width": width}
@@ -200,7 +198,7 @@ class Predictor:
     def _select(self, image: np.ndarray, found: Instances) -> Prediction:
         scores, classes = found.scores.float().numpy(), found.pred_classes.numpy()
         limits = self._thresholds[classes] if self._thresholds.ndim else self._thresholds
-        # Written as text, a float32 threshold may come back a little above the score it was.
+        # Rounding may put a score slightly below the threshold that was measured from it.
         keep = np.flatnonzero(scores >= limits - 1e-6)
         keep = keep[np.argsort(-scores[keep], kind="stable")]
         boxes, scores, classes = found.pred_boxes.tensor.numpy()[keep], scores[keep], classes[keep]
@@ -220,25 +218,26 @@ def _final_weights(folder: str) -> str:
     return str(path)
 
 
-def _measured(folder: Path, num_classes: int) -> Thresholds | None:
+def _find_thresholds(folder: Path, num_classes: int) -> Thresholds | None:
+    """Reads the thresholds in ``folder``; returns None if there are none."""
     path = folder / THRESHOLD_FILE
     if not path.is_file():
         return None
     measured = read_thresholds(path)
     if len(measured.scores) != num_classes:
         raise InputError(
-            f"{path} is for {len(measured.scores)} classes, the model has {num_classes}; evaluate "
+            f"{path} has {len(measured.scores)} classes, but the model has {num_classes}; evaluate "
             "the model again with train_net.py --eval-only, or remove the file"
         )
     return measured
 
 
 def _category_ids(dataset: str | None) -> list[int] | None:
-    """The ids of a dataset's classes, by class, where they are known."""
+    """Returns the dataset's category id of each class; None if they are unknown."""
     if dataset is None:
         return None
-    numbers = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", {})
-    return [number for number, _ in sorted(numbers.items(), key=lambda pair: pair[1])] or None
+    class_of = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id", {})
+    return sorted(class_of, key=class_of.get) or None
 
 
 def _as_rgb(image: str | PathLike | Image.Image | np.ndarray) -> np.ndarray:

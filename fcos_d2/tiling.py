@@ -1,4 +1,4 @@
-"""Detects objects in images far larger than the network's input, tile by tile."""
+"""Detects objects in images that are much larger than the network input, tile by tile."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .errors import InputError
 from .ops import batched_nms
 from .predictor import Prediction, Predictor
 
-MARGIN = 2.0  # pixels; a box this close to the border of a tile counts as cut off
-SMALLEST = 32  # pixels, of the side of a tile
+MARGIN = 2.0  # pixels; a box closer to the border of a tile counts as cut off
+MIN_TILE = 32  # pixels
 
 
 class Tile(NamedTuple):
-    """A part of an image, in pixels."""
+    """Region of an image, in pixels."""
 
     x: int
     y: int
@@ -26,16 +26,16 @@ class Tile(NamedTuple):
 
 
 class TiledPredictor:
-    """A ``Predictor`` that is applied to overlapping tiles of each image and to the whole image.
+    """Applies a ``Predictor`` to overlapping tiles of each image and to the whole image.
 
     Tiles overlap by half, so that every object of up to half a tile lies completely inside one of
     them; detections that are cut off at the inner border of a tile are dropped. Larger objects are
     detected in the whole image. One NMS merges all detections.
 
     Args:
-        predictor: applied to tiles like to images, including the resizing.
+        predictor: applied to tiles as to images, including the resizing.
         tile: side of a tile in pixels, such as that of the crops used in training.
-        iou_threshold: threshold of the NMS.
+        iou_threshold: threshold of the NMS that merges the detections.
         batch_size: number of tiles per forward pass.
 
     Raises:
@@ -45,8 +45,8 @@ class TiledPredictor:
     def __init__(
         self, predictor: Predictor, tile: int, iou_threshold: float = 0.6, batch_size: int = 4
     ):
-        if tile < SMALLEST:
-            raise InputError(f"--tile must be at least {SMALLEST} pixels, got {tile}")
+        if tile < MIN_TILE:
+            raise InputError(f"--tile must be at least {MIN_TILE} pixels, got {tile}")
         self._predictor, self._tile, self._batch_size = predictor, tile, batch_size
         self._iou_threshold, self.class_names = iou_threshold, predictor.class_names
 
@@ -61,44 +61,29 @@ class TiledPredictor:
         if len(tiles) == 1:
             return whole
         sides = (whole.boxes[:, 2:] - whole.boxes[:, :2]).max(axis=1, initial=0)
-        parts, kept = [whole], [np.flatnonzero(sides > self._tile / 2)]
-        boxes = [whole.boxes[kept[0]]]
+        parts = [(whole, whole.boxes, np.flatnonzero(sides > self._tile / 2))]
         for first in range(0, len(tiles), self._batch_size):
             batch = tiles[first : first + self._batch_size]
             found = self._predictor.predict([image[t.y : t.bottom, t.x : t.right] for t in batch])
             for tile, part in zip(batch, found, strict=True):
-                moved = part.boxes + np.array([tile.x, tile.y] * 2, np.float32)
-                parts.append(part)
-                kept.append(np.flatnonzero(~_is_cut(moved, tile, (width, height))))
-                boxes.append(moved[kept[-1]])
-        return self._merged(image, parts, kept, np.concatenate(boxes))
+                boxes = part.boxes + np.array([tile.x, tile.y] * 2, np.float32)
+                kept = np.flatnonzero(~_is_cut(boxes, tile, (width, height)))
+                parts.append((part, boxes, kept))
+        return self._merge(image, parts)
 
-    def _merged(
-        self,
-        image: np.ndarray,
-        parts: Sequence[Prediction],
-        kept: Sequence[np.ndarray],
-        boxes: np.ndarray,
+    def _merge(
+        self, image: np.ndarray, parts: Sequence[tuple[Prediction, np.ndarray, np.ndarray]]
     ) -> Prediction:
-        pairs = list(zip(parts, kept, strict=True))
-        scores, classes = (
-            np.concatenate([getattr(part, field)[index] for part, index in pairs])
-            for field in ("scores", "classes")
-        )
-        arrays = [torch.from_numpy(array) for array in (boxes, scores, classes)]
+        """Applies NMS to the ``kept`` detections of all (prediction, boxes in the image, kept)."""
+        boxes = np.concatenate([boxes[kept] for _, boxes, kept in parts])
+        scores = np.concatenate([part.scores[kept] for part, _, kept in parts])
+        classes = np.concatenate([part.classes[kept] for part, _, kept in parts])
+        names = [part.names[i] for part, _, kept in parts for i in kept]
+        ids = [part.category_ids[i] for part, _, kept in parts for i in kept]
+        arrays = map(torch.from_numpy, (boxes, scores, classes))
         best = batched_nms(*arrays, self._iou_threshold).numpy()
-        names, ids = (
-            [getattr(part, field)[i] for part, index in pairs for i in index]
-            for field in ("names", "category_ids")
-        )
-        return Prediction(
-            image,
-            boxes[best],
-            scores[best],
-            classes[best],
-            [names[i] for i in best],
-            [ids[i] for i in best],
-        )
+        names, ids = ([values[i] for i in best] for values in (names, ids))
+        return Prediction(image, boxes[best], scores[best], classes[best], names, ids)
 
 
 def tiles_of(width: int, height: int, side: int) -> Iterator[Tile]:
@@ -117,10 +102,10 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _is_cut(boxes: np.ndarray, tile: Tile, size: tuple[int, int]) -> np.ndarray:
-    """Returns whether boxes reach an inner border of their tile; bool [n]."""
+    """Returns whether each box reaches an inner border of the tile; bool [n]."""
     width, height = size
-    low = (boxes[:, 0] < tile.x + MARGIN) & (tile.x > 0)
+    left = (boxes[:, 0] < tile.x + MARGIN) & (tile.x > 0)
     top = (boxes[:, 1] < tile.y + MARGIN) & (tile.y > 0)
-    high = (boxes[:, 2] > tile.right - MARGIN) & (tile.right < width)
+    right = (boxes[:, 2] > tile.right - MARGIN) & (tile.right < width)
     bottom = (boxes[:, 3] > tile.bottom - MARGIN) & (tile.bottom < height)
-    return low | top | high | bottom
+    return left | top | right | bottom

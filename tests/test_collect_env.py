@@ -1,4 +1,4 @@
-"""python -m fcos_d2.collect_env: a report for issues, whatever is broken."""
+"""Tests the environment report."""
 
 import runpy
 import warnings
@@ -7,7 +7,7 @@ import fcos_d2
 from fcos_d2 import collect_env, ops
 
 
-def test_the_report_names_versions_and_the_backend_of_every_op():
+def test_report_has_versions_and_the_backend_of_every_op():
     report = collect_env.collect_env_info()
     assert f"fcos_d2  {fcos_d2.__version__}" in report
     assert "PyTorch" in report and "detectron2" in report
@@ -15,7 +15,7 @@ def test_the_report_names_versions_and_the_backend_of_every_op():
         assert name in report
 
 
-def test_a_section_that_fails_does_not_affect_the_others(monkeypatch):
+def test_failing_section_does_not_affect_the_others(monkeypatch):
     def broken():
         raise OSError("no compiler")
 
@@ -24,8 +24,8 @@ def test_a_section_that_fails_does_not_affect_the_others(monkeypatch):
     assert "OSError: no compiler" in report and "assign_targets" in report
 
 
-def test_it_runs_as_a_module(capsys):
+def test_module_prints_the_report(capsys):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already, above
+        warnings.simplefilter("ignore", RuntimeWarning)  # it has been imported already
         runpy.run_module("fcos_d2.collect_env", run_name="__main__")
     assert "sigmoid_focal_loss" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Values of detectron2's own keys that would cause a traceback, or a run without effect."""
+"""Tests the checks of values of detectron2's config keys."""
 
 from functools import reduce
 
@@ -13,7 +13,7 @@ from .tiny_training import ROOT
 
 
 @pytest.mark.parametrize("key", [*CHOICES, *REGISTRIES])
-def test_value_that_is_not_a_choice_is_refused_with_the_choices(key):
+def test_error_for_an_unknown_choice_lists_the_choices(key):
     value = 77 if key.endswith("DEPTH") else "build_resnet_backbon"
     with pytest.raises(InputError, match=f"^{key} must be one of '?.+, got {value!r}; ") as caught:
         read_cfg("", [key, value])
@@ -22,7 +22,7 @@ def test_value_that_is_not_a_choice_is_refused_with_the_choices(key):
 
 
 @pytest.mark.parametrize("key", AT_LEAST)
-def test_value_below_the_range_is_refused_with_the_bound(key):
+def test_error_for_a_value_below_the_minimum_has_the_minimum(key):
     default, low = reduce(getattr, key.split("."), get_cfg()), AT_LEAST[key]
     value = type(default)([low - 1]) if isinstance(default, tuple) else type(default)(low - 1)
     with pytest.raises(InputError, match=f"^{key} must be at least {low}, got"):
@@ -38,11 +38,11 @@ def test_value_below_the_range_is_refused_with_the_bound(key):
         (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE must be a torch device, got 'gpu'; set it to"),
     ],
 )
-def test_invalid_values_are_refused_with_a_remedy(opts, message):
+def test_invalid_values_are_refused(opts, message):
     with pytest.raises(InputError, match=message):
         read_cfg("", opts)
 
 
-def test_lazy_configs_are_checked_too():
+def test_values_of_lazy_configs_are_checked():
     with pytest.raises(InputError, match="MODEL.DEVICE must be a torch device"):
         read_cfg(str(ROOT / "configs/lazy/fcos_R_50_FPN_1x.py"), ["train.device=gpu"])

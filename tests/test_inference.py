@@ -1,4 +1,4 @@
-"""The summary that an evaluation prints at its end."""
+"""Tests the summary table of an evaluation."""
 
 from fcos_d2.inference import summary_table
 

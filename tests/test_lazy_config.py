@@ -1,4 +1,4 @@
-"""LazyConfig files in commands that take YAML files."""
+"""Tests commands with LazyConfig files."""
 
 import json
 
@@ -18,7 +18,7 @@ from .tiny_training import ROOT
 LAZY = str(ROOT / "configs/lazy/fcos_R_50_FPN_1x.py")
 
 
-def test_keys_are_those_of_the_yaml_file_of_the_same_model():
+def test_lazy_and_yaml_configs_of_a_model_have_the_same_values():
     lazy = read_cfg(LAZY, ["train.device=cpu", "MODEL.INFERENCE.DTYPE", "bfloat16"])
     yaml = read_cfg(str(ROOT / "configs/fcos_R_50_FPN_1x.yaml"))
     assert lazy.INPUT == yaml.INPUT and lazy.DATASETS == yaml.DATASETS
@@ -27,12 +27,12 @@ def test_keys_are_those_of_the_yaml_file_of_the_same_model():
     assert lazy.MODEL.DEVICE == "cpu" and lazy.MODEL.INFERENCE.DTYPE == "bfloat16"
 
 
-def test_model_is_that_of_the_file_with_its_overrides():
+def test_overrides_change_the_model():
     cfg = read_cfg(LAZY, ["train.device=cpu", "model.head.num_classes=7"])
     assert build_detector(cfg).head.cls_logits.out_channels == 7 == cfg.MODEL.FCOS.NUM_CLASSES
 
 
-def test_predict_and_analyze_take_a_lazy_config(tmp_path, capsys):
+def test_predict_and_analyze_accept_a_lazy_config(tmp_path, capsys):
     model = instantiate(LazyConfig.load(LAZY).model)
     torch.nn.init.zeros_(model.head.cls_logits.bias)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
@@ -56,6 +56,6 @@ def test_predict_and_analyze_take_a_lazy_config(tmp_path, capsys):
         (["train.a[0].b=1"], "train.a"),
     ],
 )
-def test_mistakes_are_one_line_errors(opts, message):
+def test_invalid_overrides_are_refused(opts, message):
     with pytest.raises(InputError, match=message):
         load_detector(read_cfg(LAZY, ["train.device=cpu", *opts]))

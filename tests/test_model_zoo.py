@@ -1,4 +1,4 @@
-"""Names in the model zoo, and downloads of synthetic weights from a server in this process."""
+"""Tests names in the model zoo, and downloads of synthetic weights from a local server."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ NAME = "torchvision/fcos_R_50_FPN"
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """A file with torchvision's layout and random values; every class scores about 0.5."""
+    """Returns a checkpoint in torchvision's format with random weights and scores of about 0.5."""
     torch.manual_seed(0)
     weights = fcos_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     weights["head.classification_head.cls_logits.bias"].zero_()
@@ -34,13 +34,13 @@ def checkpoint():
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Serves ``server.answer``, (status or None for silence, content, bytes sent), as NAME."""
+    """Starts a server, whose ``serve`` sets the response to a download of NAME."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.requests += 1
-            status, content, sent = server.answer
-            if status is None:
+            status, content, sent = server.response
+            if status is None:  # never responds
                 server.closing.wait()
                 return
             self.send_response(status)
@@ -61,7 +61,7 @@ def server(monkeypatch, tmp_path):
         digest = hashlib.sha256(named or content).hexdigest()[:8]
         url = f"http://127.0.0.1:{server.server_port}/models/fcos_resnet50_fpn_coco-{digest}.pth"
         monkeypatch.setitem(model_zoo.WEIGHTS, NAME, Weights(url, "BSD-3-Clause"))
-        server.answer = status, content, sent
+        server.response = status, content, sent
         return url
 
     server.serve = serve
@@ -73,30 +73,30 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
-    """photo.jpg in an empty working directory."""
+    """Writes photo.jpg to an empty working directory."""
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
     return tmp_path
 
 
-# ---- names ----
+# ---- Names ----
 
 
 @pytest.mark.parametrize("name", model_zoo.names())
-def test_every_config_has_a_name_and_can_be_read(name):
+def test_every_config_can_be_read_by_name(name):
     assert model_zoo.get_config_file(name).startswith(str(model_zoo.CONFIGS))
     assert model_zoo.get_config(name)
 
 
-def test_names_are_accepted_with_and_without_suffix_and_as_config_file(tmp_path, monkeypatch):
+def test_name_may_have_a_suffix_and_replace_a_config_file(tmp_path, monkeypatch):
     path = model_zoo.get_config_file(f"{NAME}.yaml")
     assert path == model_zoo.get_config_file(NAME) and path.endswith(".yaml")
     monkeypatch.chdir(tmp_path)
     assert read_cfg(NAME).dump() == read_cfg(path).dump() == model_zoo.get_config(NAME).dump()
 
 
-def test_weights_belong_to_configs_and_are_named_by_their_hash():
+def test_published_weights_have_configs_and_urls():
     assert set(model_zoo.WEIGHTS) <= set(model_zoo.names())
     assert model_zoo.get_checkpoint_url(NAME) == FCOS_ResNet50_FPN_Weights.COCO_V1.url
     cfg = model_zoo.get_config(NAME, trained=True)
@@ -111,25 +111,25 @@ def test_weights_belong_to_configs_and_are_named_by_their_hash():
             "no config 'fcos_R_50_FPN_3x'; did",
         ),
         (lambda: model_zoo.get_checkpoint_url("fcos_R_50_FPN_1x"), "did you mean mmdetection/fcos"),
-        (lambda: Predictor.from_pretrained("yolo"), "no weights of 'yolo'; there are torchvision/"),
+        (lambda: Predictor.from_pretrained("yolo"), "no weights of 'yolo'; available: torchv"),
     ],
 )
-def test_unknown_name_is_refused_with_similar_ones(call, message):
+def test_error_for_an_unknown_name_lists_similar_ones(call, message):
     with pytest.raises(InputError, match=message):
         call()
 
 
-def test_model_by_name_starts_from_random_values_without_a_download(server):
+def test_untrained_model_needs_no_download(server):
     server.serve(b"")
     model = model_zoo.get("digits/fcos_R_18_FPN_digits", device="cpu")
     assert isinstance(model, FCOS) and model.training
     assert not server.requests
 
 
-# ---- downloads ----
+# ---- Downloads ----
 
 
-def test_objects_in_a_photo_are_drawn_without_training(server, checkpoint, photo, capsys):
+def test_pretrained_model_is_downloaded_once(server, checkpoint, photo, capsys):
     url = server.serve(checkpoint)
     words = ["photo.jpg", "--opts", "INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"]
     assert cli.main(words) == 0
@@ -140,13 +140,13 @@ def test_objects_in_a_photo_are_drawn_without_training(server, checkpoint, photo
         url.rpartition("/")[2]
     ]
     predictor = Predictor.from_pretrained(NAME, threshold=0.1, device="cpu")
-    assert server.requests == 1, "it was cached"
+    assert server.requests == 1
     found = predictor("photo.jpg")
     assert len(found) and found.names[0] in predictor.class_names
     assert predictor.class_names[0] == "person" and len(predictor.class_names) == 80
     entry = found.to_coco(7)[0]
     assert entry["image_id"] == 7 and entry["category_id"] == found.category_ids[0]
-    assert max(predictor._category_ids) == 90, "COCO's numbers, not those of the classes"
+    assert max(predictor._category_ids) == 90  # of COCO's 80 classes
     x0, y0, x1, y1 = found.boxes[0].tolist()
     assert entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0])
 
@@ -160,8 +160,8 @@ def test_objects_in_a_photo_are_drawn_without_training(server, checkpoint, photo
         ({"status": None}, "timed out"),
     ],
 )
-def test_failed_download_leaves_nothing_and_is_a_one_line_error(server, monkeypatch, fault, cause):
-    if cause == "timed out":  # where no answer ever comes
+def test_failed_download_leaves_no_file(server, monkeypatch, fault, cause):
+    if cause == "timed out":
         monkeypatch.setattr(model_zoo, "TIMEOUT", 0.3)
     url = server.serve(b"weights" * 9, **fault)
     with pytest.raises(InputError) as caught:
@@ -172,7 +172,7 @@ def test_failed_download_leaves_nothing_and_is_a_one_line_error(server, monkeypa
     assert not [path for path in server.folder.iterdir() if path.suffix != ".lock"]
 
 
-def test_error_without_network_names_the_url_and_the_file(server, monkeypatch, photo, capsys):
+def test_error_without_a_connection_has_the_url(server, monkeypatch, photo, capsys):
     server.serve(b"weights")
     url = model_zoo.WEIGHTS[NAME].url.replace(str(server.server_port), "9")
     monkeypatch.setitem(model_zoo.WEIGHTS, NAME, Weights(url, "BSD-3-Clause"))

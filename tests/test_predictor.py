@@ -1,4 +1,4 @@
-"""The weights that a predictor loads, images of odd shapes, and other libraries' formats."""
+"""Tests which weights a Predictor loads, its preprocessing, and formats of other libraries."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ from .tiny_training import ROOT
 
 @pytest.fixture
 def output(tmp_path):
-    """OUTPUT_DIR of a training run without weights, and a function that saves some."""
+    """Returns a function that saves weights in OUTPUT_DIR of a training run, its ``folder``."""
     data = ("DATASETS.TRAIN", (), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path))
     (tmp_path / "config.yaml").write_text(tiny_cfg(*data).dump())
 
@@ -40,11 +40,11 @@ def output(tmp_path):
 
 
 def bias_of(output, *opts, weights="") -> float:
-    built = Predictor.from_config(str(output.folder / "config.yaml"), opts, weights)
-    return built._model.head.cls_logits.bias[0].item()
+    loaded = Predictor.from_config(str(output.folder / "config.yaml"), opts, weights)
+    return loaded._model.head.cls_logits.bias[0].item()
 
 
-def test_ema_is_loaded_if_it_was_evaluated(output):
+def test_ema_is_loaded_if_it_is_enabled(output):
     output("model_final.pth", 1.0, average=2.0)
     assert bias_of(output) == 1
     assert bias_of(output, "MODEL_EMA.ENABLED", True) == 2
@@ -53,7 +53,7 @@ def test_ema_is_loaded_if_it_was_evaluated(output):
     assert bias_of(output) == 1
 
 
-def test_named_weights_are_loaded(output):
+def test_weights_argument_overrides_model_weights(output):
     output("model_final.pth", 1.0)
     output("other.pth", 2.0)
     output("third.pth", 3.0)
@@ -64,44 +64,44 @@ def test_named_weights_are_loaded(output):
         bias_of(output, "MODEL.WEIGHTS", "nowhere.pth")
 
 
-def test_missing_weights_are_refused_with_a_remedy(output):
+def test_missing_weights_are_refused(output):
     with pytest.raises(InputError, match="there is no model_final.pth; train first"):
         bias_of(output)
 
 
-def test_unused_number_of_detections_is_refused_with_the_key_to_set(output):
+def test_detections_per_image_that_fcos_ignores_is_refused(output):
     output("model_final.pth", 1.0)
     with pytest.raises(InputError, match="set MODEL.FCOS.POST_NMS_TOPK_TEST 300 instead"):
         bias_of(output, "TEST.DETECTIONS_PER_IMAGE", 300)
 
 
 def test_url_of_weights_is_not_changed(output, monkeypatch):
-    taken = []
-    monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: taken.append(weights))
+    loaded = []
+    monkeypatch.setattr(predictor, "load_detector", lambda cfg, weights: loaded.append(weights))
     monkeypatch.setattr(predictor, "accelerated", lambda cfg, model: model)
     Predictor.from_config(str(output.folder / "config.yaml"), weights="https://host/a//w.pth")
-    assert taken == ["https://host/a//w.pth"]
+    assert loaded == ["https://host/a//w.pth"]
 
 
 class Recorder(nn.Module):
-    """Records its input, and stops there."""
+    """Records its input and raises StopIteration."""
 
     def forward(self, batch):
-        self.seen = batch[0]
+        self.input = batch[0]
         raise StopIteration
 
 
 @pytest.mark.parametrize("input_format, channel", [("RGB", 0), ("BGR", 2)])
 @pytest.mark.parametrize("shape, size", [((20, 40), (30, 60)), ((1, 6000), (1, 60))])
-def test_model_gets_its_channel_order_and_size(input_format, channel, shape, size):
+def test_input_has_the_channel_order_and_size_of_the_model(input_format, channel, shape, size):
     model, image = Recorder(), np.zeros((*shape, 3), np.uint8)
     image[..., 0] = 200  # red
     with pytest.raises(StopIteration):
         Predictor(model, (40, 60), input_format, 0.5)(image)
-    assert model.seen["image"].shape == (3, *size)
-    assert (model.seen["height"], model.seen["width"]) == shape
-    assert (model.seen["image"][channel] == 200).all()
-    assert model.seen["image"].sum() == 200 * size[0] * size[1]
+    assert model.input["image"].shape == (3, *size)
+    assert (model.input["height"], model.input["width"]) == shape
+    assert (model.input["image"][channel] == 200).all()
+    assert model.input["image"].sum() == 200 * size[0] * size[1]
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def prediction():
     return Prediction(image, boxes, np.array([0.5]), np.array([1]), ["cat"], [17])
 
 
-def test_supervision_gets_boxes_scores_and_names(prediction, monkeypatch):
+def test_to_supervision_converts_boxes_scores_and_names(prediction, monkeypatch):
     with pytest.raises(InputError, match="pip install supervision"):
         monkeypatch.setitem(sys.modules, "supervision", None)
         prediction.to_supervision()

@@ -1,4 +1,4 @@
-"""Tiles: nothing is lost at their edges, and nothing is found twice."""
+"""Tests that tiling neither misses nor duplicates objects at the borders of tiles."""
 
 import json
 
@@ -14,8 +14,8 @@ from fcos_d2.predictor import Prediction
 from fcos_d2.tiling import TiledPredictor, tiles_of
 
 
-class Bright:
-    """Finds bright rectangles exactly, except those smaller than a 20th of the image."""
+class Rectangles:
+    """Predictor that detects bright rectangles of at least 1/20 of the image size."""
 
     class_names = ["small", "large"]
 
@@ -24,9 +24,9 @@ class Bright:
 
     def predict(self, images):
         self.sizes += [image.shape[:2] for image in images]
-        return [self._find(image) for image in images]
+        return [self._predict_one(image) for image in images]
 
-    def _find(self, image):
+    def _predict_one(self, image):
         labels, _ = ndimage.label(image[:, :, 0] > 128)
         boxes = [
             (s[1].start, s[0].start, s[1].stop, s[0].stop) for s in ndimage.find_objects(labels)
@@ -40,8 +40,8 @@ class Bright:
         return Prediction(image, boxes, scores, classes, names, [7 + c for c in classes.tolist()])
 
 
-def scene(rng, count=6, side=160):
-    """Draws rectangles of 10 to 40 pixels that do not touch."""
+def random_image(rng, count=6, side=160):
+    """Returns an image of disjoint rectangles of 10 to 40 pixels, and their boxes."""
     image, boxes = np.zeros((side, side, 3), np.uint8), []
     while len(boxes) < count:
         x, y = rng.integers(1, side - 41, 2)
@@ -58,10 +58,10 @@ def average_precision(predictor, images, truth) -> float:
     return evaluate_boxes(truth, found, 1).average()
 
 
-def test_same_average_precision_on_an_image_and_inside_a_large_empty_one():
+def test_ap_does_not_depend_on_the_size_of_the_image():
     rng = np.random.default_rng(0)
-    images, boxes = zip(*(scene(rng) for _ in range(10)), strict=True)
-    assert average_precision(Bright(), images, boxes) == pytest.approx(100)
+    images, boxes = zip(*(random_image(rng) for _ in range(10)), strict=True)
+    assert average_precision(Rectangles(), images, boxes) == pytest.approx(100)
     large, moved = [], []
     for image, truth in zip(images, boxes, strict=True):
         x, y = rng.integers(0, 1300, 2)
@@ -69,24 +69,24 @@ def test_same_average_precision_on_an_image_and_inside_a_large_empty_one():
         canvas[y : y + 160, x : x + 160] = image
         large.append(canvas)
         moved.append(truth + [x, y, x, y])
-    assert average_precision(Bright(), large, moved) < 50
-    assert average_precision(TiledPredictor(Bright(), 160), large, moved) == pytest.approx(100)
+    assert average_precision(Rectangles(), large, moved) < 50
+    assert average_precision(TiledPredictor(Rectangles(), 160), large, moved) == pytest.approx(100)
 
 
-def test_objects_larger_than_tiles_come_from_the_whole_image():
+def test_objects_larger_than_tiles_are_detected_in_the_whole_image():
     canvas = np.zeros((900, 1200, 3), np.uint8)
     canvas[100:700, 200:1000] = 255
     canvas[800:810, 500:520] = 255
-    (found,) = TiledPredictor(Bright(), 160).predict([canvas])
+    (found,) = TiledPredictor(Rectangles(), 160).predict([canvas])
     assert sorted(found.boxes.tolist()) == [[200, 100, 1000, 700], [500, 800, 520, 810]]
     order = np.argsort(found.classes)
     assert [found.names[i] for i in order] == ["small", "large"]
     assert [found.category_ids[i] for i in order] == [7, 8] and found.image is canvas
 
 
-def test_image_not_larger_than_a_tile_is_predicted_once():
-    predictor = Bright()
-    (found,) = TiledPredictor(predictor, 200).predict([scene(np.random.default_rng(1))[0]])
+def test_image_smaller_than_a_tile_is_predicted_once():
+    predictor = Rectangles()
+    (found,) = TiledPredictor(predictor, 200).predict([random_image(np.random.default_rng(1))[0]])
     assert predictor.sizes == [(160, 160)] and len(found) == 6
 
 
@@ -102,13 +102,13 @@ def test_tiles_cover_the_image_and_overlap_by_half(width, height, side):
         assert (np.diff(sorted(starts)) <= side // 2).all() and max(starts) == max(length - side, 0)
 
 
-def test_tile_that_is_too_small_is_refused():
+def test_too_small_tile_is_refused():
     with pytest.raises(InputError, match="--tile must be at least 32 pixels, got 8"):
-        TiledPredictor(Bright(), 8)
+        TiledPredictor(Rectangles(), 8)
 
 
-def test_the_command_predicts_tiles(tmp_path, monkeypatch):
-    monkeypatch.setattr("fcos_d2.commands.predict.load_predictor", lambda options: Bright())
+def test_command_line_enables_tiling(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcos_d2.commands.predict.load_predictor", lambda options: Rectangles())
     canvas = np.zeros((900, 1200, 3), np.uint8)
     canvas[800:810, 500:520] = 255
     Image.fromarray(canvas).save(tmp_path / "large.png")
