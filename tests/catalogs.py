@@ -1,4 +1,4 @@
-"""What tests that register datasets share."""
+"""Helpers for tests that register datasets."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 @pytest.fixture(autouse=True)
 def restore_catalogs():
-    """Forgets the datasets that a test has registered."""
+    """Unregisters the datasets that a test registers."""
     before = [(catalog, set(catalog)) for catalog in (DatasetCatalog, MetadataCatalog)]
     yield
     for catalog, names in before:
@@ -19,12 +19,12 @@ def restore_catalogs():
 def coco_content(
     objects: Mapping[str, Iterable[tuple]], classes: Iterable[str], size: tuple[int, int]
 ) -> dict:
-    """A COCO file.
+    """Returns the content of a COCO file.
 
     Args:
-        objects: by the file name of each image, class (from 1), box [x, y, width, height] and
-            perhaps iscrowd of its objects.
-        classes: names.
+        objects: file name -> objects of the image: class (from 1), box [x, y, width, height] and,
+            optionally, iscrowd.
+        classes: class names.
         size: width and height of all images.
     """
     images, annotations = [], []

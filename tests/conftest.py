@@ -1,4 +1,4 @@
-"""Fixtures for all tests: available devices, and random seeds."""
+"""Fixtures for all tests."""
 
 import pytest
 import torch
@@ -16,17 +16,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Uses one thread: for tiny tensors, two would mostly wait for each other."""
+    """Uses one thread, which is faster for tiny tensors."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Seeds every test, so that it behaves the same alone and in the suite."""
+    """Seeds every test, so that its results do not depend on other tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> torch.device:
-    """Every available device."""
+    """Runs a test on every available device."""
     return torch.device(request.param)

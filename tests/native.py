@@ -22,7 +22,7 @@ LINK_TORCH = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
 
 
 def missing() -> str | None:
-    """Returns what C++ cannot be built without here, or None."""
+    """Returns the reason why C++ cannot be built, or None."""
     has_ninja = importlib.util.find_spec("ninja") is not None
     return None if has_ninja and shutil.which(COMPILER) else "needs a C++ compiler and ninja"
 

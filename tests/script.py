@@ -1,4 +1,4 @@
-"""The fixture ``script``: runs train_net.py in this process, on tiny data.
+"""Provides the fixture ``script``, which runs train_net.py in this process on tiny data.
 
 Test modules request it with ``pytest_plugins = ["tests.script"]``.
 """
@@ -32,7 +32,7 @@ def tiny_shapes(tmp_path_factory):
 
 @pytest.fixture
 def fcos_cfg():
-    """detectron2's default config with the keys of FCOS."""
+    """Returns detectron2's default config with the keys of FCOS."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     return cfg
@@ -40,7 +40,7 @@ def fcos_cfg():
 
 @pytest.fixture
 def quiet_loggers():
-    """Removes detectron2's log handlers after the test: they hold on to its captured stdout."""
+    """Removes detectron2's log handlers, which refer to the test's captured stdout."""
     yield
     for name in ("detectron2", "fvcore", "fcos_d2"):
         logging.getLogger(name).handlers.clear()
@@ -50,7 +50,7 @@ def quiet_loggers():
 
 @pytest.fixture
 def script(tiny_shapes, quiet_loggers, tmp_path, monkeypatch, capsys):
-    """Calls train_net.py with a config file in an empty folder, as a shell would."""
+    """Returns a function that runs train_net.py with a config file in an empty folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
 

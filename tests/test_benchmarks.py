@@ -1,4 +1,4 @@
-"""The benchmarks run with torch alone, name missing peers, and time a GPU, not its host."""
+"""Tests that the benchmarks run without peers, list missing ones, and time the GPU."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks import measure, peers
 
 ROOT = Path(__file__).parents[1]
 
-# Everything, once, on one image.
+# Measures everything once, on one image.
 MEASURE = """
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ PEERS = (*peers.INSTALL, "iopath", "pycocotools")
 
 
 def table_without(missing, folder: Path) -> str:
-    """Returns the table that the benchmarks write where ``missing`` cannot be imported."""
+    """Returns the table of the benchmarks if ``missing`` cannot be imported."""
     command = [sys.executable, "-W", "ignore", "-c", MEASURE.format(missing=missing)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def table_without(missing, folder: Path) -> str:
     return results.read_text()
 
 
-def test_every_op_is_measured_where_no_peer_is_installed(tmp_path):
+def test_all_ops_are_measured_without_peers(tmp_path):
     table = table_without(PEERS, tmp_path)
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     ops = {op.removeprefix("| ") for op, _, what, *_ in rows if what == "ours"}
@@ -59,21 +59,21 @@ def test_every_op_is_measured_where_no_peer_is_installed(tmp_path):
         assert f"{name} (`{command}`)" in table
 
 
-def test_peers_are_measured_where_they_are_installed():
+def test_only_installed_peers_are_measured():
     @peers.needs("torch")
     def installed(name):
         return {name: torch.sum}
 
     @peers.needs("no_such_package")
     def absent(name):
-        raise AssertionError("is not called")
+        raise AssertionError("must not be called")
 
     assert installed("torch") == {"torch": torch.sum}
     assert absent("peer") == {}
-    assert peers.missing() == ""  # here, as make env installs them all
+    assert peers.missing() == ""  # make env installs all peers
 
 
-def test_clock_of_a_gpu_starts_when_the_work_is_queued(monkeypatch):
+def test_gpu_timer_starts_after_the_work_is_queued(monkeypatch):
     queue = []
 
     class Event:
@@ -90,7 +90,7 @@ def test_clock_of_a_gpu_starts_when_the_work_is_queued(monkeypatch):
             return 7.0
 
     class Buffer:
-        def sum(self):  # and nothing that writes to it
+        def sum(self):  # the buffer must only be read
             queue.append("read")
 
     monkeypatch.setattr(measure, "_flush_buffer", lambda device: Buffer())
@@ -101,7 +101,7 @@ def test_clock_of_a_gpu_starts_when_the_work_is_queued(monkeypatch):
     assert queue == ["read", "spin", "event", "call", "event", "wait"]
 
 
-def test_ours_may_not_fail_and_a_peer_may(capsys):
+def test_failing_peer_is_skipped_but_our_failure_raises(capsys):
     device = torch.device("cpu")
 
     def broken():

@@ -1,4 +1,4 @@
-"""Configs: conventions, every key is read, YAML and LazyConfig agree."""
+"""Tests conventions, the use of every config key, and that YAML and LazyConfig agree."""
 
 import ast
 import inspect

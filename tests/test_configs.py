@@ -1,4 +1,4 @@
-"""The files in configs/: each trains and detects, matches what is published, and is fully read."""
+"""Tests that every config trains, detects, matches its publication, and has no unused keys."""
 
 import inspect
 import sys
@@ -54,7 +54,7 @@ def experiment(name: str) -> CfgNode:
 
 
 def shrink(cfg: CfgNode) -> None:
-    """Reduces channels and blocks in place, but nothing that a config of this project decides."""
+    """Reduces channels and blocks in place, but no values that the configs set."""
     resnets, timm = cfg.MODEL.RESNETS, cfg.MODEL.TIMM
     if resnets.DEPTH > 34:
         resnets.DEPTH = 50
@@ -135,7 +135,7 @@ def use(cfg: CfgNode, folder: Path) -> tuple[list[float], list]:
 
 @pytest.fixture(scope="module", params=EXPERIMENTS, ids=name_of)
 def outcome(request, tmp_path_factory):
-    """(losses, detections, config, keys that were read) of every experiment, on tiny input."""
+    """Runs an experiment on tiny images; returns its losses, detections, config and used keys."""
     cfg, read = merged(request.param), set()
     shrink(cfg)
     use_tiny_images(cfg)
@@ -162,7 +162,7 @@ def test_experiment_trains_and_detects(outcome):
     check_outcome(losses, found, cfg)
 
 
-# Reads keys when a run starts, which these tests skip.
+# Read when a training run starts, which these tests skip.
 STARTUP = inspect.getsource(detectron2.engine.defaults) + inspect.getsource(
     sys.modules[Trainer.__module__]
 )

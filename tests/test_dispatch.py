@@ -1,10 +1,10 @@
-"""How a compiled kernel replaces a reference."""
+"""Tests that compiled kernels replace the reference."""
 
 import subprocess
 import sys
 
 
-def test_compiled_kernel_replaces_the_reference_transparently():
+def test_compiled_kernel_replaces_the_reference():
     code = """
 import torch
 from fcos_d2 import ops

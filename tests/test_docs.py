@@ -1,4 +1,4 @@
-"""The documentation is correct: links resolve, commands are valid, examples run."""
+"""Tests the documentation: links resolve, commands are valid, examples run."""
 
 import ast
 import doctest
@@ -21,12 +21,12 @@ PAGES = [
     ROOT / "csrc" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-# Words that the reader replaces.
+# Placeholders.
 PLACEHOLDER = re.compile(r"FILE|HOST|NAME|\.\.\.")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """Returns the code blocks of a page in one of the languages; "" is for none."""
+    """Returns the code blocks of a page in the given languages; "" means no language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [code for language, code in found if language in languages]
 
@@ -129,7 +129,7 @@ def test_python_blocks_can_be_parsed(page):
         ast.parse(code)
 
 
-def test_the_site_builds_without_a_broken_link_or_reference(tmp_path):
+def test_site_builds_without_broken_links_and_references(tmp_path):
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
     build(config)  # strict: a warning raises
     found = (tmp_path / "api/ops/index.html").read_text()

@@ -1,4 +1,4 @@
-"""Who may import whom: rules that keep every part usable and testable without the others."""
+"""Tests the import rules that keep every part usable and testable without the others."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "fcos_d2").rglob("*.py"))
 CORE, CPU, CUDA, BINDINGS = (ROOT / "csrc" / name for name in ("core", "cpu", "cuda", "bindings"))
 
-# Importer -> what it must not import, both as prefixes of module names.
+# Importer -> forbidden imports, both as prefixes of module names.
 OUTSIDE = ("train_net", "tools", "tests", "demo", "benchmarks")
 RULES = {
     "fcos_d2": OUTSIDE,
@@ -59,13 +59,13 @@ RULES = {
     "fcos_d2.export": ("fcos_d2.engine", "fcos_d2.inference"),
     "fcos_d2.visualization": ("fcos_d2.engine", "fcos_d2.inference", "fcos_d2.data"),
 }  # fmt: skip
-# Measures how levels fit a dataset with the model's own rules; nothing in data imports it.
+# Assigns boxes with the model's losses; nothing in data imports it.
 EXCEPT = {"fcos_d2.data.level_fit": ("fcos_d2.modeling", "fcos_d2.ops")}
-ONLY = {  # importer -> the parts of this package it may import
+ONLY = {  # importer -> parts of this package that it may import
     "fcos_d2.ops": ("fcos_d2.ops",),
     "fcos_d2.errors": (),
 }
-# Only these modules read a config: everything below takes plain arguments.
+# Only these modules read a config; all others take plain arguments.
 MAY_READ_CFG = (
     "fcos_d2.config",
     "fcos_d2.config_file",
@@ -84,7 +84,7 @@ def name_of(path: Path) -> str:
 
 
 def imported(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Returns the names of all modules and their members that ``module`` imports anywhere."""
+    """Returns the full names of everything that the source of ``module`` imports."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -120,7 +120,7 @@ def violations(module: str, imports: set[str]) -> list[str]:
 
 
 def functions_with_cfg(source: str) -> list[str]:
-    """Returns the outermost functions (``<module>`` for none) that contain the name ``cfg``."""
+    """Returns the outermost functions that use the name ``cfg``, or ``<module>`` outside them."""
     found = []
     for top in ast.walk(ast.parse(source)):
         bodies = top.body if isinstance(top, (ast.Module, ast.ClassDef)) else []
@@ -135,30 +135,30 @@ def functions_with_cfg(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module_imports_nothing_forbidden(path):
+def test_module_follows_the_import_rules(path):
     imports = imported(path.read_text(), name_of(path), path.name == "__init__.py")
     assert violations(name_of(path), imports) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_config_is_read_only_where_it_may_be(path):
+def test_only_some_modules_read_the_config(path):
     if within(name_of(path), MAY_READ_CFG):
         return
     functions = functions_with_cfg(path.read_text())
     assert [name for name in functions if not READS_CFG.fullmatch(name)] == []
 
 
-def test_scripts_import_neither_each_other_nor_internals():
+def test_scripts_do_not_import_each_other_or_internals():
     for path in [ROOT / "train_net.py", *(ROOT / "tools").glob("*.py")]:
         imports = imported(path.read_text(), path.stem)
         assert not [name for name in imports if within(name, ("tests", "train_net"))], path
         assert not [name for name in imports if re.match(r"fcos_d2\.ops\._", name)], path
-        # Its import warns about torch.jit.script, unless fcos_d2 is the one that imports it.
+        # Importing it warns about torch.jit.script, unless fcos_d2 imports it first.
         assert not [name for name in imports if within(name, ("detectron2.modeling",))], path
 
 
 def test_compiled_library_is_called_only_through_the_dispatcher():
-    """No reference uses it, and only the module that declares the ops loads it."""
+    """Only the module that declares the ops loads the library, and no reference uses it."""
     for path in MODULES:
         text = path.read_text()
         if path.name != "_library.py":
@@ -189,23 +189,23 @@ def includes(folder: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("folder", [CORE, CPU, CUDA], ids=IN_CSRC)
-def test_no_formula_and_no_kernel_includes_torch(folder):
+def test_formulas_and_kernels_do_not_include_torch(folder):
     assert [pair for pair in includes(folder) if TORCH.search(pair[1])] == []
 
 
 @pytest.mark.parametrize("folder", [CORE, CPU], ids=IN_CSRC)
-def test_formulas_and_cpu_loops_need_no_cuda(folder):
+def test_formulas_and_cpu_loops_do_not_include_cuda(folder):
     assert [pair for pair in includes(folder) if CUDA_RUNTIME.search(pair[1])] == []
 
 
 @pytest.mark.parametrize(
     "folder, others", [(CORE, "cpu|cuda|bindings"), (CPU, "cuda|bindings"), (CUDA, "cpu|bindings")]
 )
-def test_sources_include_only_what_lies_below_them(folder, others):
+def test_sources_include_only_lower_layers(folder, others):
     assert [pair for pair in includes(folder) if re.search(rf"\b({others})/", pair[1])] == []
 
 
-# ---- side effects of imports ----
+# ---- Side effects of imports ----
 
 WATCH = """
 import os
@@ -220,7 +220,7 @@ def audit(event, arguments):
     if event == "open":
         path, mode, flags = arguments
         if flags and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and path != os.devnull:
-            raise AssertionError(f"{path} is opened to be written")
+            raise AssertionError(f"{path} is opened for writing")
 
 
 sys.addaudithook(audit)
@@ -261,8 +261,8 @@ except ImportError as error:
     print(error)
 """
 
-# Imports of other packages may have side effects; they come before the watch begins.
-OTHERS_FIRST = """
+# Imports of other packages may have side effects, so they precede WATCH.
+IMPORT_OTHERS = """
 import detectron2.engine
 import detectron2.evaluation
 import detectron2.model_zoo
@@ -289,8 +289,8 @@ print("unchanged")
 
 
 def run_python(code: str, folder: Path) -> list[str]:
-    """Returns the lines that ``code`` prints in a new interpreter; its folder stays empty."""
-    # Our own checkout comes first, in case another one is installed.
+    """Runs ``code`` in a new interpreter, which must not write files; returns the lines printed."""
+    # This checkout comes first, in case another one is installed.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     command = [sys.executable, "-W", "ignore", "-B", "-c", code]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -299,14 +299,14 @@ def run_python(code: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_ops_work_with_torch_alone_and_importing_them_has_no_side_effects(tmp_path):
+def test_ops_need_only_torch_and_have_no_side_effects_on_import(tmp_path):
     labels, error = run_python(TORCH_ALONE + WATCH + USE_OPS, tmp_path)
     assert labels == "[[1, 1, 1, 1]]"
     assert "needs detectron2" in error and "python tools/install_detectron2.py" in error
 
 
-def test_importing_the_package_changes_no_config_and_opens_nothing(tmp_path):
-    assert run_python(OTHERS_FIRST + WATCH + IMPORT_ALL, tmp_path)[-1] == "unchanged"
+def test_package_has_no_side_effects_on_import(tmp_path):
+    assert run_python(IMPORT_OTHERS + WATCH + IMPORT_ALL, tmp_path)[-1] == "unchanged"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_forbidden_side_effect_is_found(act, tmp_path):
         run_python(WATCH.replace("import torch", "") + act, tmp_path)
 
 
-# ---- tests of the checks ----
+# ---- Tests of the checks ----
 
 
 @pytest.mark.parametrize(

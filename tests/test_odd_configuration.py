@@ -1,7 +1,7 @@
-"""One odd configuration in every command, which must all agree with the evaluation.
+"""Tests that all commands agree with the evaluation for an unusual config.
 
-Grayscale images at their original size, more than 100 objects in one of them, the number of classes
-left to the data, and two test sets with the same image ids.
+It has grayscale images at their original size, more than 100 objects per image, a number of classes
+from the data, and two test sets with the same image ids.
 """
 
 import json
@@ -50,7 +50,7 @@ SEED: 1
 OUTPUT_DIR: "{folder}/output"
 VERSION: 2
 """
-CELL = 12  # pixels from square to square
+CELL = 12  # distance of squares in pixels
 
 
 def write_squares(folder, rows, columns):
@@ -67,7 +67,7 @@ def write_squares(folder, rows, columns):
                     "id": len(annotations) + 1, "image_id": number, "category_id": 1 + j % 2,
                     "bbox": [x, y, 8, 8], "area": 64, "iscrowd": 0,
                 })  # fmt: skip
-        noise = np.random.default_rng(number).integers(-20, 6, pixels.shape)  # no two are alike
+        noise = np.random.default_rng(number).integers(-20, 6, pixels.shape)  # makes squares unique
         Image.fromarray((pixels + noise).astype(np.uint8)).save(folder / f"{number}.png")
         size = {"width": columns * CELL, "height": rows * CELL}
         images.append({"id": number, "file_name": f"{number}.png", **size})
@@ -78,7 +78,7 @@ def write_squares(folder, rows, columns):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """The folder after training: 15 x 16 squares in one dataset, 3 x 4 in the other."""
+    """Trains on 15 x 16 squares, with a second test set of 3 x 4; returns the folder."""
     folder = tmp_path_factory.mktemp("odd")
     write_squares(folder / "one", 15, 16)
     write_squares(folder / "two", 3, 4)
@@ -96,7 +96,7 @@ def weights_of(odd):
 
 
 def evaluated(odd, name="odd_one", folder="inference") -> np.ndarray:
-    """Returns (x, y, width, height, score) in image 1, best first, as the evaluation saved them."""
+    """Returns the saved detections in image 1: x, y, width, height and score, best first."""
     path = odd / "output" / folder / name / "coco_instances_results.json"
     rows = [row for row in json.loads(path.read_text()) if row["image_id"] == 1]
     rows = np.array([[*row["bbox"], row["score"]] for row in rows])
@@ -104,7 +104,7 @@ def evaluated(odd, name="odd_one", folder="inference") -> np.ndarray:
 
 
 def assert_same_detections(rows, expected):
-    """Compares boxes x, y, width, height and scores, in any order; the worst may differ by ties."""
+    """Compares x, y, width, height and score in any order; a few low scores may differ by ties."""
     rows, expected = (part[part[:, 4] > 0.45] for part in (rows, expected))
     assert len(expected) > 200 and len(rows) == pytest.approx(len(expected), abs=2)
     nearest = np.abs(rows[:, None] - expected).max(axis=2).min(axis=0)
@@ -120,7 +120,7 @@ def test_both_datasets_keep_their_detections(odd):
     assert of_all > last["odd_one/bbox/AP"]
 
 
-def test_eval_only_finds_the_same_and_augmentation_about_as_much(odd):
+def test_eval_only_agrees_and_augmentation_finds_a_similar_number(odd):
     expected = evaluated(odd)
     words = ["--eval-only", *weights_of(odd), "TEST.AUG.ENABLED", "True"]
     assert train.main([*config_of(odd), *words]) == 0
@@ -149,7 +149,7 @@ def test_report_shows_the_first_dataset(odd, capsys):
     assert "480" in page and "bright" in page
 
 
-def test_predict_and_predictor_find_what_the_evaluation_does(odd):
+def test_predict_and_predictor_agree_with_the_evaluation(odd):
     image, expected = odd / "one/1.png", evaluated(odd)
     found = odd / "found.json"
     words = [str(image), "--json", str(found), "--output", str(odd / "drawn"), "--score", "0"]
@@ -166,7 +166,7 @@ def test_predict_and_predictor_find_what_the_evaluation_does(odd):
 
 
 @pytest.mark.parametrize("format", ["onnx", pytest.param("torch_export", marks=pytest.mark.slow)])
-def test_exported_file_and_its_runner_find_the_same(odd, format):
+def test_exported_file_agrees_with_the_evaluation(odd, format):
     path = odd / {"onnx": "odd.onnx", "torch_export": "odd.pt2"}[format]
     words = ["--format", format, "--output", str(path), "--verify", "--images", "2"]
     assert export.main([*config_of(odd), *words, *weights_of(odd)]) == 0

@@ -1,4 +1,4 @@
-"""Installation: what setup.py finds and builds, what is pinned, and when `make env` has work."""
+"""Tests setup.py, requirements.lock and `make env`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LIBRARY = ROOT / "fcos_d2" / "_C.so"
 
 
 def run_setup(*arguments: str, before: str = "", **environment: str):
-    """Runs setup.py in a process that runs the code ``before`` first."""
+    """Runs setup.py in a new process, after the code ``before``."""
     code = f"""
 import importlib.util, runpy, setuptools, site, sys
 {before}
@@ -33,16 +33,16 @@ runpy.run_path("setup.py", run_name="__main__")
     )  # fmt: skip
 
 
-# Like pip, which hides the environment's packages.
+# Hides the environment's packages, as pip does.
 HIDE = "sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
 
 
-def test_torch_is_found_where_pip_hides_it():
+def test_torch_is_found_although_pip_hides_it():
     done = run_setup("--version", before=HIDE, FCOS_D2_CUDA="0")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0.1.0", done.stderr
 
 
-def test_setup_without_torch_names_the_commands():
+def test_setup_without_torch_reports_the_commands():
     done = run_setup("build_ext", before=HIDE + "site.addsitedir = lambda path: None")
     assert done.returncode == 1
     lines = [line.strip() for line in done.stderr.splitlines()]
@@ -51,7 +51,7 @@ def test_setup_without_torch_names_the_commands():
     assert "Traceback" not in done.stderr
 
 
-def test_install_without_compiler_builds_nothing_and_says_so():
+def test_install_without_compiler_succeeds_with_a_message():
     done = run_setup("--quiet", "build_ext", CXX="no-such-compiler", FCOS_D2_CUDA="0")
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "no-such-compiler" in line)
@@ -86,24 +86,24 @@ def test_library_reports_how_it_was_built():
 
 @pytest.fixture(scope="module")
 def lock() -> dict[str, list[str]]:
-    """requirements.lock: name==version, with the condition if there is one -> its hashes."""
+    """Reads requirements.lock: name==version and any condition -> hashes."""
     text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
     return {line.split(" --hash=")[0].strip(): line.split(" --hash=")[1:] for line in lines}
 
 
-def test_everything_is_locked_to_one_version_by_its_hashes(lock):
+def test_packages_are_pinned_by_version_and_hash(lock):
     pin = re.compile(r"[a-z0-9-]+==[\w.+]+( ; .+)?")
     assert len(lock) > 80 and all(map(pin.fullmatch, lock))
     assert all(hashes for hashes in lock.values())
     hashes = [hash.strip() for hashes in lock.values() for hash in hashes]
     assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", hash) for hash in hashes)
-    # An option in the file could redirect pip to another registry.
+    # Options could redirect pip to another registry.
     assert not any("--" in requirement for requirement in lock)
 
 
-def test_every_direct_dependency_is_locked_and_fits(lock):
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+def test_direct_dependencies_are_pinned_to_allowed_versions(lock):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     detectron2 = runpy.run_path(str(ROOT / "tools" / "install_detectron2.py"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["dev"]
@@ -121,7 +121,7 @@ def test_every_direct_dependency_is_locked_and_fits(lock):
         (["csrc/cpu/box_loss.cpp"], ["build_ext"]),
     ],
 )
-def test_make_env_repeats_only_what_a_change_requires(tmp_path, changed, work):
+def test_make_env_repeats_only_necessary_steps(tmp_path, changed, work):
     sources = ["Makefile", "pyproject.toml", "requirements.lock", "setup.py"]
     sources += ["tools/install_detectron2.py", "csrc/cpu/box_loss.cpp"]
     for moment, name in enumerate([*sources, ".venv/installed", ".venv/built", *changed]):
@@ -135,7 +135,7 @@ def test_make_env_repeats_only_what_a_change_requires(tmp_path, changed, work):
 
 
 @pytest.mark.slow
-def test_wheel_has_the_library_and_only_a_changed_file_is_recompiled(tmp_path):
+def test_wheel_contains_the_library_and_only_changed_files_are_recompiled(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(
         ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "output", "datasets", "*.so")
@@ -156,7 +156,7 @@ def test_wheel_has_the_library_and_only_a_changed_file_is_recompiled(tmp_path):
 
 
 @pytest.mark.slow
-def test_source_distribution_made_without_cuda_has_its_kernels(tmp_path):
+def test_source_distribution_built_without_cuda_contains_the_kernels(tmp_path):
     done = run_setup("--quiet", "sdist", "--dist-dir", str(tmp_path), FCOS_D2_CUDA="0")
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:

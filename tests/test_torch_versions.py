@@ -1,7 +1,7 @@
-"""The oldest torch of the stable ABI loads a library that was built with a newer one.
+"""Tests that the oldest torch with the stable ABI loads a library built with a newer one.
 
-``FCOS_D2_OLDEST_TORCH=/path/to/python`` names an interpreter with torch 2.10, numpy, pytest and
-hypothesis. CI builds with that torch, too.
+Set ``FCOS_D2_OLDEST_TORCH`` to the path of a Python with torch 2.10, numpy, pytest and hypothesis.
+CI also builds the library with that torch.
 """
 
 import os
@@ -18,7 +18,7 @@ VERSIONS = "import torch, fcos_d2.ops; print(torch.__version__, fcos_d2.ops.buil
 
 @pytest.mark.skipif(OLDEST_PYTHON is None, reason="FCOS_D2_OLDEST_TORCH is not set")
 @pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
-def test_one_build_passes_the_test_table_on_the_oldest_torch(tmp_path):
+def test_library_passes_the_op_tests_on_the_oldest_torch(tmp_path):
     folder = subprocesses.make_package(tmp_path, subprocesses.BUILT)
     versions = subprocesses.run_python(folder, "-W", "ignore", "-c", VERSIONS, python=OLDEST_PYTHON)
     running, built_with = versions.stdout.split()

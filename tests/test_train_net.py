@@ -1,7 +1,4 @@
-"""train_net.py as users run it: training, evaluation, resuming, and every kind of bad input.
-
-Real runs of a few iterations, in this process, on six tiny images.
-"""
+"""Tests train_net.py with runs of a few iterations on six tiny images, in this process."""
 
 import json
 import re
@@ -49,7 +46,7 @@ train.eval_period, train.log_period = 0, 2
 
 @pytest.fixture(scope="module")
 def trained(tiny_shapes, tmp_path_factory):
-    """The output folder of two iterations that wrote images for TensorBoard."""
+    """Trains for two iterations with images for TensorBoard; returns the output folder."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(CONFIG)
     words = ["--config-file", str(folder / "tiny.yaml"), "OUTPUT_DIR", str(folder)]
@@ -59,7 +56,7 @@ def trained(tiny_shapes, tmp_path_factory):
 
 
 def assert_refused(result, *parts):
-    """Expects one line on stderr with all of ``parts``, status 2 and no traceback."""
+    """Asserts that stderr is one line with all of ``parts``, and the status is 2."""
     assert result.status == 2, result.out + result.err
     # torch's remark on a machine with nvcc but no GPU, when detectron2 logs the environment.
     (line,) = [line for line in result.err.splitlines() if "No CUDA runtime is found" not in line]

@@ -1,4 +1,4 @@
-"""A training run of seconds: six images of two shapes, their config, and processes that run it."""
+"""A tiny training run: six images of two shapes, their config, and a way to run it."""
 
 import json
 import os
@@ -36,7 +36,7 @@ VERSION: 2
 
 
 def write_shapes(folder: Path) -> Path:
-    """Writes six images of 48 x 64 with a box of each of two classes, and their COCO file."""
+    """Writes six 48 x 64 images with one object of each of two classes, and their COCO file."""
     images, annotations = [], []
     for number in range(1, 7):
         pixels = np.full((48, 64, 3), 90, np.uint8)
@@ -53,7 +53,7 @@ def write_shapes(folder: Path) -> Path:
 
 
 def write_config(folder: Path) -> Path:
-    """Writes the shapes and a config that registers them, for other processes."""
+    """Writes the shapes, and a config that registers them."""
     folder.mkdir(exist_ok=True)
     data = {"tiny_shapes": {"json": str(write_shapes(folder)), "images": str(folder)}}
     text = CONFIG.replace("DATASETS: {", f"DATASETS: {{REGISTER: {json.dumps(data)}, ")
@@ -62,7 +62,7 @@ def write_config(folder: Path) -> Path:
 
 
 def python(*words, cwd: Path, timeout: float = 1200, **options) -> subprocess.CompletedProcess:
-    """Runs ``python words`` in ``cwd`` with this checkout first on the path, and one thread."""
+    """Runs Python in ``cwd`` with one thread, and this checkout first on the path."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, words)]
     options = {"capture_output": True, "text": True, **options}
@@ -70,7 +70,7 @@ def python(*words, cwd: Path, timeout: float = 1200, **options) -> subprocess.Co
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Returns the lines of metrics.json without timings."""
+    """Reads metrics.json without timings."""
     lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
     clocks = ("time", "data_time", "eta_seconds")
     return [{key: v for key, v in line.items() if key not in clocks} for line in lines]

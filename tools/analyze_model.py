@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Counts parameters and multiply-adds: python tools/analyze_model.py --help says how."""
+"""Counts parameters and multiply-adds. See: python tools/analyze_model.py --help."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures training and inference: python tools/benchmark.py --help says how."""
+"""Benchmarks training and inference. See: python tools/benchmark.py --help."""
 
 import sys
 

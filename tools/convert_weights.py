@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts weights of other implementations: python tools/convert_weights.py --help says how."""
+"""Converts weights of other implementations. See: python tools/convert_weights.py --help."""
 
 import sys
 

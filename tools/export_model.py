@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exports a trained detector: python tools/export_model.py --help says how."""
+"""Exports a trained detector. See: python tools/export_model.py --help."""
 
 import sys
 

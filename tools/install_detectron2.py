@@ -7,10 +7,10 @@
     python tools/install_detectron2.py --source PATH   build the source in a local folder
     python tools/install_detectron2.py --requirements  print the requirements of v0.6 and exit
 
-v0.6 is `pb1-detectron2` in the registry, pinned by its hash: the Python files of the official
-release without its C++ sources. The edits below let it run on today's numpy, Pillow, setuptools and
-torch. Using a missing operator raises an error that says so. Source builds include the operators
-and get only the edit for setuptools.
+v0.6 is the package `pb1-detectron2`, pinned by its hash: the Python files of the official release
+without its C++ sources. The edits below make it compatible with current versions of numpy, Pillow,
+setuptools and torch. Calling a missing operator raises an error. Source builds include the
+operators and need only the edit for setuptools.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RELEASE_EDITS = (
     *((f"detectron2/{path}", r"\bnp\.(bool|int|float|str)\b", r"\1") for path in NUMPY_ALIASES),
     # Pillow 10 removed the older name.
     ("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR"),
-    # Like upstream main without compiled code: the default evaluator is pycocotools' own.
+    # As in upstream main without compiled code, the default evaluator is pycocotools'.
     (
         "detectron2/evaluation/coco_evaluation.py",
         r"from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
@@ -135,15 +135,15 @@ setup(
 
 
 def fail(problem: str, remedy: str) -> NoReturn:
-    """Exits with one line: what failed, and what to do about it."""
+    """Exits with a one-line message."""
     raise SystemExit(f"install_detectron2: {problem}; {remedy}")
 
 
 def run(*command: str, problem: str, remedy: str) -> None:
-    """Runs a command; if it fails, exits with the last reason that it printed."""
+    """Runs a command; if it fails, exits with the last error that it printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        # pip ends with lines of a single word, which say only that a subprocess failed.
+        # Ignores pip's last lines, which have a single word after "error:".
         causes = re.findall(r"(?im)^\s*((?:fatal|\w*error): (?!\S+$).+)", done.stderr)
         fail(f"{problem} ({causes[-1].strip() if causes else 'no reason given'})", remedy)
 
@@ -155,7 +155,7 @@ def pip(*arguments: str, problem: str, remedy: str) -> None:
 
 def probe() -> tuple[str | None, str]:
     """Returns version and folder of this environment's Detectron2, or None and the error."""
-    # model_zoo is what fails to import in an unedited source.
+    # model_zoo cannot be imported from unedited sources.
     code = (
         "import os, detectron2, detectron2.modeling, detectron2.evaluation, detectron2.model_zoo;"
         "print(detectron2.__version__, 'in', os.path.dirname(detectron2.__file__))"
@@ -167,7 +167,7 @@ def probe() -> tuple[str | None, str]:
 
 
 def edit(tree: Path, path: str, pattern: str, replacement: str, required: bool) -> None:
-    """Applies one edit; exits if a required edit does not match, as in another source."""
+    """Applies an edit; exits if a required edit does not match."""
     file = tree / path
     text, matches = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
     if matches:
@@ -177,7 +177,7 @@ def edit(tree: Path, path: str, pattern: str, replacement: str, required: bool) 
 
 
 def fetch_release(folder: Path) -> Path:
-    """Downloads v0.6 and turns it into a package that builds without a compiler."""
+    """Downloads v0.6 and edits it so that it builds without a compiler."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
     # pip checks the hash before it runs the sdist's setup.py, which imports torch.
@@ -197,7 +197,7 @@ def fetch_release(folder: Path) -> Path:
 
 
 def fetch_source(source: Path | None, revision: str, folder: Path) -> Path:
-    """Copies a local folder, or clones a revision of upstream if it is None, and edits it."""
+    """Copies ``source``, or clones a revision of upstream if it is None, and edits the copy."""
     tree = folder / "source"
     if source is None:
         for command in (
@@ -218,7 +218,7 @@ def fetch_source(source: Path | None, revision: str, folder: Path) -> Path:
 def install(tree: Path, with_deps: bool) -> None:
     """Builds a source tree with this environment's torch, and replaces any other Detectron2."""
     remedy = f"fix that, then run: {COMMAND}"
-    # Forced, because v0.6 and main both call themselves 0.6.
+    # Forced, because v0.6 and main have the same version number.
     options = ["--force-reinstall", "--no-deps", "--no-build-isolation"]
     pip("install", *options, str(tree), problem="cannot build detectron2", remedy=remedy)
     if with_deps:
@@ -239,7 +239,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Keeps or installs Detectron2, depending on the command line."""
+    """Runs the script."""
     args = parse_arguments(arguments)
     if args.requirements:
         print("\n".join(REQUIREMENTS))

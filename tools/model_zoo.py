@@ -23,7 +23,7 @@ from fcos_d2.model_zoo import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 
-# Box AP of our own training runs by config, "AP" or "AP (test-dev)": only what was measured.
+# Measured box AP of our own training runs: config -> "AP" or "AP (test-dev)".
 MEASURED = {"digits/fcos_R_18_FPN_digits": "66.7"}
 
 
@@ -32,10 +32,9 @@ class Section(NamedTuple):
 
     Attributes:
         title: heading.
-        source: where the accuracies are published, as Markdown; empty for nowhere.
-        note: remarks about all of them.
-        models: published box AP on COCO's val2017 by config, with that on test-dev in parentheses;
-            empty where nothing is published.
+        source: Markdown link to the published accuracies; may be empty.
+        note: remarks about all models.
+        models: config -> published box AP on COCO val2017 (test-dev), or an empty string.
     """
 
     title: str
@@ -76,8 +75,8 @@ SECTIONS = (
     Section(
         "AdelaiDet: FCOS-RT",
         "[README](https://github.com/aim-uofa/AdelaiDet/tree/master/configs/FCOS-Detection)",
-        "The published DLA-34 has 41,728 parameters more, the projections of two nested trees, "
-        "whose output nothing reads.",
+        "The published DLA-34 has 41,728 more parameters: the unused projections of two nested "
+        "trees.",
         {
             "rt/fcos_RT_DLA_34_FPN_4x_shtw": "39.1 (39.2)",
             "rt/fcos_RT_DLA_34_FPN_4x": "40.3 (40.3)",
@@ -113,8 +112,8 @@ SECTIONS = (
     Section(
         "mmdetection",
         "[README](https://github.com/open-mmlab/mmdetection/tree/main/configs/fcos)",
-        "Conventions `mmdet_base` and `mmdet_tricks`. Its own counts of parameters include those "
-        "of the frozen batch norms.",
+        "Conventions `mmdet_base` and `mmdet_tricks`. The published counts of parameters include "
+        "frozen batch norms.",
         {
             "mmdetection/fcos_R_50_FPN_1x": "36.6",
             "mmdetection/fcos_R_101_FPN_1x": "39.1",
@@ -128,8 +127,8 @@ SECTIONS = (
     Section(
         "torchvision",
         "[documentation](https://docs.pytorch.org/vision/stable/models/fcos.html)",
-        "Convention `torchvision`. Its own model has 25,355 parameters more, for the 11 numbers "
-        "between 0 and 90 that name no class of COCO.",
+        "Convention `torchvision`. The published model has 25,355 more parameters, for the 11 "
+        "category ids from 0 to 90 that COCO does not use.",
         {"torchvision/fcos_R_50_FPN": "39.2"},
     ),
     Section(
@@ -148,8 +147,8 @@ SECTIONS = (
     Section(
         "Other backbones and other data",
         "",
-        "Recipes to start from. Their AP is that of their data: Pascal VOC 2007's test set, LVIS "
-        "v1's validation set, and the built-in digits'.",
+        "Recipes to start from. AP is measured on the respective dataset: the Pascal VOC 2007 test "
+        "set, the LVIS v1 validation set, or the built-in digits.",
         {
             "timm/fcos_convnext_tiny_FPN_1x": "",
             "timm/fcos_swin_tiny_FPN_1x": "",
@@ -164,16 +163,16 @@ HEADER = """\
 
 Written by `python tools/model_zoo.py`; do not edit.
 
-AP is box AP on COCO val2017, with test-dev in parentheses. *Published* is what the authors report
-for their own code; *ours* is what these configs reached here, and empty until measured. Every
-config follows the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that the
-authors' weights are evaluated by the rules they were trained with. Parameters include those of
-frozen layers, but not the constants of frozen batch norms.
+AP is box AP on COCO val2017, with test-dev in parentheses. *Published* is the AP that the authors
+report for their code; *ours* is measured with these configs, and empty if not measured. Every
+config follows the conventions of its implementation (`MODEL.FCOS.CONVENTION`), so that published
+weights are evaluated as they were trained. Parameters include those of frozen layers, but not of
+frozen batch norms.
 
-*weights* are those that their authors publish under a permissive license. `MODEL.WEIGHTS
+*weights* lists weights that their authors publish under a permissive license. `MODEL.WEIGHTS
 zoo://torchvision/fcos_R_50_FPN`, `fcos-d2 photo.jpg --model NAME` and
 `Predictor.from_pretrained(NAME)` download them once; NAME is the path of the config without
-`configs/` and `.yaml`. Checkpoints of the other authors load as well, but their licenses are
+`configs/` and `.yaml`. Checkpoints of other authors can be loaded as well, but their licenses are
 non-commercial.
 """
 COLUMNS = ("config", "parameters", "images x iterations", "short side", "published", "ours")
@@ -192,7 +191,7 @@ def count_parameters(cfg: CfgNode) -> int:
     """Counts the parameters of the detector, including frozen ones."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):  # shapes without initialization
+    with torch.device("meta"):
         model = build_detector(cfg)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a config for a folder of data: python tools/new_config.py --help says how."""
+"""Writes a config for a folder of data. See: python tools/new_config.py --help."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws what a training run reached: python tools/report.py --help says how."""
+"""Writes a report of a training run. See: python tools/report.py --help."""
 
 import sys
 

@@ -5,9 +5,9 @@
     python tools/run_exported.py model.xml image.jpg                     needs openvino
     python tools/run_exported.py model.pt2 image.jpg                     needs torch
 
-Prints one line of JSON per object, with its box in pixels of the upright image. Files that cannot
-be read are named and skipped, and the exit status is 1. As it imports neither fcos_d2 nor
-detectron2, its code can be copied into an application.
+Prints one line of JSON per object, with its box in pixels of the upright image. Skips files that
+cannot be read, and exits with status 1. Applications can copy this code, which imports neither
+fcos_d2 nor detectron2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METADATA = "fcos_d2.json"
 
 
 def load(path: str) -> tuple[Callable, dict]:
-    """Loads the detector, uint8 [B, C, H, W] -> boxes, scores, classes, counts; and metadata."""
+    """Loads a detector (uint8 [B, C, H, W] -> boxes, scores, classes, counts) and its metadata."""
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -38,7 +38,7 @@ def load(path: str) -> tuple[Callable, dict]:
     if path.endswith(".xml"):
         import openvino
 
-        # Without this hint, OpenVINO uses bfloat16 on CPUs that support it: faster, less exact.
+        # Without this hint, OpenVINO uses the less accurate bfloat16 on CPUs that support it.
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         model = openvino.Core().read_model(path)
         compiled = openvino.compile_model(model, "CPU", exact)
@@ -55,17 +55,16 @@ def load(path: str) -> tuple[Callable, dict]:
         else:
             metadata = archive.read(f"{archive.namelist()[0].split('/')[0]}/extra/{METADATA}")
             detect = torch.export.load(path).module()
-    return lambda images: [x.numpy() for x in detect(torch.from_numpy(images))], json.loads(
-        metadata
-    )
+    metadata = json.loads(metadata)
+    return lambda images: [x.numpy() for x in detect(torch.from_numpy(images))], metadata
 
 
 def read(path: Path) -> Image.Image:
-    """Reads an image as RGB, turned upright by its EXIF orientation, as in training.
+    """Reads an image as RGB and applies its EXIF orientation, as in training.
 
     Raises:
-        ValueError: it has more than 8 bits per channel, which Pillow would clip at 255.
-        Exception: whatever Pillow raises for a file that is missing or broken.
+        ValueError: the image has more than 8 bits per channel, which Pillow would clip at 255.
+        Exception: Pillow cannot read the file.
     """
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith(("I", "F")):
@@ -102,18 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in options.images:
         try:
             image = read(path)
-        except Exception as error:  # broken files raise many types of errors
+        except Exception as error:  # Pillow raises many types for invalid files
             print(f"skipped {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             status = 1
             continue
         pixels = prepare(image, metadata)
         boxes, scores, classes, counts = (column[0] for column in detect(pixels[None]))
-        back = np.tile(np.divide(image.size, pixels.shape[:0:-1]), 2)  # to pixels of the image
+        scale = np.tile(np.divide(image.size, pixels.shape[:0:-1]), 2)  # to pixels of the image
         for i in range(counts):
             if scores[i] >= options.score:
                 name = names[classes[i]] if names else int(classes[i])
                 line = {"image": str(path), "class": name, "score": round(float(scores[i]), 4)}
-                print(json.dumps(line | {"box": [round(float(x), 2) for x in boxes[i] * back]}))
+                print(json.dumps(line | {"box": [round(float(x), 2) for x in boxes[i] * scale]}))
     return status
 
 

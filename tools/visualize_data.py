@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws and checks the datasets of a config: python tools/visualize_data.py --help says how."""
+"""Draws and checks the datasets of a config. See: python tools/visualize_data.py --help."""
 
 import sys
 

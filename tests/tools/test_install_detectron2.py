@@ -1,4 +1,4 @@
-"""Detectron2's installer: its edits, its refusals and what it leaves alone."""
+"""Tests tools/install_detectron2.py."""
 
 import ast
 import importlib.util
@@ -47,26 +47,24 @@ def test_local_source_gets_the_setuptools_edit_in_a_copy(tool, tmp_path):
         tool.fetch_source(tmp_path / "other", "main", tmp_path / "scratch")
 
 
-def test_release_that_lacks_what_is_edited_is_refused(tool, tmp_path):
+def test_required_edit_without_a_match_is_an_error(tool, tmp_path):
     write(tmp_path / "detectron2/data/build.py", "already = 'edited'\n")
     (change,) = (edit for edit in tool.RELEASE_EDITS if "data/build" in edit[0])
     with pytest.raises(SystemExit, match="edit of detectron2/data/build.py found no match"):
         tool.edit(tmp_path, *change, required=True)
 
 
-def test_missing_operator_names_itself_and_what_to_use(tool, tmp_path):
+def test_missing_operator_raises_with_alternatives(tool, tmp_path):
     operators = load(write(tmp_path / "_C.py", tool.COMPILED_OPERATORS))
     with pytest.raises(ImportError, match=r"detectron2\._C\.box_iou_rotated is not part .* source"):
         operators.box_iou_rotated  # noqa: B018
-    # As detectron2's collect_env asks.
+    # detectron2's collect_env calls these.
     assert "without compiled operators" in operators.get_compiler_version()
     assert operators.get_cuda_version() and operators.has_cuda() is False
     assert not hasattr(operators, "__wrapped__")
 
 
-def test_pip_downloads_only_what_has_the_hash_and_its_refusal_is_one_line(
-    tool, monkeypatch, tmp_path
-):
+def test_download_is_pinned_by_hash_and_errors_are_one_line(tool, monkeypatch, tmp_path):
     def run(command, **options):
         assert "--require-hashes" in command
         assert (tmp_path / "requirements.txt").read_text().endswith(f"sha256:{tool.SHA256}\n")
@@ -82,7 +80,7 @@ def test_pip_downloads_only_what_has_the_hash_and_its_refusal_is_one_line(
 
 @pytest.fixture
 def fake_detectron2(monkeypatch, tmp_path):
-    """Makes importable a detectron2 of an environment, with this as its model_zoo."""
+    """Returns a function that puts a fake detectron2 with this model_zoo on the path."""
 
     def make(model_zoo: str) -> None:
         write(tmp_path / "detectron2" / "__init__.py", "__version__ = '0.6'\n")
@@ -101,11 +99,11 @@ def test_importable_detectron2_is_kept(tool, monkeypatch, tmp_path, capsys, fake
     assert capsys.readouterr().out == f"detectron2 0.6 in {tmp_path / 'detectron2'}: kept\n"
 
 
-def test_module_that_fails_to_import_is_named(tool, monkeypatch, tmp_path, fake_detectron2):
-    fake_detectron2(model_zoo="import a_module_that_is_gone")
+def test_failed_import_is_reported(tool, monkeypatch, tmp_path, fake_detectron2):
+    fake_detectron2(model_zoo="import missing_module")
     monkeypatch.setattr(tool, "pip", lambda *arguments, **options: None)
     monkeypatch.setattr(tool, "fetch_release", lambda folder: folder)
-    problem = "cannot be imported (ModuleNotFoundError: No module named 'a_module_that_is_gone')"
+    problem = "cannot be imported (ModuleNotFoundError: No module named 'missing_module')"
     with pytest.raises(SystemExit, match=re.escape(problem)):
         tool.main([])
 

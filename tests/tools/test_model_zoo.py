@@ -1,4 +1,4 @@
-"""MODEL_ZOO.md: it is what the configs say, and the models have the sizes that are published."""
+"""Tests that MODEL_ZOO.md is up to date, and that models have their published sizes."""
 
 import importlib.util
 import re
@@ -8,8 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Parameters of the authors' own models, counted in their code: by config, those of the others as
-# differences that are known.
+# Config -> number of parameters, counted with the authors' code, minus known differences.
 PUBLISHED = {
     "fcos_R_50_FPN_1x": 32_244_250,
     "fcos_R_50_FPN_2x": 32_244_250,
@@ -39,9 +38,9 @@ PUBLISHED = {
     "original/fcos_bn_bs16_MNV2_FPN_1x": 9_798_234,
     "detectron2/fcos_R_50_FPN_1x": 32_244_245,  # no Scale
 }
-UNREAD_PROJECTIONS = (64 + 2) * 128 + (128 + 2) * 256  # of level3 and level4, norms included
+UNUSED_PROJECTIONS = (64 + 2) * 128 + (128 + 2) * 256  # of level3 and level4, including norms
 PUBLISHED |= {
-    f"rt/fcos_RT_DLA_34_FPN_4x{suffix}": count - UNREAD_PROJECTIONS
+    f"rt/fcos_RT_DLA_34_FPN_4x{suffix}": count - UNUSED_PROJECTIONS
     for suffix, count in {
         "": 22_191_880,
         "_shtw": 19_829_512,
@@ -51,8 +50,8 @@ PUBLISHED |= {
 }
 UNUSED_CLASSES = (91 - 80) * (256 * 9 + 1)
 PUBLISHED["torchvision/fcos_R_50_FPN"] = 32_269_600 - UNUSED_CLASSES
-R_50_NORMS = 53_120  # weights and biases, which mmdetection counts although they are constants
-TOWER_BIASES = 8 * 256  # which mmdetection's older head lacks
+R_50_NORMS = 53_120  # constant weights and biases that mmdetection counts
+TOWER_BIASES = 8 * 256  # missing in mmdetection's older head
 PUBLISHED["mmdetection/fcos_R_50_FPN_1x"] = 32_295_322 - R_50_NORMS + TOWER_BIASES
 PUBLISHED["mmdetection/fcos_tricks_R_50_FPN_1x"] = 32_297_370 - R_50_NORMS
 
@@ -74,7 +73,7 @@ def text() -> str:
 
 @pytest.fixture(scope="module")
 def rows(text) -> dict[str, list[str]]:
-    """Cells of every row by config."""
+    """Returns config -> cells of its row."""
     found = re.findall(r"^\| \[\w+\]\(configs/(.+)\.yaml\) \| (.+) \|$", text, re.MULTILINE)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in found}
 
@@ -94,26 +93,20 @@ def test_every_experiment_is_listed_once(text, rows):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_model_has_the_parameters_that_are_published(name, rows):
+def test_model_has_the_published_number_of_parameters(name, rows):
     assert int(rows[name][0].replace(",", "")) == PUBLISHED[name]
 
 
-def test_recipe_and_accuracies_have_columns_of_their_own(rows):
+def test_rows_have_recipe_and_accuracies(rows):
     assert rows["fcos_R_50_FPN_2x"][1:] == ["16 x 180,000", "640 to 800", "41.0 (41.4)", "", "", ""]
-    assert rows["original/fcos_syncbn_bs32_MNV2_FPN_1x"][1:] == [
-        "32 x 90,000",
-        "800",
-        "33.1",
-        "",
-        "",
-        "",
-    ]
+    row = rows["original/fcos_syncbn_bs32_MNV2_FPN_1x"]
+    assert row[1:] == ["32 x 90,000", "800", "33.1", "", "", ""]
     assert rows["digits/fcos_R_18_FPN_digits"][3] == ""
     *_, weights, license = rows["torchvision/fcos_R_50_FPN"]
     assert weights.endswith("fcos_resnet50_fpn_coco-99b0c9b7.pth)") and license == "BSD-3-Clause"
 
 
-def test_accuracy_of_our_own_is_shown_where_it_was_measured(monkeypatch):
+def test_measured_accuracy_is_shown(monkeypatch):
     monkeypatch.setattr(model_zoo, "MEASURED", {"fcos_R_50_FPN_1x": "38.8"})
     section = model_zoo.SECTIONS[0]._replace(models={"fcos_R_50_FPN_1x": "38.7"})
     assert model_zoo._section(section).rstrip().endswith("| 38.7 | 38.8 |  |  |")

@@ -1,4 +1,4 @@
-"""tools/run_exported.py beside a detector that finds one box everywhere: what it reads, and how."""
+"""Tests tools/run_exported.py with a detector that always returns one box."""
 
 import importlib.util
 import json
@@ -10,12 +10,12 @@ from PIL import Image
 
 TOOL = Path(__file__).parents[2] / "tools" / "run_exported.py"
 METADATA = {"channels": "RGB", "min_size": 20, "max_size": 100, "classes": ["disc"]}
-ORIENTATION, QUARTER = 274, 6  # an EXIF tag, and its value where the camera was turned
+ORIENTATION, ROTATED = 274, 6  # an EXIF tag, and its value for a rotation by 90 degrees
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """The script, with a detector whose box is the upper half of its input."""
+    """Loads the script with a detector whose box is the upper half of its input."""
     spec = importlib.util.spec_from_file_location("run_exported", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,15 +29,15 @@ def tool(monkeypatch):
     return module
 
 
-def test_photos_are_turned_upright(tool, tmp_path, capsys):
+def test_exif_orientation_is_applied(tool, tmp_path, capsys):
     exif = Image.Exif()
-    exif[ORIENTATION] = QUARTER
+    exif[ORIENTATION] = ROTATED
     Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
     assert tool.main(["model.onnx", str(tmp_path / "a.jpg")]) == 0
     assert json.loads(capsys.readouterr().out)["box"] == [0, 0, 40, 30]
 
 
-def test_what_cannot_be_read_is_named_and_skipped(tool, tmp_path, capsys):
+def test_unreadable_files_are_reported_and_skipped(tool, tmp_path, capsys):
     Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
     Image.new("RGB", (60, 40)).save(tmp_path / "good.png")
@@ -54,13 +54,13 @@ def test_what_cannot_be_read_is_named_and_skipped(tool, tmp_path, capsys):
         )
 
 
-def test_images_stay_as_they_are_where_the_model_saw_them_so(tool):
+def test_images_are_not_resized_if_min_size_is_0(tool):
     image = Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint8).reshape(60, 40, 3))
     pixels = tool.prepare(image, METADATA | {"min_size": 0})
     np.testing.assert_array_equal(pixels, np.asarray(image).transpose(2, 0, 1))
 
 
-def test_channels_are_those_of_the_model(tool):
+def test_channel_order_is_that_of_the_model(tool):
     image = Image.new("RGB", (1, 200), (200, 100, 0))
     assert tool.prepare(image, METADATA)[:, 0, 0].tolist() == [200, 100, 0]
     assert tool.prepare(image, METADATA | {"channels": "BGR"})[:, 0, 0].tolist() == [0, 100, 200]
