@@ -58,13 +58,15 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
         }
       }
       int next = step > 0 ? step - 1 : run + 1;
-      bool is_last = step == 0 && (1u << next) >= count; // then all threads see the result
-      if (max(step, next) < 6 && !is_last) {             // a warp has 64 keys to itself
+      if (max(step, next) < 6) { // a warp has 64 keys to itself
         __syncwarp();
       } else {
         __syncthreads();
       }
     }
+  }
+  if (count <= 32) { // one warp has sorted them
+    __syncthreads();
   }
 }
 
