@@ -149,9 +149,9 @@ __device__ int take_step(
   find_suppressors<kPaddedThreads>(scratch.step, count, args.iou_threshold);
   uint64_t more = resolve(scratch.step, first_boxes(count) & ~scratch.suppressed);
   if (t < count && more >> t & 1) {
-    scratch.kept[kept + count_boxes(more & first_boxes(t))] = uint16_t(first + t);
+    scratch.kept[kept + __popcll(more & first_boxes(t))] = uint16_t(first + t);
   }
-  return kept + count_boxes(more);
+  return kept + __popcll(more);
 }
 
 __global__ void __launch_bounds__(kPaddedThreads, 2)

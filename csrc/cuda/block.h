@@ -1,5 +1,5 @@
-// Operations of a whole block: sums, sorting, and the best of many keys. All threads of the block must
-// call these functions; each ends with a barrier.
+// Operations of a whole block: sorting, and the best of many keys. All threads of the block must call
+// these functions. Each ends with a barrier, unless it says otherwise.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -42,7 +42,8 @@ __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
 }
 
 // Sorts keys in shared or global memory, the largest first: the bitonic network, in the form in which
-// every exchange points the same way, so that `count` may be any number.
+// every exchange points the same way, so that `count` may be any number. The first warp sorts up to 32
+// keys alone; other warps see them only after the next barrier.
 template <int Threads>
 __device__ void sort_descending(uint64_t* keys, unsigned count) {
   for (int run = 0; (1u << run) < count; ++run) { // sorted runs of 2^run become twice as long
@@ -64,9 +65,6 @@ __device__ void sort_descending(uint64_t* keys, unsigned count) {
         __syncthreads();
       }
     }
-  }
-  if (count <= 32) { // one warp has sorted them
-    __syncthreads();
   }
 }
 

@@ -19,9 +19,6 @@ constexpr uint64_t kAllBoxes = ~uint64_t(0);
 __device__ uint64_t first_boxes(int count) {
   return count < kStep ? ~(kAllBoxes << count) : kAllBoxes;
 }
-__device__ int count_boxes(uint64_t boxes) {
-  return __popc(unsigned(boxes)) + __popc(unsigned(boxes >> 32));
-}
 
 // A lane is responsible for the boxes `lane` and `lane + 32`.
 __device__ uint64_t ballot(bool first, bool second) {

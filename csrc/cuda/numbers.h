@@ -96,60 +96,50 @@ __device__ __forceinline__ void set_minus_infinity(Vector<T, Size>* vector, unsi
   memcpy(vector, lanes, sizeof lanes);
 }
 
-FCOS_HD void widen(uint32_t bits, __half, float* out) {
-  float2 pair = __half22float2(bits_as<__half2>(bits));
-  out[0] = pair.x, out[1] = pair.y;
+FCOS_HD float2 widen_pair(uint32_t bits, __half) { return __half22float2(bits_as<__half2>(bits)); }
+FCOS_HD float2 widen_pair(uint32_t bits, __nv_bfloat16) { // a bfloat16 is half a float
+  return {bits_as<float>(bits << 16), bits_as<float>(bits & 0xffff0000u)};
 }
-FCOS_HD void widen(uint32_t bits, __nv_bfloat16, float* out) { // a bfloat16 is half a float
-  out[0] = bits_as<float>(bits << 16), out[1] = bits_as<float>(bits & 0xffff0000u);
-}
-FCOS_HD void widen(uint32_t bits, float, float* out) { *out = bits_as<float>(bits); }
 
 template <class T, int Size>
 __device__ __forceinline__ void unpack(
     const Vector<T, Size>& from, typename Compute<T>::Type (&out)[Size]) {
   if constexpr (Size == 1) {
     out[0] = widen(from.element);
-  } else if constexpr (sizeof(T) == 8) {
-    double2 pair = bits_as<double2>(from.bits);
-    out[0] = pair.x, out[1] = pair.y;
+  } else if constexpr (sizeof out == kVectorBytes) {
+    memcpy(out, &from.bits, sizeof out);
   } else {
-    constexpr int kPerWord = 4 / sizeof(T);
     const uint32_t words[] = {from.bits.x, from.bits.y, from.bits.z, from.bits.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      widen(words[i], T{}, out + i * kPerWord);
+      float2 pair = widen_pair(words[i], T{});
+      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
     }
   }
 }
 
-FCOS_HD uint32_t narrow(const float* x, __half) { // one instruction for two
+// Two numbers in one instruction.
+FCOS_HD uint32_t narrow_pair(const float* x, __half) {
   return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
 }
-FCOS_HD uint32_t narrow(const float* x, __nv_bfloat16) {
+FCOS_HD uint32_t narrow_pair(const float* x, __nv_bfloat16) {
   return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
-}
-FCOS_HD uint32_t narrow(const float* x, float) { return bits_as<uint32_t>(*x); }
-
-// One instruction, where the compiler may make four of an assignment.
-__device__ __forceinline__ void store_vector(void* to, uint4 bits) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-               : "memory");
 }
 
 template <class T, int Size>
 __device__ __forceinline__ void store(T* to, const typename Compute<T>::Type (&values)[Size]) {
   if constexpr (Size == 1) {
     narrow(values[0], to);
-  } else if constexpr (sizeof(T) == 8) {
-    store_vector(to, bits_as<uint4>(make_double2(values[0], values[1])));
   } else {
-    constexpr int kPerWord = 4 / sizeof(T);
-    store_vector(
-        to, make_uint4(
-                narrow(values, T{}), narrow(values + kPerWord, T{}),
-                narrow(values + 2 * kPerWord, T{}), narrow(values + 3 * kPerWord, T{})));
+    uint4 bits;
+    if constexpr (sizeof values == sizeof bits) {
+      bits = bits_as<uint4>(values);
+    } else {
+      bits = {
+          narrow_pair(values, T{}), narrow_pair(values + 2, T{}), narrow_pair(values + 4, T{}),
+          narrow_pair(values + 6, T{})};
+    }
+    __stwb(reinterpret_cast<uint4*>(to), bits); // one instruction; an assignment may become four
   }
 }
 
