@@ -125,7 +125,7 @@ __device__ unsigned shorten(
     FinishScratch& scratch) {
   auto load = [&](int64_t i) { return segment.keys[i]; };
   auto for_each = [&](auto&& take) { for_each_key<kFinishThreads, 4, false>(count, load, take); };
-  unsigned most = unsigned(min(longest_sorted(segment.wanted), int64_t(segment.capacity)));
+  unsigned most = unsigned(longest_sorted(segment.wanted));
   unsigned left = scratch.narrow(bin, segment.wanted, most, range, for_each);
   uint64_t* to = in_place || left > kSortable ? segment.keys : scratch.sorted;
   if (threadIdx.x == 0) {
@@ -191,7 +191,7 @@ __device__ void finish(const Plan& plan, const Segment& segment, FinishScratch& 
   unsigned count = state.found <= segment.capacity ? state.found : state.collected;
   Range range = {0, kEndOfKeys};
   Bin bin = {0, 0, count};
-  if (state.found > kSortable) {
+  if (state.found > longest_sorted(segment.wanted)) { // the counts know which ones are wanted
     bin = scratch.find(state.bins, segment.wanted);
     range = scan_range(bin.index);
     if (bin.above + bin.inside > segment.capacity) {

@@ -145,6 +145,12 @@ def test_candidates_with_and_without_list_overflow(kind, topk, threshold):
     assert_equals_cpu(call)
 
 
+def test_fewer_candidates_than_slots_but_more_than_fit_into_shared_memory():
+    call = candidates_of("normal", [(30, 60)], 20, topk=3000, score_threshold=0.876)
+    counts = (assert_equals_cpu(call).classes >= 0).sum(1)
+    assert all(2048 < count < 3000 for count in counts)
+
+
 def test_candidates_of_full_lists_in_more_tiles_than_blocks():
     """313 tiles of 512 points each, which 264 blocks read again."""
     call = candidates_of("normal", [(400, 400)], 1, images=1, topk=60, score_threshold=0.0)
