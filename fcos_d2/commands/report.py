@@ -101,7 +101,7 @@ def _detect(cfg: CfgNode, weights: Path) -> dict[object, Objects]:
     with torch.no_grad():
         for batch in tqdm(build_test_loader(cfg, cfg.DATASETS.TEST[0]), disable=None):
             for inputs, output in zip(batch, model(batch), strict=True):
-                found[inputs["image_id"]] = Objects.of(output["instances"])
+                found[inputs["image_id"]] = Objects.from_instances(output["instances"])
     return found
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation says beyond AP: what was found and missed, and from which score to believe."""
+"""Evaluators of datasets, matches between detections and ground truth, and score thresholds."""
 
 from .evaluators import evaluator_for
 from .matching import Objects, evaluate_boxes, ground_truth

@@ -1,4 +1,4 @@
-"""Which of detectron2's evaluators measures a dataset, made to work with files as they are."""
+"""Creates detectron2's evaluator for a dataset, and completes the annotations that it needs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KEYS = {"images", "annotations", "categories"}
 
 
 def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator that the metadata of ``dataset_name`` asks for.
+    """Creates the evaluator for ``evaluator_type`` in the metadata of a dataset.
 
     Args:
-        dataset_name: of a registered dataset.
-        output_dir: where detections are written to, if they are.
+        dataset_name: name of a registered dataset.
+        output_dir: folder for the detections; None to not save them.
 
     Raises:
-        InputError: it asks for none, or for one that does not fit boxes.
+        InputError: the type is missing or is not an evaluator of boxes.
     """
     prepare(dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
@@ -44,27 +44,27 @@ def evaluator_for(dataset_name: str, output_dir: str | None = None) -> DatasetEv
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir)
     raise InputError(
-        f"dataset {dataset_name!r} has evaluator_type {kind!r}, which is none of coco, pascal_voc "
-        f"and lvis; set MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco' where you "
+        f"evaluator_type of dataset {dataset_name!r} must be coco, pascal_voc or lvis, got "
+        f"{kind!r}; set MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco' where you "
         "register it"
     )
 
 
 def _coco_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
-    """COCOEvaluator with the reviewed annotations instead of the file.
+    """Creates a COCOEvaluator with the repaired annotations.
 
-    COCOEvaluator caches annotations of datasets registered in Python across runs, and reads COCO
-    files with all their defects. So it is created with an empty file and gets the annotations here.
+    COCOEvaluator itself would read COCO files with all their defects, and cache the annotations of
+    datasets registered in Python across runs, so it gets an empty file.
     """
     content = coco_content(dataset_name)
     known = MetadataCatalog.get(dataset_name)
-    alias = f"{dataset_name} as it is evaluated"
+    alias = f"{dataset_name} (evaluated)"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "empty.json")
         path.write_text(json.dumps({key: [] for key in content.keys() & KEYS}))
         MetadataCatalog.get(alias).set(json_file=str(path))
         try:
-            # The fast implementation is compiled code that many builds of detectron2 lack.
+            # Many builds of detectron2 lack the compiled code of the fast implementation.
             evaluator = COCOEvaluator(alias, output_dir=output_dir, use_fast_impl=False)
         finally:
             MetadataCatalog.remove(alias)
@@ -76,11 +76,11 @@ def _coco_evaluator(dataset_name: str, output_dir: str | None) -> COCOEvaluator:
 
 
 def _complete(content: dict, dataset_name: str) -> dict:
-    """Gives annotations what COCOeval reads of them and a COCO file may lack.
+    """Completes the fields of annotations that COCOeval reads, in place.
 
-    It takes an id of 0 for "no match" and cannot take a text, so ids count from 1. ``iscrowd`` is 0
-    where there is none, ``area`` that of the box where it is missing or no number. A box without
-    area, which nothing can match, becomes a crowd, which is left out of account.
+    Ids are numbered from 1, since 0 means "no match" in COCOeval. ``iscrowd`` defaults to 0, and
+    ``area`` to that of the box. Boxes without area, which no detection can match, become crowds,
+    which the evaluation ignores.
     """
     num_flat = 0
     for number, annotation in enumerate(content.get("annotations", ()), 1):
@@ -93,7 +93,6 @@ def _complete(content: dict, dataset_name: str) -> dict:
         annotation.update(id=number, iscrowd=iscrowd, area=area)
     if num_flat:
         logging.getLogger(__name__).warning(
-            f"dataset {dataset_name!r}: {num_flat} boxes without area are left out of the "
-            "evaluation"
+            f"dataset {dataset_name!r}: the evaluation ignores {num_flat} boxes without area"
         )
     return content

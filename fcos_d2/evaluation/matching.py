@@ -1,6 +1,6 @@
-"""Detections against ground truth by the rules of COCO, with everything kept that AP averages away.
+"""Matches detections with ground truth by the rules of COCO, using pycocotools.
 
-pycocotools decides what matches; this only takes its answers apart. N images, K classes.
+N images, K classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from ..data.records import boxes_of, is_flat
 
 SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
-COCO_DETECTIONS = 100  # per image and class, which AP counts
+COCO_DETECTIONS = 100  # per image and class that count for AP
 
 
 class Objects(NamedTuple):
@@ -30,28 +30,28 @@ class Objects(NamedTuple):
     crowd: np.ndarray | None = None  # bool [n], of ground truth
 
     @classmethod
-    def of(cls, found: Instances) -> Objects:
-        """The detections of a detectron2 model."""
-        found = found.to("cpu")
-        boxes = found.pred_boxes.tensor.float().numpy()
-        return cls(boxes, found.pred_classes.numpy(), found.scores.float().numpy())
+    def from_instances(cls, instances: Instances) -> Objects:
+        """Returns the detections of a detectron2 model."""
+        instances = instances.to("cpu")
+        boxes = instances.pred_boxes.tensor.float().numpy()
+        return cls(boxes, instances.pred_classes.numpy(), instances.scores.float().numpy())
 
-    def above(self, limits: np.ndarray | float) -> Objects:
-        """The detections that score at least ``limits``, of each or of all."""
-        keep = self.scores >= limits
+    def above(self, thresholds: np.ndarray | float) -> Objects:
+        """Returns the detections with scores of at least their ``thresholds``."""
+        keep = self.scores >= thresholds
         return Objects(self.boxes[keep], self.classes[keep], self.scores[keep])
 
 
 class ImageMatches(NamedTuple):
-    """Which detection of an image found which object, at an IoU of 0.5."""
+    """Matches of n detections and m objects of one image at an IoU of 0.5."""
 
-    found: np.ndarray  # int [n] per detection: object, -1 for a false positive
-    ignored: np.ndarray  # bool [n] per detection: in a crowd
-    missed: np.ndarray  # bool [m] per object; never a crowd
+    matched: np.ndarray  # int [n]: index of the matched object, or -1
+    ignored: np.ndarray  # bool [n]: whether the detection matches a crowd
+    missed: np.ndarray  # bool [m]: whether the object, which is no crowd, has no match
 
 
 class Curve(NamedTuple):
-    """The detections of one class by falling score, at an IoU of 0.5."""
+    """Detections of one class by descending score, matched at an IoU of 0.5."""
 
     scores: np.ndarray  # [n]
     correct: np.ndarray  # bool [n]
@@ -59,31 +59,31 @@ class Curve(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What was found and what was not, at an IoU of 0.5."""
+    """Matches of all images at an IoU of 0.5."""
 
     images: list[ImageMatches]
-    curves: list[Curve]  # of K classes
+    curves: list[Curve]  # [K]
 
 
 class Evaluation(NamedTuple):
-    """Average precision by class and size, and what it was computed from."""
+    """Precision of each class and size, and the matches it was computed from."""
 
-    precision: np.ndarray  # [10 IoUs, 101 recalls, K, 4 sizes] in 0 to 1; -1 without any object
-    precision_of_all: np.ndarray  # the same with more than the best 100 detections, if there are
-    most: int  # detections of an image
+    precision: np.ndarray  # [10 IoUs, 101 recalls, K, 4 sizes] in [0, 1]; -1 without objects
+    precision_of_all: np.ndarray  # the same for all detections instead of the best 100
+    max_detections: int  # largest number of detections in an image
     images: list[ImageMatches]
-    curves: list[Curve]  # of K classes
+    curves: list[Curve]  # [K]
 
     def average_of_all(self) -> float:
-        """``average`` that counts all detections of an image, not just the best 100."""
+        """Returns ``average`` for all detections of an image instead of the best 100."""
         return self._replace(precision=self.precision_of_all).average()
 
     def average(self, iou: int | None = None, class_: int | None = None, size: int = 0) -> float:
-        """Average precision in percent; not a number where there is no object.
+        """Returns the average precision in percent; NaN if there are no objects.
 
         Args:
-            iou: 0 for IoU 0.5, 5 for 0.75; the mean over all ten where None.
-            class_: the mean over all classes where None.
+            iou: index of the IoU, such as 0 for 0.5 or 5 for 0.75; None for the mean of all ten.
+            class_: index of the class; None for the mean of all classes.
             size: index into SIZES.
         """
         part = self.precision[:, :, :, size] if iou is None else self.precision[[iou], :, :, size]
@@ -93,7 +93,7 @@ class Evaluation(NamedTuple):
 
 
 def ground_truth(record: Mapping) -> Objects:
-    """The annotations of a record in detectron2's form; those without area are crowds."""
+    """Returns the annotations of a record in detectron2's format; boxes without area are crowds."""
     annotations = record.get("annotations", ())
     return Objects(
         boxes_of(annotations),
@@ -105,28 +105,28 @@ def ground_truth(record: Mapping) -> Objects:
 def evaluate_boxes(
     truth: Sequence[Objects], found: Sequence[Objects], num_classes: int
 ) -> Evaluation:
-    """Compares the detections of N images with their ground truth.
+    """Evaluates the detections of N images.
 
     Args:
-        truth: N, without scores.
-        found: N, with scores.
+        truth: ground truth of N images.
+        found: detections in N images.
         num_classes: K.
 
     Raises:
-        ValueError: another number of images in one than in the other.
+        ValueError: ``truth`` and ``found`` have different lengths.
     """
-    evaluation = _evaluation(truth, found, num_classes)
+    evaluation = _make_coco_eval(truth, found, num_classes)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    precision, most = evaluation.eval["precision"], evaluation.params.maxDets[-1]
+    precision, max_detections = evaluation.eval["precision"], evaluation.params.maxDets[-1]
     matches = _matches(evaluation, truth, found)
-    return Evaluation(precision[..., 0], precision[..., -1], most, *matches)
+    return Evaluation(precision[..., 0], precision[..., -1], max_detections, *matches)
 
 
 def match_boxes(truth: Sequence[Objects], found: Sequence[Objects], num_classes: int) -> Matches:
-    """``evaluate_boxes`` without average precision: for a single IoU, in a fraction of the time."""
-    evaluation = _evaluation(truth, found, num_classes)
+    """Matches like ``evaluate_boxes``, but only at one IoU, in a fraction of the time."""
+    evaluation = _make_coco_eval(truth, found, num_classes)
     evaluation.params.iouThrs = evaluation.params.iouThrs[:1]
     evaluation.params.areaRng = evaluation.params.areaRng[:1]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -134,14 +134,16 @@ def match_boxes(truth: Sequence[Objects], found: Sequence[Objects], num_classes:
     return _matches(evaluation, truth, found)
 
 
-def _evaluation(truth: Sequence[Objects], found: Sequence[Objects], num_classes: int) -> COCOeval:
+def _make_coco_eval(
+    truth: Sequence[Objects], found: Sequence[Objects], num_classes: int
+) -> COCOeval:
     if len(truth) != len(found):
         raise ValueError(
-            f"evaluate_boxes: expected as many images, got {len(truth)} of truth and {len(found)} "
-            "of found"
+            "evaluate_boxes: truth and found must have the same number of images, got "
+            f"{len(truth)} and {len(found)}"
         )
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(truth, num_classes), _coco(found, num_classes), "bbox")
+        evaluation = COCOeval(_to_coco(truth, num_classes), _to_coco(found, num_classes), "bbox")
     most = max((len(image.boxes) for image in found), default=0)
     evaluation.params.maxDets = sorted({COCO_DETECTIONS, max(COCO_DETECTIONS, most)})
     evaluation.params.imgIds = list(range(len(truth)))
@@ -153,24 +155,24 @@ def _matches(evaluation: COCOeval, truth: Sequence[Objects], found: Sequence[Obj
     sizes = [(len(t.boxes), len(f.boxes)) for t, f in zip(truth, found, strict=True)]
     images = [ImageMatches(np.full(n, -1), np.ones(n, bool), np.zeros(m, bool)) for m, n in sizes]
     step = len(evaluation.params.areaRng) * len(truth)
-    # By class, area and image; the first area is "all", the first IoU 0.5.
+    # Entries are ordered by class, area and image. The first area is "all", the first IoU 0.5.
     starts = range(0, len(evaluation.evalImgs), step)
     entries = (evaluation.evalImgs[start : start + len(truth)] for start in starts)
     return Matches(images, [_read_class(evaluation, part, images) for part in entries])
 
 
 def _read_class(evaluation: COCOeval, entries: Sequence, images: Sequence[ImageMatches]) -> Curve:
-    """The curve of one class; writes its matches into ``images``."""
-    places, objects = evaluation.cocoDt.anns, evaluation.cocoGt.anns
+    """Returns the curve of one class, and writes its matches to ``images``."""
+    detections, objects = evaluation.cocoDt.anns, evaluation.cocoGt.anns
     scores, correct, num_objects = [np.zeros(0)], [np.zeros(0, bool)], 0
     for entry in filter(None, entries):
         image, ignored = images[entry["image_id"]], entry["dtIgnore"][0].astype(bool)
-        matched = [objects[i]["place"] if i else -1 for i in entry["dtMatches"][0].astype(int)]
+        matched = [objects[i]["index"] if i else -1 for i in entry["dtMatches"][0].astype(int)]
         real = ~np.asarray(entry["gtIgnore"], bool)
         missed = real & (entry["gtMatches"][0] == 0)
-        rows = [places[i]["place"] for i in entry["dtIds"]]
-        image.found[rows], image.ignored[rows] = matched, ignored
-        image.missed[[objects[entry["gtIds"][i]]["place"] for i in np.flatnonzero(missed)]] = True
+        rows = [detections[i]["index"] for i in entry["dtIds"]]
+        image.matched[rows], image.ignored[rows] = matched, ignored
+        image.missed[[objects[entry["gtIds"][i]]["index"] for i in np.flatnonzero(missed)]] = True
         scores.append(np.array(entry["dtScores"], float)[~ignored])
         correct.append(np.array(matched, int)[~ignored] >= 0)
         num_objects += int(real.sum())
@@ -179,8 +181,8 @@ def _read_class(evaluation: COCOeval, entries: Sequence, images: Sequence[ImageM
     return Curve(scores[order], correct[order], num_objects)
 
 
-def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
-    """An index of pycocotools. Ids of annotations count within their image, from 1 (0 is none)."""
+def _to_coco(images: Sequence[Objects], num_classes: int) -> COCO:
+    """Converts objects to a COCO dataset; "index" is the index of an annotation in its image."""
     annotations = []
     for number, (boxes, classes, scores, crowd) in enumerate(images):
         scores = np.zeros(len(boxes)) if scores is None else scores
@@ -190,7 +192,7 @@ def _coco(images: Sequence[Objects], num_classes: int) -> COCO:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "place": i,
+                    "index": i,
                     "image_id": number,
                     "category_id": class_ + 1,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],

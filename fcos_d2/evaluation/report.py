@@ -1,8 +1,8 @@
-"""An evaluation as a page to browse: a folder with index.html and its images.
+"""Writes an HTML report of an evaluation: a folder with index.html and its images.
 
-AP by class and size comes from all detections. Mistakes are counted where every class is cut at its
-best threshold, as ``fcos-d2`` does: a false positive is a detection that is kept and matches
-nothing, a false negative an object that no kept detection matches, at an IoU of 0.5.
+AP is computed from all detections, mistakes from those above the best threshold of their class, as
+in ``fcos-d2``: a false positive is a detection without a matching object, a false negative an
+object without a matching detection, at an IoU of 0.5.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .matching import (
     ground_truth,
     match_boxes,
 )
-from .thresholds import DEFAULT, Threshold, best_threshold, f1_score
+from .thresholds import DEFAULT_THRESHOLD, Threshold, best_threshold, f1_score
 
-PICTURE_SIDE = 260
-CONTEXT = 1.0  # sides of a box that are shown around it
-NEAR = 0.1  # IoU from which a box is a bad box of an object rather than something else
+CROP_SIDE = 260  # pixels, of the images on the page
+CONTEXT = 1.0  # margin around a box, relative to its longer side
+POOR_IOU = 0.1  # minimum IoU of a poor box; below, the box and the object are unrelated
 WHITE, RED = (255, 255, 255), (213, 0, 0)
 
 
 class Mistake(NamedTuple):
-    """One false positive or false negative, with its image."""
+    """A false positive or false negative."""
 
-    image: int
+    image: int  # index of the image
     box: np.ndarray  # xyxy
     class_: int
-    score: float | None  # None for an object that was missed
+    score: float | None  # None for a false negative
     kind: str
     detail: str
 
@@ -58,21 +58,21 @@ def write_report(
     found: Sequence[Objects],
     class_names: Sequence[str],
     metrics: Mapping[str, Series] | None = None,
-    most: int = 24,
+    max_mistakes: int = 24,
 ) -> Path:
     """Writes the page and its images.
 
     Args:
-        folder: to write into; images of an earlier report are replaced.
-        title: of the page.
-        records: N images with annotations, in detectron2's form.
-        found: N, their detections.
-        class_names: K.
-        metrics: of the training, from ``read_metrics``.
-        most: mistakes of each kind that are shown.
+        folder: folder to write to; images of an earlier report are replaced.
+        title: title of the page.
+        records: N images with annotations in detectron2's format.
+        found: detections in the N images.
+        class_names: K names.
+        metrics: metrics of the training run, from ``read_metrics``.
+        max_mistakes: number of false positives and of false negatives to show.
 
     Returns:
-        the page, ``folder/index.html``.
+        Path of the page, ``folder/index.html``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     truth = [ground_truth(record) for record in records]
@@ -89,7 +89,7 @@ def write_report(
         sizes=_size_rows(evaluation, truth),
         classes=_class_rows(evaluation, best, class_names),
         galleries=list(
-            _galleries(folder / "images", records, truth, found, best, class_names, most)
+            _galleries(folder / "images", records, truth, found, best, class_names, max_mistakes)
         ),
         names=class_names,
         has_curves=bool(metrics),
@@ -106,7 +106,7 @@ def _template():
     return environment.get_template("report.html")
 
 
-# ---- numbers ----
+# ---- Metrics ----
 
 
 def _summary(
@@ -114,11 +114,11 @@ def _summary(
 ) -> dict[str, str]:
     average, curves = evaluation.average, evaluation.curves
     f1 = 100 * f1_score(curves, [t.score for t in best])
-    fixed = 100 * f1_score(curves, [DEFAULT] * len(best))
+    fixed = 100 * f1_score(curves, [DEFAULT_THRESHOLD] * len(best))
     values = {"AP": average(), "AP50": average(iou=0), "AP75": average(iou=5)}
-    if evaluation.most > COCO_DETECTIONS:
-        values[f"AP of {evaluation.most} detections"] = evaluation.average_of_all()
-    values |= {"F1": f1, f"F1 at {DEFAULT}": fixed}
+    if evaluation.max_detections > COCO_DETECTIONS:
+        values[f"AP of {evaluation.max_detections} detections"] = evaluation.average_of_all()
+    values |= {"F1": f1, f"F1 at {DEFAULT_THRESHOLD}": fixed}
     shown = {name: "–" if math.isnan(v) else f"{v:.1f}" for name, v in values.items()}
     objects = sum(curve.num_objects for curve in curves)
     return {"images": str(len(truth)), "objects": str(objects), **shown}
@@ -128,12 +128,12 @@ def _size_rows(evaluation: Evaluation, truth: Sequence[Objects]) -> list[dict]:
     boxes = np.concatenate([np.zeros((0, 4)), *(o.boxes[~o.crowd] for o in truth)])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     limits = [(0, math.inf), (0, 32**2), (32**2, 96**2), (96**2, math.inf)]
-    words = ["all", "below 32 × 32 pixels", "up to 96 × 96 pixels", "more"]
+    ranges = ["", ": below 32 × 32 pixels", ": up to 96 × 96 pixels", ": above 96 × 96 pixels"]
     rows = []
-    for size, ((low, high), name) in enumerate(zip(limits, words, strict=True)):
+    for size, (low, high) in enumerate(limits):
         count = int(((areas >= low) & (areas < high)).sum())
         averages = [evaluation.average(iou, size=size) for iou in (None, 0, 5)]
-        rows.append({"name": f"{SIZES[size]}: {name}" if size else name, "count": count})
+        rows.append({"name": SIZES[size] + ranges[size], "count": count})
         rows[-1] |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True))
     return rows
 
@@ -150,7 +150,7 @@ def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> lis
     return rows
 
 
-# ---- mistakes ----
+# ---- Mistakes ----
 
 
 def false_positives(
@@ -159,26 +159,27 @@ def false_positives(
     matches: Sequence[ImageMatches],
     names: Sequence[str],
 ) -> list[Mistake]:
-    """Detections that match nothing, the surest first, each with what it was instead."""
+    """Returns the detections without a matching object, by descending score."""
     mistakes = []
     for image, (objects, detections, match) in enumerate(zip(truth, found, matches, strict=True)):
-        for i in np.flatnonzero((match.found < 0) & ~match.ignored):
+        for i in np.flatnonzero((match.matched < 0) & ~match.ignored):
             box, class_ = detections.boxes[i], detections.classes[i]
-            kind, detail = _explain(box, class_, objects, names)
+            kind, detail = _explain_false_positive(box, class_, objects, names)
             mistakes.append(Mistake(image, box, class_, detections.scores[i], kind, detail))
     return sorted(mistakes, key=lambda m: -m.score)
 
 
-def _explain(box: np.ndarray, class_: int, objects: Objects, names) -> tuple[str, str]:
-    overlaps = box_ious(box, objects.boxes)
-    own, other = (overlaps * (objects.classes == class_), overlaps * (objects.classes != class_))
-    if own.max(initial=0) >= 0.5:
-        return "duplicate", "the object is found by a better box"
+def _explain_false_positive(box: np.ndarray, class_: int, objects: Objects, names):
+    """Returns the kind of mistake and its details."""
+    ious = box_ious(box, objects.boxes)
+    same, other = ious * (objects.classes == class_), ious * (objects.classes != class_)
+    if same.max(initial=0) >= 0.5:
+        return "duplicate", "another detection matches the object"
     if other.max(initial=0) >= 0.5:
-        return "wrong class", f"it is {names[objects.classes[int(other.argmax())]]}"
-    if own.max(initial=0) >= NEAR:
-        return "poor box", f"IoU {own.max():.2f}"
-    return "background", "no such object there"
+        return "wrong class", f"the object is {names[objects.classes[int(other.argmax())]]}"
+    if same.max(initial=0) >= POOR_IOU:
+        return "poor box", f"IoU {same.max():.2f}"
+    return "background", "no object of this class"
 
 
 def false_negatives(
@@ -188,37 +189,38 @@ def false_negatives(
     matches: Sequence[ImageMatches],
     names: Sequence[str],
 ) -> list[Mistake]:
-    """Objects that no kept detection matches, the largest first, each with what was found there."""
+    """Returns the objects without a match among the ``kept`` detections, by descending area."""
     mistakes = []
     for image, objects in enumerate(truth):
         for i in np.flatnonzero(matches[image].missed):
             box, class_ = objects.boxes[i], objects.classes[i]
-            kind, detail = _explain_miss(box, class_, kept[image], found[image], names)
+            kind, detail = _explain_false_negative(box, class_, kept[image], found[image], names)
             mistakes.append(Mistake(image, box, class_, None, kind, detail))
     return sorted(mistakes, key=lambda m: -float((m.box[2:] - m.box[:2]).prod()))
 
 
-def _explain_miss(box, class_: int, kept: Objects, found: Objects, names) -> tuple[str, str]:
-    overlaps = box_ious(box, kept.boxes) * (kept.classes != class_)
-    if overlaps.max(initial=0) >= 0.5:
-        i = int(overlaps.argmax())
-        return "wrong class", f"found as {names[kept.classes[i]]} {kept.scores[i]:.2f}"
-    overlaps = box_ious(box, found.boxes) * (found.classes == class_)
-    right = found.scores[overlaps >= 0.5]
-    if len(right):
-        return "low score", f"found with {right.max():.2f}"
-    if overlaps.max(initial=0) >= NEAR:
-        return "poor box", f"IoU {overlaps.max():.2f}"
-    return "not found", "nothing of its class there"
+def _explain_false_negative(box, class_: int, kept: Objects, found: Objects, names):
+    """Returns the kind of mistake and its details."""
+    ious = box_ious(box, kept.boxes) * (kept.classes != class_)
+    if ious.max(initial=0) >= 0.5:
+        i = int(ious.argmax())
+        return "wrong class", f"detected as {names[kept.classes[i]]} {kept.scores[i]:.2f}"
+    ious = box_ious(box, found.boxes) * (found.classes == class_)
+    correct = found.scores[ious >= 0.5]
+    if len(correct):
+        return "low score", f"score {correct.max():.2f}"
+    if ious.max(initial=0) >= POOR_IOU:
+        return "poor box", f"IoU {ious.max():.2f}"
+    return "missed", "no detection of this class"
 
 
 def box_ious(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU [n] of one xyxy box with ``boxes`` [n, 4]; 0 where both have no area."""
+    """Returns the IoU [n] of an xyxy box with ``boxes`` [n, 4]; 0 if neither has an area."""
     boxes = torch.as_tensor(np.asarray(boxes, dtype=float).reshape(-1, 4))
     return box_iou(torch.as_tensor(box)[None].to(boxes), boxes)[0].nan_to_num().numpy()
 
 
-# ---- images ----
+# ---- Images ----
 
 
 def _galleries(
@@ -228,9 +230,9 @@ def _galleries(
     found: Sequence[Objects],
     best: Sequence[Threshold],
     names: Sequence[str],
-    most: int,
+    max_mistakes: int,
 ) -> Iterator[dict]:
-    """Both galleries of the page; their images replace those in ``folder``."""
+    """Yields both galleries of the page, and replaces the images in ``folder``."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jpg"):
         old.unlink()
@@ -241,9 +243,9 @@ def _galleries(
     missed = false_negatives(truth, kept, found, matches, names)
     for title, mistakes in (("False positives", false), ("False negatives", missed)):
         items = []
-        for number, mistake in enumerate(mistakes[:most]):
+        for number, mistake in enumerate(mistakes[:max_mistakes]):
             path = Path(records[mistake.image]["file_name"])
-            drawn = _close_up(read_image(str(path), "RGB"), mistake, truth[mistake.image], names)
+            drawn = _draw_crop(read_image(str(path), "RGB"), mistake, truth[mistake.image], names)
             file = f"{title.lower().replace(' ', '_')}_{number:03d}.jpg"
             Image.fromarray(drawn).save(folder / file, quality=90)
             score = "" if mistake.score is None else f" {mistake.score:.2f}"
@@ -254,8 +256,8 @@ def _galleries(
         yield {"title": title, "items": items, "kinds": kinds, "total": len(mistakes)}
 
 
-def _close_up(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.ndarray:
-    """What surrounds a mistake: the box in red, objects in white."""
+def _draw_crop(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.ndarray:
+    """Draws the region around a mistake: its box in red, objects in white."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = mistake.box
     side = min((1 + 2 * CONTEXT) * max(x1 - x0, y1 - y0, 16), max(height, width))
@@ -270,8 +272,8 @@ def _close_up(image: np.ndarray, mistake: Mistake, truth: Objects, names) -> np.
         if not (is_object and (box == mistake.box).all())
     ]
     shown.append((mistake.box - shift, names[mistake.class_], RED))
-    # Objects further away would only leave their tags at the border.
+    # Only the labels of objects outside the crop would be visible.
     shown = [s for s in shown if (s[0][:2] < side).all() and (s[0][2:] > 0).all()]
     boxes, labels, colors = zip(*shown, strict=True)
-    scale = PICTURE_SIDE / max(crop.shape[:2])
+    scale = CROP_SIDE / max(crop.shape[:2])
     return draw_boxes(crop, np.array(boxes), labels, colors=colors, scale=scale)

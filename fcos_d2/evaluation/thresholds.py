@@ -1,7 +1,7 @@
-"""From which score to believe a detection: per class, where F1 was best in an evaluation.
+"""Score thresholds: for each class, the score with the best F1 in an evaluation.
 
-One number for all classes costs precision in some and recall in others. The thresholds are measured
-whenever a model is evaluated and lie beside its weights, for ``fcos-d2`` to use.
+A single threshold for all classes costs precision in some and recall in others. Every evaluation
+measures the thresholds and saves them next to the weights, where ``fcos-d2`` finds them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..errors import InputError
 from .matching import COCO_DETECTIONS, Curve, Objects, evaluate_boxes, ground_truth, match_boxes
 
 THRESHOLD_FILE = "score_thresholds.json"
-DEFAULT = 0.5  # for a class without any object, or a model that was never evaluated
+DEFAULT_THRESHOLD = 0.5  # of classes without objects
 
 
 class Threshold(NamedTuple):
-    """The best score to cut one class at, and what it reaches there; all in 0 to 1."""
+    """The best score threshold of a class, and its F1, precision and recall; all in [0, 1]."""
 
     score: float
     f1: float
@@ -34,22 +34,22 @@ class Threshold(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """Those of all classes of a model."""
+    """Score thresholds of all classes."""
 
     class_names: list[str]
     scores: list[float]
 
 
 def best_threshold(curve: Curve) -> Threshold:
-    """Where F1 is best; the highest such score. Detections of that very score are kept.
+    """Returns the highest score threshold with the best F1; detections with that score are kept.
 
-    A class without objects, or of which nothing was found, keeps ``DEFAULT``.
+    It is ``DEFAULT_THRESHOLD`` for a class without objects or correct detections.
     """
     scores, correct, num_objects = curve
-    # Detections of one score are kept or dropped together.
+    # Detections with equal scores are kept or dropped together.
     ends = np.flatnonzero(np.append(scores[:-1] != scores[1:], True)[: len(scores)])
     if not num_objects or not correct.any():
-        return Threshold(DEFAULT, 0.0, 0.0, 0.0)
+        return Threshold(DEFAULT_THRESHOLD, 0.0, 0.0, 0.0)
     hits = np.cumsum(correct)[ends]
     f1 = 2 * hits / (ends + 1 + num_objects)
     best = int(f1.argmax())
@@ -58,11 +58,11 @@ def best_threshold(curve: Curve) -> Threshold:
     return Threshold(*map(float, values))
 
 
-def f1_score(curves: Sequence[Curve], scores: Sequence[float]) -> float:
-    """F1, 0 to 1, of classes cut at their ``scores``; the mean over those that have objects."""
+def f1_score(curves: Sequence[Curve], thresholds: Sequence[float]) -> float:
+    """Returns the mean F1, in [0, 1], of the classes that have objects."""
     values = []
-    for curve, score in zip(curves, scores, strict=True):
-        kept = curve.scores >= score
+    for curve, threshold in zip(curves, thresholds, strict=True):
+        kept = curve.scores >= threshold
         if curve.num_objects:
             values.append(2 * curve.correct[kept].sum() / (kept.sum() + curve.num_objects))
     return float(np.mean(values)) if values else 0.0
@@ -71,7 +71,7 @@ def f1_score(curves: Sequence[Curve], scores: Sequence[float]) -> float:
 def write_thresholds(
     path: str | os.PathLike, names: Sequence[str], thresholds: Sequence[Threshold], dataset: str
 ) -> None:
-    """Writes the thresholds of all classes, with what they reached, as JSON."""
+    """Writes the thresholds of all classes, with their F1, precision and recall, as JSON."""
     keys = ("threshold", "f1", "precision", "recall")
     classes = [
         {"name": name, **dict(zip(keys, threshold, strict=True))}
@@ -83,10 +83,10 @@ def write_thresholds(
 
 
 def read_thresholds(path: str | os.PathLike) -> Thresholds:
-    """What ``write_thresholds`` has written.
+    """Reads a file of ``write_thresholds``.
 
     Raises:
-        InputError: it cannot be read or is something else.
+        InputError: the file cannot be read or has another format.
     """
     try:
         classes = json.loads(Path(path).read_text())["classes"]
@@ -94,18 +94,18 @@ def read_thresholds(path: str | os.PathLike) -> Thresholds:
         scores = [float(entry["threshold"]) for entry in classes]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} holds no score thresholds ({error}); evaluate the model again with "
+            f"{path} has no score thresholds ({error}); evaluate the model again with "
             "train_net.py --eval-only"
         ) from error
     return Thresholds(names, scores)
 
 
 class ThresholdEvaluator(DatasetEvaluator):
-    """Measures the best thresholds of a dataset and writes them into ``output_dir``.
+    """Measures the best thresholds on a dataset and writes them to ``output_dir``.
 
     Its results are ``{"best_f1": {"F1", "F1_at_0.5"}}`` in percent: with the best threshold of each
-    class, and with 0.5 for all. Where images have more than the 100 detections that COCO's AP
-    counts, N at most, ``{"bbox_of_N": {"AP"}}`` counts all of them.
+    class, and with 0.5 for all. If images have up to N detections, more than the 100 that COCO's AP
+    counts, ``{"bbox_of_N": {"AP"}}`` is the AP of all of them.
     """
 
     def __init__(self, dataset_name: str, output_dir: str):
@@ -113,17 +113,17 @@ class ThresholdEvaluator(DatasetEvaluator):
         self._found: dict[object, Objects] = {}
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Drops all detections."""
         self._found = {}
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Takes the detections of a batch."""
-        for given, output in zip(inputs, outputs, strict=True):
-            if "instances" in output:  # a proposal generator alone has others
-                self._found[given["image_id"]] = Objects.of(output["instances"])
+        """Stores the detections of a batch."""
+        for image, output in zip(inputs, outputs, strict=True):
+            if "instances" in output:  # a proposal generator returns "proposals"
+                self._found[image["image_id"]] = Objects.from_instances(output["instances"])
 
     def evaluate(self) -> dict | None:
-        """Results and file, in the main process; None in the others."""
+        """Writes the file and returns the results in the main process; returns None in others."""
         parts = comm.gather(self._found)
         if not comm.is_main_process():
             return None
@@ -144,7 +144,6 @@ class ThresholdEvaluator(DatasetEvaluator):
             curves = match_boxes(truth, detections, len(names)).curves
         best = [best_threshold(curve) for curve in curves]
         write_thresholds(Path(self._output_dir, THRESHOLD_FILE), names, best, self._dataset_name)
-        f1 = [
-            f1_score(curves, scores) for scores in ([t.score for t in best], [DEFAULT] * len(best))
-        ]
-        return {"best_f1": {"F1": 100 * f1[0], "F1_at_0.5": 100 * f1[1]}, **results}
+        f1 = 100 * f1_score(curves, [threshold.score for threshold in best])
+        fixed = 100 * f1_score(curves, [DEFAULT_THRESHOLD] * len(best))
+        return {"best_f1": {"F1": f1, "F1_at_0.5": fixed}, **results}

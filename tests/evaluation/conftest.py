@@ -1,4 +1,4 @@
-"""Fixtures: the small COCO file of the tests of data, and datasets that are forgotten."""
+"""Fixtures for a small COCO file and for tests that register datasets."""
 
 from tests.catalogs import restore_catalogs  # noqa: F401  a fixture
 from tests.data.conftest import coco  # noqa: F401  a fixture

@@ -1,4 +1,4 @@
-"""Which evaluator a dataset gets, and what it completes in files that lack something."""
+"""Tests the selection of evaluators and the completion of annotations."""
 
 import json
 from copy import deepcopy
@@ -24,8 +24,8 @@ from ..tiny_training import write_shapes
 pytest_plugins = ["tests.script"]
 
 
-def named_data(kind) -> str:
-    """Registers an empty dataset with the given evaluator_type."""
+def register_empty(kind) -> str:
+    """Registers an empty dataset with the given evaluator_type; returns its name."""
     name = f"engine_test_{kind}"
     DatasetCatalog.register(name, lambda: [])
     metadata = MetadataCatalog.get(name).set(thing_classes=["thing"], dirname="", year=2007)
@@ -39,23 +39,23 @@ def named_data(kind) -> str:
     "kind, evaluator",
     [("pascal_voc", "PascalVOCDetectionEvaluator"), ("lvis", "LVISEvaluator")],
 )
-def test_the_evaluator_follows_the_type_of_the_data_set(monkeypatch, kind, evaluator):
+def test_evaluator_type_selects_the_evaluator(monkeypatch, kind, evaluator):
     monkeypatch.setattr(f"fcos_d2.evaluation.evaluators.{evaluator}", lambda name, **_: name)
-    name = named_data(kind)
+    name = register_empty(kind)
     assert evaluator_for(name, "output") == name
 
 
 @pytest.mark.parametrize("kind", ["cityscapes_instance", None])
-def test_a_data_set_without_a_fitting_evaluator_is_refused(kind):
-    with pytest.raises(InputError, match=f"evaluator_type {kind!r}.*coco, pascal_voc and lvis"):
-        evaluator_for(named_data(kind), "output")
+def test_unsupported_evaluator_type_is_refused(kind):
+    with pytest.raises(InputError, match=f"must be coco, pascal_voc or lvis, got {kind!r}"):
+        evaluator_for(register_empty(kind), "output")
 
 
-# ---- evaluation ----
+# ---- Evaluation ----
 
 
 def detections(name: str, shift: float = 0.0) -> list[tuple]:
-    """Every object, found a little beside it, as inputs and outputs of a model."""
+    """Returns inputs and outputs of a model that detects all objects, shifted by ``shift``."""
     found = []
     for record in load_dataset(name, filter_empty=False):
         annotations = [a for a in record["annotations"] if not is_flat(a)]
@@ -76,7 +76,7 @@ def results_of(evaluator, found) -> dict:
 
 @pytest.fixture
 def evaluation_of(tmp_path):
-    """Registers the tiny shapes after a change of every annotation and evaluates them."""
+    """Returns a function that changes all annotations of the tiny shapes and evaluates them."""
     names = []
 
     def evaluate_changed(change, make_evaluator=evaluator_for):
@@ -92,23 +92,23 @@ def evaluation_of(tmp_path):
     return evaluate_changed
 
 
-def as_published(annotation):
-    """What official files hold: areas of masks, crowds, ids from anywhere."""
+def like_official_files(annotation):
+    """Sets areas of masks, crowds and arbitrary ids."""
     number = annotation["id"]
     annotation.update(id=900_000 - number, area=0.6 * annotation["area"], iscrowd=int(number == 3))
 
 
-def test_results_of_complete_files_are_those_of_detectron2(evaluation_of):
-    def detectron2s(name, folder):
+def test_results_match_detectron2_for_complete_files(evaluation_of):
+    def make_detectron2(name, folder):
         return COCOEvaluator(name, ("bbox",), output_dir=folder, use_fast_impl=False)
 
-    expected = evaluation_of(as_published, detectron2s)
+    expected = evaluation_of(like_official_files, make_detectron2)
     assert 0 < expected["bbox"]["AP"] < 100
-    np.testing.assert_equal(evaluation_of(as_published), expected)
+    np.testing.assert_equal(evaluation_of(like_official_files), expected)
 
 
 def changed(**fields):
-    """A change of an annotation; ``...`` removes a field."""
+    """Returns a function that sets fields of an annotation; ``...`` removes a field."""
 
     def change(annotation):
         annotation.update(fields)
@@ -132,7 +132,7 @@ def changed(**fields):
         lambda annotation: annotation.update(id=f"no. {annotation['id']}"),
     ],
 )
-def test_what_a_file_lacks_for_its_evaluation_is_completed(evaluation_of, change):
+def test_missing_and_invalid_fields_are_completed(evaluation_of, change):
     np.testing.assert_equal(evaluation_of(change), evaluation_of(changed()))
 
 
@@ -140,19 +140,19 @@ def average_precision(name: str, found) -> float:
     return results_of(evaluator_for(name), found)["bbox"]["AP"]
 
 
-def test_boxes_of_no_area_are_not_evaluated(tmp_path, caplog):
+def test_boxes_without_area_are_ignored(tmp_path, caplog):
     content = json.loads(write_shapes(tmp_path).read_text())
     content["annotations"][0]["bbox"][2] = 0
     (tmp_path / "flat.json").write_text(json.dumps(content))
     register_coco_instances("flat", {}, str(tmp_path / "flat.json"), str(tmp_path))
     found = detections("flat")
     assert average_precision("flat", found) == pytest.approx(100)
-    assert "1 boxes without area are left out of the evaluation" in caplog.text
+    assert "the evaluation ignores 1 boxes without area" in caplog.text
     thresholds = ThresholdEvaluator("flat", str(tmp_path))
     assert results_of(thresholds, found)["best_f1"]["F1"] == pytest.approx(100)
 
 
-def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path):
+def test_annotations_of_data_registered_in_python_are_not_cached(tmp_path):
     path = write_shapes(tmp_path)
     register_coco_instances("as_file", {}, str(path), str(tmp_path))
     records = load_dataset("as_file")
@@ -171,7 +171,7 @@ def test_corrected_data_registered_in_python_is_evaluated_as_it_is_now(tmp_path)
     assert not metadata.get("json_file")
 
 
-def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg, monkeypatch):
+def test_tta_of_another_model_is_refused_before_evaluation(fcos_cfg, monkeypatch):
     monkeypatch.setattr("fcos_d2.inference.build_detector", lambda cfg: nn.Linear(1, 1))
     monkeypatch.setattr("fcos_d2.inference.test", None)
     fcos_cfg.TEST.AUG.ENABLED = True
@@ -179,20 +179,20 @@ def test_augmentation_of_another_model_is_refused_before_the_evaluation(fcos_cfg
         evaluate(fcos_cfg)
 
 
-def test_thresholds_lie_beside_the_weights_that_were_evaluated(script, tmp_path):
+def test_thresholds_are_saved_next_to_the_evaluated_weights(script, tmp_path):
     assert script().status == 0
     (tmp_path / "shared").mkdir()
     (tmp_path / "output" / "model_final.pth").rename(tmp_path / "shared" / "w.pth")
     before = (tmp_path / "output" / THRESHOLD_FILE).read_text()
-    (tmp_path / "output" / THRESHOLD_FILE).write_text("of the training")
+    (tmp_path / "output" / THRESHOLD_FILE).write_text("unchanged")
     assert script("--eval-only", "MODEL.WEIGHTS", "shared/w.pth").status == 0
-    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() == "of the training"
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() == "unchanged"
     assert (tmp_path / "shared" / THRESHOLD_FILE).read_text() == before
-    assert script("--eval-only").status == 0  # weights from nowhere
-    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() != "of the training"
+    assert script("--eval-only").status == 0  # without weights
+    assert (tmp_path / "output" / THRESHOLD_FILE).read_text() != "unchanged"
 
 
 def test_thresholds_are_not_measured_on_lvis(fcos_cfg, monkeypatch):
     monkeypatch.setattr("fcos_d2.evaluation.evaluators.LVISEvaluator", lambda *a, **k: "LVIS")
-    fcos_cfg.DATASETS.TEST = (named_data("lvis"),)
+    fcos_cfg.DATASETS.TEST = (register_empty("lvis"),)
     assert Trainer.build_evaluator(fcos_cfg, fcos_cfg.DATASETS.TEST[0]) == "LVIS"

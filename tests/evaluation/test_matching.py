@@ -1,4 +1,4 @@
-"""Detections against ground truth, by hand and beside detectron2's own evaluator."""
+"""Tests matching and AP by hand and against detectron2's evaluator."""
 
 import json
 import math
@@ -23,12 +23,12 @@ def objects(boxes, classes, scores=None, crowd=None) -> Objects:
 A, B, FAR = [0, 0, 20, 20], [40, 40, 80, 90], [100, 100, 120, 120]
 
 
-def test_every_object_is_found_once_by_the_best_score():
+def test_object_matches_only_the_detection_with_the_best_score():
     truth = objects([A, B], [0, 1])
     found = objects([A, A, B, FAR], [0, 0, 1, 0], [0.6, 0.9, 0.8, 0.7])
     evaluation = evaluate_boxes([truth], [found], 2)
     (image,) = evaluation.images
-    assert image.found.tolist() == [-1, 0, 1, -1]
+    assert image.matched.tolist() == [-1, 0, 1, -1]
     assert not image.ignored.any() and not image.missed.any()
     curve = evaluation.curves[0]
     assert curve.scores.tolist() == [0.9, 0.7, 0.6]
@@ -36,15 +36,15 @@ def test_every_object_is_found_once_by_the_best_score():
     assert evaluation.average() == pytest.approx(100)
 
 
-def test_places_count_within_their_image_and_empty_images_are_fine():
+def test_indices_are_those_within_the_image():
     truth = [objects([], []), objects([FAR, A], [1, 1]), objects([B], [0])]
     found = [objects([A], [0], [0.5]), objects([A], [1], [0.9]), objects([], [], [])]
     images = evaluate_boxes(truth, found, 2).images
-    assert [image.found.tolist() for image in images] == [[-1], [1], []]
+    assert [image.matched.tolist() for image in images] == [[-1], [1], []]
     assert [image.missed.tolist() for image in images] == [[], [True, False], [True]]
 
 
-def test_detections_in_a_crowd_are_left_out_and_a_crowd_is_never_missed():
+def test_detections_in_a_crowd_are_ignored_and_a_crowd_is_never_missed():
     truth = objects([A, B], [0, 0], crowd=[False, True])
     found = objects([A, [42, 42, 60, 60], FAR], [0, 0, 0], [0.9, 0.8, 0.7])
     evaluation = evaluate_boxes([truth], [found], 1)
@@ -53,19 +53,20 @@ def test_detections_in_a_crowd_are_left_out_and_a_crowd_is_never_missed():
     assert not evaluate_boxes([truth], [objects([], [], [])], 1).images[0].missed[1]
 
 
-def test_class_without_objects_has_no_average():
+def test_ap_of_a_class_without_objects_is_nan():
     evaluation = evaluate_boxes([objects([A], [0])], [objects([A], [1], [0.9])], 3)
     assert evaluation.average(class_=0) == 0
     assert math.isnan(evaluation.average(class_=2))
     assert evaluation.average() == 0
 
 
-def test_other_numbers_of_images_are_refused():
-    with pytest.raises(ValueError, match="as many images, got 1 of truth and 0"):
-        evaluate_boxes([objects([A], [0])], [], 1)
+@pytest.mark.parametrize("function", [evaluate_boxes, match_boxes])
+def test_different_numbers_of_images_are_refused(function):
+    with pytest.raises(ValueError, match="the same number of images, got 1 and 0"):
+        function([objects([A], [0])], [], 1)
 
 
-def test_ground_truth_of_a_record_has_corners_and_crowds():
+def test_ground_truth_converts_boxes_and_crowds():
     annotations = [
         {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2, "iscrowd": 1},
         {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0},
@@ -78,7 +79,7 @@ def test_ground_truth_of_a_record_has_corners_and_crowds():
 
 @pytest.fixture
 def random_data(tmp_path):
-    """Twelve images of random objects under the name "random_boxes", and random detections."""
+    """Registers twelve images of random objects; returns their records and random detections."""
     rng = np.random.default_rng(0)
     truth, found = {}, []
     for number in range(12):
@@ -98,16 +99,14 @@ def random_data(tmp_path):
     return DatasetCatalog.get("random_boxes"), found
 
 
-def test_matches_alone_are_those_of_the_evaluation(random_data):
+def test_match_boxes_returns_the_matches_of_the_evaluation(random_data):
     records, found = random_data
     truth = [ground_truth(record) for record in records]
-    alone, evaluation = match_boxes(truth, found, 3), evaluate_boxes(truth, found, 3)
-    np.testing.assert_equal(alone, (evaluation.images, evaluation.curves))
-    with pytest.raises(ValueError, match="as many images"):
-        match_boxes(truth, found[1:], 3)
+    matches, evaluation = match_boxes(truth, found, 3), evaluate_boxes(truth, found, 3)
+    np.testing.assert_equal(matches, (evaluation.images, evaluation.curves))
 
 
-def test_averages_are_those_of_detectron2(random_data, tmp_path):
+def test_ap_matches_detectron2(random_data, tmp_path):
     records, found = random_data
     ours = evaluate_boxes([ground_truth(record) for record in records], found, 3)
     theirs = COCOEvaluator("random_boxes", ("bbox",), output_dir=str(tmp_path), use_fast_impl=False)
@@ -123,14 +122,14 @@ def test_averages_are_those_of_detectron2(random_data, tmp_path):
         assert ours.average(**options) == pytest.approx(expected[name], abs=1e-6), name
 
 
-def test_more_than_100_objects_of_an_image_count_beside_the_ap_of_coco():
-    """300 discs, all found: COCO's AP takes the best 100 detections of a class alone."""
+def test_average_of_all_counts_more_than_100_detections():
+    """All of 300 objects are detected, but COCO's AP counts only the best 100 of a class."""
     corners = np.stack(np.meshgrid(np.arange(20), np.arange(15)), axis=-1).reshape(-1, 2) * 10.0
     boxes = np.concatenate((corners, corners + 8), axis=1)
     truth = [objects(boxes, [0] * 300)]
     found = [objects(boxes, [0] * 300, np.linspace(0.9, 0.1, 300))]
     evaluation = evaluate_boxes(truth, found, 1)
     assert evaluation.average() == pytest.approx(100 / 3, abs=1)
-    assert evaluation.average_of_all() == pytest.approx(100) and evaluation.most == 300
+    assert evaluation.average_of_all() == pytest.approx(100) and evaluation.max_detections == 300
     assert evaluation.curves[0].correct.sum() == 300 and not evaluation.images[0].missed.any()
     assert match_boxes(truth, found, 1).curves[0].correct.sum() == 300

@@ -1,4 +1,4 @@
-"""The page of an evaluation: mistakes are the right ones, and all that it shows lies beside it."""
+"""Tests the HTML report of an evaluation."""
 
 import html
 import re
@@ -41,7 +41,7 @@ def mistakes(truth, found):
     )
 
 
-def test_false_positives_are_told_apart_and_the_surest_come_first():
+def test_false_positives_have_kinds_and_are_sorted_by_score():
     found = detections((A, 0, 0.9), (NEAR_A, 0, 0.6), (POOR_A, 0, 0.5), (B, 0, 0.8), (FAR, 1, 0.7))
     false, missed = mistakes([(A, 0), (B, 1)], found)
     assert [(m.score, m.kind) for m in false] == [
@@ -50,12 +50,12 @@ def test_false_positives_are_told_apart_and_the_surest_come_first():
         (0.6, "duplicate"),
         (0.5, "poor box"),
     ]
-    assert false[0].detail == f"it is {NAMES[1]}" and false[3].detail == "IoU 0.33"
+    assert false[0].detail == f"the object is {NAMES[1]}" and false[3].detail == "IoU 0.33"
     (miss,) = missed
-    assert miss.kind == "wrong class" and miss.detail == "found as disc 0.80"
+    assert miss.kind == "wrong class" and miss.detail == "detected as disc 0.80"
 
 
-def test_false_negatives_are_told_apart_and_the_largest_come_first():
+def test_false_negatives_have_kinds_and_are_sorted_by_area():
     truth = [ground_truth(record("", (FAR, 2), (A, 0), (B, 1)))]
     found = [detections((POOR_A, 0, 0.4), (B, 1, 0.2))]
     kept = [detections()]
@@ -63,20 +63,20 @@ def test_false_negatives_are_told_apart_and_the_largest_come_first():
     missed = false_negatives(truth, kept, found, matches, NAMES)
     assert [(m.kind, m.detail) for m in missed] == [
         ("poor box", "IoU 0.33"),
-        ("low score", "found with 0.20"),
-        ("not found", "nothing of its class there"),
+        ("low score", "score 0.20"),
+        ("missed", "no detection of this class"),
     ]
     assert all(m.score is None for m in missed)
 
 
-def test_iou_by_hand():
-    overlaps = box_ious(np.array([0, 0, 2, 2]), [[0, 0, 2, 2], [1, 0, 3, 2], [5, 5, 6, 6]])
-    assert overlaps == pytest.approx([1, 1 / 3, 0])
+def test_box_ious_by_hand():
+    ious = box_ious(np.array([0, 0, 2, 2]), [[0, 0, 2, 2], [1, 0, 3, 2], [5, 5, 6, 6]])
+    assert ious == pytest.approx([1, 1 / 3, 0])
     assert box_ious(np.array([1, 1, 1, 1]), [[1, 1, 1, 1]]) == [0]
 
 
 class Page(NamedTuple):
-    """A page, the files that it shows, and the classes of its figures."""
+    """The text of a page, the images in it, and the classes of its figures."""
 
     text: str
     sources: list[str]
@@ -105,7 +105,7 @@ def page(tmp_path):
     return write
 
 
-def test_page_shows_files_of_its_own_folder_alone(page, tmp_path):
+def test_page_uses_only_files_of_its_folder(page, tmp_path):
     shown = page()
     assert len(shown.sources) > 3
     for source in shown.sources:
@@ -115,27 +115,26 @@ def test_page_shows_files_of_its_own_folder_alone(page, tmp_path):
     assert set(shown.classes) == {"disc", NAMES[1]}
 
 
-def test_names_are_text_and_not_markup(page):
+def test_names_are_escaped(page):
     text = page().text
     assert "<co>" not in text and "box &amp; &lt;co&gt;" in text and "R &amp; D" in text
     assert "&lt;0&gt;.png" in text
 
 
-def test_page_shows_as_many_mistakes_as_asked_for_and_no_old_ones(page, tmp_path):
+def test_number_of_mistakes_is_limited_and_old_images_are_deleted(page, tmp_path):
     many = page()
-    few = page(most=1)
+    few = page(max_mistakes=1)
     images = list(Path(tmp_path, "report", "images").iterdir())
     assert len(many.classes) > len(few.classes) == 2 == len(images)
 
 
-def test_close_up_shows_the_mistake_in_red_and_objects_in_white(page, tmp_path):
+@pytest.mark.parametrize("kind", ["positives", "negatives"])
+def test_mistake_is_drawn_in_red(page, tmp_path, kind):
     page()
-    picture = np.asarray(Image.open(tmp_path / "report/images/false_positives_000.jpg")).astype(int)
-    assert ((picture - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
-    missed = np.asarray(Image.open(tmp_path / "report/images/false_negatives_000.jpg")).astype(int)
-    assert ((missed - (213, 0, 0)).__abs__().sum(-1) < 60).sum() > 50
+    image = np.asarray(Image.open(tmp_path / f"report/images/false_{kind}_000.jpg")).astype(int)
+    assert (abs(image - (213, 0, 0)).sum(-1) < 60).sum() > 50
 
 
-def test_model_that_finds_nothing_has_a_page_too(page):
+def test_page_without_detections_lists_all_objects_as_missed(page):
     shown = page([detections()] * 3)
-    assert "not found 3" in shown.text and "0 in all" in shown.text
+    assert "missed 3" in shown.text and "0 in all" in shown.text

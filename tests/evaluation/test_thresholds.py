@@ -1,4 +1,4 @@
-"""Score thresholds: where F1 is best, by hand, and from an evaluation to the file."""
+"""Tests score thresholds and their file."""
 
 import json
 
@@ -26,17 +26,17 @@ def curve(scores, correct, num_objects) -> Curve:
     return Curve(np.array(scores, float), np.array(correct, bool), num_objects)
 
 
-def test_best_cut_by_hand():
+def test_best_threshold_by_hand():
     # F1 after 1, 2, 3, 4 detections: 2/4, 4/5, 4/6, 6/7 of 3 objects.
     found = best_threshold(curve([0.9, 0.7, 0.6, 0.3], [1, 1, 0, 1], 3))
     assert found.score == 0.3 and found.f1 == pytest.approx(6 / 7)
     assert found.precision == pytest.approx(3 / 4) and found.recall == 1
-    # Of equal F1 the higher score is taken.
+    # The higher of two thresholds with equal F1 is chosen.
     assert best_threshold(curve([0.9, 0.6, 0.5, 0.4, 0.2], [1, 0, 0, 0, 1], 3)).score == 0.9
 
 
 def test_equal_scores_are_kept_or_dropped_together():
-    # Between the two of 0.6 a cut would reach F1 1, but no score is there to cut at.
+    # F1 would be 1 if only the first detection with score 0.6 were kept.
     found = best_threshold(curve([0.9, 0.6, 0.6], [1, 1, 0], 2))
     assert found.score == 0.6 and found.f1 == pytest.approx(4 / 5)
 
@@ -44,7 +44,7 @@ def test_equal_scores_are_kept_or_dropped_together():
 @pytest.mark.parametrize(
     "case", [curve([], [], 0), curve([], [], 4), curve([0.9], [0], 0), curve([0.9], [0], 2)]
 )
-def test_class_without_objects_or_hits_keeps_the_default(case):
+def test_class_without_objects_or_matches_has_the_default(case):
     assert best_threshold(case) == Threshold(0.5, 0.0, 0.0, 0.0)
 
 
@@ -52,7 +52,7 @@ def test_class_without_objects_or_hits_keeps_the_default(case):
     st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.7]), st.booleans()), max_size=12),
     st.integers(0, 3),
 )
-def test_no_other_score_is_better(detections, missed):
+def test_no_other_threshold_is_better(detections, missed):
     detections = sorted(detections, key=lambda d: -d[0])
     hits = sum(correct for _, correct in detections)
     case = curve([d[0] for d in detections], [d[1] for d in detections], hits + missed)
@@ -62,21 +62,21 @@ def test_no_other_score_is_better(detections, missed):
     assert best.f1 == pytest.approx(max(reached))
 
 
-def test_thresholds_of_their_own_raise_f1_over_a_fixed_half():
-    sure = curve([0.95, 0.9, 0.8, 0.7], [1, 1, 0, 0], 2)  # 0.5 lets in two mistakes
-    shy = curve([0.4, 0.35, 0.3, 0.1], [1, 1, 1, 0], 3)  # 0.5 leaves nothing
-    best = [best_threshold(sure), best_threshold(shy)]
+def test_thresholds_per_class_improve_f1():
+    high = curve([0.95, 0.9, 0.8, 0.7], [1, 1, 0, 0], 2)  # two false positives above 0.5
+    low = curve([0.4, 0.35, 0.3, 0.1], [1, 1, 1, 0], 3)  # no detections above 0.5
+    best = [best_threshold(high), best_threshold(low)]
     assert [t.score for t in best] == [0.9, 0.3]
-    assert f1_score([sure, shy], [t.score for t in best]) == 1
-    assert f1_score([sure, shy], [0.5, 0.5]) == pytest.approx((2 * 2 / 6 + 0) / 2)
+    assert f1_score([high, low], [t.score for t in best]) == 1
+    assert f1_score([high, low], [0.5, 0.5]) == pytest.approx((2 * 2 / 6 + 0) / 2)
 
 
-def test_f1_leaves_out_classes_without_objects():
+def test_f1_ignores_classes_without_objects():
     assert f1_score([curve([0.9], [1], 1), curve([0.9], [0], 0)], [0.5, 0.5]) == 1
     assert f1_score([], []) == 0
 
 
-def test_file_brings_back_names_and_scores(tmp_path):
+def test_file_round_trip_preserves_names_and_scores(tmp_path):
     path = tmp_path / "new" / THRESHOLD_FILE
     write_thresholds(path, ["a", "b"], [Threshold(0.25, 1, 1, 1), Threshold(1 / 3, 0, 0, 0)], "x")
     assert read_thresholds(path) == (["a", "b"], [0.25, 1 / 3])
@@ -86,8 +86,8 @@ def test_file_brings_back_names_and_scores(tmp_path):
         read_thresholds(path)
 
 
-def test_evaluator_measures_and_writes(coco, tmp_path):
-    """Three images of one box each; the second is found with low score, and one is imagined."""
+def test_evaluator_measures_and_writes_thresholds(coco, tmp_path):
+    """Three images have a box each; that of the second has a low score, that of the third none."""
     name = coco.register()
     evaluator = ThresholdEvaluator(name, str(tmp_path / "out"))
     evaluator.reset()
@@ -109,7 +109,7 @@ def test_evaluator_measures_and_writes(coco, tmp_path):
     assert names == ["disc", "box"] and scores == pytest.approx([0.3, 0.9])
 
 
-def test_proposals_and_data_without_annotations_have_no_thresholds(coco, tmp_path):
+def test_thresholds_need_detections_and_annotations(coco, tmp_path):
     evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
     evaluator.process([{"image_id": 1}], [{"proposals": Instances((40, 60))}])
     assert evaluator.evaluate() == {}
@@ -118,7 +118,7 @@ def test_proposals_and_data_without_annotations_have_no_thresholds(coco, tmp_pat
     assert evaluator.evaluate() == {} and not (tmp_path / THRESHOLD_FILE).exists()
 
 
-def test_evaluator_measures_more_than_100_detections_of_an_image(coco, tmp_path):
+def test_evaluator_reports_the_ap_of_more_than_100_detections(coco, tmp_path):
     evaluator = ThresholdEvaluator(coco.register(), str(tmp_path))
     evaluator.reset()
     boxes = torch.tensor([[5.0, 6, 25, 16]]).repeat(120, 1)
