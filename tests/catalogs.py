@@ -1,6 +1,6 @@
 """Helpers for tests that register datasets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,6 +14,13 @@ def restore_catalogs():
     for catalog, names in before:
         for name in set(catalog) - names:
             del catalog[name]
+
+
+def register_function(function: Callable, name: str = "custom", **metadata) -> str:
+    """Registers a dataset function with metadata, and returns the name."""
+    DatasetCatalog.register(name, function)
+    MetadataCatalog.get(name).set(**metadata)
+    return name
 
 
 def coco_content(

@@ -110,12 +110,8 @@ def _is_map(value: object) -> bool:
     )
 
 
-PATHS = (_are_paths, "a path or a list of paths")
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "json": PATHS,
-    "cvat": PATHS,
-    "yolo": PATHS,
-    "images": PATHS,
+    **dict.fromkeys(["json", "cvat", "yolo", "images"], (_are_paths, "a path or a list of paths")),
     "voc": (_are_voc_folders, "a folder or {xml: folder, images: folder}"),
     "part": (_is_part, "two fractions such as [0, 0.8], or a file with image names"),
     "classes": (_are_names, "a list of unique names"),

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from fcos_d2.data import check_class_order, check_num_classes, load_dataset, prepare
 from fcos_d2.data.inspection import clean, inspect_dataset
 from fcos_d2.errors import InputError
+from tests.catalogs import register_function
 
 
 def message(function, *arguments, **options):
@@ -23,13 +24,6 @@ def message(function, *arguments, **options):
     text = str(caught.value)
     assert "\n" not in text
     return text
-
-
-def custom(function, name="custom_train", **metadata) -> str:
-    """Registers a dataset function."""
-    DatasetCatalog.register(name, function)
-    MetadataCatalog.get(name).set(**metadata)
-    return name
 
 
 def test_valid_dataset_loads_the_same_records_as_detectron2(coco):
@@ -58,11 +52,11 @@ def test_masks_are_dropped_from_copies_of_the_records():
     box = {"bbox": [0, 0, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     masked = {**box, "segmentation": [[0.0, 0, 5, 0, 5, 5]]}
     records = [{"file_name": "", "annotations": [masked, box]}]
-    name = custom(lambda: records, thing_classes=["disc"])
+    name = register_function(lambda: records, thing_classes=["disc"])
     assert load_dataset(name, masks=True) == records
     assert load_dataset(name) == [{"file_name": "", "annotations": [box, box]}]
     assert records[0]["annotations"][0] is masked and "segmentation" in masked
-    unlabeled = custom(lambda: [{"file_name": ""}], "unlabeled")
+    unlabeled = register_function(lambda: [{"file_name": ""}], "unlabeled")
     assert load_dataset(unlabeled) == [{"file_name": ""}]
 
 
@@ -193,8 +187,10 @@ def test_datasets_with_different_classes_are_rejected(coco, registered_digits):
 
 def test_boxes_may_be_arrays_and_annotations_are_optional():
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    assert len(load_dataset(custom(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
-    assert len(load_dataset(custom(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
+    assert (
+        len(load_dataset(register_function(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
+    )
+    assert len(load_dataset(register_function(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -202,7 +198,7 @@ def test_missing_annotations_become_an_empty_list(place):
     box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     records = [{"image_id": 1, "annotations": [box]}]
     records.insert(place, {"image_id": 2})
-    name = custom(lambda: records, thing_classes=["disc"])
+    name = register_function(lambda: records, thing_classes=["disc"])
     loaded = load_dataset(name, filter_empty=False)
     assert loaded[place] == {"image_id": 2, "annotations": []} and len(loaded) == 2
     assert [record["image_id"] for record in load_dataset(name)] == [1]
@@ -214,12 +210,12 @@ def test_iterable_dataset_is_returned_unchanged():
         def __iter__(self):
             raise AssertionError("load_dataset must not iterate over it")
 
-    assert isinstance(load_dataset(custom(Endless, thing_classes=["disc"])), Endless)
+    assert isinstance(load_dataset(register_function(Endless, thing_classes=["disc"])), Endless)
 
 
 def test_os_error_in_a_registered_function_is_reported():
-    text = message(load_dataset, custom(Path("/no/such/labels.txt").read_text))
-    assert "dataset 'custom_train': " in text and "/no/such/labels.txt" in text
+    text = message(load_dataset, register_function(Path("/no/such/labels.txt").read_text))
+    assert "dataset 'custom': " in text and "/no/such/labels.txt" in text
 
 
 def test_wrong_number_of_classes_is_reported_with_the_key_and_value_to_set(coco, registered_digits):
@@ -237,7 +233,7 @@ def test_wrong_number_of_classes_is_reported_with_the_key_and_value_to_set(coco,
 @pytest.mark.parametrize("classes", [["disc", "disc"], ["disc", " "]])
 def test_duplicate_and_empty_class_names_are_rejected(classes):
     records = [{"file_name": "", "annotations": []}]
-    text = message(load_dataset, custom(lambda: records, thing_classes=classes), False)
+    text = message(load_dataset, register_function(lambda: records, thing_classes=classes), False)
     assert f"classes are named {classes[1]!r}" in text
 
 

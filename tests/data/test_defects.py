@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
@@ -15,6 +15,7 @@ from fcos_d2.data.defects import DEFECTS, is_written_as_corners
 from fcos_d2.data.inspection import clean, inspect_dataset
 from fcos_d2.data.records import why_nothing_is_learned
 from fcos_d2.errors import InputError
+from tests.catalogs import register_function
 
 BOX = [5, 6, 20, 10]  # of every annotation in CocoData
 
@@ -325,14 +326,11 @@ VALID = {"bbox": [5, 6, 25, 16], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0
 def test_invalid_record_is_reported_with_image_and_index(coco, change):
     record = {"file_name": str(coco.folder / "1.png"), "width": 60, "height": 40}
     record["annotations"] = [VALID, {**VALID, **change}]
-    DatasetCatalog.register("own", lambda: [record])
-    MetadataCatalog.get("own").thing_classes = ["disc", "box"]
-    expected = (
-        "dataset 'own': annotation 1 of image .*1.png: bbox must be four finite numbers .*got"
-    )
+    name = register_function(lambda: [record], thing_classes=["disc", "box"])
+    expected = "'custom': annotation 1 of image .*1.png: bbox must be four finite numbers .*got"
     with pytest.raises(InputError, match=expected):
-        load_dataset("own")
-    found = inspect_dataset("own")
+        load_dataset(name)
+    found = inspect_dataset(name)
     assert len(found.problems) == 1 and found.records[0]["annotations"] == [VALID]
     assert list(clean([found], [found])) == []
 

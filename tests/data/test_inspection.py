@@ -1,12 +1,12 @@
 """Tests checks of whole datasets."""
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from torch.utils.data import IterableDataset
 
 from fcos_d2.data.inspection import describe_contents, inspect_dataset
 from fcos_d2.errors import InputError
+from tests.catalogs import register_function
 
 OBJECT = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
 
@@ -35,13 +35,6 @@ def test_contents_are_counted(coco):
     assert len(contents.notes) == 5 and set(contents.notes.values()) == {1}
 
 
-def register_in_python(load) -> str:
-    name = "python_train"
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).thing_classes = ["disc"]
-    return name
-
-
 @pytest.mark.parametrize("read_images", [True, False])
 def test_missing_size_is_read_from_the_image(coco, read_images):
     far = {**OBJECT, "bbox": [1, 2, 62, 9]}
@@ -49,7 +42,8 @@ def test_missing_size_is_read_from_the_image(coco, read_images):
         {"file_name": str(coco.folder / "1.png"), "annotations": [OBJECT, far]},
         {"file_name": str(coco.folder / "none.png"), "annotations": []},
     ]
-    found = inspect_dataset(register_in_python(lambda: records), read_images)
+    name = register_function(lambda: records, thing_classes=["disc"])
+    found = inspect_dataset(name, read_images)
     (record,) = found.records
     assert (record["width"], record["height"]) == (60, 40)
     assert describe_contents(found).notes == {"boxes that exceed their image": 1}
@@ -63,7 +57,7 @@ def test_iterable_dataset_is_rejected():
             raise AssertionError("inspect_dataset must not iterate over it")
 
     with pytest.raises(InputError, match=r"dataset \(Endless\), .* register a list of dicts"):
-        inspect_dataset(register_in_python(Endless))
+        inspect_dataset(register_function(Endless))
 
 
 @pytest.mark.parametrize("error", ["", "x"])

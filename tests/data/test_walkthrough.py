@@ -1,6 +1,5 @@
 """Runs the commands of docs/custom_data.md in this process, with fewer images and iterations."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -17,25 +16,14 @@ import train_net
 from fcos_d2.commands import predict
 from fcos_d2.data.digits import __main__ as make_digits
 from fcos_d2.engine import run_script
+from tests.tools import ROOT, load_script
 
-ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "custom_data.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "VIS_PERIOD", "0"]
 SHORT += ["TEST.EVAL_PERIOD", "0", "MODEL.FCOS.INFERENCE_TH_TEST", "0.01"]
 STATUSES = [0, 0, 1, 1, 0, 0, 0, 0, 1]  # exit status of each command
-
-
-def tool(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def train(words: list[str]) -> int:
-    return run_script(train_net.main, default_argument_parser().parse_args(words))
 
 
 def execute(words: list[str]) -> int:
@@ -46,7 +34,9 @@ def execute(words: list[str]) -> int:
         return subprocess.run(words, check=False).returncode
     if words[1:3] == ["-m", "fcos_d2.data.digits"]:
         return make_digits.main(words[3:])
-    return train(words[2:]) if words[1] == "train_net.py" else tool(words[1]).main(words[2:])
+    if words[1] == "train_net.py":
+        return run_script(train_net.main, default_argument_parser().parse_args(words[2:]))
+    return load_script(words[1]).main(words[2:])
 
 
 @pytest.fixture

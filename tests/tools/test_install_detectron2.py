@@ -1,7 +1,6 @@
 """Tests tools/install_detectron2.py."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import zipfile
@@ -10,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "install_detectron2.py"
+from . import load_script
+
 MODEL_ZOO = """
 import pkg_resources
 cfg_file = pkg_resources.resource_filename(
@@ -20,16 +20,9 @@ cfg_file = pkg_resources.resource_filename(
 EDITED = 'cfg_file = os.path.join(os.path.dirname(__file__), "configs", config_path)'
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tool() -> ModuleType:
-    return load(TOOL)
+    return load_script("tools/install_detectron2.py")
 
 
 def write(file: Path, text: str) -> Path:
@@ -55,7 +48,7 @@ def test_required_edit_without_a_match_is_an_error(tool, tmp_path):
 
 
 def test_missing_operator_raises_with_alternatives(tool, tmp_path):
-    operators = load(write(tmp_path / "_C.py", tool.COMPILED_OPERATORS))
+    operators = load_script(write(tmp_path / "_C.py", tool.COMPILED_OPERATORS))
     with pytest.raises(ImportError, match=r"detectron2\._C\.box_iou_rotated is not part .* source"):
         operators.box_iou_rotated  # noqa: B018
     # detectron2's collect_env calls these.

@@ -1,12 +1,10 @@
 """Tests that MODEL_ZOO.md is up to date, and that models have their published sizes."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from . import ROOT, load_script
 
 # Config -> number of parameters, counted with the authors' code, minus known differences.
 PUBLISHED = {
@@ -56,14 +54,7 @@ PUBLISHED["mmdetection/fcos_R_50_FPN_1x"] = 32_295_322 - R_50_NORMS + TOWER_BIAS
 PUBLISHED["mmdetection/fcos_tricks_R_50_FPN_1x"] = 32_297_370 - R_50_NORMS
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("model_zoo", ROOT / "tools" / "model_zoo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-model_zoo = load_tool()
+model_zoo = load_script("tools/model_zoo.py")
 
 
 @pytest.fixture(scope="module")

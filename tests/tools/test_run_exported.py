@@ -1,14 +1,13 @@
 """Tests tools/run_exported.py with a detector that always returns one box."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).parents[2] / "tools" / "run_exported.py"
+from . import load_script
+
 METADATA = {"channels": "RGB", "min_size": 20, "max_size": 100, "classes": ["disc"]}
 ORIENTATION, ROTATED = 274, 6  # an EXIF tag, and its value for a rotation by 90 degrees
 
@@ -16,9 +15,7 @@ ORIENTATION, ROTATED = 274, 6  # an EXIF tag, and its value for a rotation by 90
 @pytest.fixture
 def tool(monkeypatch):
     """Loads the script with a detector whose box is the upper half of its input."""
-    spec = importlib.util.spec_from_file_location("run_exported", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("tools/run_exported.py")
 
     def detect(images):
         height, width = images.shape[2:]

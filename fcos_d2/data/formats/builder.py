@@ -80,12 +80,7 @@ class Builder:
         self._objects.append({"image_id": image, "broken": problem, "place": place})
 
     def add_shape(
-        self,
-        image: int,
-        label: object,
-        shape: object,
-        to_box: Callable[[object], Shape],
-        place: str,
+        self, image: int, label: object, shape: object, to_box: Callable[..., Shape], place: str
     ) -> None:
         """Adds an object with the box, or box and polygon, that ``to_box`` returns for a shape."""
         try:

@@ -140,13 +140,7 @@ def _drop_supercategories(categories: object) -> list[str]:
 
 
 def _find_image_folder(parent: Path, folder: Path, names: Sequence[str]) -> str:
-    """Returns the folder to which names are relative, or by default an images folder.
-
-    Args:
-        parent: folder of the annotation file.
-        folder: folder to search, and the last default.
-        names: image names in the annotation file.
-    """
+    """Returns the folder to which ``names`` are relative, or by default an images folder."""
     usual = [parent / "images", folder / "images"]
     near = [path for path in sorted(folder.rglob("*")) if path.is_dir()][:200]
     candidates = [path for path in (parent, *usual, *near, folder) if path.is_dir()]

@@ -47,23 +47,20 @@ def to_coco(content: object, image_root: str = "") -> dict | None:
 
 def detect_format(content: object) -> str:
     """Returns the name of the format of a JSON file, or a description of its content."""
-    first = content[0] if isinstance(content, list) and content else None
-    if isinstance(content, dict):
+    is_list = isinstance(content, list) and len(content) > 0
+    entry = content[0] if is_list else content
+    if not isinstance(entry, dict):
+        return f"JSON of type {type(content).__name__}, in an unknown format"
+    if not is_list:
         values = next((v for v in content.values() if isinstance(v, dict)), {})
         if "_via_img_metadata" in content or {"filename", "regions"} <= values.keys():
             return "VIA"
-        for keys, name in DICTS:
-            if keys <= content.keys():
-                return name
-        keys = ", ".join(map(str, list(content)[:5]))
-        return f"JSON with the keys {format_value(keys) or 'none'}, in an unknown format"
-    if isinstance(first, dict):
-        for keys, name in LISTS:
-            if keys <= first.keys():
-                return name
-        keys = ", ".join(map(str, list(first)[:5]))
-        return f"a JSON list of objects with the keys {format_value(keys)}, in an unknown format"
-    return f"JSON of type {type(content).__name__}, in an unknown format"
+    for keys, name in LISTS if is_list else DICTS:
+        if keys <= entry.keys():
+            return name
+    keys = format_value(", ".join(map(str, list(entry)[:5]))) or "none"
+    what = "a JSON list of objects" if is_list else "JSON"
+    return f"{what} with the keys {keys}, in an unknown format"
 
 
 # Keys -> format; the first row whose keys all exist decides.

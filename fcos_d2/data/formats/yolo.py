@@ -7,6 +7,7 @@ or the points of a polygon, relative to the size of the image.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,40 +146,42 @@ def _add_image(
     for index, line in enumerate(read_text(labels).splitlines(), 1):
         if words := line.split():
             place = f"in line {index} of {labels.name}"
-            _add_object(builder, number, words, names, (width, height), place, has_keypoints)
+            try:
+                label, box, polygon = _parse_object(words, names, (width, height), has_keypoints)
+            except ValueError as error:
+                builder.add_broken_object(number, str(error), place)
+            else:
+                builder.add_object(number, label, box, place, polygon=polygon)
     return True
 
 
-def _add_object(
-    builder: Builder,
-    image: int,
-    words: list[str],
-    names: list[str],
-    size: tuple[int, int],
-    place: str,
-    has_keypoints: bool,
-) -> None:
+def _parse_object(
+    words: list[str], names: list[str], size: tuple[int, int], has_keypoints: bool
+) -> tuple[str, list[float], list[float] | None]:
+    """Returns class name, box [x, y, width, height] and polygon, if any, of a line.
+
+    Raises:
+        ValueError: the line is invalid; the message is for the user.
+    """
+    text = format_value(" ".join(words))
     try:
-        class_, *values = (float(word) for word in words)
-        if class_ != int(class_) or max(map(abs, values)) != max(map(abs, values)):
-            raise ValueError
+        number, *values = map(float, words)
+        is_valid = number == int(number) and all(map(math.isfinite, values))
     except (ValueError, OverflowError):
-        text = format_value(" ".join(words))
-        builder.add_broken_object(image, f"{text} is not a class number and coordinates", place)
-        return
-    label = names[int(class_)] if 0 <= class_ < len(names) else None
-    if label is None:
-        problem = f"class {words[0]} is out of range for {len(names)} classes, starting at 0"
-        builder.add_broken_object(image, problem, place)
-    elif len(values) < 4 or max(map(abs, values)) > MAX_FRACTION:
-        text = format_value(" ".join(words))
-        problem = f"{text} is not a class, x, y, width and height relative to the image, 0 to 1"
-        builder.add_broken_object(image, problem, place)
-    elif len(values) < 6 or has_keypoints:  # a box, and possibly a score
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{text} is not a class number and coordinates")
+    if not 0 <= number < len(names):
+        raise ValueError(
+            f"class {words[0]} is out of range for {len(names)} classes, starting at 0"
+        )
+    if len(values) < 4 or max(map(abs, values)) > MAX_FRACTION:
+        raise ValueError(
+            f"{text} is not a class, x, y, width and height relative to the image, 0 to 1"
+        )
+    label = names[int(number)]
+    if len(values) < 6 or has_keypoints:  # a box, and possibly a score
         x, y, w, h = values[:4]
-        box = [(x - w / 2) * size[0], (y - h / 2) * size[1], w * size[0], h * size[1]]
-        builder.add_object(image, label, box, place)
-    else:
-        polygon = [value * size[i % 2] for i, value in enumerate(values[: len(values) // 2 * 2])]
-        pairs = zip(polygon[::2], polygon[1::2], strict=True)
-        builder.add_object(image, label, enclosing_box(pairs), place, polygon=polygon)
+        return label, [(x - w / 2) * size[0], (y - h / 2) * size[1], w * size[0], h * size[1]], None
+    polygon = [value * size[i % 2] for i, value in enumerate(values[: len(values) // 2 * 2])]
+    return label, enclosing_box(zip(polygon[::2], polygon[1::2], strict=True)), polygon
