@@ -1,1 +1,1 @@
-"""Boxes, assignments, heat maps and training curves as images."""
+"""Draws boxes, assignments, heat maps and training curves, without a display."""

@@ -1,7 +1,4 @@
-"""Curves: of a training run, from detectron2's metrics.json, and precision over recall.
-
-Nothing here opens a window, keeps state or needs a display.
-"""
+"""Plots the metrics of a training run (detectron2's metrics.json) and precision over recall."""
 
 from __future__ import annotations
 
@@ -17,31 +14,31 @@ from matplotlib.figure import Figure
 
 from ..errors import InputError
 
-LOSS_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MOST_CURVES = 6  # classes that are named; of more only the best and the worst
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MAX_NAMED = 6  # classes in the legend; of more classes, the three best and the three worst
 AP_COLORS = {"AP": "#0072b2", "AP50": "#56b4e9", "AP75": "#009e73"}
 
 
 class Series(NamedTuple):
-    """One scalar of a training run; iterations rise."""
+    """Values of a metric by ascending iteration."""
 
     iterations: np.ndarray  # int [n]
-    values: np.ndarray  # float [n], not finite where the run wrote that
+    values: np.ndarray  # float [n], which may be NaN or infinite
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
-    """Reads the ``metrics.json`` of a Detectron2 run: one JSON object per line.
+    """Reads the ``metrics.json`` of a Detectron2 training run: one JSON object per line.
 
-    A last line cut off by a crash is left out; of several values of one iteration the last counts.
+    Ignores a last line that a crash truncated, and all but the last value of an iteration.
 
     Raises:
-        InputError: it is not readable, holds no measurement, or a line before the last is broken.
+        InputError: the file cannot be read, has no metrics, or another line is invalid.
     """
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    measured: dict[str, dict[int, float]] = {}
+    metrics: dict[str, dict[int, float]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -54,17 +51,17 @@ def read_metrics(path: str | os.PathLike) -> dict[str, Series]:
             ) from error
         for name, value in row.items():
             if isinstance(value, (int, float)):
-                measured.setdefault(name, {})[iteration] = float(value)
-    if not measured:
-        raise InputError(f"{path} holds no measurement; train for more iterations first")
+                metrics.setdefault(name, {})[iteration] = float(value)
+    if not metrics:
+        raise InputError(f"{path} has no metrics; train for more iterations first")
     return {
-        name: Series(*map(np.array, zip(*sorted(points.items()), strict=True)))
-        for name, points in measured.items()
+        name: Series(*map(np.array, zip(*sorted(values.items()), strict=True)))
+        for name, values in metrics.items()
     }
 
 
 def ap_series(metrics: Mapping[str, Series]) -> dict[str, Series]:
-    """AP, AP50 and AP75 of boxes, those that are there, of the first dataset evaluated."""
+    """Returns the available ones of box AP, AP50 and AP75 of the first evaluated dataset."""
     prefix = next((name[:-2] for name in metrics if name.endswith("bbox/AP")), None)
     if prefix is None:
         return {}
@@ -72,11 +69,11 @@ def ap_series(metrics: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> None:
-    """Losses, learning rate and box AP over the iterations.
+    """Plots losses, learning rate and box AP over the iterations.
 
     Args:
-        metrics: from ``read_metrics``.
-        path: figure to write; its suffix (.png, .svg, .pdf) is the format.
+        metrics: metrics from ``read_metrics``.
+        path: figure to write, in the format of its suffix (.png, .svg, .pdf).
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 1))
@@ -84,7 +81,7 @@ def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> Non
     precision = figure.add_subplot(grid[:, 1])
     last = max((int(series.iterations[-1]) for series in metrics.values()), default=1)
     for axes in (loss, rate, precision):
-        _plain(axes)
+        _set_style(axes)
         axes.set_xlim(0, max(last, 1))
     _plot_losses(loss, metrics)
     loss.tick_params(labelbottom=False)
@@ -96,29 +93,29 @@ def plot_training(metrics: Mapping[str, Series], path: str | os.PathLike) -> Non
 def plot_precision_recall(
     precision: np.ndarray, class_names: Sequence[str], path: str | os.PathLike
 ) -> None:
-    """Precision over recall: the mean of all classes, and every class faintly behind it.
+    """Plots precision over recall for each class, and the mean.
 
-    The best and the worst few classes are named.
+    The legend has the ``MAX_NAMED`` best and worst classes.
 
     Args:
-        precision: [101, K] in 0 to 1, at recalls 0, 0.01 to 1; -1 for classes without an object.
-        class_names: K.
-        path: figure to write; its suffix is the format.
+        precision: [101, K] in [0, 1], at recalls 0, 0.01, ..., 1; -1 for classes without objects.
+        class_names: K names.
+        path: figure to write, in the format of its suffix.
     """
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    _plain(axes)
+    _set_style(axes)
     axes.set_title("Precision over recall, IoU 0.5", loc="left", fontsize=12, color="#222222")
     axes.set(xlim=(0, 1), ylim=(0, 1.01))
     axes.set_xlabel("recall", fontsize=9, color="#666666")
     recall = np.linspace(0, 1, len(precision))
     known = [k for k in range(len(class_names)) if precision[:, k].max(initial=-1) > -1]
     order = sorted(known, key=lambda k: precision[:, k].mean())
-    shown = order if len(order) <= MOST_CURVES else [*order[:3], *order[-3:]]
+    named = order if len(order) <= MAX_NAMED else [*order[:3], *order[-3:]]
     for k in known:
-        color = LOSS_COLORS[shown.index(k) % len(LOSS_COLORS)] if k in shown else "#cccccc"
+        color = COLORS[named.index(k)] if k in named else "#cccccc"
         axes.plot(recall, precision[:, k], color=color, linewidth=1.2, alpha=0.7)
-        if k in shown:
+        if k in named:
             axes.plot([], [], color=color, label=f"{class_names[k]} {precision[:, k].mean():.2f}")
     if known:
         mean = precision[:, known].mean(axis=1)
@@ -127,8 +124,8 @@ def plot_precision_recall(
     figure.savefig(path, dpi=150)
 
 
-def _plain(axes) -> None:
-    """No frame, a light grid, small gray numbers."""
+def _set_style(axes) -> None:
+    """Removes the frame, adds a light grid and small gray ticks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
@@ -140,7 +137,7 @@ def _plain(axes) -> None:
 def _plot_losses(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Training losses", loc="left", fontsize=12, color="#222222")
     names = sorted(name for name in metrics if name.startswith("loss"))
-    colors = {name: LOSS_COLORS[i % len(LOSS_COLORS)] for i, name in enumerate(names)}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     top = 0.0
     for name, color in (colors | {"total_loss": "#555555"}).items():
         iterations, values = _finite(metrics, name)
@@ -148,15 +145,15 @@ def _plot_losses(axes, metrics: Mapping[str, Series]) -> None:
             continue
         smooth = _smooth(values)
         axes.plot(iterations, values, color=color, alpha=0.25, linewidth=0.8)
-        text = f"{_short(name)} {smooth[-1]:.2f}"
-        axes.plot(iterations, smooth, color=color, linewidth=1.8, label=text)
-        # The first few iterations may be far above all that follows.
+        label = f"{_shorten(name)} {smooth[-1]:.2f}"
+        axes.plot(iterations, smooth, color=color, linewidth=1.8, label=label)
+        # Losses of the first few iterations may be much larger than all others.
         top = max(top, 1.1 * float(np.percentile(values, 97)))
     axes.set_ylim(0, top or 1)
     _legend(axes, "upper right")
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     return name.removeprefix("loss_").removeprefix("fcos_").removesuffix("_loss").replace("_", " ")
 
 
@@ -174,36 +171,36 @@ def _plot_precision(axes, metrics: Mapping[str, Series]) -> None:
     axes.set_title("Box AP, %", loc="left", fontsize=12, color="#222222")
     axes.set_xlabel("iteration", fontsize=9, color="#666666")
     axes.set_ylim(0, 100)
-    found = ap_series(metrics)
+    series = ap_series(metrics)
     for name, color in AP_COLORS.items():
-        iterations, values = _finite(found, name)
+        iterations, values = _finite(series, name)
         if len(values):
             style = {"linewidth": 2.2 if name == "AP" else 1.4, "marker": "o", "markersize": 4}
-            text = f"{name} {values[-1]:.1f}"
-            axes.plot(iterations, values, color=color, label=text, **style, clip_on=False)
+            label = f"{name} {values[-1]:.1f}"
+            axes.plot(iterations, values, color=color, label=label, **style, clip_on=False)
     if not axes.lines:
-        middle = {"transform": axes.transAxes, "ha": "center", "color": "#888888"}
-        axes.text(0.5, 0.5, "not evaluated yet", **middle)
+        style = {"transform": axes.transAxes, "ha": "center", "color": "#888888"}
+        axes.text(0.5, 0.5, "not evaluated yet", **style)
     _legend(axes, "lower right")
 
 
-def _legend(axes, place: str) -> None:
+def _legend(axes, location: str) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place, frameon=False, fontsize=10, labelcolor="linecolor")
+        axes.legend(loc=location, frameon=False, fontsize=10, labelcolor="linecolor")
 
 
 def _finite(metrics: Mapping[str, Series], name: str) -> Series:
-    """The finite values of a series; none where there is no such series."""
+    """Returns the finite values of a series, which is empty if ``metrics`` lack it."""
     iterations, values = metrics.get(name, Series(np.zeros(0, int), np.zeros(0)))
     keep = np.isfinite(values)
     return Series(iterations[keep], values[keep])
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average with Gaussian weights, as wide as a twentieth of the run."""
+    """Applies a Gaussian filter with a standard deviation of 1/40 of the training run."""
     sigma = len(values) / 40
-    reach = math.ceil(3 * sigma)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-9)) ** 2)
-    inside = slice(reach, reach + len(values))
+    radius = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-9)) ** 2)
+    inside = slice(radius, radius + len(values))
     sums, weights = (np.convolve(x, kernel)[inside] for x in (values, np.ones(len(values))))
     return sums / weights

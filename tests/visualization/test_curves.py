@@ -1,4 +1,4 @@
-"""Training curves, from metrics.json to the texts in the drawing."""
+"""Tests reading metrics.json and plotting curves."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def write_metrics(path, rows, tail=""):
     return path
 
 
-def test_every_measurement_is_a_series_and_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+def test_truncated_last_line_is_ignored(tmp_path):
     rows = [
         {"iteration": 19, "total_loss": 2.0, "lr": 0.1},
         {"iteration": 29, "bbox/AP": 10.0},
@@ -36,7 +36,7 @@ def test_every_measurement_is_a_series_and_a_line_cut_off_by_a_crash_is_left_out
     }  # fmt: skip
 
 
-def test_broken_line_in_the_middle_is_named(tmp_path):
+def test_error_for_an_invalid_line_has_its_number(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text('{"iteration": 1, "lr": 1}\n[]\n{"iteration": 2, "lr": 1}\n')
     with pytest.raises(InputError, match=r"metrics\.json line 2"):
@@ -44,13 +44,13 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n", '{"iter', '{"iteration": 3}\n'])
-def test_file_without_a_measurement_is_an_error(tmp_path, content):
+def test_file_without_metrics_is_an_error(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(InputError, match="holds no measurement"):
+    with pytest.raises(InputError, match="has no metrics"):
         read_metrics(tmp_path / "metrics.json")
 
 
-def test_ap_is_that_of_the_first_data_set():
+def test_ap_of_the_first_dataset_is_returned():
     metrics = {f"{name}/bbox/{key}": name for name in "ab" for key in ("AP", "AP50", "APs")}
     assert ap_series(metrics) == {"AP": "a", "AP50": "a"} and ap_series({}) == {}
 
@@ -59,46 +59,43 @@ def series(*values) -> Series:
     return Series(np.arange(len(values)), np.array(values))
 
 
-def drawn_texts(metrics, tmp_path) -> str:
-    """An SVG, in which matplotlib notes every text that it draws as a comment."""
-    plot_training(metrics, tmp_path / "curves.svg")
-    return (tmp_path / "curves.svg").read_text()
-
-
-def test_curves_are_named_with_their_last_values(tmp_path):
-    losses = {"total_loss": series(2.0, 2.0), "loss_fcos_cls": series(0.5, 0.5)}
-    averages = {"bbox/AP": series(61.24), "bbox/AP50": series(80.0), "bbox/AP75": series(70.0)}
-    text = drawn_texts({**losses, **averages, "lr": series(0.01, 0.01)}, tmp_path)
-    for label in ("total 2.00", "cls 0.50", "AP 61.2", "AP50 80.0", "AP75 70.0"):
-        assert f"<!-- {label} -->" in text, label
-
-
-def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    metrics = {"total_loss": series(2.0, math.nan, 2.0, math.inf, 2.0), "lr": series(math.nan)}
-    text = drawn_texts(metrics, tmp_path)
-    assert "<!-- total 2.00 -->" in text and "<!-- not evaluated yet -->" in text
-
-
-def texts_of_precision_recall(precision, names, path) -> list[str]:
+def svg_of(plot, *arguments, path) -> str:
+    """Returns an SVG in which text is not converted to paths."""
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        plot_precision_recall(precision, names, path)
+        plot(*arguments, path)
     return path.read_text()
 
 
-def test_precision_over_recall_names_classes_with_their_average_and_the_mean(tmp_path):
+def test_legend_has_the_last_values(tmp_path):
+    losses = {"total_loss": series(2.0, 2.0), "loss_fcos_cls": series(0.5, 0.5)}
+    averages = {"bbox/AP": series(61.24), "bbox/AP50": series(80.0), "bbox/AP75": series(70.0)}
+    metrics = {**losses, **averages, "lr": series(0.01, 0.01)}
+    svg = svg_of(plot_training, metrics, path=tmp_path / "curves.svg")
+    for label in ("total 2.00", "cls 0.50", "AP 61.2", "AP50 80.0", "AP75 70.0"):
+        assert f">{label}<" in svg, label
+
+
+def test_values_that_are_not_finite_are_skipped(tmp_path):
+    metrics = {"total_loss": series(2.0, math.nan, 2.0, math.inf, 2.0), "lr": series(math.nan)}
+    svg = svg_of(plot_training, metrics, path=tmp_path / "curves.svg")
+    assert ">total 2.00<" in svg and ">not evaluated yet<" in svg
+
+
+def test_legend_of_precision_recall_has_the_ap_of_each_class_and_the_mean(tmp_path):
     precision = np.tile([1.0, 0.5, -1.0], (101, 1))
-    text = texts_of_precision_recall(precision, ["sure", "half", "absent"], tmp_path / "pr.svg")
-    assert "sure 1.00" in text and "half 0.50" in text and "mean 0.75" in text
-    assert "absent" not in text
+    names = ["full", "half", "absent"]
+    svg = svg_of(plot_precision_recall, precision, names, path=tmp_path / "pr.svg")
+    assert ">full 1.00<" in svg and ">half 0.50<" in svg and ">mean 0.75<" in svg
+    assert "absent" not in svg
 
 
-def test_of_many_classes_only_the_best_and_the_worst_are_named(tmp_path):
+def test_legend_of_many_classes_has_only_the_best_and_the_worst(tmp_path):
     precision = np.tile(np.linspace(0.1, 0.9, 9), (101, 1))
     names = [f"class{i}" for i in range(9)]
-    text = texts_of_precision_recall(precision, names, tmp_path / "pr.svg")
-    assert [name for name in names if f"{name} " in text] == [*names[:3], *names[-3:]]
+    svg = svg_of(plot_precision_recall, precision, names, path=tmp_path / "pr.svg")
+    assert [name for name in names if f">{name} " in svg] == [*names[:3], *names[-3:]]
 
 
-def test_precision_over_recall_without_any_object_is_an_empty_picture(tmp_path):
+def test_precision_recall_without_objects_is_an_empty_plot(tmp_path):
     plot_precision_recall(np.full((101, 2), -1.0), ["a", "b"], tmp_path / "pr.png")
     assert (tmp_path / "pr.png").stat().st_size > 0
