@@ -84,11 +84,11 @@ def merge_text(tmp_path: Path, text: str) -> CfgNode:
     return cfg
 
 
-# ---- conventions and values ----
+# ---- Conventions and values ----
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_every_convention_sets_the_same_keys_and_trains(name):
+def test_conventions_set_the_same_keys_and_train(name):
     assert set(CONVENTIONS[name]) == set(CONVENTIONS["adelaidet"])
     model = tiny_fcos(CONVENTION=name)
     losses = train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]])])
@@ -96,7 +96,7 @@ def test_every_convention_sets_the_same_keys_and_trains(name):
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_convention_fills_all_keys_that_are_not_set(name):
+def test_convention_sets_all_unset_keys(name):
     cfg = default_cfg()
     cfg.MODEL.FCOS.CONVENTION = name
     fcos = resolve_convention(cfg).MODEL.FCOS
@@ -104,7 +104,7 @@ def test_convention_fills_all_keys_that_are_not_set(name):
     assert not [key for key, value in fcos.items() if value is None]
 
 
-def test_docs_list_what_conventions_decide():
+def test_docs_list_the_differences_of_conventions():
     """Rows are "| `KEY`: meaning | value of adelaidet | value: `names`; ... |"."""
     page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)`[^|]*\| (.+) \| (.+) \|$", page, re.MULTILINE)
@@ -123,14 +123,14 @@ def test_docs_list_what_conventions_decide():
     assert documented == differing
 
 
-def test_explicit_value_wins_over_the_convention():
+def test_explicit_value_overrides_the_convention():
     cfg = default_cfg()
     cfg.merge_from_list(["MODEL.FCOS.CONVENTION", "torchvision", "MODEL.FCOS.NMS_TH", 0.5])
     fcos = resolve_convention(cfg).MODEL.FCOS
     assert fcos.NMS_TH == 0.5 and fcos.LOCATION_PITCH == "floor"
 
 
-def test_resolving_twice_changes_nothing():
+def test_resolving_twice_has_no_effect():
     once, twice = default_cfg(), default_cfg()
     resolve_convention(once)
     assert resolve_convention(resolve_convention(twice)) == once
@@ -144,13 +144,13 @@ def test_settings_leave_a_frozen_config_unchanged():
     assert cfg.dump() == before and cfg.is_frozen()
 
 
-def test_dumped_config_can_be_read_again(tmp_path):
+def test_dumped_config_can_be_loaded(tmp_path):
     for cfg in (default_cfg(), resolve_convention(default_cfg())):
         again = merge_text(tmp_path, cfg.dump())
         assert again.MODEL.FCOS == cfg.MODEL.FCOS and again.SOLVER == cfg.SOLVER
 
 
-def test_unknown_convention_is_refused_with_the_known_ones():
+def test_unknown_convention_is_refused():
     cfg = default_cfg()
     cfg.MODEL.FCOS.CONVENTION = "adelaide"
     with pytest.raises(InputError, match="one of adelaidet, original, .*got 'adelaide'"):
@@ -167,7 +167,7 @@ def test_unknown_convention_is_refused_with_the_known_ones():
         ("SCORE_RULE", 2, "SCORE_RULE must be str, got 2"),
     ],
 )
-def test_value_of_another_type_is_refused_where_yacs_knows_no_type(key, value, message):
+def test_wrong_type_is_refused_for_keys_that_yacs_does_not_check(key, value, message):
     cfg = default_cfg()
     cfg.merge_from_list([f"MODEL.FCOS.{key}", value])
     for use in (resolve_convention, fcos_settings):
@@ -190,12 +190,12 @@ def test_unknown_key_is_an_error(key, tmp_path):
         merge_text(tmp_path, f"MODEL:\n  {section[6:]}:\n    {name}: 0.5\n")
 
 
-def test_keys_are_added_once():
+def test_adding_keys_twice_is_refused():
     with pytest.raises(InputError, match="call add_fcos_config.* once"):
         add_fcos_config(default_cfg())
 
 
-def test_model_section_of_adelaidet_means_the_same_here(tmp_path):
+def test_adelaidet_config_has_the_same_meaning(tmp_path):
     cfg = merge_text(tmp_path, ADELAIDET)
     assert fcos_settings(cfg) == fcos_settings(default_cfg())
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME = "FCOS", "build_tiny_fpn_backbone"
@@ -204,11 +204,11 @@ def test_model_section_of_adelaidet_means_the_same_here(tmp_path):
     train_step(build_model(cfg), [sample(64, 96, [[8.0, 8, 40, 48]])])
 
 
-# ---- every key is read and matters ----
+# ---- Every key is read and has an effect ----
 
 
 class ReadKeys(CfgNode):
-    """Records which keys are read, except by the code that fills in the convention."""
+    """Records the keys that are read, except by the code that resolves the convention."""
 
     def __getitem__(self, key):
         frame = sys._getframe(1)
@@ -220,7 +220,7 @@ class ReadKeys(CfgNode):
 
 
 def parts_of(cfg) -> dict:
-    """Builds everything that reads MODEL.FCOS, for a two-stage detector that needs all of it."""
+    """Builds everything that reads MODEL.FCOS."""
     model = META_ARCH_REGISTRY.get("FCOS")(cfg)
     return {
         "model": model,
@@ -259,18 +259,18 @@ OTHER_VALUES = {
 }  # fmt: skip
 
 
-def plain(thing) -> dict:
-    """Returns the attributes that are plain values."""
-    kinds = (bool, int, float, str, tuple, list, dict, type(None))
+def attributes(thing) -> dict:
+    """Returns the attributes of builtin types."""
+    types = (bool, int, float, str, tuple, list, dict, type(None))
     return {
         key: value
         for key, value in vars(thing).items()
-        if not key.startswith("_") and isinstance(value, kinds)
+        if not key.startswith("_") and isinstance(value, types)
     }
 
 
 def describe(cfg) -> str:
-    """Describes what the config builds, or the error that it causes."""
+    """Describes the objects that the config builds, or returns its error."""
     torch.manual_seed(0)
     try:
         parts = parts_of(cfg)
@@ -280,7 +280,7 @@ def describe(cfg) -> str:
     things = [model.head, model.losses, model.grid, model.postprocess, proposals.test_postprocess]
     things += [parts["mapper"], *filter(None, [proposals.train_postprocess])]
     facts = [repr(model), model.head.cls_logits.bias[0].item(), model.losses.state_dict()]
-    return str([*facts, parts["optimizer"], *map(plain, things)])
+    return str([*facts, parts["optimizer"], *map(attributes, things)])
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_changing_a_key_changes_the_detector(key, ordinary):
     assert describe(cfg) != ordinary[1]
 
 
-def test_optimizer_is_the_one_named(ordinary):
+def test_optimizer_key_selects_the_optimizer(ordinary):
     cfg = ordinary[0].clone()
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     assert describe(cfg) != ordinary[1] and "AdamW" in describe(cfg)
@@ -339,14 +339,14 @@ def test_yaml_and_lazy_build_the_same_model(both_models):
     trained = [[k for k, p in m.named_parameters() if p.requires_grad] for m in both_models]
     assert trained[0] == trained[1]
     for name in ("head", "losses", "postprocess", "grid"):
-        assert plain(getattr(from_yaml, name)) == plain(getattr(from_lazy, name)), name
+        assert attributes(getattr(from_yaml, name)) == attributes(getattr(from_lazy, name)), name
     assert from_yaml.head_in_features == from_lazy.head_in_features
     assert from_yaml.input_format == from_lazy.input_format
     for name in ("pixel_mean", "pixel_std"):
         assert torch.equal(getattr(from_yaml, name), getattr(from_lazy, name))
 
 
-def test_yaml_and_lazy_give_the_same_numbers(both_models):
+def test_yaml_and_lazy_models_return_the_same_results(both_models):
     batch = [sample(60, 90, [[8.0, 8, 40, 48]])]
     for model in both_models:
         model.train()
@@ -360,13 +360,13 @@ def test_yaml_and_lazy_give_the_same_numbers(both_models):
     assert torch.equal(found[0].scores, found[1].scores)
 
 
-def test_lazy_config_has_the_parts_that_training_needs_and_can_be_saved(lazy_cfg, tmp_path):
+def test_lazy_config_has_the_parts_for_training_and_can_be_saved(lazy_cfg, tmp_path):
     assert set(lazy_cfg) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
     LazyConfig.save(lazy_cfg, str(tmp_path / "config.yaml"))
     assert "FCOSHead" in (tmp_path / "config.yaml").read_text()
 
 
-def test_lazy_model_spells_out_every_argument(lazy_cfg):
+def test_lazy_model_sets_every_argument(lazy_cfg):
     for name in ("head", "losses", "postprocess", "grid"):
         node = lazy_cfg.model[name]
         target = node._target_ if callable(node._target_) else instantiate(node._target_)
@@ -382,7 +382,7 @@ def test_lazy_value_is_set_once_for_all_modules(lazy_cfg):
     assert isinstance(instantiate(cfg.model.losses), FCOSLoss)
 
 
-def test_yaml_and_lazy_optimize_alike(both_models, yaml_cfg, lazy_cfg):
+def test_yaml_and_lazy_build_the_same_optimizer(both_models, yaml_cfg, lazy_cfg):
     model = both_models[0]
     names = {parameter: name for name, parameter in model.named_parameters()}
     lazy_cfg.optimizer.params.model = model
@@ -402,7 +402,7 @@ def test_yaml_and_lazy_optimize_alike(both_models, yaml_cfg, lazy_cfg):
     assert settings(from_yaml)["head.cls_tower.1.weight"] == [0.01, 0.9, 0.0, False]  # GN
 
 
-def test_yaml_and_lazy_schedule_alike(yaml_cfg, lazy_cfg):
+def test_yaml_and_lazy_build_the_same_schedule(yaml_cfg, lazy_cfg):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = build_lr_scheduler(yaml_cfg, optimizer)._multiplier
     other, last = instantiate(lazy_cfg.lr_multiplier), lazy_cfg.train.max_iter
@@ -413,7 +413,7 @@ def test_yaml_and_lazy_schedule_alike(yaml_cfg, lazy_cfg):
     assert [factor(step / last) for step in (1000, 60_000, 80_000)] == pytest.approx([1, 0.1, 0.01])
 
 
-def test_yaml_and_lazy_read_the_same_data_in_the_same_way(yaml_cfg, lazy_cfg):
+def test_yaml_and_lazy_use_the_same_data_and_augmentations(yaml_cfg, lazy_cfg):
     loaders = lazy_cfg.dataloader
     assert (loaders.train.dataset.names,) == yaml_cfg.DATASETS.TRAIN
     assert (loaders.test.dataset.names,) == yaml_cfg.DATASETS.TEST
@@ -423,7 +423,7 @@ def test_yaml_and_lazy_read_the_same_data_in_the_same_way(yaml_cfg, lazy_cfg):
     for is_train, loader in ((True, loaders.train), (False, loaders.test)):
         ours, theirs = instantiate(loader.mapper), FCOSDatasetMapper(yaml_cfg, is_train=is_train)
         assert type(ours) is type(theirs)
-        assert plain(ours) == plain(theirs)
+        assert attributes(ours) == attributes(theirs)
         assert [*map(effect, ours.augmentations.augs)] == [*map(effect, theirs.augmentations.augs)]
 
 
@@ -436,8 +436,8 @@ def effect(augmentation) -> tuple:
     return type(augmentation), settings
 
 
-def test_classes_are_those_of_the_registered_dataset_when_a_model_is_built():
-    """What detectron2's DefaultPredictor does with the YAML of a training run."""
+def test_number_of_classes_comes_from_the_registered_dataset():
+    """Builds a model from the YAML of a training run like detectron2's DefaultPredictor."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.DATASETS.TRAIN = ("voc_2007_train",)

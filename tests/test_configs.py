@@ -202,16 +202,16 @@ def replaced(cfg: CfgNode) -> tuple[str, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
-def test_experiment_of_full_size_trains_and_detects(path, tmp_path):
+def test_full_size_experiment_trains_and_detects(path, tmp_path):
     cfg = merged(path)
     use_tiny_images(cfg)
     check_outcome(*use(cfg, tmp_path), cfg)
 
 
-# ---- values ----
+# ---- Values ----
 
 
-def test_every_file_is_an_experiment_or_the_base_of_some():
+def test_every_file_is_an_experiment_or_a_base():
     bases = {path.parent / base for path in YAMLS if (base := base_of(path))}
     assert {path.resolve() for path in YAMLS} - {path.resolve() for path in EXPERIMENTS} <= {
         path.resolve() for path in bases
@@ -224,14 +224,14 @@ def base_of(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=name_of)
-def test_file_is_of_the_current_version_and_writes_to_a_folder_of_its_name(path):
+def test_file_has_the_current_version_and_its_name_as_output_folder(path):
     cfg = merged(path)
     assert cfg.VERSION == 2
     if path in EXPERIMENTS and path.parent.name not in ("digits", "quick_schedules"):
         assert f"output/{name_of(path)}" == cfg.OUTPUT_DIR
 
 
-def test_every_experiment_has_its_own_output_folder():
+def test_output_folders_are_unique():
     folders = [Path(merged(path).OUTPUT_DIR) for path in EXPERIMENTS]
     assert len(set(folders)) == len(folders)
 
@@ -291,7 +291,7 @@ def rates(name: str) -> dict[str, tuple[float, float]]:
         ("mmdetection/fcos_tricks_R_50_FPN_1x", (0.02, 0.0), (0.01, 1e-4)),
     ],
 )
-def test_biases_and_norms_learn_as_published(name, bias, norm):
+def test_biases_and_norms_have_the_published_learning_rates(name, bias, norm):
     assert rates(name) == {"weight": (0.01, 1e-4), "bias": bias, "norm": norm}
 
 
@@ -313,7 +313,7 @@ def warmup(name: str) -> list[float]:
         ("mmdetection/fcos_tricks_R_50_FPN_1x", [1 / 3, 2 / 3, 1 - 2 / 1500, 1, 1]),
     ],
 )
-def test_warmup_is_as_published(name, factors):
+def test_warmup_has_the_published_factors(name, factors):
     assert warmup(name) == pytest.approx(factors, rel=1e-4)
 
 
@@ -334,7 +334,7 @@ def test_warmup_is_as_published(name, factors):
         ("rosinality", {"rosinality"}, {("RGB", 104.0136, 73.6028)}),
     ],
 )
-def test_conventions_and_pixels_are_those_of_the_implementation(folder, conventions, pixels):
+def test_conventions_and_pixel_statistics_match_the_implementation(folder, conventions, pixels):
     cfgs = [merged(path) for path in (CONFIGS / folder).glob("fcos_*.yaml")]
     assert {cfg.MODEL.FCOS.CONVENTION for cfg in cfgs} == conventions
     models = [cfg.MODEL for cfg in cfgs]

@@ -1,4 +1,4 @@
-"""The CUDA build: what setup.py decides, and the code that nvcc generates from csrc/cuda."""
+"""Tests setup.py's CUDA build, and the code that nvcc generates from csrc/cuda."""
 
 import importlib.util
 import os
@@ -21,12 +21,12 @@ NVCC = native.setup_py().NVCC
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
-# ---- what setup.py decides ----
+# ---- Decisions of setup.py ----
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A function that adds an nvcc to a machine with torch for CUDA 13.2, and returns it."""
+    """Returns a function that adds an nvcc to a machine with torch for CUDA 13.2."""
     monkeypatch.setattr(sys, "path", [str(tmp_path / "packages"), *sys.path])
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -74,7 +74,7 @@ def test_cuda_library_is_built_if_nvcc_is_found(machine, monkeypatch, capsys):
         ("13.0", None, "torch .* has no CUDA"),
     ],
 )
-def test_missing_requirement_is_named_and_an_error_only_if_cuda_is_forced(
+def test_missing_requirement_is_an_error_only_if_cuda_is_forced(
     machine, monkeypatch, tmp_path, capsys, version, cuda, said
 ):
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -110,7 +110,7 @@ def test_nvcc_is_found_in_cuda_home_then_on_path_then_in_packages(machine, monke
     assert found() == (tmp_path / "home/bin/nvcc", tmp_path / "home")
 
 
-# ---- registers ----
+# ---- Registers ----
 
 # Registers that a kernel may use: with 64, 1024 threads fit on a multiprocessor.
 BUDGETS = {
@@ -180,7 +180,7 @@ def test_kernels_of_other_gpus_are_within_their_register_budget(architecture, tm
     assert_within_budget(compile_kernels(tmp_path, architecture))
 
 
-# ---- inner loops in SASS ----
+# ---- Inner loops in SASS ----
 
 
 def find_disassembler() -> str | None:

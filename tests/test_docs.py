@@ -141,7 +141,7 @@ def test_examples_of_the_operators_run():
     assert tried > 20 and failed == 0
 
 
-# ---- figures ----
+# ---- Figures ----
 
 # What a line of a page compares: op, workload and, in the order of the line, peers in the results.
 FIGURES = {

@@ -70,7 +70,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def test_training_leaves_weights_config_and_metrics(trained):
+def test_training_writes_weights_config_and_metrics(trained):
     assert (trained / "model_final.pth").is_file() and (trained / "config.yaml").is_file()
     last = metrics(trained)[-1]
     assert {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "total_loss", "bbox/AP"} <= {
@@ -79,7 +79,7 @@ def test_training_leaves_weights_config_and_metrics(trained):
     assert last["iteration"] == 2
 
 
-def test_a_terminal_shows_progress_with_rate_and_remaining_time(script, monkeypatch):
+def test_terminal_shows_progress_with_rate_and_remaining_time(script, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.stderr, "isatty", lambda: True)
         result = script("DATASETS.TEST", "()")
@@ -89,7 +89,7 @@ def test_a_terminal_shows_progress_with_rate_and_remaining_time(script, monkeypa
     assert result.status == 0 and "2/2" not in result.err
 
 
-def test_assignment_statistics_are_in_the_metrics(trained):
+def test_metrics_contain_assignment_statistics(trained):
     (line,) = [line for line in metrics(trained) if "fcos/positives_p2" in line]
     assert line["fcos/positives_p2"] > 0 and line["fcos/positives_p3"] > 0
     assert line["fcos/unserved_boxes"] == 0 and line["fcos/ambiguous_points"] >= 0
@@ -107,7 +107,7 @@ def test_vis_period_writes_images_for_tensorboard(trained):
     assert {"total_loss", "fcos/positives_p3"} <= set(tags["scalars"])
 
 
-def test_eval_only_prints_ap_and_changes_nothing(script, trained):
+def test_eval_only_prints_ap_and_does_not_change_metrics(script, trained):
     before = (trained / "metrics.json").read_text()
     result = script("--eval-only", "MODEL.WEIGHTS", trained / "model_final.pth")
     assert result.status == 0 and "AP50" in result.out
@@ -116,7 +116,7 @@ def test_eval_only_prints_ap_and_changes_nothing(script, trained):
 
 
 @pytest.mark.parametrize(("expected", "status"), [(0.0, 0), (95.0, 1)])
-def test_expected_results_decide_the_exit_status(script, trained, expected, status):
+def test_expected_results_determine_the_exit_status(script, trained, expected, status):
     expectation = f'[["bbox", "AP", {expected}, 5.0]]'
     result = script(
         *("--eval-only", "MODEL.WEIGHTS", trained / "model_final.pth"),
@@ -126,7 +126,7 @@ def test_expected_results_decide_the_exit_status(script, trained, expected, stat
     assert ("verification passed" if status == 0 else "verification failed") in result.out
 
 
-def test_a_missing_gpu_is_reported_in_one_line(script, trained, monkeypatch):
+def test_missing_gpu_is_reported_in_one_line(script, trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = trained / "model_final.pth"
     result = script("--eval-only", "MODEL.WEIGHTS", weights, "SOLVER.AMP.ENABLED", True)
@@ -140,7 +140,7 @@ def test_resume_without_a_checkpoint_starts_from_the_weights(script, trained):
     assert result.status == 0 and "Starting training from iteration 0" in result.out
 
 
-def test_resume_with_another_optimizer_is_refused(script):
+def test_resuming_with_another_optimizer_is_refused(script):
     assert script("SOLVER.OPTIMIZER", "SGD", "SOLVER.MAX_ITER", 1).status == 0
     assert_refused(script("--resume"), "--resume: the checkpoint's optimizer", "MODEL.WEIGHTS")
 
@@ -171,7 +171,7 @@ def test_missing_weights_are_refused(script):
     assert_refused(result, "nowhere/model_final.pth: no such file; set MODEL.WEIGHTS")
 
 
-def test_a_missing_config_file_is_refused(script):
+def test_missing_config_file_is_refused(script):
     assert_refused(script(config="absent.yaml"), "absent.yaml does not exist", "--config-file")
     assert_refused(script(config="absent.py"), "absent.py does not exist", "--config-file")
 
@@ -196,7 +196,7 @@ def test_a_missing_config_file_is_refused(script):
         ("OUTPUT_DIR: Wörter", ("bad.yaml: 'utf-8' codec can't decode", "_BASE_ as UTF-8")),
     ],
 )
-def test_an_invalid_config_file_is_refused(script, text, parts):
+def test_invalid_config_file_is_refused(script, text, parts):
     (script.folder / "bad.yaml").write_text(text, encoding="latin-1")
     assert_refused(script("DATASETS.TRAIN", "('tiny_shapes',)", config="bad.yaml"), *parts)
 
@@ -228,12 +228,12 @@ def test_invalid_arguments_are_refused(script, arguments, parts):
     assert_refused(script(*arguments), *parts)
 
 
-def test_a_nonfinite_loss_names_iteration_losses_and_images(script):
+def test_nonfinite_loss_is_reported_with_iteration_losses_and_images(script):
     result = script("SOLVER.BASE_LR", 1e30, "SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_FACTOR", 1.0)
     assert_refused(result, "iteration 1: loss_fcos_", "is nan", ".png", "SOLVER.BASE_LR")
 
 
-def test_a_bug_keeps_its_traceback(script, monkeypatch):
+def test_internal_error_has_a_traceback(script, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
@@ -242,17 +242,17 @@ def test_a_bug_keeps_its_traceback(script, monkeypatch):
         script()
 
 
-def test_an_unreadable_image_is_named(script, monkeypatch):
-    def spoiled(names, **options):
+def test_unreadable_image_is_reported(script, monkeypatch):
+    def load_invalid_image(names, **options):
         (script.folder / "text.png").write_text("no image")
         return [record | {"file_name": "text.png"} for record in load_dataset(names, **options)]
 
-    monkeypatch.setattr("fcos_d2.engine.trainer.load_dataset", spoiled)
+    monkeypatch.setattr("fcos_d2.engine.trainer.load_dataset", load_invalid_image)
     for workers in (0, 1):
         assert_refused(script("DATALOADER.NUM_WORKERS", workers), "cannot read image", "text.png")
 
 
-def test_interrupting_is_clean(script, monkeypatch):
+def test_interrupt_exits_without_a_traceback(script, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
@@ -261,7 +261,7 @@ def test_interrupting_is_clean(script, monkeypatch):
     assert result.status == 130 and "--resume" in result.err
 
 
-def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
+def test_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
     (script.folder / "tiny.py").write_text(LAZY_CONFIG)
     longer = ("train.max_iter=4", "train.checkpointer.period=2", "train.max_skipped_iters=1")
     longer += ("train.gradient_accumulation=2", "train.model_ema={enabled: True, decay: 0.5}")
@@ -285,7 +285,7 @@ def test_a_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
         assert result.results == [state["head.cls_logits.bias"].tolist()]
 
 
-def test_a_lazy_loader_without_a_state_resumes_with_a_warning(script):
+def test_lazy_loader_without_a_state_resumes_with_a_warning(script):
     loader = "from detectron2.data import build_detection_train_loader\n"
     loader += "dataloader.train._target_ = build_detection_train_loader\n"
     (script.folder / "tiny.py").write_text(LAZY_CONFIG + loader)
@@ -294,7 +294,7 @@ def test_a_lazy_loader_without_a_state_resumes_with_a_warning(script):
     assert result.status == 0 and "position in the training data is unknown" in result.out
 
 
-def test_an_invalid_lazy_config_is_refused(script):
+def test_invalid_lazy_config_is_refused(script):
     (script.folder / "bad.py").write_text("model = dict(")
     assert_refused(script(config="bad.py"), "bad.py line 1", "correct the Python")
     (script.folder / "bad.py").write_text("model = dict(a=1)")

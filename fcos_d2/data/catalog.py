@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from torch.utils.data import ConcatDataset
 
-from ..errors import InputError, format_value, suggest
+from ..errors import InputError, format_value, one_line_cause, suggest
 from .custom import check_entry, clear_cache, read_sources, review_entry
 from .defects import describe_repairs
 from .digits.files import SPLITS, annotation_file, default_root, ensure_digits, image_folder
@@ -272,7 +272,7 @@ def _load_one(name: str, masks: bool) -> Sequence[dict]:
             return load_coco(name, masks)
         records = DatasetCatalog.get(name)
     except OSError as error:
-        cause = " ".join(str(error).split())
+        cause = one_line_cause(error)
         raise InputError(f"dataset {name!r}: {cause}; {_path_advice(name)}") from error
     if not isinstance(records, list):
         return records

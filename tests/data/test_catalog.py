@@ -187,10 +187,8 @@ def test_datasets_with_different_classes_are_rejected(coco, registered_digits):
 
 def test_boxes_may_be_arrays_and_annotations_are_optional():
     box = {"bbox": np.float32([1, 2, 3, 4]), "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    assert (
-        len(load_dataset(register_function(lambda: [{"annotations": [box]}], "arrays_train"))) == 1
-    )
-    assert len(load_dataset(register_function(lambda: [{"image_id": 1}], "unlabeled_test"))) == 1
+    for name, record in (("arrays", {"annotations": [box]}), ("unlabeled", {"image_id": 1})):
+        assert len(load_dataset(register_function(lambda record=record: [record], name))) == 1
 
 
 @pytest.mark.parametrize("place", [0, 1])
