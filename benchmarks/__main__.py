@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", choices=[*OPS, []], default=[])
     parser.add_argument("--device", choices=IMAGES, default="cpu")
-    parser.add_argument("--results", type=Path, help="another folder to write the table to")
+    parser.add_argument("--results", type=Path, help="write the table to this folder too")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # deprecations in peers
     torch.manual_seed(0)

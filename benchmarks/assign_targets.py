@@ -1,4 +1,4 @@
-"""assign_targets against detectron2's label_anchors."""
+"""Compares assign_targets with detectron2's label_anchors."""
 
 from __future__ import annotations
 

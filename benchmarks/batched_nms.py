@@ -1,4 +1,4 @@
-"""batched_nms against both strategies of torchvision."""
+"""Compares batched_nms with both strategies of torchvision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(images: int, device: torch.device) -> list[Row]:
     """Returns rows for 1,000 to 20,000 boxes of 80 classes, and for a batch of 1,000 boxes each."""
     rows = []
     for count in (1000, 5000, 20000):
-        boxes, scores, classes = _detections(count, device)
+        boxes, scores, classes = random_detections(count, device)
         arguments = (boxes, scores, classes, THRESHOLD)
         contenders = {"ours": lambda a=arguments: batched_nms(*a), **_torchvision(*arguments)}
         floor = size_in_bytes([boxes, scores, classes])
@@ -27,8 +27,8 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _batch(images: int, count: int, device: torch.device) -> list[Row]:
-    """Returns rows for all images in one call, which gives peers separate classes per image."""
-    boxes, scores, classes = _detections(images * count, device)
+    """Returns rows for all images in one call; peers get separate classes for each image."""
+    boxes, scores, classes = random_detections(images * count, device)
     groups = classes + CLASSES * (torch.arange(images * count, device=device) // count)
     padded = boxes.view(images, count, 4), scores.view(images, count), classes.view(images, count)
 
@@ -52,7 +52,8 @@ def _torchvision(*arguments):
     }
 
 
-def _detections(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_detections(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns boxes, scores and classes."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(count, 2, generator=generator) * 1000
     size = torch.rand(count, 2, generator=generator) * 100 + 10

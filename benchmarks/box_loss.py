@@ -1,4 +1,4 @@
-"""The whole loss (assignment, classification, box, quality; forward and backward)."""
+"""Compares all losses, with assignment, forward and backward, with detectron2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def losses_of(batch: Batch) -> Callable:
-    """Returns a call that computes targets, losses, normalizers and gradients of a batch."""
+    """Returns a function that computes targets, normalizers, losses and gradients of a batch."""
     maps = [*batch.logits, *batch.ltrb, *batch.quality]
 
     def run():

@@ -1,4 +1,4 @@
-"""detectron2's FCOS, for its assignment, losses and inference on the standard workload."""
+"""Builds detectron2's FCOS and its inputs for the standard workload."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Backbone(nn.Module):
 
 
 def make_model(device: torch.device) -> FCOS:
-    """Builds the model, of which only the part after the convolutions is used."""
+    """Builds the model, of which only the parts after the convolutions are used."""
     backbone = _Backbone()
     shapes = list(backbone.output_shape().values())
     head = FCOSHead(

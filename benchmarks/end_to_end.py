@@ -1,8 +1,8 @@
-"""Complete detectors: R-50-FPN with 80 classes, inference and a training step.
+"""Compares whole detectors in inference and training: R-50-FPN with 80 classes.
 
-Compares ours with Detectron2's and torchvision's FCOS, which have the same convolutions, and with
-the runtimes that it exports to. With random weights there are no detections, so post-processing has
-nothing to do, and this mostly compares the convolutions.
+The peers are Detectron2's and torchvision's FCOS, which have the same convolutions, and the
+runtimes that ours exports to. Weights are random, so there are no detections to post-process, and
+most of the time is spent in convolutions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .measure import Row, compare
 from .peers import needs
-from .workload import CLASSES, HEIGHT, WIDTH
+from .workload import CLASSES, HEIGHT, WIDTH, name_of
 
 CONFIG = "fcos_R_50_FPN_1x"
 BOXES = [[100.0, 100.0, 300.0, 260.0], [500.0, 200.0, 900.0, 700.0], [40.0, 60.0, 90.0, 130.0]]
@@ -50,7 +50,7 @@ def _inference(name: str, device: torch.device) -> list[Row]:
     contenders = {"ours": _without_gradient(accelerate(copy.deepcopy(model)), inputs)}
     if dtype != torch.float32:
         fast = accelerate(copy.deepcopy(model), dtype)
-        contenders[f"ours, {str(dtype)[6:]}"] = _without_gradient(fast, inputs)
+        contenders[f"ours, {name_of(dtype)}"] = _without_gradient(fast, inputs)
     contenders |= _detectron2_inference(model, inputs) | _torchvision_inference(pixels, device)
     if device.type == "cpu":
         contenders |= _runtimes(model, pixels)
@@ -70,7 +70,7 @@ def _training(name: str, images: int, device: torch.device) -> list[Row]:
     contenders = {"ours": _step(_ours(device), batch)}
     for dtype in dict.fromkeys((torch.float32, fastest_dtype(device))):
         step = _step(use_channels_last(_ours(device)), batch, dtype)
-        contenders[f"ours, {str(dtype)[6:]}, channels_last"] = step
+        contenders[f"ours, {name_of(dtype)}, channels_last"] = step
     contenders |= _detectron2_training(_ours(device), batch)
     contenders |= _torchvision_training(pixels, images, device)
     workload = f"R-50-FPN, {images} images, {HEIGHT} x {WIDTH}"
@@ -92,7 +92,7 @@ def _without_gradient(model: nn.Module, inputs) -> Callable:
 
 
 def _step(model: nn.Module, inputs, dtype: torch.dtype = torch.float32) -> Callable:
-    """Returns a call that runs a forward and a backward pass."""
+    """Returns a function that runs a forward and a backward pass."""
     device = next(model.parameters()).device.type
 
     def step():
@@ -123,7 +123,7 @@ def _detectron2_training(ours: nn.Module, batch) -> dict[str, Callable]:
 
 
 def _detectron2(ours: nn.Module) -> nn.Module:
-    """Builds its FCOS on its ResNet, with other norms: torch rejects its GN of one channel."""
+    """Builds detectron2's FCOS with our norms: torch rejects its group norm of one channel."""
     from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
     from fcos_d2 import model_zoo

@@ -7,11 +7,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from fcos_d2.collect_env import cpu_name
 
 RUNS = {"cpu": 41, "cuda": 200}
 FEWEST, SECONDS = 3, 4.0  # per contender; slow peers run fewer than RUNS times
@@ -41,13 +42,12 @@ def compare(
     device: torch.device,
     floor_bytes: float | None,
 ) -> list[Row]:
-    """Returns rows of all contenders, which take turns so that drift affects all of them alike.
+    """Measures all contenders in turn, so that drift affects them alike; returns their rows.
 
-    In its turn, each runs twice and the second run counts, so it finds the memory allocator as it
-    left it itself, not as a peer with a hundred times its temporaries did. The first contender is
-    ours, like all whose names start with "ours". Contenders that fail are reported and left out,
-    except ours, which must not fail. ``floor_bytes`` is what each of them must read and write; None
-    if arithmetic dominates.
+    A contender runs twice per turn, and the second run counts, so that none pays for memory that
+    another one released. The first contender is ours, as are all whose names start with "ours".
+    Peers that fail are reported and left out. ``floor_bytes`` is what any implementation must read
+    and write; None if arithmetic dominates.
     """
     alive = {}
     for name, function in contenders.items():
@@ -55,7 +55,7 @@ def compare(
             function()
             function()
             alive[name] = function
-        except Exception as error:  # a peer that cannot do the workload is a result too
+        except Exception as error:  # some peers do not support all workloads
             if name.startswith("ours"):
                 raise
             print(f"{op}, {workload}: {name} fails: {type(error).__name__}: {error}"[:200])
@@ -128,8 +128,8 @@ def _seconds(function: Callable, device: torch.device) -> float:
     if device.type == "cuda":
         # Flush the cache, so that inputs come from memory; reads leave nothing to write back.
         _flush_buffer(device).sum()
-        # Our kernels take less time than their launches from Python. On an idle GPU, the time would
-        # include waiting for the host, so the GPU spins until all launches are queued.
+        # Our kernels take less time than their launches from Python. The GPU spins until all
+        # launches are queued, so that the time does not include waiting for the host.
         torch.cuda._sleep(SPIN_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -227,22 +227,15 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        name = f"cpu-{_cpu_name()}-{torch.get_num_threads()}-threads"
+        name = f"cpu-{cpu_name()}-{torch.get_num_threads()}-threads"
     return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
 
 
 def describe_machine(device: torch.device) -> str:
     """Describes the hardware and software of the measurements."""
-    where = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     capability = "" if device.type == "cuda" else f", {torch.backends.cpu.get_cpu_capability()}"
     return (
         f"{where}{capability}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
     )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

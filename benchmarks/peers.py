@@ -1,4 +1,4 @@
-"""Optional peers: each is measured if it is installed, and missing ones are reported once."""
+"""Finds optional peers: installed ones are measured, missing ones are reported once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., dict[str, Callable]]
 
 
 def needs(package: str) -> Callable[[Make], Make]:
-    """Makes a function that returns peers by name return none if ``package`` is missing."""
+    """Decorates a function that returns peers by name, to return none without ``package``."""
 
     def decorate(make: Make) -> Make:
         @functools.wraps(make)

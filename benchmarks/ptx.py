@@ -1,7 +1,7 @@
 """Counts PTX instructions of the standard workload: ``python -m benchmarks.ptx``.
 
-Needs no GPU: the interpreter in tests/ptx executes nvcc's PTX, one block after the other, so the
-counts are reproducible. Writes benchmarks/results/ptx-sm_90.md.
+Needs no GPU: the interpreter in tests/ptx executes nvcc's PTX on the CPU, one block after the
+other, so that counts are reproducible. Writes benchmarks/results/ptx-sm_90.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fcos_d2.ops import assign_targets, batched_nms, batched_nms_padded, select_
 from tests.ops.backends import use
 from tests.ptx import ptx
 
-from .batched_nms import THRESHOLD, _detections
+from .batched_nms import THRESHOLD, random_detections
 from .box_loss import losses_of
 from .select_candidates import RULE, SHIFT
 from .workload import CLASSES, LEVELS, RANGES, make_batch
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def workloads() -> Iterator[tuple[str, Callable]]:
-    """Yields (name, call) of every workload."""
+    """Yields the name and a call of each workload."""
     for count in (100, 1000):
         batch = make_batch(IMAGES, count, CPU)
         truth = batch.boxes, batch.classes, batch.offsets
@@ -41,7 +41,7 @@ def workloads() -> Iterator[tuple[str, Callable]]:
             f"assign_targets, {count} boxes",
             lambda a=truth: assign_targets(*a, LEVELS, RANGES, num_classes=CLASSES),
         )
-    # In float32, which the interpreter needs twice the memory for, the kernels are the same.
+    # float32 has the same kernels, but needs twice the memory in the interpreter.
     yield "all losses, bfloat16", losses_of(make_batch(IMAGES, 100, CPU, torch.bfloat16))
     for images in (IMAGES, 1):
         batch = make_batch(images, 8, CPU, torch.bfloat16)
@@ -54,13 +54,13 @@ def workloads() -> Iterator[tuple[str, Callable]]:
                     *select_candidates(*x, LEVELS, s, **RULE)
                 ),
             )
-    boxes, scores, classes = _detections(IMAGES * 1000, CPU)
+    boxes, scores, classes = random_detections(IMAGES * 1000, CPU)
     padded = boxes.view(IMAGES, -1, 4), scores.view(IMAGES, -1), classes.view(IMAGES, -1)
     yield (
         f"batched_nms_padded, {IMAGES} x 1000 boxes, all kept",
         lambda: batched_nms_padded(*padded, iou_threshold=THRESHOLD, max_detections=1000),
     )
-    flat = _detections(20000, CPU)
+    flat = random_detections(20000, CPU)
     yield "batched_nms, 20000 boxes", lambda: batched_nms(*flat, THRESHOLD)
 
 
@@ -81,12 +81,12 @@ class _Operations(TorchDispatchMode):
 
 
 def _short(kernel: str) -> str:
-    """Returns the name of a kernel without namespaces, template arguments and parameters."""
+    """Returns a kernel's name without namespaces, template arguments and parameters."""
     return (re.findall(r"\d([a-z_]+_kernel)", kernel) or [kernel])[-1]
 
 
 def rows_of(name: str, call: Callable) -> list[tuple]:
-    """Returns the counts of the kernels of one call."""
+    """Returns the counts of all kernels in one call."""
     ptx.take_records()
     with _Operations() as operations:
         call()

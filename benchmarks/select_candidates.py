@@ -1,4 +1,4 @@
-"""Post-processing, from head outputs to detections, against detectron2 and torchvision."""
+"""Compares post-processing, from head outputs to detections, with detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(images: int, device: torch.device) -> list[Row]:
 
 
 def _run(images: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Returns rows for about 16,700 candidates per image, and for every logit a candidate."""
+    """Returns rows for about 16,700 candidates per image, and for all (point, class) pairs."""
     rows = []
     batch = make_batch(images, 8, device, dtype)
     ltrb, quality = ([x.detach() for x in m] for m in (batch.ltrb, batch.quality))
@@ -51,7 +51,7 @@ def _detectron2(logits, ltrb, quality, device):
 
     def inference():
         with torch.no_grad():
-            # It works in place, so it gets copies.
+            # detectron2 changes its inputs.
             copies = [x.clone() for x in logits], ltrb, [x.clone() for x in quality]
             return model.forward_inference(pixels, logits, copies)
 

@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss, forward and backward, against fvcore, torchvision and torch.compile."""
+"""Compares sigmoid_focal_loss, forward and backward, with fvcore, torchvision and torch.compile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _saved_backward(logits, labels):
 
 
 def _peers(device):
-    """Returns all installed peers, and the first of them compiled; they share the formula."""
+    """Returns all installed peers, which share a formula, and the first of them compiled."""
     losses = {name: _dense(loss) for name, loss in {**_fvcore(), **_torchvision()}.items()}
     for name, loss in list(losses.items())[:1]:
         losses[f"torch.compile of {name}"] = torch.compile(loss)
@@ -66,7 +66,7 @@ def _peers(device):
 
 
 def _dense(loss):
-    """Calls ``loss`` as peers do: concatenates the levels, creates one-hot targets, reduces."""
+    """Calls ``loss`` as peers do, on concatenated levels and one-hot targets."""
 
     def run(logits, labels):
         flat = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in logits], dim=1)

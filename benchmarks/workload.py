@@ -14,8 +14,6 @@ HEIGHT, WIDTH, CLASSES = 800, 1344, 80
 STRIDES = (8, 16, 32, 64, 128)
 RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
 LEVELS: Levels = make_levels([(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)], STRIDES)
-
-
 TARGET_BYTES = 28  # per point: label, matched box, four distances, centerness
 
 
