@@ -105,7 +105,7 @@ def prepare(name: str) -> None:
     if name not in DatasetCatalog:
         similar = suggest(name, DatasetCatalog.list(), "")
         raise InputError(
-            f"unknown dataset {name!r}; {similar and similar + ' Otherwise '}describe it in the "
+            f"unknown dataset {name!r}; {similar and similar + ' Otherwise '}define it in the "
             f"config: DATASETS: {{REGISTER: {{{name}: "
             "{json: annotations.json, images: image_folder}}}"
         )
@@ -332,7 +332,7 @@ def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
     """Checks that the records contain an object to train on.
 
     Raises:
-        InputError: all annotations are crowd regions, have zero area or lie outside the image.
+        InputError: there are no annotations, or all are crowd regions, flat or outside the image.
     """
     if isinstance(records, list) and (reason := why_nothing_is_learned(records)):
         raise InputError(f"{_format_names(names)}: {reason}; see {CHECK}")

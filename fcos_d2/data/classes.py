@@ -32,7 +32,7 @@ def check_class_order(trained: Sequence[str], name: str) -> None:
     """Checks that a dataset has the classes of the training data, in the same order.
 
     Args:
-        trained: training datasets; the first one that declares classes is compared.
+        trained: training datasets; the first one with classes is compared, if it is available.
         name: dataset to evaluate.
 
     Raises:

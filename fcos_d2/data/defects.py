@@ -122,9 +122,10 @@ def _parse_box(box: object, repaired: Counter) -> list[float]:
     values = box if isinstance(box, list) else []
     numbers = [_parse_number(value) for value in values]
     if len(numbers) != 4 or None in numbers:
-        raise DefectError("box", f"bbox must be {BOX_FORMAT} in numbers, got {format_value(box)}")
+        raise DefectError("box", f"bbox must be numbers {BOX_FORMAT}, got {format_value(box)}")
     if not all(abs(number) < HUGE for number in numbers):
-        raise DefectError("box", f"bbox must be finite, got {format_value(box)}; remove it")
+        text = f"bbox must be finite, got {format_value(box)}; correct or remove the annotation"
+        raise DefectError("box", text)
     repaired["number"] += any(isinstance(value, str) for value in values)
     return numbers
 

@@ -62,7 +62,7 @@ def review_coco(
     for key in ("images", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
             raise InputError(
-                f"it has no {key!r}; a COCO file has images, annotations and categories"
+                f"{key!r} is missing or empty; a COCO file has images, annotations and categories"
             )
     annotations = content.get("annotations", [])
     if not isinstance(annotations, list):
@@ -90,7 +90,7 @@ def _review_categories(entries: list, repaired: Counter) -> list[dict]:
         if not isinstance(name, (str, int, float)) or not str(name).strip():
             raise InputError(f"entry {index} of 'categories' has no 'name'; add one")
         if not _is_id(entry.get("id")):
-            raise InputError(f"category {format_value(name)} has no valid 'id'; renumber them")
+            raise InputError(f"category {format_value(name)} has no valid 'id'; add one")
         if not isinstance(name, str) or name != name.strip():
             repaired["class name"] += 1
             entry = {**entry, "name": str(name).strip()}
@@ -98,7 +98,7 @@ def _review_categories(entries: list, repaired: Counter) -> list[dict]:
         if other["name"] != entry["name"]:
             raise InputError(
                 f"categories {format_value(other['name'])} and {format_value(entry['name'])} have "
-                f"the same id {format_value(entry['id'], quote=True)}; renumber them"
+                f"the same id {format_value(entry['id'], quote=True)}; use unique ids"
             )
         repaired["same category"] += other is not entry
     _check_sortable("categories", kept)
@@ -111,7 +111,7 @@ def _is_id(value: object) -> bool:
 
 def _check_sortable(key: str, ids: Iterable[object]) -> None:
     if len({isinstance(number, str) for number in ids}) > 1:
-        raise InputError(f"some ids of {key!r} are numbers and others strings; renumber them")
+        raise InputError(f"some ids of {key!r} are numbers and others strings; use only numbers")
 
 
 class _ExcludedError(Exception):
@@ -200,20 +200,18 @@ class _Reviewer:
         """Returns an image, whose size may be None; for a duplicate, the one in ``kept``."""
         if not isinstance(entry, dict):
             raise DefectError(
-                "entry", f"entry {index} of 'images' is not an object; export it as COCO"
+                "entry", f"entry {index} of 'images' is not a JSON object; export it as COCO"
             )
         if "broken" in entry:  # set by a reader of another format
             raise DefectError("entry", entry["broken"])
         number, name = entry.get("id"), entry.get("file_name")
         if not _is_id(number):
-            raise DefectError(
-                "entry", f"entry {index} of 'images' has no valid 'id'; renumber them"
-            )
+            raise DefectError("entry", f"entry {index} of 'images' has no valid 'id'; add one")
         if number in kept:
             if any(kept[number].get(k) != entry.get(k) for k in ("file_name", "width", "height")):
                 raise DefectError(
                     "entry",
-                    f"two different images have the id {format_value(number)}; renumber them",
+                    f"two different images have the id {format_value(number)}; use unique ids",
                 )
             self.repaired["same image"] += 1
             return kept[number]
@@ -284,7 +282,7 @@ class _Reviewer:
 
     def _repair(self, entry: object, index: int, all_: list, seen: dict) -> dict | None:
         """Returns a repaired copy, or None for invalid, excluded and duplicate annotations."""
-        annotation = entry if isinstance(entry, dict) else {"broken": "it is not an object"}
+        annotation = entry if isinstance(entry, dict) else {"broken": "it is not a JSON object"}
         number, repaired = annotation.get("id"), Counter()
         if _is_id(number) and number in seen and all_[seen[number]] == annotation:
             self.repaired["same annotation"] += 1

@@ -127,9 +127,9 @@ def test_unambiguous_defect_is_repaired_by_load_check_and_clean(coco, caplog, ch
 # Changes to the annotation of image 2, key of DEFECTS, and message.
 BROKEN = [
     (annotate(bbox=None), "box", "annotation 102: bbox is missing"),
-    (annotate(bbox=[1, 2, 3]), "box", r"bbox must be \[x, y, width, height\] in numbers, got \[1"),
-    (annotate(bbox=[1, 2, "x", 4]), "box", r"in numbers, got \[1, 2, 'x', 4\]"),
-    (annotate(bbox=[1, 2, float("nan"), 4]), "box", "bbox must be finite, got .*; remove it"),
+    (annotate(bbox=[1, 2, 3]), "box", r"bbox must be numbers \[x, y, width, height\], got \[1, 2"),
+    (annotate(bbox=[1, 2, "x", 4]), "box", r"bbox must be numbers .* got \[1, 2, 'x', 4\]"),
+    (annotate(bbox=[1, 2, float("nan"), 4]), "box", "bbox must be finite, got .*; correct or"),
     (annotate(bbox=["inf", 2, 3, 4]), "box", "bbox must be finite"),
     (annotate(bbox=[1, 2, -9, 4]), "box", r"bbox \[1, 2, -9, 4\] has a negative size"),
     (annotate(bbox=None, segmentation=[[1, 2, 3, 4]]), "box", "bbox is missing"),
@@ -160,10 +160,10 @@ def test_ambiguous_defect_is_rejected_listed_and_dropped(coco, change, kind, tex
 @pytest.mark.parametrize(
     "change, text",
     [
-        (repeat("images", width=61), "two different images have the id 1; renumber them"),
+        (repeat("images", width=61), "two different images have the id 1; use unique ids"),
         (entry("images", 1, file_name=None), "image 2 has no 'file_name'"),
         (lambda content: content["images"][1].pop("id"), "entry 1 of 'images' has no valid 'id'"),
-        (lambda content: content["images"].append(3), "entry 3 of 'images' is not an object"),
+        (lambda content: content["images"].append(3), "entry 3 of 'images' is not a JSON object"),
     ],
 )
 def test_invalid_image_is_reported_and_dropped_with_its_annotations(coco, change, text):
@@ -186,9 +186,9 @@ def test_invalid_image_is_reported_and_dropped_with_its_annotations(coco, change
         (entry("categories", 0, name=""), "entry 0 of 'categories' has no 'name'"),
         (entry("categories", 0, id=None), "category disc has no valid 'id'"),
         (entry("categories", 1, name="disc"), "categories 1 and 2 have the same name disc"),
-        (mixed_ids, "some ids of 'images' are numbers and others strings; renumber them"),
-        (lambda content: content.pop("images"), "it has no 'images'"),
-        (lambda content: content.update(categories=[]), "it has no 'categories'"),
+        (mixed_ids, "some ids of 'images' are numbers and others strings; use only numbers"),
+        (lambda content: content.pop("images"), "'images' is missing or empty"),
+        (lambda content: content.update(categories=[]), "'categories' is missing or empty"),
         (lambda content: content.update(annotations={}), "'annotations' must be a list"),
     ],
 )

@@ -180,7 +180,7 @@ def test_missing_voc_size_is_read_from_the_image(register, voc, width):
 @pytest.mark.parametrize(
     "old, new, text",
     [
-        ("<name>bird</name>", "<name> </name>", "annotation 0 of b.xml: it has no class name"),
+        ("<name>bird</name>", "<name> </name>", "annotation 0 of b.xml: the class name is missing"),
         ("<xmin>2</xmin>", "", r"annotation 0 of b.xml: bbox must be .* got \['', 3.0"),
     ],
 )

@@ -103,7 +103,7 @@ class Builder:
             if isinstance(label, str) and label.strip():
                 entry["category_id"] = ids.get(label.strip(), label)
             elif "broken" not in entry:
-                entry["broken"] = "it has no class name; add one"
+                entry["broken"] = "the class name is missing; add it"
         categories = [{"id": number, "name": name} for name, number in ids.items()]
         return {"images": self._images, "categories": categories, "annotations": self._objects}
 
