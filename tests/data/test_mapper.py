@@ -16,15 +16,9 @@ from fcos_d2.data import FCOSDatasetMapper
 from fcos_d2.data.mapper import ObjectCrop
 from fcos_d2.errors import InputError, one_line_cause
 
-RLE = {"counts": b"PPYo0", "size": [40, 60]}
 OBJECT = {"bbox": [5, 6, 20, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 3, "iscrowd": 0}
-CROWD = {
-    "bbox": [30, 10, 20, 15],
-    "bbox_mode": BoxMode.XYWH_ABS,
-    "category_id": 1,
-    "iscrowd": 1,
-    "segmentation": RLE,
-}
+CROWD = {**OBJECT, "bbox": [30, 10, 20, 15], "category_id": 1, "iscrowd": 1}
+CROWD["segmentation"] = {"counts": b"PPYo0", "size": [40, 60]}
 
 
 @pytest.fixture
@@ -36,13 +30,8 @@ def image_file(tmp_path):
 
 
 def record(path, *annotations):
-    return {
-        "file_name": str(path),
-        "image_id": 1,
-        "width": 60,
-        "height": 40,
-        "annotations": list(annotations),
-    }
+    image = {"file_name": str(path), "image_id": 1, "width": 60, "height": 40}
+    return {**image, "annotations": list(annotations)}
 
 
 def mapper(keep_crowd=True, is_train=True, augmentations=()):
@@ -53,16 +42,8 @@ def mapper(keep_crowd=True, is_train=True, augmentations=()):
 
 def load_in_worker(record, mapper):
     """Maps ``record`` in a worker of a DataLoader."""
-
-    class Data(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            return mapper(record)
-
-    loader = torch.utils.data.DataLoader(Data(), num_workers=1, collate_fn=lambda batch: batch[0])
-    return next(iter(loader))
+    options = {"num_workers": 1, "collate_fn": lambda batch: mapper(batch[0])}
+    return next(iter(torch.utils.data.DataLoader([record], **options)))
 
 
 def test_mapper_equals_detectron2s_without_crowd_regions(image_file):
@@ -81,11 +62,8 @@ def test_crowd_regions_become_boxes_of_class_minus_one(image_file):
     instances = load_in_worker(data, mapper())["instances"]
     assert instances.gt_classes.tolist() == [-1, 3, -1]
     assert instances.gt_classes.dtype == torch.int64
-    assert instances.gt_boxes.tensor.tolist() == [
-        [30, 10, 50, 25],
-        [5, 6, 25, 16],
-        [30, 10, 50, 25],
-    ]
+    crowd = [30, 10, 50, 25]
+    assert instances.gt_boxes.tensor.tolist() == [crowd, [5, 6, 25, 16], crowd]
     assert not instances.has("gt_masks")
     assert data == before
 

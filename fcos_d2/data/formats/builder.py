@@ -114,11 +114,6 @@ def enclosing_box(points: Iterable[Sequence[float]]) -> list[float]:
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def flatten(points: Iterable[Sequence[float]]) -> list[float]:
-    """Flattens points to alternating x and y."""
-    return [value for point in points for value in point]
-
-
 def rotated_box(
     box: Sequence[float], degrees: float, pivot: tuple[float, float] = (0.5, 0.5)
 ) -> list[float]:

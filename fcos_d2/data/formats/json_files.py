@@ -6,10 +6,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, ValuesView
+from itertools import chain
 from pathlib import Path
 
 from ...errors import InputError, format_value
-from .builder import Builder, Shape, Source, enclosing_box, flatten, rotated_box
+from .builder import Builder, Shape, Source, enclosing_box, rotated_box
 from .files import read_json
 
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio adds eight digits to uploaded files
@@ -123,7 +124,7 @@ def _labelme_box(shape: dict) -> Shape:
         (x, y), radius = points[0], math.dist(*points)
         points = [(x - radius, y - radius), (x + radius, y + radius)]
     is_polygon = shape.get("shape_type") == "polygon"
-    return enclosing_box(points), flatten(points) if is_polygon else None
+    return enclosing_box(points), list(chain.from_iterable(points)) if is_polygon else None
 
 
 # ---- VGG Image Annotator ----
@@ -177,7 +178,7 @@ def _via_box(shape: dict) -> Shape:
     if name == "point":
         return [shape["cx"], shape["cy"], 0, 0]
     points = list(zip(shape["all_points_x"], shape["all_points_y"], strict=True))
-    return enclosing_box(points), flatten(points) if name == "polygon" else None
+    return enclosing_box(points), list(chain.from_iterable(points)) if name == "polygon" else None
 
 
 # ---- Label Studio ----
@@ -218,11 +219,9 @@ def _has_size(shape: dict) -> bool:
 
 def _original_name(name: str, image_root: str) -> str:
     """Removes the prefix of uploaded files from an image name if only that file exists."""
-    folder, _, file = name.replace("\\", "/").rpartition("/")
-    original = UPLOADED.fullmatch(file)
-    if original and not os.path.exists(os.path.join(image_root, file)):
-        return original[1] if os.path.exists(os.path.join(image_root, original[1])) else name
-    return name
+    match = UPLOADED.fullmatch(name.replace("\\", "/").rpartition("/")[2])
+    exists = [os.path.exists(os.path.join(image_root, match[i])) for i in (0, 1)] if match else []
+    return match[1] if exists == [False, True] else name
 
 
 def _add_task_shape(builder: Builder, image: int, shape: dict, place: str) -> None:
@@ -238,7 +237,7 @@ def _task_box(shape: dict) -> Shape:
     scale = float(shape["original_width"]) / 100, float(shape["original_height"]) / 100
     if "points" in value:
         points = [(float(x) * scale[0], float(y) * scale[1]) for x, y in value["points"]]
-        return enclosing_box(points), flatten(points)
+        return enclosing_box(points), list(chain.from_iterable(points))
     keys = ("x", "y", "radiusX", "radiusY") if "radiusX" in value else ("x", "y", "width", "height")
     x, y, w, h = (float(value[key]) * s for key, s in zip(keys, scale * 2, strict=True))
     angle = float(value.get("rotation") or 0)
