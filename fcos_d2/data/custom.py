@@ -268,27 +268,12 @@ def select_classes(content: dict, entry: Mapping, file: str) -> dict:
     """
     rename, selected = entry.get("rename", {}), entry.get("classes")
     categories = _sort_by_id(content["categories"])
-    known = [category["name"] for category in categories]
-    for name in rename:
-        if name not in known:
-            advice = format_value(suggest(name, known, f"it has {', '.join(known)}"))
-            raise InputError(f"{file}: {format_value(name)} in rename is not a class; {advice}")
-    groups: dict[str, list] = {}
-    for category in categories:
-        groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
-    for name, group in groups.items():
-        if len(group) > 1 and not any(category["name"] in rename for category in group):
-            ids = " and ".join(format_value(category["id"]) for category in group[:2])
-            name = format_value(name)
-            raise InputError(
-                f"{file}: categories {ids} have the same name {name}; to merge them, set "
-                f"rename: {{{name}: {name}}} in DATASETS.REGISTER"
-            )
+    groups = _group_by_name(categories, rename, file)
     if not rename and selected is None:
         return content
     names = list(groups) if selected is None else list(selected)
     if not groups.keys() & set(names):
-        known = format_value(", ".join(known))
+        known = format_value(", ".join(category["name"] for category in categories))
         raise InputError(
             f"{file} has none of the classes {format_value(names)}; its classes are {known}"
         )
@@ -300,6 +285,29 @@ def select_classes(content: dict, entry: Mapping, file: str) -> dict:
             annotation["category_id"] = ids[annotation["category_id"]]
         result["annotations"] = kept
     return result
+
+
+def _group_by_name(
+    categories: Sequence[dict], rename: Mapping[str, str], file: str
+) -> dict[str, list[dict]]:
+    """Groups categories that have the same name after renaming."""
+    known = [category["name"] for category in categories]
+    for name in rename:
+        if name not in known:
+            advice = format_value(suggest(name, known, f"it has {', '.join(known)}"))
+            raise InputError(f"{file}: {format_value(name)} in rename is not a class; {advice}")
+    groups: dict[str, list[dict]] = {}
+    for category in categories:
+        groups.setdefault(rename.get(category["name"], category["name"]), []).append(category)
+    for name, group in groups.items():
+        if len(group) > 1 and not any(category["name"] in rename for category in group):
+            ids = " and ".join(format_value(category["id"]) for category in group[:2])
+            name = format_value(name)
+            raise InputError(
+                f"{file}: categories {ids} have the same name {name}; to merge them, set "
+                f"rename: {{{name}: {name}}} in DATASETS.REGISTER"
+            )
+    return groups
 
 
 # ---- Parts ----

@@ -57,7 +57,7 @@ def test_voc_classes_can_be_selected_and_ordered(register, voc):
     assert_same("pets", {"a.jpg": OBJECTS["a.jpg"][:1], "b.png": OBJECTS["b.png"]})
 
 
-def beside(voc):
+def images_next_to_xml(voc):
     for path in (voc / "JPEGImages").iterdir():
         path.rename(voc / "Annotations" / path.name)
     return {"voc": str(voc / "Annotations")}
@@ -70,18 +70,20 @@ def lower_case(voc):
     return {"voc": str(voc)}
 
 
-def apart(voc):
+def explicit_folders(voc):
     return {"voc": {"xml": str(voc / "Annotations"), "images": str(voc / "JPEGImages")}}
 
 
 def images_and_xml_in_images(voc):
-    beside(voc)
+    images_next_to_xml(voc)
     (voc / "Annotations").rename(voc / "images")
     (voc / "JPEGImages").rmdir()
     return {"voc": str(voc)}
 
 
-@pytest.mark.parametrize("layout", [beside, lower_case, apart, images_and_xml_in_images])
+@pytest.mark.parametrize(
+    "layout", [images_next_to_xml, lower_case, explicit_folders, images_and_xml_in_images]
+)
 def test_common_voc_layouts_are_read(register, voc, layout):
     entry = layout(voc)
     register(pets=entry, part={**entry, "part": [0, 1]})
@@ -89,12 +91,12 @@ def test_common_voc_layouts_are_read(register, voc, layout):
     assert_same("part")
 
 
-@pytest.mark.parametrize("is_beside", [True, False])
-def test_voc_folder_without_splits_is_recognized(register, voc, is_beside):
+@pytest.mark.parametrize("in_one_folder", [True, False])
+def test_voc_folder_without_splits_is_recognized(register, voc, in_one_folder):
     lower_case(voc)
-    for image in (voc / "images").iterdir() if is_beside else ():
+    for image in (voc / "images").iterdir() if in_one_folder else ():
         image.rename(voc / "annotations" / image.name)
-    assert_recognized(register, voc / "annotations" if is_beside else voc, all=OBJECTS)
+    assert_recognized(register, voc / "annotations" if in_one_folder else voc, all=OBJECTS)
 
 
 def test_voc_folders_of_splits_are_recognized(register, voc):
