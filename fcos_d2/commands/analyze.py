@@ -20,7 +20,7 @@ from ..errors import InputError, exit_status
 from ..inference import build_detector
 from ..modeling import FCOS
 from ..ops import make_levels
-from .arguments import check_fcos, make_config_parser
+from .arguments import DEFAULT, check_fcos, make_config_parser
 
 # fvcore does not count these operators, whose cost is negligible next to the convolutions.
 NEGLIGIBLE = (
@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="size of the image (default: INPUT.MIN_SIZE_TEST INPUT.MAX_SIZE_TEST)",
     )  # fmt: skip
-    parser.add_argument("--depth", type=int, default=2, help="table depth (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=2, help=f"depth of the table {DEFAULT}")
     return parser.parse_intermixed_args(arguments)
 
 

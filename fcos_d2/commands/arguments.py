@@ -10,6 +10,8 @@ from torch import nn
 from ..errors import InputError
 from ..modeling import FCOS
 
+DEFAULT = "(default: %(default)s)"
+
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser that prints ``doc``, the docstring of the command's module, as its help."""
@@ -24,10 +26,10 @@ def make_config_parser(doc: str, required: bool = True) -> argparse.ArgumentPars
     Call its ``parse_intermixed_args``, which allows flags after the pairs.
     """
     parser = make_parser(doc)
-    parser.add_argument(
-        "--config-file", required=required, default="", metavar="FILE", help="config file or name"
-    )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
+    add = parser.add_argument
+    about = "config file, or its name in the model zoo"
+    add("--config-file", required=required, default="", metavar="FILE", help=about)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config keys to override")
     return parser
 
 

@@ -27,7 +27,7 @@ from ..inference import accelerated, load_detector
 from ..modeling import FCOS
 from ..modeling.acceleration import keep_freed_memory
 from ..ops import backend
-from .arguments import check_fcos, make_config_parser
+from .arguments import DEFAULT, check_fcos, make_config_parser
 
 BOXES_PER_IMAGE = 7  # in random images; the average of COCO
 
@@ -171,7 +171,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--batch", type=int, metavar="N", help="batch size (default: SOLVER.IMS_PER_BATCH)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of random images")
-    add("--seconds", type=float, default=5.0, help="minimum per part (default: %(default)s)")
+    add("--seconds", type=float, default=5.0, help=f"minimum time of each part {DEFAULT}")
     return parser.parse_intermixed_args(arguments)
 
 

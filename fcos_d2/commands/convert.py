@@ -28,7 +28,7 @@ from ..checkpoint.reading import load_safely, load_trusted
 from ..checkpoint.requirements import Requirements
 from ..checkpoint.saving import atomic_write
 from ..errors import InputError, exit_status
-from .arguments import make_parser
+from .arguments import DEFAULT, make_parser
 
 
 def convert(source: str, target: str, format_name: str, trust_pickle: bool) -> None:
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="IN", help="weights of any known FCOS implementation")
     add("target", metavar="OUT", help="file to write")
-    add("--to", choices=(OURS, *WRITABLE), default=OURS, help="default: %(default)s")
+    add("--to", choices=(OURS, *WRITABLE), default=OURS, help=f"format of OUT {DEFAULT}")
     add(
         "--trust-pickle",
         action="store_true",

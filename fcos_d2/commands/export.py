@@ -40,7 +40,7 @@ from ..export import (
 from ..export.quantization import export_int8
 from ..inference import load_detector
 from ..modeling import FCOS
-from .arguments import check_fcos, make_config_parser
+from .arguments import DEFAULT, check_fcos, make_config_parser
 
 SCALES = (0.75, 1.0, 1.25)  # of the images, relative to evaluation
 BATCH_SIZES = (1, 4)
@@ -158,12 +158,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = make_config_parser(__doc__)
     add = parser.add_argument
-    add("--format", required=True, choices=FORMATS)
+    add("--format", required=True, choices=FORMATS, help="format of the file")
     add("--output", required=True, type=Path, metavar="FILE", help="file to write")
     add("--half", action="store_true", help="use float16 weights and feature maps")
     add("--int8", action="store_true", help="quantize convolutions to int8 (only onnx)")
     add("--verify", action="store_true", help="compare the detections with the model's")
-    add("--images", type=int, default=8, metavar="N", help="to compare (default: %(default)s)")
+    add("--images", type=int, default=8, metavar="N", help=f"number of images to verify {DEFAULT}")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -295,7 +295,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder of images and annotations")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="config to write")
-    add("--device", choices=("cpu", "cuda"), help="to train on (default: cuda if available)")
+    add(
+        "--device", choices=("cpu", "cuda"), help="device for training (default: cuda if available)"
+    )
     return parser.parse_args(arguments)
 
 

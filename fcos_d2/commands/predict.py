@@ -40,7 +40,7 @@ from ..media import (
 from ..modeling.acceleration import keep_freed_memory
 from ..predictor import Predictor
 from ..tiling import TiledPredictor
-from .arguments import make_parser
+from .arguments import DEFAULT, make_parser
 
 PRETRAINED = "torchvision/fcos_R_50_FPN"
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.webcam is not None:
         sources.append(Source(str(options.webcam), "camera", Path(f"camera_{options.webcam}")))
     if not sources:
-        raise InputError("no input can be read; pass images, videos or folders that contain some")
+        raise InputError("no input can be read; pass images, videos, or folders of them")
     if options.output:
         sources = choose_targets(sources, options.output, options.frames)
     check_targets(sources, options.json)
@@ -120,13 +120,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.prog = "fcos-d2"
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="images, videos, folders or glob patterns")
-    add("--model", default=PRETRAINED, metavar="NAME", help="model of the zoo (%(default)s)")
+    add("--model", default=PRETRAINED, metavar="NAME", help=f"model in the zoo {DEFAULT}")
     add("--config-file", metavar="FILE", help="config of your own model, instead of --model")
-    add("--weights", default="", metavar="FILE", help="default: the final ones in OUTPUT_DIR")
+    add("--weights", default="", metavar="FILE", help="weights to load instead of the final ones")
     add("--output", type=Path, metavar="PATH", help="folder, image or video to write")
     add("--json", type=Path, metavar="FILE", help="write boxes, classes and scores to FILE")
     add("--score", type=float, metavar="S", help="score threshold of all classes")
-    add("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=int, default=1, metavar="N", help=f"images per batch {DEFAULT}")
     add("--tile", type=int, metavar="N", help="detect in overlapping tiles of N x N pixels")
     add("--webcam", type=int, metavar="N", help="index of a camera, such as 0")
     add("--frames", type=int, metavar="N", help="stop after N images or frames")

@@ -33,7 +33,7 @@ from ..predictor import FINAL_WEIGHTS
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.curves import ap_series, plot_training, read_metrics
 from ..visualization.sheet import contact_sheet
-from .arguments import make_parser
+from .arguments import DEFAULT, make_parser
 
 DEMO_CONFIG = "configs/digits/fcos_R_18_FPN_digits.yaml"
 PAIRS_PER_ROW = 3
@@ -133,11 +133,11 @@ def _sheet(
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = make_parser(__doc__)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="of the training run")
-    add("--images", type=int, default=12, metavar="N", help=f"in the contact sheet {default}")
-    add("--score", type=float, default=0.5, metavar="S", help=f"score threshold {default}")
-    add("--mistakes", type=int, default=24, metavar="N", help=f"to show of each kind {default}")
+    add = parser.add_argument
+    add("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of the training run")
+    add("--images", type=int, default=12, metavar="N", help=f"images on the sheet {DEFAULT}")
+    add("--score", type=float, default=0.5, metavar="S", help=f"score threshold {DEFAULT}")
+    add("--mistakes", type=int, default=24, metavar="N", help=f"mistakes of each kind {DEFAULT}")
     options = parser.parse_args(arguments)
     for name in ("images", "mistakes"):
         if getattr(options, name) < 1:

@@ -57,7 +57,7 @@ from ..modeling.structures import PointGrid, pack_ground_truth
 from ..visualization.assignment import draw_assignment, to_rgb
 from ..visualization.boxes import PANEL_SIDE, draw_objects
 from ..visualization.sheet import contact_sheet
-from .arguments import make_config_parser
+from .arguments import DEFAULT, make_config_parser
 
 MAX_LISTED = 20  # defects that are printed; more are only counted
 MAX_MEASURED = 2000  # images whose assignment is computed, which are enough for a precision of 0.1%
@@ -283,12 +283,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = make_config_parser(__doc__, required=False)
     add = parser.add_argument
-    add("--dataset", action="append", metavar="NAME", help="replaces the datasets of the config")
+    add("--dataset", action="append", metavar="NAME", help="dataset to use instead of the config's")
     add("--check", action="store_true", help="check the datasets instead of drawing them")
     add("--clean", action="store_true", help="write annotation files without defects")
     add("--skip-images", action="store_true", help="check without reading images")
-    add("--output", type=Path, metavar="DIR", help="for drawings (default: OUTPUT_DIR/data)")
-    add("--images", type=int, default=12, metavar="N", help="to draw (default: %(default)s)")
+    add("--output", type=Path, metavar="DIR", help="folder to draw to (default: OUTPUT_DIR/data)")
+    add("--images", type=int, default=12, metavar="N", help=f"images of each dataset {DEFAULT}")
     options = parser.parse_intermixed_args(arguments)
     if options.images < 1:
         parser.error(f"--images must be at least 1, got {options.images}")

@@ -112,10 +112,10 @@ def _template():
 def _summary(
     evaluation: Evaluation, best: Sequence[Threshold], truth: Sequence[Objects]
 ) -> dict[str, str]:
-    average, curves = evaluation.average, evaluation.curves
+    curves = evaluation.curves
     f1 = 100 * f1_score(curves, [t.score for t in best])
     fixed = 100 * f1_score(curves, [DEFAULT_THRESHOLD] * len(best))
-    values = {"AP": average(), "AP50": average(iou=0), "AP75": average(iou=5)}
+    values = _averages(evaluation)
     if evaluation.max_detections > COCO_DETECTIONS:
         values[f"AP of {evaluation.max_detections} detections"] = evaluation.average_of_all()
     values |= {"F1": f1, f"F1 at {DEFAULT_THRESHOLD}": fixed}
@@ -132,22 +132,25 @@ def _size_rows(evaluation: Evaluation, truth: Sequence[Objects]) -> list[dict]:
     rows = []
     for size, (low, high) in enumerate(limits):
         count = int(((areas >= low) & (areas < high)).sum())
-        averages = [evaluation.average(iou, size=size) for iou in (None, 0, 5)]
-        rows.append({"name": SIZES[size] + ranges[size], "count": count})
-        rows[-1] |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True))
+        row = {"name": SIZES[size] + ranges[size], "count": count}
+        rows.append(row | _averages(evaluation, size=size))
     return rows
 
 
 def _class_rows(evaluation: Evaluation, best: Sequence[Threshold], names) -> list[dict]:
     rows = []
     for class_, (name, threshold) in enumerate(zip(names, best, strict=True)):
-        averages = [evaluation.average(iou, class_) for iou in (None, 0, 5)]
         row = {"name": name, "count": evaluation.curves[class_].num_objects}
-        row |= dict(zip(("ap", "ap50", "ap75"), averages, strict=True))
+        row |= _averages(evaluation, class_=class_)
         row |= {key: 100 * getattr(threshold, key) for key in ("f1", "precision", "recall")}
         row["color"] = "#{:02x}{:02x}{:02x}".format(*class_color(class_))
         rows.append(row | {"threshold": f"{threshold.score:.2f}"})
     return rows
+
+
+def _averages(evaluation: Evaluation, **part: int) -> dict[str, float]:
+    ious = {"AP": None, "AP50": 0, "AP75": 5}
+    return {name: evaluation.average(iou, **part) for name, iou in ious.items()}
 
 
 # ---- Mistakes ----
