@@ -47,7 +47,7 @@ def test_8_bit_images_of_all_modes_are_read(tmp_path, mode):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation, angle", [(1, 0), (3, 180), (6, 90), (8, 270)])
 def test_orientation_is_applied_once_or_not_at_all(tmp_path, suffix, orientation, angle):
-    """The stored pixels are an upright image with a bright quadrant, rotated by ``angle``."""
+    """Stores an upright image with a bright quadrant, rotated by ``angle``."""
     upright = np.full((32, 48, 3), 10, np.uint8)
     upright[:16, :24] = 240
     stored = Image.fromarray(upright).rotate(angle, expand=True)

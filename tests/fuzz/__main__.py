@@ -36,7 +36,7 @@ def main() -> None:
     except ImportError:
         sys.exit("error: fuzzing needs atheris; install it with: pip install -e '.[fuzz]'")
     torch.set_num_threads(1)
-    logging.disable(logging.CRITICAL)  # of millions of inputs
+    logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     corpus = options.corpus or Path("output/fuzz", options.target)
     corpus.mkdir(parents=True, exist_ok=True)

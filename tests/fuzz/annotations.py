@@ -1,8 +1,8 @@
-"""Fuzz target: annotation files, read like those of DATASETS.REGISTER and by the dataset check.
+"""Fuzz target: annotation files of DATASETS.REGISTER, which are loaded and checked.
 
-The input is a COCO file, one of another tool, a Pascal VOC folder or YOLO labels: arbitrary bytes
-or a corrupted valid file. It loads into records that training can use, or is refused in one line
-that names it.
+The input is a COCO file, a file of another tool, a Pascal VOC folder or YOLO labels: arbitrary
+bytes or a corrupted valid file. The result must be valid records, or a one-line error that contains
+the name of the dataset or file.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ OTHERS = (VIA, LABELME, TASKS, CREATEML)
 
 
 def coco_text(choices: Choices) -> bytes:
-    """Returns a valid file whose values, and perhaps text, are corrupted."""
+    """Returns a COCO file with corrupted values or text."""
     return changed_text(choices, COCO)
 
 
 def other_text(choices: Choices) -> bytes:
-    """Returns the same for another tool."""
+    """Returns a file of another tool with corrupted values or text."""
     return changed_text(choices, choices.of(OTHERS))
 
 
@@ -88,7 +88,7 @@ def changed_text(choices: Choices, content: object) -> bytes:
 
 
 def json_entry(choices: Choices, text: Callable[[Choices], bytes] = coco_text) -> dict:
-    """Writes a JSON file; returns its entry in DATASETS.REGISTER."""
+    """Writes a JSON file, and returns its entry of DATASETS.REGISTER."""
     path = scratch("annotations.json")
     path.write_bytes(choices.of((text, Choices.rest))(choices))
     entry: dict = {"json": str(path), "images": str(scratch("images"))}
@@ -117,7 +117,7 @@ ODD_XML = (
 
 
 def voc_text(choices: Choices) -> bytes:
-    """Returns a valid file whose values, and perhaps text, are corrupted."""
+    """Returns a Pascal VOC file with corrupted values or text."""
     fields = {"filename": "1.png", "width": 60, "height": 40, "name": "disc", "difficult": 0}
     fields |= {"xmin": 1, "ymin": 1, "xmax": 20, "ymax": 10}
     values = corrupt(choices, fields)
@@ -137,7 +137,7 @@ def voc_text(choices: Choices) -> bytes:
 
 
 def voc_entry(choices: Choices) -> dict:
-    """Writes a Pascal VOC folder with one image; returns its entry."""
+    """Writes a Pascal VOC folder with one image, and returns its entry."""
     root = scratch("voc")
     stem = choices.of(("1", "[1]", "a b"))
     split = choices.of((stem, "..", "/", "**", "?", "\0", "../x", "\ud800", "", f"{stem}\n{stem}"))
@@ -155,7 +155,7 @@ def voc_entry(choices: Choices) -> dict:
 
 
 def yolo_entry(choices: Choices) -> dict:
-    """Writes a folder with corrupted labels; returns its entry."""
+    """Writes a folder with corrupted labels, and returns its entry."""
     words = corrupt(choices, ["0", "0.5", "0.5", "0.1", "0.2", "0.3", "0.4"][: choices.of((5, 7))])
     line = " ".join(map(str, words)) if isinstance(words, list) else str(words)
     content = choices.of((lambda choices: line.encode("utf-8", "ignore"), Choices.rest))(choices)
@@ -190,7 +190,7 @@ def check(data: bytes) -> None:
     entry = choices.of(makers)(choices)
     register_datasets({NAME: entry})
     for use in (inspect, load, load_all, load_masks, class_names):
-        # As in a new process, nothing is cached from the use before.
+        # Clears all caches, as in a new process.
         register_datasets({NAME: entry})
         with result_or_refusal(repr(NAME), *map(str, entry.values())):
             use(NAME)
@@ -199,7 +199,7 @@ def check(data: bytes) -> None:
 
 
 def inspect(name: str) -> None:
-    """Does what the dataset check does."""
+    """Runs the dataset check."""
     found = inspect_dataset(name, read_images=False)
     describe_contents(found)
     why_nothing_is_learned(found.records)
@@ -210,7 +210,7 @@ def inspect(name: str) -> None:
 
 
 def load(name: str) -> None:
-    """Does what training does."""
+    """Loads the dataset like training."""
     num_classes = None
     for record in load_dataset(name):
         num_classes = num_classes or len(MetadataCatalog.get(name).thing_classes)
@@ -221,7 +221,7 @@ def load(name: str) -> None:
 
 
 def load_all(name: str) -> None:
-    """Does what evaluation does: if the check finds no problem, no object is lost."""
+    """Loads the dataset like evaluation; no object may be lost if the check finds no problem."""
     found, records = inspect_dataset(name, read_images=False), load_dataset(name, False)
     if not found.num_problems:
         counts = [
@@ -232,5 +232,5 @@ def load_all(name: str) -> None:
 
 
 def load_masks(name: str) -> None:
-    """Does what training a model with masks does."""
+    """Loads the dataset like training of a model with masks."""
     load_dataset(name, masks=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 
 class Choices:
-    """Bytes as a sequence of decisions; after their end, every decision is the first option.
+    """Converts bytes to a sequence of choices; after the last byte, the first option is chosen.
 
-    Options are ordered from harmless to hostile, so that a shorter input is a simpler one.
+    Options are ordered from harmless to hostile, so that shorter inputs are simpler.
     """
 
     def __init__(self, data: bytes):
@@ -33,13 +33,13 @@ class Choices:
 
 
 def nested(depth: int, end: object = 1) -> list:
-    """Returns a list in a list in a list ..."""
+    """Returns nested lists."""
     for _ in range(depth):
         end = [end]
     return end
 
 
-# What a field of a JSON file, a checkpoint or a config may hold instead of a valid value.
+# Invalid values for fields of JSON files, checkpoints and configs.
 HOSTILE = (
     *(None, True, -1, 0, 1, 2, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.5, 1e30, 1e308),
     *(math.nan, math.inf, -math.inf, "", "1", "nan", "..", "../../x", "/", "a\nb", "\0", "\ud800"),

@@ -1,4 +1,4 @@
-"""Checks that every outcome must pass, whatever the input."""
+"""Checks the outcome of every input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from fcos_d2 import InputError
@@ -24,7 +24,7 @@ _watching = False
 
 
 class Forbidden(BaseException):
-    """Input triggered a forbidden action; no exception handler may hide that."""
+    """Raised for forbidden actions; a BaseException, so that exception handlers do not hide it."""
 
 
 def _audit(event: str, arguments: tuple) -> None:
@@ -55,18 +55,18 @@ def result_or_refusal(*names: str) -> Iterator[None]:
         yield
     except InputError as error:
         message = str(error)
-        assert any(name in message for name in names), f"not named: {message[:LONGEST]}"
+        assert any(name in message for name in names), f"no name in: {message[:LONGEST]}"
         assert message.isprintable(), f"not one readable line: {message[:LONGEST]!r}"
         assert len(message) <= LONGEST, f"{len(message)} characters: {message[:LONGEST]}"
 
 
-@lru_cache(maxsize=1)
+@cache
 def _scratch() -> tempfile.TemporaryDirectory:
-    # In memory if there is such a folder: a disk is slower than the check.
+    # In memory if possible, because disks are slower than the checks.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     return tempfile.TemporaryDirectory(prefix="fcos_d2_fuzz_", dir=memory)
 
 
 def scratch(name: str) -> Path:
-    """Returns the path of a file that is removed when this process ends."""
+    """Returns the path of a temporary file, which is deleted when the process exits."""
     return Path(_scratch().name, name)

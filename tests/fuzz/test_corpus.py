@@ -1,8 +1,4 @@
-"""Past failures and random inputs lead to a valid result, or an error that says what is wrong.
-
-``pytest -m slow tests/fuzz`` runs more random inputs, ``python -m tests.fuzz TARGET`` runs until it
-is stopped.
-"""
+"""Tests past failures and random inputs; ``pytest -m slow tests/fuzz`` runs more random inputs."""
 
 import pytest
 from hypothesis import strategies as st
