@@ -1,4 +1,4 @@
-"""``python -m fcos_d2``: the command ``fcos-d2``."""
+"""Runs the command ``fcos-d2``: ``python -m fcos_d2``."""
 
 import sys
 

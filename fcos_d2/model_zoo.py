@@ -36,36 +36,29 @@ class Weights(NamedTuple):
     license: str
 
 
-_TORCHVISION = "https://download.pytorch.org/models/"
-_MMDETECTION = "https://openmmlab.oss-cn-hangzhou.aliyuncs.com/mmdetection/v2.0/fcos/"
-
-
-def _mmdetection(name: str, digest: str) -> Weights:
-    return Weights(f"{_MMDETECTION}{name}/{name}-{digest}.pth", "Apache-2.0")
-
-
+_MMDETECTION = "https://openmmlab.oss-cn-hangzhou.aliyuncs.com/mmdetection/v2.0/fcos"
 _TRICKS = "fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head"
+_MMDETECTION_FILES = {
+    "fcos_R_50_FPN_1x": "fcos_r50_caffe_fpn_gn-head_1x_coco-821213aa",
+    "fcos_R_101_FPN_1x": "fcos_r101_caffe_fpn_gn-head_1x_coco-0e37b982",
+    "fcos_R_50_FPN_2x": "fcos_r50_caffe_fpn_gn-head_mstrain_640-800_2x_coco-d92ceeea",
+    "fcos_R_101_FPN_2x": "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco-511424d6",
+    "fcos_X_101_64x4d_FPN_2x": "fcos_x101_64x4d_fpn_gn-head_mstrain_640-800_2x_coco-ede514a8",
+    "fcos_tricks_R_50_FPN_1x": f"{_TRICKS}_1x_coco-0a0d75a8",
+    "fcos_tricks_dcnv2_R_50_FPN_1x": f"{_TRICKS}_dcn_1x_coco-ae4d8b3d",
+}
 # Weights under a permissive license. Those of AdelaiDet and of the original FCOS are for
 # non-commercial use and no longer hosted; their files can still be loaded.
 WEIGHTS = {
     "torchvision/fcos_R_50_FPN": Weights(
-        f"{_TORCHVISION}fcos_resnet50_fpn_coco-99b0c9b7.pth", "BSD-3-Clause"
+        "https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth", "BSD-3-Clause"
     ),
-    "mmdetection/fcos_R_50_FPN_1x": _mmdetection("fcos_r50_caffe_fpn_gn-head_1x_coco", "821213aa"),
-    "mmdetection/fcos_R_101_FPN_1x": _mmdetection(
-        "fcos_r101_caffe_fpn_gn-head_1x_coco", "0e37b982"
-    ),
-    "mmdetection/fcos_R_50_FPN_2x": _mmdetection(
-        "fcos_r50_caffe_fpn_gn-head_mstrain_640-800_2x_coco", "d92ceeea"
-    ),
-    "mmdetection/fcos_R_101_FPN_2x": _mmdetection(
-        "fcos_r101_caffe_fpn_gn-head_mstrain_640-800_2x_coco", "511424d6"
-    ),
-    "mmdetection/fcos_X_101_64x4d_FPN_2x": _mmdetection(
-        "fcos_x101_64x4d_fpn_gn-head_mstrain_640-800_2x_coco", "ede514a8"
-    ),
-    "mmdetection/fcos_tricks_R_50_FPN_1x": _mmdetection(f"{_TRICKS}_1x_coco", "0a0d75a8"),
-    "mmdetection/fcos_tricks_dcnv2_R_50_FPN_1x": _mmdetection(f"{_TRICKS}_dcn_1x_coco", "ae4d8b3d"),
+    **{
+        f"mmdetection/{name}": Weights(
+            f"{_MMDETECTION}/{file.rpartition('-')[0]}/{file}.pth", "Apache-2.0"
+        )
+        for name, file in _MMDETECTION_FILES.items()
+    },
 }
 
 

@@ -242,7 +242,7 @@ def write_config(folder: Path, output: Path, has_gpu: bool) -> int:
     )
     output.write_text(text)
     read_cfg(str(output))
-    print(f"{output}: {len(found[0].records)} images to train on, {len(classes)} classes")
+    print(f"{output}: {len(found[0].records)} training images, {len(classes)} classes")
     if problems := sum(inspection.num_problems for inspection in found):
         print(
             f"{problems} problems must be corrected first: "
@@ -258,25 +258,26 @@ def assign_roles(found: dict, name: str, output: Path) -> tuple[dict[str, dict],
     entries = {f"{name}_{split}": entry for split, entry in found.items() if split != "all"}
     if "trainval" in found and "test" in found:
         entries = {f"{name}_{split}": found[split] for split in ("trainval", "test")}
-        return entries, f"{name}_trainval", f"{name}_test", "The image lists of the folder."
+        return entries, f"{name}_trainval", f"{name}_test", "Uses the image lists of the folder."
     tested = next((split for split in ("val", "test") if split in found), None)
     if "train" in found and tested:
-        return entries, f"{name}_train", f"{name}_{tested}", "The splits of the folder."
+        return entries, f"{name}_train", f"{name}_{tested}", "Uses the splits of the folder."
     split = "train" if "train" in found else next(iter(found))
     entry, path = found[split], output.with_name(f"{output.stem}_val.txt")
     if path.exists():
-        why = f"{path} already existed; its images remain the validation set."
+        why = f"Uses the existing {path} for validation; new images are for training."
     else:
-        names = _choose(name, entry)
+        names = _hold_out(name, entry)
         path.write_text("\n".join(sorted(names)) + "\n")
-        why = f"{len(names)} images are for validation; images added later are for training."
+        why = f"Holds out {len(names)} images for validation; new images are for training."
     entries.pop(f"{name}_{split}", None)
     entries[f"{name}_train"] = {**entry, "part": f"not {path}"}
     entries[f"{name}_val"] = {**entry, "part": str(path)}
     return entries, f"{name}_train", f"{name}_val", why
 
 
-def _choose(name: str, entry: dict) -> set[str]:
+def _hold_out(name: str, entry: dict) -> set[str]:
+    """Returns the names of the images for validation."""
     register_datasets({name: entry})
     content = review_dataset(name)[1].content
     classes: dict[object, set] = {image["id"]: set() for image in content["images"]}
@@ -295,9 +296,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder of images and annotations")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="config to write")
-    add(
-        "--device", choices=("cpu", "cuda"), help="device for training (default: cuda if available)"
-    )
+    add("--device", choices=("cpu", "cuda"), help="for training (default: cuda if available)")
     return parser.parse_args(arguments)
 
 

@@ -132,7 +132,7 @@ def test_existing_list_is_kept_and_new_images_are_for_training(labels, data):
     read_cfg("mine.yaml")
     assert loaded("mine_val") == before and len(loaded("mine_train")) == 50 - len(before)
     Path("mine.yaml").unlink()
-    assert write_config() == 0 and "mine_val.txt already existed" in Path("mine.yaml").read_text()
+    assert write_config() == 0 and "the existing mine_val.txt" in Path("mine.yaml").read_text()
     assert loaded("mine_val") == before
 
 
