@@ -1,9 +1,9 @@
-// Instructions that compute, each lane for itself. Only those that the compiler has used so far are
-// here; the decoder refuses a file with any other.
+// Arithmetic, logic and comparison instructions. Only those that nvcc has emitted for our kernels
+// are implemented; the decoder rejects all others.
 
 #include <cfenv>
 #include <cmath>
-#include <limits>
+#include <functional>
 #include <string>
 
 #include "elementwise.h"
@@ -13,6 +13,10 @@ namespace {
 
 // ---- arithmetic ----
 
+template <class T>
+T copy(T a) {
+  return a;
+}
 template <class T>
 T add(T a, T b) {
   return T(a + b);
@@ -26,32 +30,8 @@ T multiply(T a, T b) {
   return T(a * b);
 }
 template <class T>
-T multiply_add(T a, T b, T c) {
-  return T(a * b + c);
-}
-template <class T>
-T negate(T a) {
-  return T(-a);
-}
-template <class T>
-T both(T a, T b) {
-  return T(a & b);
-}
-template <class T>
-T either(T a, T b) {
-  return T(a | b);
-}
-template <class T>
-T exclusive(T a, T b) {
-  return T(a ^ b);
-}
-template <class T>
-T invert(T a) {
-  return T(~a);
-}
-template <class T>
-T copy(T a) {
-  return a;
+T divide(T a, T b) {
+  return std::is_integral_v<T> && b == 0 ? T(-1) : T(a / b);
 }
 template <class T>
 T select(T a, T b, Predicate p) {
@@ -59,16 +39,7 @@ T select(T a, T b, Predicate p) {
 }
 
 template <class T>
-T divide(T a, T b) {
-  return std::is_integral_v<T> && b == 0 ? T(-1) : T(a / b);
-}
-template <class T>
-T remainder(T a, T b) {
-  return b == 0 ? a : T(a % b);
-}
-
-template <class T>
-T magnitude(T a) {
+T absolute(T a) {
   if constexpr (std::is_floating_point_v<T>) {
     return std::fabs(a);
   } else {
@@ -76,9 +47,9 @@ T magnitude(T a) {
   }
 }
 
-// Of a NaN and a number, the number; -0 is less than 0.
+// If one operand is NaN, returns the other; -0 is less than +0. std::fmin leaves zeros unspecified.
 template <class T>
-T smaller(T a, T b) {
+T minimum(T a, T b) {
   if constexpr (std::is_floating_point_v<T>) {
     bool first = a < b || b != b || (a == b && std::signbit(a));
     return first ? a : b;
@@ -87,14 +58,15 @@ T smaller(T a, T b) {
   }
 }
 template <class T>
-T larger(T a, T b) {
+T maximum(T a, T b) {
   if constexpr (std::is_floating_point_v<T>) {
-    return -smaller(-a, -b);
+    return -minimum(-a, -b);
   } else {
     return a < b ? b : a;
   }
 }
 
+// Unlike in C++, shifts may exceed the width of the type.
 template <class T>
 T shift_left(T a, uint32_t n) {
   return n >= 8 * sizeof(T) ? T(0) : T(a << n);
@@ -114,24 +86,7 @@ T multiply_high(T a, T b) {
   return T((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
 }
 
-template <class T>
-T fused_multiply_add(T a, T b, T c) {
-  return std::fma(a, b, c);
-}
-template <class T>
-T square_root(T a) {
-  return std::sqrt(a);
-}
-template <class T>
-T reciprocal(T a) {
-  return T(1) / a;
-}
-template <class T>
-T copy_sign(T sign, T a) {
-  return std::copysign(a, sign);
-}
-
-// volatile: the compiler must not compute before the rounding changes.
+// volatile keeps the compiler from moving the operation out of the changed rounding mode.
 template <int Mode, class Function>
 float rounded(Function&& function) {
   std::fesetround(Mode);
@@ -148,83 +103,39 @@ float add_towards_zero(float a, float b) {
   return rounded<FE_TOWARDZERO>([&] { return x + y; });
 }
 
-// Approximations are off by as much as the hardware may be, the same way for the same number.
+// Approximate instructions have up to the error that PTX allows, as a function of the operand.
 float with_error(float x, float error) {
-  auto hash = int32_t(bits_as<uint32_t>(x) * 2654435761u);
+  auto hash = int32_t(std::bit_cast<uint32_t>(x) * 2654435761u);
   return x + x * (error * float(hash) * 0x1p-31f);
 }
 float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-float exp2_approximately(float x) { return flush(with_error(std::exp2(flush(x)), 0x1p-22f)); }
-float reciprocal_approximately(float x) { return flush(with_error(1.0f / flush(x), 0x1p-23f)); }
-double reciprocal_coarsely(double x) {
+float exp2_approx(float x) { return flush(with_error(std::exp2(flush(x)), 0x1p-22f)); }
+float reciprocal_approx(float x) { return flush(with_error(1.0f / flush(x), 0x1p-23f)); }
+double reciprocal_approx_double(double x) { // only uses and returns the upper 32 bits
   constexpr uint64_t kHigh = 0xffffffff00000000u;
-  return bits_as<double>(
-      bits_as<uint64_t>(1.0 / bits_as<double>(bits_as<uint64_t>(x) & kHigh)) & kHigh);
+  auto truncate = [](double y) {
+    return std::bit_cast<double>(std::bit_cast<uint64_t>(y) & kHigh);
+  };
+  return truncate(1.0 / truncate(x));
 }
 
 // ---- comparison ----
 
-enum class Relation { kEq, kNe, kLt, kLe, kGt, kGe };
-
-template <class T, Relation R, bool Unordered>
+template <class T, class Relation, bool Unordered>
 Predicate compare(T a, T b) {
-  if (std::is_floating_point_v<T> && (a != a || b != b)) {
-    return {Unordered};
-  }
-  switch (R) {
-    case Relation::kEq:
-      return {a == b};
-    case Relation::kNe:
-      return {a != b};
-    case Relation::kLt:
-      return {a < b};
-    case Relation::kLe:
-      return {a <= b};
-    case Relation::kGt:
-      return {a > b};
-    case Relation::kGe:
-      return {a >= b};
-  }
-}
-template <class T>
-Predicate are_numbers(T a, T b) {
-  return {a == a && b == b};
-}
-template <class T>
-Predicate are_unordered(T a, T b) {
-  return {a != a || b != b};
+  bool is_nan = std::is_floating_point_v<T> && (a != a || b != b);
+  return {is_nan ? Unordered : Relation()(a, b)};
 }
 
 template <class T, bool Unordered = false>
 void add_comparisons(Table& table, const std::string& type) {
   std::string u = Unordered ? "u." + type : "." + type;
-  table["setp.eq" + u] = of<compare<T, Relation::kEq, Unordered>>();
-  table["setp.ne" + u] = of<compare<T, Relation::kNe, Unordered>>();
-  table["setp.lt" + u] = of<compare<T, Relation::kLt, Unordered>>();
-  table["setp.le" + u] = of<compare<T, Relation::kLe, Unordered>>();
-  table["setp.gt" + u] = of<compare<T, Relation::kGt, Unordered>>();
-  table["setp.ge" + u] = of<compare<T, Relation::kGe, Unordered>>();
-}
-
-Predicate predicate_and(Predicate a, Predicate b) { return {a.value && b.value}; }
-Predicate predicate_or(Predicate a, Predicate b) { return {a.value || b.value}; }
-Predicate predicate_xor(Predicate a, Predicate b) { return {a.value != b.value}; }
-Predicate predicate_not(Predicate a) { return {!a.value}; }
-Predicate predicate_copy(Predicate a) { return a; }
-
-// ---- rounding ----
-
-template <class T>
-T round_to_nearest(T x) {
-  return std::nearbyint(x);
-}
-template <class T>
-T round_down(T x) {
-  return std::floor(x);
-}
-template <class T>
-T round_to_zero(T x) {
-  return std::trunc(x);
+  table["setp.eq" + u] = elementwise<compare<T, std::equal_to<T>, Unordered>>();
+  table["setp.ne" + u] = elementwise<compare<T, std::not_equal_to<T>, Unordered>>();
+  table["setp.lt" + u] = elementwise<compare<T, std::less<T>, Unordered>>();
+  table["setp.le" + u] = elementwise<compare<T, std::less_equal<T>, Unordered>>();
+  table["setp.gt" + u] = elementwise<compare<T, std::greater<T>, Unordered>>();
+  table["setp.ge" + u] = elementwise<compare<T, std::greater_equal<T>, Unordered>>();
 }
 
 // ---- bits ----
@@ -234,7 +145,6 @@ uint64_t insert_bits(uint64_t a, uint64_t b, uint32_t position, uint32_t length)
   uint64_t mask = length >= 64 ? ~uint64_t(0) : (uint64_t(1) << length) - 1;
   return position >= 64 ? b : (b & ~(mask << position)) | (a & mask) << position;
 }
-uint32_t shift_to_highest_bit(uint32_t a) { return a == 0 ? ~0u : uint32_t(std::countl_zero(a)); }
 uint32_t reverse_bits(uint32_t a) {
   uint32_t out = 0;
   for (int bit = 0; bit < 32; ++bit) {
@@ -242,26 +152,18 @@ uint32_t reverse_bits(uint32_t a) {
   }
   return out;
 }
-template <class T>
-uint32_t count_ones(T a) {
-  return uint32_t(std::popcount(a));
-}
-template <class T>
-uint32_t count_leading_zeros(T a) {
-  return uint32_t(std::countl_zero(a));
-}
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) {
     uint32_t which = selector >> 4 * i & 0xf;
     uint32_t byte = uint32_t(bytes >> 8 * (which & 7)) & 0xff;
-    out |= (which & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;
+    out |= (which & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i; // bit 3 replicates the sign
   }
   return out;
 }
 
-// `Part` numbers in one register of type `Whole`.
+// Moves between a register of type `Whole` and a vector of `Part`s.
 template <class Part, class Whole>
 void pack(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) {
@@ -277,98 +179,98 @@ void unpack(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) {
     auto whole = warp.get<Whole>(i.in[0], lane);
     for (int k = 0; k < i.count; ++k) {
-      if (i.out[k]) { // it may be "_", for nowhere
+      if (i.out[k]) { // not "_"
         warp.set(i.out[k], lane, Part(whole >> (8 * sizeof(Part) * k)));
       }
     }
   });
 }
 
+// ---- table ----
+
 template <class T>
 void add_bits(Table& table, const std::string& type) {
-  table["mov." + type] = of<copy<T>>();
-  table["and." + type] = of<both<T>>();
-  table["or." + type] = of<either<T>>();
-  table["xor." + type] = of<exclusive<T>>();
-  table["not." + type] = of<invert<T>>();
-  table["shl." + type] = of<shift_left<T>>();
-  table["shr." + type] = of<shift_right<T>>();
-  table["selp." + type] = of<select<T>>();
+  table["mov." + type] = elementwise<copy<T>>();
+  table["and." + type] = elementwise<[](T a, T b) { return T(a & b); }>();
+  table["or." + type] = elementwise<[](T a, T b) { return T(a | b); }>();
+  table["xor." + type] = elementwise<[](T a, T b) { return T(a ^ b); }>();
+  table["not." + type] = elementwise<[](T a) { return T(~a); }>();
+  table["shl." + type] = elementwise<shift_left<T>>();
+  table["shr." + type] = elementwise<shift_right<T>>();
+  table["selp." + type] = elementwise<select<T>>();
   add_comparisons<T>(table, type);
 }
 
 template <class T>
 void add_numbers(Table& table, const std::string& type) {
-  table["mov." + type] = of<copy<T>>();
-  table["add." + type] = of<add<T>>();
-  table["sub." + type] = of<subtract<T>>();
-  table["neg." + type] = of<negate<T>>();
-  table["abs." + type] = of<magnitude<T>>();
-  table["min." + type] = of<smaller<T>>();
-  table["max." + type] = of<larger<T>>();
-  table["selp." + type] = of<select<T>>();
+  table["mov." + type] = elementwise<copy<T>>();
+  table["add." + type] = elementwise<add<T>>();
+  table["sub." + type] = elementwise<subtract<T>>();
+  table["neg." + type] = elementwise<[](T a) { return T(-a); }>();
+  table["abs." + type] = elementwise<absolute<T>>();
+  table["min." + type] = elementwise<minimum<T>>();
+  table["max." + type] = elementwise<maximum<T>>();
+  table["selp." + type] = elementwise<select<T>>();
   add_comparisons<T>(table, type);
 }
 
 template <class T>
 void add_integers(Table& table, const std::string& type) {
   add_numbers<T>(table, type);
-  table["mul.lo." + type] = of<multiply<T>>();
-  table["mad.lo." + type] = of<multiply_add<T>>();
-  table["div." + type] = of<divide<T>>();
-  table["rem." + type] = of<remainder<T>>();
-  table["shr." + type] = of<shift_right<T>>();
+  table["mul.lo." + type] = elementwise<multiply<T>>();
+  table["mad.lo." + type] = elementwise<[](T a, T b, T c) { return T(a * b + c); }>();
+  table["div." + type] = elementwise<divide<T>>();
+  table["rem." + type] = elementwise<[](T a, T b) { return b == 0 ? a : T(a % b); }>();
+  table["shr." + type] = elementwise<shift_right<T>>();
 }
 
 template <class T>
 void add_floats(Table& table, const std::string& type) {
   add_numbers<T>(table, type);
   add_comparisons<T, true>(table, type);
-  table["setp.num." + type] = of<are_numbers<T>>();
-  table["setp.nan." + type] = of<are_unordered<T>>();
-  table["mul." + type] = of<multiply<T>>();
-  for (const char* rn : {"add.rn.", "sub.rn.", "mul.rn.", "div.rn."}) {
-    Operation plain = rn[0] == 'a'   ? of<add<T>>()
-                      : rn[0] == 's' ? of<subtract<T>>()
-                      : rn[0] == 'm' ? of<multiply<T>>()
-                                     : of<divide<T>>();
-    table[rn + type] = plain;
-  }
-  table["fma.rn." + type] = of<fused_multiply_add<T>>();
-  table["sqrt.rn." + type] = of<square_root<T>>();
-  table["rcp.rn." + type] = of<reciprocal<T>>();
-  table["copysign." + type] = of<copy_sign<T>>();
-  table["cvt.rni." + type + "." + type] = of<round_to_nearest<T>>();
-  table["cvt.rmi." + type + "." + type] = of<round_down<T>>();
-  table["cvt.rzi." + type + "." + type] = of<round_to_zero<T>>();
+  table["setp.num." + type] = elementwise<[](T a, T b) { return Predicate{a == a && b == b}; }>();
+  table["setp.nan." + type] = elementwise<[](T a, T b) { return Predicate{a != a || b != b}; }>();
+  table["add.rn." + type] = elementwise<add<T>>();
+  table["sub.rn." + type] = elementwise<subtract<T>>();
+  table["mul." + type] = table["mul.rn." + type] = elementwise<multiply<T>>();
+  table["div.rn." + type] = elementwise<divide<T>>();
+  table["fma.rn." + type] = elementwise<[](T a, T b, T c) { return std::fma(a, b, c); }>();
+  table["sqrt.rn." + type] = elementwise<[](T a) { return std::sqrt(a); }>();
+  table["rcp.rn." + type] = elementwise<[](T a) { return T(1) / a; }>();
+  table["copysign." + type] = elementwise<[](T sign, T a) { return std::copysign(a, sign); }>();
+  table["cvt.rni." + type + "." + type] = elementwise<[](T a) { return std::nearbyint(a); }>();
+  table["cvt.rmi." + type + "." + type] = elementwise<[](T a) { return std::floor(a); }>();
+  table["cvt.rzi." + type + "." + type] = elementwise<[](T a) { return std::trunc(a); }>();
 }
 
 void add_special_functions(Table& table) {
-  table["add.rz.f32"] = of<add_towards_zero>();
-  table["fma.rm.f32"] = of<fused_multiply_add_down>();
-  table["ex2.approx.ftz.f32"] = of<exp2_approximately>();
-  table["rcp.approx.ftz.f32"] = of<reciprocal_approximately>();
-  table["rcp.approx.ftz.f64"] = of<reciprocal_coarsely>();
-  table["mul.wide.s16"] = of<multiply_wide<int32_t, int16_t>>();
-  table["mul.wide.u16"] = of<multiply_wide<uint32_t, uint16_t>>();
-  table["mul.wide.s32"] = of<multiply_wide<int64_t, int32_t>>();
-  table["mul.wide.u32"] = of<multiply_wide<uint64_t, uint32_t>>();
-  table["mul.hi.s32"] = of<multiply_high<int64_t, int32_t>>();
-  table["mul.hi.u32"] = of<multiply_high<uint64_t, uint32_t>>();
-  table["mul.hi.u64"] = of<multiply_high<unsigned __int128, uint64_t>>();
-  table["bfi.b64"] = of<insert_bits>();
-  table["bfind.shiftamt.u32"] = of<shift_to_highest_bit>();
-  table["brev.b32"] = of<reverse_bits>();
-  table["popc.b32"] = of<count_ones<uint32_t>>();
-  table["popc.b64"] = of<count_ones<uint64_t>>();
-  table["clz.b32"] = of<count_leading_zeros<uint32_t>>();
-  table["clz.b64"] = of<count_leading_zeros<uint64_t>>();
-  table["prmt.b32"] = of<permute_bytes>();
-  table["and.pred"] = of<predicate_and>();
-  table["or.pred"] = of<predicate_or>();
-  table["xor.pred"] = of<predicate_xor>();
-  table["not.pred"] = of<predicate_not>();
-  table["mov.pred"] = of<predicate_copy>();
+  table["add.rz.f32"] = elementwise<add_towards_zero>();
+  table["fma.rm.f32"] = elementwise<fused_multiply_add_down>();
+  table["ex2.approx.ftz.f32"] = elementwise<exp2_approx>();
+  table["rcp.approx.ftz.f32"] = elementwise<reciprocal_approx>();
+  table["rcp.approx.ftz.f64"] = elementwise<reciprocal_approx_double>();
+  table["mul.wide.s16"] = elementwise<multiply_wide<int32_t, int16_t>>();
+  table["mul.wide.u16"] = elementwise<multiply_wide<uint32_t, uint16_t>>();
+  table["mul.wide.s32"] = elementwise<multiply_wide<int64_t, int32_t>>();
+  table["mul.wide.u32"] = elementwise<multiply_wide<uint64_t, uint32_t>>();
+  table["mul.hi.s32"] = elementwise<multiply_high<int64_t, int32_t>>();
+  table["mul.hi.u32"] = elementwise<multiply_high<uint64_t, uint32_t>>();
+  table["mul.hi.u64"] = elementwise<multiply_high<unsigned __int128, uint64_t>>();
+  table["bfi.b64"] = elementwise<insert_bits>();
+  table["bfind.shiftamt.u32"] =
+      elementwise<[](uint32_t a) { return a == 0 ? ~0u : uint32_t(std::countl_zero(a)); }>();
+  table["brev.b32"] = elementwise<reverse_bits>();
+  table["popc.b32"] = elementwise<[](uint32_t a) { return uint32_t(std::popcount(a)); }>();
+  table["popc.b64"] = elementwise<[](uint64_t a) { return uint32_t(std::popcount(a)); }>();
+  table["clz.b32"] = elementwise<[](uint32_t a) { return uint32_t(std::countl_zero(a)); }>();
+  table["clz.b64"] = elementwise<[](uint64_t a) { return uint32_t(std::countl_zero(a)); }>();
+  table["prmt.b32"] = elementwise<permute_bytes>();
+  using P = Predicate;
+  table["and.pred"] = elementwise<[](P a, P b) { return P{a.value && b.value}; }>();
+  table["or.pred"] = elementwise<[](P a, P b) { return P{a.value || b.value}; }>();
+  table["xor.pred"] = elementwise<[](P a, P b) { return P{a.value != b.value}; }>();
+  table["not.pred"] = elementwise<[](P a) { return P{!a.value}; }>();
+  table["mov.pred"] = elementwise<copy<P>>();
 }
 
 template <class Part, class Whole>
@@ -388,7 +290,6 @@ void add_arithmetic(Table& table) {
   add_floats<float>(table, "f32"), add_floats<double>(table, "f64");
   add_packing<uint16_t, uint32_t>(table, "2.4"), add_packing<uint16_t, uint64_t>(table, "2.8");
   add_packing<uint32_t, uint64_t>(table, "4.8");
-  add_conversions(table);
   add_special_functions(table);
 }
 

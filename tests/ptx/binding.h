@@ -1,5 +1,5 @@
-// Comes before csrc/bindings/cuda.cpp: has it register its ops for the CPU, in another namespace, and
-// ask runtime.cpp where it would ask torch about the GPU, or for memory.
+// Included before csrc/bindings/cuda.cpp. Registers its ops for CPU tensors in another namespace, and
+// redirects calls for devices, streams and memory from torch to runtime.cpp.
 #pragma once
 
 #define aoti_torch_get_current_cuda_stream ptx_get_current_cuda_stream

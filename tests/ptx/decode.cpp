@@ -1,4 +1,4 @@
-// From PTX to instructions. Functions that a kernel calls are put in the place of the call.
+// Decodes PTX to instructions. Calls of device functions are inlined.
 
 #include <algorithm>
 #include <cctype>
@@ -8,47 +8,44 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "names.h"
+#include "module.h"
 #include "program.h"
-#include "text.h"
+#include "symbols.h"
 
 namespace ptx {
 namespace {
 
-size_t round_up(size_t value, size_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 class Decoder {
  public:
-  Decoder(const Text& text, Kernel& kernel) : text_(text), kernel_(kernel), names_(text, kernel) {}
+  Decoder(const Module& module, Kernel& kernel)
+      : module_(module), kernel_(kernel), symbols_(module, kernel) {}
 
   void decode(size_t line) {
     declare_parameters(line);
-    read_body(line);
+    decode_body(line);
     if (kernel_.code.empty() || kernel_.code.back().flow != Flow::kExit) {
-      refuse("the kernel has no end");
+      fail("missing ret");
     }
   }
 
  private:
-  // A function whose body is being read.
+  // Labels of a function that is being decoded, and branches to them.
   struct Function {
     std::map<std::string, int> labels;
-    std::vector<std::pair<size_t, std::string>> jumps; // instructions, and where to
+    std::vector<std::pair<size_t, std::string>> branches; // (instruction, label)
   };
-  static constexpr const char* kEnd = "end of the function";
+  static constexpr const char* kEnd = "$end"; // label after the last instruction
 
-  [[noreturn]] void refuse(const std::string& why) const {
+  [[noreturn]] void fail(const std::string& why) const {
     throw std::runtime_error(
-        "tests/ptx cannot decode " + text_.name + ":" + std::to_string(line_) + ": " + why + ": " +
-        statement_ + "; teach it in tests/ptx/*.cpp");
+        "tests/ptx cannot decode " + module_.name + ":" + std::to_string(line_) + ": " + why +
+        ": " + statement_ + "; implement it in tests/ptx/*.cpp");
   }
 
   Operand operand(const std::string& text, int width) {
-    std::optional<Operand> found = names_.operand(text, width);
+    std::optional<Operand> found = symbols_.operand(text, width);
     if (!found) {
-      refuse("unknown name, or another width than expected: " + text);
+      fail("unknown name or unexpected width: " + text);
     }
     return *found;
   }
@@ -56,11 +53,11 @@ class Decoder {
     return text == "_" ? Operand{} : operand(text, width);
   }
 
-  // ---- the frame of a kernel ----
+  // ---- kernels and functions ----
 
   void declare_parameters(size_t line) {
     std::vector<Declaration> parameters;
-    for (const std::string& text : text_.parameters_of(line)) {
+    for (const std::string& text : module_.parameters_of(line)) {
       const Declaration& parameter = parameters.emplace_back(text);
       size_t begin = kernel_.parameters.empty() ? 0 : kernel_.parameters.back().end;
       begin = round_up(begin, parameter.align);
@@ -69,17 +66,18 @@ class Decoder {
     kernel_.arguments.resize(parameters.empty() ? 0 : kernel_.parameters.back().end);
     for (size_t i = 0; i < parameters.size(); ++i) {
       const char* at = kernel_.arguments.data() + kernel_.parameters[i].begin;
-      names_.declare_address(parameters[i].name, reinterpret_cast<uint64_t>(at));
+      symbols_.declare_address(parameters[i].name, reinterpret_cast<uint64_t>(at));
     }
   }
 
-  void note_location(const std::string& text) { // ".loc 1 152 3, function_name L, inlined_at 1 9 3"
-    auto describe = [&](const std::string& place) {
-      std::istringstream stream(place);
+  // ".loc 1 152 3, function_name L, inlined_at 1 9 3"
+  void decode_location(const std::string& text) {
+    auto describe = [&](const std::string& file_and_line) {
+      std::istringstream stream(file_and_line);
       std::string file, line;
       stream >> file >> line;
-      auto found = text_.files.find(file);
-      return (found == text_.files.end() ? "?" : found->second) + ":" + line;
+      auto found = module_.files.find(file);
+      return (found == module_.files.end() ? "?" : found->second) + ":" + line;
     };
     location_ = describe(text.substr(4));
     if (size_t at = text.find("inlined_at"); at != std::string::npos) {
@@ -87,47 +85,45 @@ class Decoder {
     }
   }
 
-  // ---- bodies ----
-
-  void read_body(size_t line) {
+  void decode_body(size_t line) {
     functions_.emplace_back();
-    names_.open();
-    std::string text = strip(text_.lines[line]);
-    for (; text != "{"; text = strip(text_.lines[++line])) {
-      if (starts_with(text, ".maxntid")) {
+    symbols_.open_scope();
+    std::string text = strip(module_.lines[line]);
+    for (; text != "{"; text = strip(module_.lines[++line])) {
+      if (text.starts_with(".maxntid")) {
         kernel_.max_threads = std::atoi(text.c_str() + std::strlen(".maxntid"));
       }
     }
     for (int depth = 1; depth > 0;) {
-      text = strip(text_.lines[++line]);
+      text = strip(module_.lines[++line]);
       line_ = int(line) + 1;
-      if (starts_with(text, ".loc")) {
-        note_location(text);
+      if (text.starts_with(".loc")) {
+        decode_location(text);
       } else {
-        depth += read_line(text + " ");
+        depth += decode_line(text + " ");
       }
     }
     Function& function = functions_.back();
     function.labels[kEnd] = int(kernel_.code.size());
-    for (const auto& [jump, label] : function.jumps) {
-      kernel_.code[jump].target = function.labels.at(label);
+    for (const auto& [branch, label] : function.branches) {
+      kernel_.code[branch].target = function.labels.at(label);
     }
     functions_.pop_back();
   }
 
-  // Statements end with a semicolon, labels with a colon. A brace opens or closes a scope unless it is
-  // inside a statement. Returns how many more scopes are open.
-  int read_line(const std::string& text) {
-    int opened = 0;
+  // Statements end with a semicolon, labels with a colon. Braces outside statements delimit scopes.
+  // Returns the change of the scope depth.
+  int decode_line(const std::string& text) {
+    int depth = 0;
     for (char c : text) {
       if (statement_.empty() && c == '{') {
-        names_.open();
-        ++opened;
+        symbols_.open_scope();
+        ++depth;
       } else if (statement_.empty() && c == '}') {
-        names_.close();
-        --opened;
+        symbols_.close_scope();
+        --depth;
       } else if (c == ';') {
-        read_statement();
+        decode_statement();
         statement_.clear();
       } else if (c == ':' && statement_[0] == '$') {
         functions_.back().labels[statement_] = int(kernel_.code.size());
@@ -136,41 +132,38 @@ class Decoder {
         statement_ += std::isspace(static_cast<unsigned char>(c)) ? ' ' : c;
       }
     }
-    return opened;
+    return depth;
   }
 
-  void read_statement() {
-    if (statement_.empty() || starts_with(statement_, ".pragma")) {
+  void decode_statement() {
+    if (statement_.empty() || statement_.starts_with(".pragma")) {
       return;
     }
-    if (starts_with(statement_, ".reg")) {
-      names_.declare_registers(statement_);
-    } else if (starts_with(statement_, ".shared")) {
+    if (statement_.starts_with(".reg")) {
+      symbols_.declare_registers(statement_);
+    } else if (statement_.starts_with(".shared")) {
       Declaration variable(statement_);
-      names_.declare_address(variable.name, names_.allocate_shared(variable));
-    } else if (starts_with(statement_, ".param")) { // of a call
+      symbols_.declare_address(variable.name, symbols_.allocate_shared(variable));
+    } else if (statement_.starts_with(".param")) { // an argument or result of a call
       Declaration parameter(statement_);
-      names_.declare_register(parameter.name, width_of(parameter.type));
+      symbols_.declare_register(parameter.name, register_width(parameter.type));
     } else {
-      read_instruction();
+      decode_instruction();
     }
   }
 
   // ---- instructions ----
 
-  // An instruction, cut to pieces.
-  struct Words {
+  struct Tokens {
     std::string opcode;
-    Strings parts; // of the opcode
+    Strings parts; // of the opcode: the base, modifiers and types
     Strings operands;
 
-    bool has(const char* part) const {
-      return std::find(parts.begin(), parts.end(), part) != parts.end();
-    }
+    bool has(const char* part) const { return std::ranges::find(parts, part) != parts.end(); }
     const std::string& type() const { return parts.back(); }
   };
 
-  void read_instruction() {
+  void decode_instruction() {
     Instruction i;
     std::string text = statement_;
     if (text[0] == '@') {
@@ -181,27 +174,25 @@ class Decoder {
       text = strip(text.substr(space));
     }
     size_t space = std::min(text.find(' '), text.size());
-    Words words{text.substr(0, space), {}, split_operands(text.substr(space))};
-    words.parts = split(words.opcode, '.');
-    const std::string& base = words.parts[0];
+    Tokens tokens{text.substr(0, space), {}, split_operands(text.substr(space))};
+    tokens.parts = split(tokens.opcode, '.');
+    const std::string& base = tokens.parts[0];
     i.is_copy = base == "mov";
     if (base == "call") {
-      return read_call(i, words);
+      return decode_call(i, tokens);
     }
     if (base == "bra") {
-      jump(i, words.operands[0]);
+      branch(i, tokens.operands[0]);
     } else if (base == "ret" && functions_.size() > 1) {
-      jump(i, kEnd);
+      branch(i, kEnd);
     } else if (base == "ld" || base == "st") {
-      read_access(i, words);
+      decode_access(i, tokens);
     } else if (base == "atom" || base == "red") {
-      read_atomic(i, words);
-    } else if (base == "mov" && words.operands[0][0] == '{') {
-      read_unpacking(i, words);
-    } else if (base == "mov" && words.operands[1][0] == '{') {
-      read_packing(i, words);
+      decode_atomic(i, tokens);
+    } else if (base == "mov" && statement_.find('{') != std::string::npos) {
+      decode_vector_move(i, tokens);
     } else {
-      read_operation(i, words);
+      decode_operation(i, tokens);
     }
     append(i);
   }
@@ -212,39 +203,39 @@ class Decoder {
     kernel_.executed.push_back(0);
   }
 
-  void jump(Instruction& i, const std::string& label) {
+  void branch(Instruction& i, const std::string& label) {
     i.flow = Flow::kBranch;
-    functions_.back().jumps.emplace_back(kernel_.code.size(), label);
+    functions_.back().branches.emplace_back(kernel_.code.size(), label);
   }
 
-  const Operation& choose(Instruction& i, const std::string& key) {
+  const Operation& set_operation(Instruction& i, const std::string& key) {
     const Operation* operation = find_operation(key);
     if (operation == nullptr) {
-      refuse("unknown instruction " + key);
+      fail("unknown instruction " + key);
     }
     i.run = operation->run, i.flow = operation->flow;
     return *operation;
   }
 
-  // An output and inputs, as many as the table says. Behind them is the mask of lanes that meet, before
-  // them the number of a barrier.
-  void read_operation(Instruction& i, const Words& words) {
-    Strings operands = words.operands;
-    bool is_wide = words.parts[0] == "cvt" && width_of(words.type()) == 4 &&
-                   names_.width_of_register(operands[1]) == 8;
-    const Operation& operation = choose(i, words.opcode + (is_wide ? ".8" : ""));
-    if (i.flow == Flow::kMeeting) {
+  // Decodes an output and inputs as the table lists them. The mask of a warp sync follows them, the
+  // number of a barrier precedes them.
+  void decode_operation(Instruction& i, const Tokens& tokens) {
+    Strings operands = tokens.operands;
+    bool is_wide = tokens.parts[0] == "cvt" && register_width(tokens.type()) == 4 &&
+                   symbols_.width_of_register(operands[1]) == 8;
+    const Operation& operation = set_operation(i, tokens.opcode + (is_wide ? ".8" : ""));
+    if (i.flow == Flow::kWarpSync) {
       i.mask = operand(operands.back(), 4);
       operands.pop_back();
     } else if (i.flow == Flow::kBarrier) {
       auto number = operands.begin() + (operation.widths.empty() ? 0 : 1);
       if (*number != "0") {
-        refuse("barriers other than 0 are unknown");
+        fail("barriers other than 0 are not implemented");
       }
       operands.erase(number);
     }
     if (operands.size() != operation.widths.size() && !operation.widths.empty()) {
-      refuse("unknown number of operands");
+      fail("unexpected number of operands");
     }
     for (size_t k = 0; k < operation.widths.size(); ++k) {
       if (k > 0) {
@@ -256,145 +247,138 @@ class Decoder {
     }
   }
 
-  void read_address(Instruction& i, const Words& words, const std::string& text) {
-    i.space = words.has("shared") || words.has("shared::cta") ? Space::kShared
-              : words.has("param")                            ? Space::kParameters
-                                                              : Space::kGeneric;
-    if (words.has("local") || words.has("const")) {
-      refuse("unknown memory");
+  void decode_address(Instruction& i, const Tokens& tokens, const std::string& text) {
+    i.space = tokens.has("shared") || tokens.has("shared::cta") ? Space::kShared
+              : tokens.has("param")                             ? Space::kParameters
+                                                                : Space::kGeneric;
+    if (tokens.has("local") || tokens.has("const")) {
+      fail("unknown state space");
     }
-    std::string base = without_brackets(text);
+    std::string base = strip_brackets(text);
     if (size_t plus = base.find('+'); plus != std::string::npos) {
       i.displacement = std::strtoll(base.c_str() + plus + 1, nullptr, 0);
       base = base.substr(0, plus);
     }
     i.in[0] = operand(base, -1);
-    i.has_wide_address = names_.width_of_register(base) != 4;
-    i.is_strong = words.has("volatile") || words.has("relaxed") || words.has("acquire") ||
-                  words.has("release") || words.has("acq_rel");
-    i.acquires = words.has("acquire") || words.has("acq_rel");
-    i.releases = words.has("release") || words.has("acq_rel");
-    i.is_read_only = words.has("nc");
+    i.has_wide_address = symbols_.width_of_register(base) != 4;
+    i.is_strong = tokens.has("volatile") || tokens.has("relaxed") || tokens.has("acquire") ||
+                  tokens.has("release") || tokens.has("acq_rel");
+    i.acquires = tokens.has("acquire") || tokens.has("acq_rel");
+    i.releases = tokens.has("release") || tokens.has("acq_rel");
+    i.is_read_only = tokens.has("nc");
   }
 
-  void read_access(Instruction& i, const Words& words) {
-    bool is_load = words.parts[0] == "ld";
-    const std::string& address = words.operands[is_load ? 1 : 0];
-    const std::string& value = words.operands[is_load ? 0 : 1];
-    std::string base = without_brackets(address).substr(0, without_brackets(address).find('+'));
-    if (Names::Symbol* symbol = names_.find(base);
+  void decode_access(Instruction& i, const Tokens& tokens) {
+    bool is_load = tokens.parts[0] == "ld";
+    const std::string& address = tokens.operands[is_load ? 1 : 0];
+    const std::string& value = tokens.operands[is_load ? 0 : 1];
+    std::string base = strip_brackets(address).substr(0, strip_brackets(address).find('+'));
+    if (SymbolTable::Symbol* symbol = symbols_.find(base);
         base[0] != '%' && symbol != nullptr && symbol->is_register) {
-      // An argument or result of a call.
-      std::string place = is_load ? value : base, from = is_load ? base : value;
+      // Arguments and results of inlined calls are registers.
+      std::string to = is_load ? value : base, from = is_load ? base : value;
       int width = symbol->width;
-      choose(i, width == 8 ? "mov.b64" : "mov.b32");
+      set_operation(i, width == 8 ? "mov.b64" : "mov.b32");
       i.is_copy = true;
-      i.out[0] = operand(place, width), i.in[0] = operand(from, width);
+      i.out[0] = operand(to, width), i.in[0] = operand(from, width);
       return;
     }
-    read_address(i, words, address);
-    Strings values = value[0] == '{' ? split_operands(without_brackets(value)) : Strings{value};
+    decode_address(i, tokens, address);
+    Strings values = value[0] == '{' ? split_operands(strip_brackets(value)) : Strings{value};
     i.count = uint8_t(values.size());
-    int width = bytes_of(words.type()) == 8 ? 8 : 4;
+    int width = bytes_of(tokens.type()) == 8 ? 8 : 4;
     for (size_t k = 0; k < values.size(); ++k) {
-      width = std::max(width, names_.width_of_register(values[k]));
+      width = std::max(width, symbols_.width_of_register(values[k]));
       (is_load ? i.out[k] : i.in[k + 1]) = operand(values[k], -1);
     }
-    choose(i, words.parts[0] + "." + words.type() + "." + std::to_string(width));
+    set_operation(i, tokens.parts[0] + "." + tokens.type() + "." + std::to_string(width));
   }
 
-  void read_atomic(Instruction& i, const Words& words) {
-    size_t first = words.parts[0] == "atom" ? 1 : 0; // red has no output
-    read_address(i, words, words.operands[first]);
-    i.is_strong = !words.has("weak"); // which no atomic operation is but in test_mutations.py
-    int width = width_of(words.type());
-    i.out[0] = first > 0 ? output(words.operands[0], width) : Operand{};
-    i.in[1] = operand(words.operands[first + 1], width);
+  void decode_atomic(Instruction& i, const Tokens& tokens) {
+    size_t first = tokens.parts[0] == "atom" ? 1 : 0; // red has no output
+    decode_address(i, tokens, tokens.operands[first]);
+    i.is_strong = !tokens.has("weak"); // only test_mutations.py emits weak atomics
+    int width = register_width(tokens.type());
+    i.out[0] = first > 0 ? output(tokens.operands[0], width) : Operand{};
+    i.in[1] = operand(tokens.operands[first + 1], width);
     for (const char* name : {"add", "min", "max", "and", "or", "exch"}) {
-      if (words.has(name)) {
-        choose(i, std::string("atom.") + name + "." + words.type());
+      if (tokens.has(name)) {
+        set_operation(i, std::string("atom.") + name + "." + tokens.type());
         return;
       }
     }
-    refuse("unknown atomic operation");
+    fail("unknown atomic operation");
   }
 
-  void read_packing(Instruction& i, const Words& words) {
-    Strings parts = split_operands(without_brackets(words.operands[1]));
-    size_t bytes = bytes_of(words.type()) / parts.size();
+  // "mov.b64 %rd1, {%r1, %r2}" or "mov.b64 {%r1, %r2}, %rd1"
+  void decode_vector_move(Instruction& i, const Tokens& tokens) {
+    bool packs = tokens.operands[1][0] == '{';
+    Strings parts = split_operands(strip_brackets(tokens.operands[packs ? 1 : 0]));
+    size_t bytes = bytes_of(tokens.type());
     i.count = uint8_t(parts.size());
-    i.out[0] = operand(words.operands[0], width_of(words.type()));
+    (packs ? i.out[0] : i.in[0]) =
+        operand(tokens.operands[packs ? 0 : 1], register_width(tokens.type()));
     for (size_t k = 0; k < parts.size(); ++k) {
-      i.in[k] = operand(parts[k], 4);
+      (packs ? i.in[k] : i.out[k]) = output(parts[k], 4);
     }
-    choose(i, "pack." + std::to_string(bytes) + "." + std::to_string(bytes_of(words.type())));
+    std::string widths = std::to_string(bytes / parts.size()) + "." + std::to_string(bytes);
+    set_operation(i, (packs ? "pack." : "unpack.") + widths);
   }
 
-  void read_unpacking(Instruction& i, const Words& words) {
-    Strings parts = split_operands(without_brackets(words.operands[0]));
-    size_t bytes = bytes_of(words.type()) / parts.size();
-    i.count = uint8_t(parts.size());
-    i.in[0] = operand(words.operands[1], width_of(words.type()));
-    for (size_t k = 0; k < parts.size(); ++k) {
-      i.out[k] = output(parts[k], 4);
-    }
-    choose(i, "unpack." + std::to_string(bytes) + "." + std::to_string(bytes_of(words.type())));
-  }
-
-  // "call (results), name, (arguments)": the function takes the place of the call.
-  void read_call(Instruction& i, const Words& words) {
+  // Inlines "call (results), name, (arguments)".
+  void decode_call(Instruction& i, const Tokens& tokens) {
     Strings names;
     std::string callee;
-    for (const std::string& part : words.operands) {
+    for (const std::string& part : tokens.operands) {
       if (part[0] == '(') {
-        Strings more = split_operands(without_brackets(part));
+        Strings more = split_operands(strip_brackets(part));
         names.insert(names.end(), more.begin(), more.end());
       } else {
         callee = part;
       }
     }
     if (find_operation("call." + callee) != nullptr) {
-      choose(i, "call." + callee);
+      set_operation(i, "call." + callee);
       i.in[0] = operand(names[0], 8);
       return append(i);
     }
-    auto found = text_.functions.find(callee);
-    if (found == text_.functions.end() || i.guard) {
-      refuse("unknown function " + callee);
+    auto found = module_.functions.find(callee);
+    if (found == module_.functions.end() || i.guard) {
+      fail("unknown function " + callee);
     }
-    Strings parameters = text_.parameters_of(found->second);
-    names_.open();
+    Strings parameters = module_.parameters_of(found->second);
+    symbols_.open_scope();
     for (size_t k = 0; k < parameters.size(); ++k) {
-      names_.declare_same(Declaration(parameters[k]).name, *names_.find(names[k]));
+      symbols_.declare(Declaration(parameters[k]).name, *symbols_.find(names[k]));
     }
-    auto place = std::make_tuple(line_, location_, statement_);
+    auto caller = std::make_tuple(line_, location_, statement_);
     statement_.clear();
-    read_body(found->second);
-    std::tie(line_, location_, statement_) = place;
-    names_.close();
+    decode_body(found->second);
+    std::tie(line_, location_, statement_) = caller;
+    symbols_.close_scope();
   }
 
-  const Text& text_;
+  const Module& module_;
   Kernel& kernel_;
-  Names names_;
-  std::vector<Function> functions_; // that are being read
+  SymbolTable symbols_;
+  std::vector<Function> functions_; // stack of inlined calls
   int line_ = 0;
   std::string location_, statement_;
 };
 
 } // namespace
 
-Program::Program(const std::string& path) : text_(std::make_unique<Text>(path)) {}
+Program::Program(const std::string& path) : module_(std::make_unique<Module>(path)) {}
 Program::~Program() = default;
 
-bool Program::has(const std::string& kernel) const { return text_->functions.count(kernel) > 0; }
+bool Program::has(const std::string& kernel) const { return module_->functions.contains(kernel); }
 
 Kernel& Program::find(const std::string& name) {
   std::unique_ptr<Kernel>& kernel = kernels_[name];
   if (kernel == nullptr) {
     auto decoded = std::make_unique<Kernel>();
-    decoded->name = name, decoded->file = text_->name;
-    Decoder(*text_, *decoded).decode(text_->functions.at(name));
+    decoded->name = name, decoded->file = module_->name;
+    Decoder(*module_, *decoded).decode(module_->functions.at(name));
     kernel = std::move(decoded);
   }
   return *kernel;

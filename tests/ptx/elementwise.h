@@ -1,4 +1,4 @@
-// From a function of numbers to what an instruction does: the function, for each lane.
+// Turns a function of scalars into the handler of an instruction that applies it to each lane.
 #pragma once
 
 #include <bit>
@@ -10,19 +10,10 @@
 
 namespace ptx {
 
-template <class To, class From>
-To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  return std::bit_cast<To>(from);
-}
-
-struct Half {
-  _Float16 value;
-};
 struct BFloat16 {
   uint16_t bits;
 };
-// A predicate as an input or output of a function of one lane.
+// One lane of a predicate register.
 struct Predicate {
   bool value;
 };
@@ -41,38 +32,32 @@ T read(Warp& warp, Operand operand, int lane) {
   }
 }
 
-template <auto Function, class Out, class... In>
-struct Elementwise {
-  template <size_t... I>
-  static void run(Warp& warp, const Instruction& i, uint32_t lanes, std::index_sequence<I...>) {
+template <auto Function, class Out, class... In, size_t... I>
+Operation make_elementwise(Out (*)(In...), std::index_sequence<I...>) {
+  auto run = [](Warp& warp, const Instruction& i, uint32_t lanes) {
+    auto apply = [&](int lane) { return Function(read<In>(warp, i.in[I], lane)...); };
     if constexpr (std::is_same_v<Out, Predicate>) {
       uint32_t values = 0;
-      for_each(lanes, [&](int lane) {
-        values |= uint32_t(Function(read<In>(warp, i.in[I], lane)...).value) << lane;
-      });
+      for_each(lanes, [&](int lane) { values |= uint32_t(apply(lane).value) << lane; });
       warp.set_predicate(i.out[0], lanes, values);
-    } else if (lanes == kAllLanes) {
+    } else if (lanes == kAllLanes) { // the common case, which compilers can unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        warp.set<Out>(i.out[0], lane, Function(read<In>(warp, i.in[I], lane)...));
+        warp.set<Out>(i.out[0], lane, apply(lane));
       }
     } else {
-      for_each(lanes, [&](int lane) {
-        warp.set<Out>(i.out[0], lane, Function(read<In>(warp, i.in[I], lane)...));
-      });
+      for_each(lanes, [&](int lane) { warp.set<Out>(i.out[0], lane, apply(lane)); });
     }
-  }
-  static void handle(Warp& warp, const Instruction& i, uint32_t lanes) {
-    run(warp, i, lanes, std::index_sequence_for<In...>{});
-  }
-};
-
-template <auto Function, class Out, class... In>
-Operation wrap(Out (*)(In...)) {
-  return {Elementwise<Function, Out, In...>::handle, Flow::kNext, {kWidth<Out>, kWidth<In>...}};
+  };
+  return {run, Flow::kNext, {kWidth<Out>, kWidth<In>...}};
 }
+template <auto Function, class Out, class... In>
+Operation make_elementwise(Out (*function)(In...)) {
+  return make_elementwise<Function>(function, std::index_sequence_for<In...>());
+}
+// `Function` is a function or a lambda without captures.
 template <auto Function>
-Operation of() {
-  return wrap<Function>(Function);
+Operation elementwise() {
+  return make_elementwise<Function>(+Function);
 }
 
 } // namespace ptx

@@ -1,7 +1,8 @@
-// Instructions that access memory, and those that the threads of a warp or a block execute together.
+// Memory accesses, collective instructions of warps and blocks, and the table of all instructions.
 
+#include <functional>
+#include <initializer_list>
 #include <string>
-#include <type_traits>
 
 #include "machine.h"
 #include "program.h"
@@ -17,75 +18,75 @@ uint64_t address_of(Warp& warp, const Instruction& i, int lane) {
   return base + uint64_t(i.displacement);
 }
 
-// Where an access goes, once it is found to be right.
+// Checks an access and returns its host address.
 template <class T>
-char* locate(Warp& warp, const Instruction& i, int lane, Memory::Access& access) {
+char* checked_address(Warp& warp, const Instruction& i, int lane, Memory::Access& access) {
   access.address = address_of(warp, i, lane);
   access.bytes = sizeof(T) * i.count;
   return i.space == Space::kParameters ? machine.parameter(access.address, access.bytes)
                                        : machine.memory.access(warp, i, lane, access);
 }
 
-void count_access(Warp& warp, const Instruction& i) {
+void finish_access(Warp& warp, const Instruction& i) {
   if (i.space != Space::kParameters) {
-    ++(i.space == Space::kShared ? warp.counts.shared_accesses : warp.counts.global_accesses);
-    machine.memory.take_time();
+    ++warp.counts[i.space == Space::kShared ? kSharedAccesses : kGlobalAccesses];
+    machine.memory.tick();
   }
 }
 
-// Numbers narrower than the register are extended, by their sign if they have one.
+// Sign-extends signed and zero-extends unsigned types to the width of the register.
 template <class T, class Register>
 void load(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) {
     Memory::Access access{.reads = true};
-    const char* from = locate<T>(warp, i, lane, access);
+    const char* from = checked_address<T>(warp, i, lane, access);
     for (int k = 0; k < i.count; ++k) {
       constexpr uint32_t kBytes = (1u << sizeof(T)) - 1;
-      if (access.undefined & kBytes << k * sizeof(T)) {
-        warp.mark_undefined(i.out[k], lane);
+      if (access.uninitialized & kBytes << k * sizeof(T)) {
+        warp.mark_uninitialized(i.out[k], lane);
       }
       T value;
       std::memcpy(&value, from + k * sizeof(T), sizeof value);
       warp.set(i.out[k], lane, Register(value));
     }
   });
-  count_access(warp, i);
+  finish_access(warp, i);
 }
 template <class T, class Register>
 void store(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) {
     Memory::Access access{.writes = true};
-    char* to = locate<T>(warp, i, lane, access);
+    char* to = checked_address<T>(warp, i, lane, access);
     for (int k = 0; k < i.count; ++k) {
       T value = T(warp.get<Register>(i.in[1 + k], lane));
       std::memcpy(to + k * sizeof(T), &value, sizeof value);
     }
   });
-  count_access(warp, i);
+  finish_access(warp, i);
 }
-template <class T, auto Function>
+template <class T, class Function>
 void atomic(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) {
     Memory::Access access{.reads = true, .writes = true};
-    char* at = locate<T>(warp, i, lane, access);
-    if (access.undefined != 0) {
-      throw Fault("changes what was never written", lane);
+    char* at = checked_address<T>(warp, i, lane, access);
+    if (access.uninitialized != 0) {
+      throw Fault("atomic operation on uninitialized memory", lane);
     }
     T before;
     std::memcpy(&before, at, sizeof before);
-    T after = Function(before, warp.get<T>(i.in[1], lane));
+    T after = Function()(before, warp.get<T>(i.in[1], lane));
     std::memcpy(at, &after, sizeof after);
     if (i.out[0]) {
       warp.set(i.out[0], lane, before);
     }
   });
-  ++warp.counts.atomics;
-  machine.memory.take_time();
+  ++warp.counts[kAtomics];
+  machine.memory.tick();
 }
 
 void fence(Warp& warp, const Instruction&, uint32_t lanes) {
   machine.memory.fence(warp, lanes);
-  machine.memory.take_time();
+  machine.memory.tick();
 }
 void do_nothing(Warp&, const Instruction&, uint32_t) {}
 
@@ -95,17 +96,17 @@ void shared_to_generic(Warp& warp, const Instruction& i, uint32_t lanes) {
       lanes, [&](int lane) { warp.set(i.out[0], lane, base + warp.get<uint64_t>(i.in[0], lane)); });
 }
 
-// ---- what the lanes of a warp, and the threads of a block, do together ----
+// ---- collectives of a warp ----
 
-void meet_warp(Warp& warp, const Instruction&, uint32_t lanes) {
-  uint64_t now = machine.memory.take_time();
+void sync_warp(Warp& warp, const Instruction&, uint32_t lanes) {
+  uint64_t now = machine.memory.tick();
   if (lanes == warp.live) {
-    warp.last_meeting = now;
+    warp.last_sync = now;
     return;
   }
-  warp.partial_meetings.resize(kLanes);
+  warp.pair_syncs.resize(kLanes);
   for_each(lanes, [&](int lane) {
-    for_each(lanes, [&](int other) { warp.partial_meetings[lane][other] = now; });
+    for_each(lanes, [&](int other) { warp.pair_syncs[lane][other] = now; });
   });
 }
 
@@ -121,21 +122,15 @@ void vote_any(Warp& warp, const Instruction& i, uint32_t lanes) {
   warp.set_predicate(i.out[0], lanes, warp.predicate(i.in[0]) & lanes ? kAllLanes : 0);
 }
 
-// The source of a lane, and whether it lies in the segment (PTX ISA, shfl.sync).
+// Computes the source lane of a shuffle, and returns whether it is in the segment (PTX ISA,
+// shfl.sync).
 using FindSource = bool (*)(int lane, int b, int segment, int limit, int* source);
-bool from_below(int lane, int b, int segment, int limit, int* source) {
-  *source = lane - b;
-  return *source >= ((lane & segment) | (limit & ~segment));
+template <class Source, class Compare>
+bool find_source(int lane, int b, int segment, int limit, int* source) {
+  *source = Source()(lane, b);
+  return Compare()(*source, (lane & segment) | (limit & ~segment));
 }
-bool from_above(int lane, int b, int segment, int limit, int* source) {
-  *source = lane + b;
-  return *source <= ((lane & segment) | (limit & ~segment));
-}
-bool from_other(int lane, int b, int segment, int limit, int* source) {
-  *source = lane ^ b;
-  return *source <= ((lane & segment) | (limit & ~segment));
-}
-bool from_index(int lane, int b, int segment, int limit, int* source) {
+bool find_index(int lane, int b, int segment, int limit, int* source) {
   *source = (lane & segment) | (b & ~segment);
   return *source <= ((lane & segment) | (limit & ~segment));
 }
@@ -152,7 +147,7 @@ void shuffle(Warp& warp, const Instruction& i, uint32_t lanes) {
         lane, int(warp.get<uint32_t>(i.in[1], lane) & 31), int(c >> 8 & 31), int(c & 31), &source);
     source = found ? source : lane;
     if (!(lanes >> source & 1)) {
-      throw Fault("takes the value of a lane outside the mask", lane);
+      throw Fault("shuffle reads a lane outside the mask", lane);
     }
     out[lane] = values[source];
     inside |= uint32_t(found) << lane;
@@ -163,25 +158,29 @@ void shuffle(Warp& warp, const Instruction& i, uint32_t lanes) {
   }
 }
 
-template <class T, auto Function>
+template <class T, class Function>
 void reduce(Warp& warp, const Instruction& i, uint32_t lanes) {
   T result = warp.get<T>(i.in[0], std::countr_zero(lanes));
   for_each(lanes & (lanes - 1), [&](int lane) {
-    result = Function(result, warp.get<T>(i.in[0], lane));
+    result = Function()(result, warp.get<T>(i.in[0], lane));
   });
   for_each(lanes, [&](int lane) { warp.set(i.out[0], lane, result); });
 }
 
-void receive_count(Warp& warp, const Instruction& i, uint32_t lanes) {
+// ---- collectives of a block ----
+
+void barrier_count(Warp& warp, const Instruction& i, uint32_t lanes) {
   for_each(lanes, [&](int lane) { warp.set(i.out[0], lane, uint32_t(warp.block->votes)); });
 }
-void receive_any(Warp& warp, const Instruction& i, uint32_t lanes) {
+void barrier_any(Warp& warp, const Instruction& i, uint32_t lanes) {
   warp.set_predicate(i.out[0], lanes, warp.block->votes > 0 ? kAllLanes : 0);
 }
-void receive_all(Warp& warp, const Instruction& i, uint32_t lanes) {
+void barrier_all(Warp& warp, const Instruction& i, uint32_t lanes) {
   bool all = warp.block->votes == warp.block->live;
   warp.set_predicate(i.out[0], lanes, all ? kAllLanes : 0);
 }
+
+// ---- errors ----
 
 [[noreturn]] void fail_assertion(Warp& warp, const Instruction& i, uint32_t lanes) {
   int lane = std::countr_zero(lanes);
@@ -192,9 +191,9 @@ void receive_all(Warp& warp, const Instruction& i, uint32_t lanes) {
   throw Fault("trap", std::countr_zero(lanes));
 }
 
-// ---- the table ----
+// ---- table ----
 
-// By type and by the width of the register: "ld.s16.4".
+// Keys contain the type and the width of the register, for example "ld.s16.4".
 template <class T, class Register>
 void add_accesses(Table& table, std::initializer_list<const char*> types) {
   for (const char* type : types) {
@@ -214,45 +213,33 @@ void add_narrow_accesses(Table& table) {
 }
 
 template <class T>
-T sum(T a, T b) {
-  return T(a + b);
-}
+struct Min {
+  T operator()(T a, T b) { return a < b ? a : b; }
+};
 template <class T>
-T smaller(T a, T b) {
-  return a < b ? a : b;
-}
+struct Max {
+  T operator()(T a, T b) { return a < b ? b : a; }
+};
 template <class T>
-T larger(T a, T b) {
-  return a < b ? b : a;
-}
-template <class T>
-T either(T a, T b) {
-  return a | b;
-}
-template <class T>
-T both(T a, T b) {
-  return a & b;
-}
-template <class T>
-T second(T, T b) {
-  return b;
-}
+struct Exchange {
+  T operator()(T, T b) { return b; }
+};
 
 template <class T>
 void add_reductions(Table& table, const std::string& type) {
-  table["atom.add." + type] = {atomic<T, sum<T>>, Flow::kNext, {}};
-  table["atom.min." + type] = {atomic<T, smaller<T>>, Flow::kNext, {}};
-  table["atom.max." + type] = {atomic<T, larger<T>>, Flow::kNext, {}};
-  table["redux.sync.add." + type] = {reduce<T, sum<T>>, Flow::kMeeting, {4, 4}};
-  table["redux.sync.min." + type] = {reduce<T, smaller<T>>, Flow::kMeeting, {4, 4}};
-  table["redux.sync.max." + type] = {reduce<T, larger<T>>, Flow::kMeeting, {4, 4}};
+  table["atom.add." + type] = {atomic<T, std::plus<T>>, Flow::kNext, {}};
+  table["atom.min." + type] = {atomic<T, Min<T>>, Flow::kNext, {}};
+  table["atom.max." + type] = {atomic<T, Max<T>>, Flow::kNext, {}};
+  table["redux.sync.add." + type] = {reduce<T, std::plus<T>>, Flow::kWarpSync, {4, 4}};
+  table["redux.sync.min." + type] = {reduce<T, Min<T>>, Flow::kWarpSync, {4, 4}};
+  table["redux.sync.max." + type] = {reduce<T, Max<T>>, Flow::kWarpSync, {4, 4}};
 }
 template <class T>
 void add_bitwise_reductions(Table& table, const std::string& type) {
-  table["atom.and." + type] = {atomic<T, both<T>>, Flow::kNext, {}};
-  table["atom.or." + type] = {atomic<T, either<T>>, Flow::kNext, {}};
-  table["atom.exch." + type] = {atomic<T, second<T>>, Flow::kNext, {}};
-  table["redux.sync.or." + type] = {reduce<T, either<T>>, Flow::kMeeting, {4, 4}};
+  table["atom.and." + type] = {atomic<T, std::bit_and<T>>, Flow::kNext, {}};
+  table["atom.or." + type] = {atomic<T, std::bit_or<T>>, Flow::kNext, {}};
+  table["atom.exch." + type] = {atomic<T, Exchange<T>>, Flow::kNext, {}};
+  table["redux.sync.or." + type] = {reduce<T, std::bit_or<T>>, Flow::kWarpSync, {4, 4}};
 }
 
 void add_control(Table& table) {
@@ -260,23 +247,26 @@ void add_control(Table& table) {
   table["cvta.shared.u64"] = {shared_to_generic, Flow::kNext, {8, 8}};
   table["trap"] = {trap, Flow::kNext, {}};
   table["bar.sync"] = table["barrier.sync"] = {nullptr, Flow::kBarrier, {}};
-  table["bar.red.popc.u32"] = {receive_count, Flow::kBarrier, {4, 0}};
-  table["bar.red.or.pred"] = {receive_any, Flow::kBarrier, {0, 0}};
-  table["bar.red.and.pred"] = {receive_all, Flow::kBarrier, {0, 0}};
-  table["bar.warp.sync"] = {meet_warp, Flow::kMeeting, {}};
-  table["vote.sync.ballot.b32"] = {ballot, Flow::kMeeting, {4, 0}};
-  table["vote.sync.all.pred"] = {vote_all, Flow::kMeeting, {0, 0}};
-  table["vote.sync.any.pred"] = {vote_any, Flow::kMeeting, {0, 0}};
-  table["shfl.sync.up.b32"] = {shuffle<from_below>, Flow::kMeeting, {4, 4, 4, 4}};
-  table["shfl.sync.down.b32"] = {shuffle<from_above>, Flow::kMeeting, {4, 4, 4, 4}};
-  table["shfl.sync.bfly.b32"] = {shuffle<from_other>, Flow::kMeeting, {4, 4, 4, 4}};
-  table["shfl.sync.idx.b32"] = {shuffle<from_index>, Flow::kMeeting, {4, 4, 4, 4}};
+  table["bar.red.popc.u32"] = {barrier_count, Flow::kBarrier, {4, 0}};
+  table["bar.red.or.pred"] = {barrier_any, Flow::kBarrier, {0, 0}};
+  table["bar.red.and.pred"] = {barrier_all, Flow::kBarrier, {0, 0}};
+  table["bar.warp.sync"] = {sync_warp, Flow::kWarpSync, {}};
+  table["vote.sync.ballot.b32"] = {ballot, Flow::kWarpSync, {4, 0}};
+  table["vote.sync.all.pred"] = {vote_all, Flow::kWarpSync, {0, 0}};
+  table["vote.sync.any.pred"] = {vote_any, Flow::kWarpSync, {0, 0}};
+  table["shfl.sync.up.b32"] = {
+      shuffle<find_source<std::minus<>, std::greater_equal<>>>, Flow::kWarpSync, {4, 4, 4, 4}};
+  table["shfl.sync.down.b32"] = {
+      shuffle<find_source<std::plus<>, std::less_equal<>>>, Flow::kWarpSync, {4, 4, 4, 4}};
+  table["shfl.sync.bfly.b32"] = {
+      shuffle<find_source<std::bit_xor<>, std::less_equal<>>>, Flow::kWarpSync, {4, 4, 4, 4}};
+  table["shfl.sync.idx.b32"] = {shuffle<find_index>, Flow::kWarpSync, {4, 4, 4, 4}};
   for (const char* name :
        {"membar.gl", "membar.sys", "fence.acq_rel.gpu", "fence.acq_rel.sys", "fence.sc.gpu",
         "fence.sc.sys"}) {
     table[name] = {fence, Flow::kNext, {}};
   }
-  // Order within a block only, for which no kernel here relies on fences; and hints.
+  // Hints, and fences within a block, which no kernel here relies on.
   for (const char* name :
        {"membar.cta", "fence.acq_rel.cta", "fence.sc.cta", "nanosleep.u32", "griddepcontrol.wait",
         "griddepcontrol.launch_dependents"}) {
@@ -287,6 +277,7 @@ void add_control(Table& table) {
 Table make_table() {
   Table table;
   add_arithmetic(table);
+  add_conversions(table);
   add_narrow_accesses<uint32_t>(table), add_narrow_accesses<uint64_t>(table);
   add_accesses<uint64_t, uint64_t>(table, {"b64", "u64", "s64", "f64"});
   add_reductions<int32_t>(table, "s32"), add_reductions<uint32_t>(table, "u32");

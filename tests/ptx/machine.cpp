@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <map>
 #include <numeric>
 
 namespace ptx {
@@ -11,9 +10,9 @@ Machine machine;
 
 namespace {
 
-constexpr int kMostResident = 8; // blocks
-constexpr int64_t kTurns[] = {3, 30, 400, 5000};
-constexpr char kGarbage = char(0xff);
+constexpr int kMaxResident = 8;                      // blocks
+constexpr int64_t kMaxSlices[] = {3, 30, 400, 5000}; // instructions
+constexpr char kPoison = char(0xff); // uninitialized memory: NaN and invalid indices
 
 uint32_t lanes_at(const Warp& warp, uint32_t among, int pc) {
   uint32_t lanes = 0;
@@ -33,39 +32,27 @@ void set_pc(Warp& warp, uint32_t lanes, int pc) {
 
 } // namespace
 
-void Counts::add(const Counts& other) {
-  instructions += other.instructions, global_accesses += other.global_accesses;
-  shared_accesses += other.shared_accesses, atomics += other.atomics, barriers += other.barriers;
+void Warp::mark_uninitialized(Operand operand, int lane) {
+  uninitialized.resize(registers.size() / 4);
+  uninitialized[size_t(operand.offset) / 4] |= 1u << lane;
 }
 
-void Counts::raise(const Counts& other) {
-  instructions = std::max(instructions, other.instructions);
-  global_accesses = std::max(global_accesses, other.global_accesses);
-  shared_accesses = std::max(shared_accesses, other.shared_accesses);
-  atomics = std::max(atomics, other.atomics), barriers = std::max(barriers, other.barriers);
-}
-
-void Warp::mark_undefined(Operand operand, int lane) {
-  undefined.resize(registers.size() / 4);
-  undefined[size_t(operand.offset) / 4] |= 1u << lane;
-}
-
-void Warp::check_defined(const Instruction& instruction, uint32_t lanes) {
+void Warp::check_initialized(const Instruction& instruction, uint32_t lanes) {
   uint32_t bad = 0;
   for (Operand operand :
        {instruction.in[0], instruction.in[1], instruction.in[2], instruction.in[3],
         instruction.in[4], instruction.mask}) {
     if (operand && !operand.is_constant) {
-      bad |= undefined[size_t(operand.offset) / 4] & lanes;
+      bad |= uninitialized[size_t(operand.offset) / 4] & lanes;
     }
   }
   if (bad != 0 && !instruction.is_copy) {
-    throw Fault("uses what was read before it was written", std::countr_zero(bad));
+    throw Fault("use of an uninitialized value", std::countr_zero(bad));
   }
   for (Operand operand : instruction.out) {
     if (operand) {
-      uint32_t& lanes_of = undefined[size_t(operand.offset) / 4];
-      lanes_of = (lanes_of & ~lanes) | bad;
+      uint32_t& state = uninitialized[size_t(operand.offset) / 4];
+      state = (state & ~lanes) | bad;
     }
   }
 }
@@ -78,7 +65,7 @@ void Machine::set_schedule(uint64_t seed) {
 char* Machine::parameter(uint64_t address, size_t bytes) const {
   uint64_t offset = address - reinterpret_cast<uint64_t>(kernel_->arguments.data());
   if (offset + bytes > kernel_->arguments.size() || offset % bytes != 0) {
-    throw Fault("reads beside the parameters of the kernel");
+    throw Fault("read outside the kernel parameters");
   }
   return kernel_->arguments.data() + offset;
 }
@@ -87,14 +74,14 @@ void Machine::choose_schedule() {
   schedule_ = {};
   if (seed_ != 0) {
     schedule_.is_random = true;
-    schedule_.resident = 1 + unsigned(draw(kMostResident));
-    schedule_.longest_turn = kTurns[draw(std::size(kTurns))];
-    schedule_.splits = draw(3) == 0;
+    schedule_.max_resident = 1 + unsigned(draw(kMaxResident));
+    schedule_.max_slice = kMaxSlices[draw(std::size(kMaxSlices))];
+    schedule_.splits_groups = draw(3) == 0;
   }
 }
 
-// Hardware promises no order in which blocks start.
-std::vector<uint32_t> Machine::order_of(uint32_t blocks) {
+// Blocks may start in any order.
+std::vector<uint32_t> Machine::block_order(uint32_t blocks) {
   std::vector<uint32_t> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   if (schedule_.is_random && draw(2) == 0) {
@@ -107,8 +94,8 @@ std::unique_ptr<Block> Machine::start_block(uint32_t index) {
   auto block = std::make_unique<Block>();
   block->index = index;
   block->live = int(threads_);
-  block->last_barrier = memory.take_time();
-  block->shared.assign(shared_bytes_, kGarbage);
+  block->last_barrier = memory.tick();
+  block->shared.assign(shared_.back().end, kPoison);
   block->shared_cells.resize(block->shared.size() / 4 + 1);
   block->warps.resize((threads_ + kLanes - 1) / kLanes);
   for (size_t w = 0; w < block->warps.size(); ++w) {
@@ -117,7 +104,7 @@ std::unique_ptr<Block> Machine::start_block(uint32_t index) {
     warp.first_thread = int(w) * kLanes;
     int lanes = std::min(int(threads_) - warp.first_thread, kLanes);
     warp.live = warp.ready = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
-    warp.registers.assign(kernel_->register_bytes, kGarbage);
+    warp.registers.assign(kernel_->register_bytes, kPoison);
     warp.constants = kernel_->constants.data();
     for (const auto& [name, where] : kernel_->special_registers) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -138,17 +125,16 @@ void Machine::launch(Kernel& kernel, uint32_t blocks, uint32_t threads, size_t d
   kernel_ = &kernel, blocks_ = blocks, threads_ = threads;
   shared_ = kernel.shared;
   shared_.push_back({kernel.shared_bytes, kernel.shared_bytes + dynamic_shared});
-  shared_bytes_ = shared_.back().end;
   current_warp_ = nullptr;
   choose_schedule();
   memory.start_launch(threads);
-  std::vector<uint32_t> order = order_of(blocks);
+  std::vector<uint32_t> order = block_order(blocks);
   std::vector<std::unique_ptr<Block>> resident;
   size_t next = 0;
   ++records[kernel.name].launches;
   try {
     while (next < order.size() || !resident.empty()) {
-      while (resident.size() < schedule_.resident && next < order.size()) {
+      while (resident.size() < schedule_.max_resident && next < order.size()) {
         resident.push_back(start_block(order[next++]));
       }
       size_t first = schedule_.is_random ? draw(resident.size()) : 0, tried = 0;
@@ -179,19 +165,19 @@ bool Machine::advance(Block& block) {
   if (block.live == 0 || block.at_barrier < block.live) {
     return block.live == 0;
   }
-  pass_barrier(block);
+  release_barrier(block);
   return true;
 }
 
 bool Machine::advance(Warp& warp) {
-  bool met = warp.at_meeting != 0 && hold_meetings(warp);
+  bool progress = warp.at_warp_sync != 0 && retry_warp_syncs(warp);
   if (warp.ready == 0) {
-    return met;
+    return progress;
   }
-  if (!schedule_.is_random || draw(2) == 0) { // together, wherever they can be
+  if (!schedule_.is_random || draw(2) == 0) { // lowest PC first, so that lanes reconverge
     int pc = lowest_pc(warp, warp.ready);
     uint32_t group = lanes_at(warp, warp.ready, pc);
-    take_turn(warp, group, turn_length(), lowest_pc(warp, warp.ready & ~group));
+    run_slice(warp, group, draw_slice(), lowest_pc(warp, warp.ready & ~group));
     return true;
   }
   uint32_t chosen = warp.ready;
@@ -200,31 +186,31 @@ bool Machine::advance(Warp& warp) {
   }
   uint32_t group = lanes_at(warp, warp.ready, warp.pc[std::countr_zero(chosen)]);
   uint32_t part = group & uint32_t(random_());
-  take_turn(warp, schedule_.splits && part != 0 ? part : group, turn_length(), INT_MAX);
+  run_slice(warp, schedule_.splits_groups && part != 0 ? part : group, draw_slice(), INT_MAX);
   return true;
 }
 
-int64_t Machine::turn_length() {
-  return schedule_.is_random ? 1 + int64_t(draw(uint64_t(schedule_.longest_turn))) : INT64_MAX;
+int64_t Machine::draw_slice() {
+  return schedule_.is_random ? 1 + int64_t(draw(uint64_t(schedule_.max_slice))) : INT64_MAX;
 }
 
-// Runs lanes that stand at the same instruction, until they part or wait, come to others at `limit`,
-// or the turn is over.
-void Machine::take_turn(Warp& warp, uint32_t group, int64_t length, int limit) {
+// Runs lanes with the same PC until they diverge, wait, reach the PC `limit` where other lanes are,
+// or have executed `length` instructions.
+void Machine::run_slice(Warp& warp, uint32_t group, int64_t length, int limit) {
   int pc = warp.pc[std::countr_zero(group)];
   current_warp_ = &warp;
   for (; length > 0 && pc < limit; --length) {
     const Instruction& instruction = kernel_->code[size_t(pc)];
     current_pc_ = pc;
     kernel_->executed[size_t(pc)] = 1;
-    ++warp.counts.instructions;
+    ++warp.counts[kInstructions];
     uint32_t lanes = group;
     if (instruction.guard) {
       uint32_t guard = warp.predicate(instruction.guard);
       lanes &= instruction.inverts_guard ? ~guard : guard;
     }
-    if (!warp.undefined.empty()) {
-      warp.check_defined(instruction, lanes);
+    if (!warp.uninitialized.empty()) {
+      warp.check_initialized(instruction, lanes);
     }
     if (lanes == 0) {
       ++pc;
@@ -233,18 +219,18 @@ void Machine::take_turn(Warp& warp, uint32_t group, int64_t length, int limit) {
       ++pc;
     } else if (instruction.flow == Flow::kBranch && lanes == group) {
       pc = instruction.target;
-    } else if (instruction.flow == Flow::kMeeting && meet(warp, lanes) == lanes) {
+    } else if (instruction.flow == Flow::kWarpSync && run_warp_sync(warp, lanes) == lanes) {
       ++pc;
     } else {
       set_pc(warp, group & ~lanes, pc + 1);
-      return leave(warp, instruction, lanes, pc);
+      return end_slice(warp, instruction, lanes, pc);
     }
   }
   set_pc(warp, group, pc);
 }
 
-// What ends a turn: lanes go somewhere else, wait, or are done.
-void Machine::leave(Warp& warp, const Instruction& instruction, uint32_t lanes, int pc) {
+// Branches with part of the group, exits, or starts to wait.
+void Machine::end_slice(Warp& warp, const Instruction& instruction, uint32_t lanes, int pc) {
   if (instruction.flow == Flow::kBranch) {
     return set_pc(warp, lanes, instruction.target);
   }
@@ -254,61 +240,58 @@ void Machine::leave(Warp& warp, const Instruction& instruction, uint32_t lanes, 
     warp.live &= ~lanes;
     warp.block->live -= std::popcount(lanes);
   } else if (instruction.flow == Flow::kBarrier) {
-    ++warp.counts.barriers;
-    warp.at_barrier |= lanes;
+    ++warp.counts[kBarriers];
     warp.block->at_barrier += std::popcount(lanes);
   } else {
-    warp.at_meeting |= lanes;
+    warp.at_warp_sync |= lanes;
   }
 }
 
-// Of lanes at one instruction, which waits for all in its mask, lets those do it that have all come;
-// returns them. A meeting that has not taken place is tried again whenever the warp has its turn.
-uint32_t Machine::meet(Warp& warp, uint32_t lanes) {
+// Executes a .sync instruction for each mask whose lanes have all arrived, and returns these lanes.
+// The others retry in the warp's next slice.
+uint32_t Machine::run_warp_sync(Warp& warp, uint32_t lanes) {
   const Instruction& instruction = kernel_->code[size_t(current_pc_)];
-  uint32_t served = 0;
+  uint32_t done = 0;
   for (uint32_t left = lanes; left != 0;) {
     int first = std::countr_zero(left);
     uint32_t mask = warp.get<uint32_t>(instruction.mask, first);
     if (!(mask >> first & 1)) {
-      throw Fault("a lane outside its own mask", first);
+      throw Fault("the mask lacks the executing lane", first);
     }
     if (mask & ~warp.live) {
-      throw Fault("its mask has lanes that have exited or never were", first);
+      throw Fault("the mask contains lanes that have exited or do not exist", first);
     }
     for_each(mask & lanes, [&](int lane) {
       if (warp.get<uint32_t>(instruction.mask, lane) != mask) {
-        throw Fault("lanes that meet have different masks", lane);
+        throw Fault("lanes of one mask pass different masks", lane);
       }
     });
     if ((mask & ~lanes) == 0) {
       instruction.run(warp, instruction, mask);
-      served |= mask;
+      done |= mask;
     }
     left &= ~mask;
   }
-  return served;
+  return done;
 }
 
-// Serves lanes that wait for each other and have all come.
-bool Machine::hold_meetings(Warp& warp) {
-  uint32_t served = 0;
-  for (uint32_t left = warp.at_meeting; left != 0;) {
+bool Machine::retry_warp_syncs(Warp& warp) {
+  uint32_t done = 0;
+  for (uint32_t left = warp.at_warp_sync; left != 0;) {
     current_warp_ = &warp, current_pc_ = warp.pc[std::countr_zero(left)];
-    uint32_t lanes = lanes_at(warp, warp.at_meeting, current_pc_);
-    uint32_t done = meet(warp, lanes);
-    set_pc(warp, done, current_pc_ + 1);
-    left &= ~lanes, served |= done;
+    uint32_t lanes = lanes_at(warp, warp.at_warp_sync, current_pc_);
+    uint32_t synced = run_warp_sync(warp, lanes);
+    set_pc(warp, synced, current_pc_ + 1);
+    left &= ~lanes, done |= synced;
   }
-  warp.at_meeting &= ~served;
-  warp.ready |= served;
-  return served != 0;
+  warp.at_warp_sync &= ~done;
+  warp.ready |= done;
+  return done != 0;
 }
 
-// All threads that have not exited wait.
-void Machine::pass_barrier(Block& block) {
-  const Warp& any = *std::find_if(
-      block.warps.begin(), block.warps.end(), [](const Warp& warp) { return warp.live != 0; });
+// Called when all live threads of a block wait at barriers.
+void Machine::release_barrier(Block& block) {
+  const Warp& any = *std::ranges::find_if(block.warps, [](const Warp& w) { return w.live != 0; });
   current_warp_ = &any, current_pc_ = any.pc[std::countr_zero(any.live)];
   const Instruction& instruction = kernel_->code[size_t(current_pc_)];
   block.votes = 0;
@@ -325,10 +308,10 @@ void Machine::pass_barrier(Block& block) {
       instruction.run(warp, instruction, warp.live);
     }
     set_pc(warp, warp.live, current_pc_ + 1);
-    warp.ready = warp.live, warp.at_barrier = 0;
+    warp.ready = warp.live;
   }
   block.at_barrier = 0;
-  memory.meet(block);
+  memory.sync_block(block);
 }
 
 void Machine::finish_block(Block& block) {
@@ -336,8 +319,10 @@ void Machine::finish_block(Block& block) {
   ++record.blocks;
   record.threads = threads_, record.shared_bytes = block.shared.size();
   for (const Warp& warp : block.warps) {
-    record.all.add(warp.counts);
-    record.longest.raise(warp.counts);
+    for (size_t i = 0; i < kNumEvents; ++i) {
+      record.all[i] += warp.counts[i];
+      record.longest[i] = std::max(record.longest[i], warp.counts[i]);
+    }
   }
 }
 

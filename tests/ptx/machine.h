@@ -1,7 +1,8 @@
-// A machine that runs kernels: every thread has a program counter of its own, several blocks are
-// resident at once, and who goes on is drawn by lot.
+// Executes kernels. Every thread has its own program counter, several blocks are resident at once,
+// and a random schedule picks which lanes run next.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -15,41 +16,34 @@
 
 namespace ptx {
 
-// What the threads of a warp have done; an instruction counts once for all lanes that execute it
-// together.
-struct Counts {
-  uint64_t instructions = 0, global_accesses = 0, shared_accesses = 0, atomics = 0, barriers = 0;
-
-  void add(const Counts& other);
-  void raise(const Counts& other); // to the larger number each
-};
+// Events of warps: an instruction counts once for all lanes that execute it together.
+enum Event { kInstructions, kGlobalAccesses, kSharedAccesses, kAtomics, kBarriers, kNumEvents };
+using Counts = std::array<uint64_t, kNumEvents>;
 
 struct Warp {
   Block* block = nullptr;
   int first_thread = 0; // in the block
   uint32_t live = 0;    // lanes that have not exited
-  uint32_t ready = 0;   // of them, those that wait for nothing
-  uint32_t at_barrier = 0, at_meeting = 0;
+  uint32_t ready = 0;   // live lanes that wait for nothing
+  uint32_t at_warp_sync = 0;
   std::array<int, kLanes> pc{};
   std::vector<char> registers;
   const char* constants = nullptr;
-  // When lanes of the warp have met last, all of them or each pair.
-  uint64_t last_meeting = 0;
-  std::vector<std::array<uint64_t, kLanes>> partial_meetings;
-  Counts counts;
-  // By register: lanes whose value was read from memory that nobody had written. Such a value may be
-  // copied, for a vector may have gaps, but not used. Empty while there are none.
-  std::vector<uint32_t> undefined;
+  uint64_t last_sync = 0;                               // of all live lanes
+  std::vector<std::array<uint64_t, kLanes>> pair_syncs; // of pairs of lanes, in part of the warp
+  Counts counts{};
+  // Lanes whose value is uninitialized, by register. Such values may be copied, since structs and
+  // vectors have padding, but not used. Empty while there are none.
+  std::vector<uint32_t> uninitialized;
 
-  void mark_undefined(Operand operand, int lane);
-  // Before an instruction uses these registers.
-  void check_defined(const Instruction& instruction, uint32_t lanes);
+  void mark_uninitialized(Operand operand, int lane);
+  // Throws a Fault if an instruction uses uninitialized values; propagates them if it copies.
+  void check_initialized(const Instruction& instruction, uint32_t lanes);
 
   template <class T>
   char* at(Operand operand) {
-    if (operand.is_constant) {
-      size_t wide = sizeof(T) == 8 ? 4 * kLanes : 0; // constants are there in both widths
-      return const_cast<char*>(constants) + operand.offset + wide;
+    if (operand.is_constant) { // stored in both widths
+      return const_cast<char*>(constants) + operand.offset + (sizeof(T) == 8 ? 4 * kLanes : 0);
     }
     return registers.data() + operand.offset;
   }
@@ -65,7 +59,7 @@ struct Warp {
   template <class T>
   void set(Operand operand, int lane, T value) {
     if constexpr (sizeof(T) < 4) {
-      set(operand, lane, uint32_t(0)); // what is above a narrow number is zero
+      set(operand, lane, uint32_t(0)); // zero-extend
     }
     std::memcpy(at<T>(operand) + lane * kStride<T>, &value, sizeof value);
   }
@@ -73,9 +67,8 @@ struct Warp {
   void set_predicate(Operand operand, uint32_t lanes, uint32_t values) {
     set(operand, 0, (predicate(operand) & ~lanes) | (values & lanes));
   }
-  uint64_t met(int lane, int other) const {
-    return partial_meetings.empty() ? last_meeting
-                                    : std::max(last_meeting, partial_meetings[lane][other]);
+  uint64_t last_sync_of(int lane, int other) const {
+    return pair_syncs.empty() ? last_sync : std::max(last_sync, pair_syncs[lane][other]);
   }
 };
 
@@ -85,11 +78,11 @@ struct Block {
   std::vector<char> shared;
   std::vector<Cell> shared_cells;
   int live = 0, at_barrier = 0; // threads
-  int votes = 0;                // at the barrier
+  int votes = 0;                // of bar.red
   uint64_t last_barrier = 0;
 };
 
-// Calls function(lane) for each lane of a set.
+// Calls function(lane) for each lane of a mask.
 template <class Function>
 inline void for_each(uint32_t lanes, Function&& function) {
   for (; lanes != 0; lanes &= lanes - 1) {
@@ -101,18 +94,19 @@ class Machine {
  public:
   Memory memory;
 
-  // 0: blocks one after the other, lanes of a warp together wherever they can be. Other numbers stand
-  // for sequences of schedules, of which every launch takes a new one.
+  // 0 runs blocks one after the other, with the lanes of a warp converged wherever possible. Other
+  // seeds determine a sequence of random schedules, one per launch.
   void set_schedule(uint64_t seed);
-  // Throws Fault, with a message that says where.
-  char* parameter(uint64_t address, size_t bytes) const; // throws Fault outside of them
+  // Returns the host address of kernel parameters; throws a Fault outside of them.
+  char* parameter(uint64_t address, size_t bytes) const;
   const std::vector<Range>& shared_variables() const { return shared_; }
+  // Runs a kernel to completion. Throws a Fault whose message contains the location.
   void launch(Kernel& kernel, uint32_t blocks, uint32_t threads, size_t dynamic_shared);
 
   struct Record {
     uint64_t launches = 0, blocks = 0;
-    Counts all;     // of all warps
-    Counts longest; // of the warp, of any block, that did most
+    Counts all{};     // sums over all warps
+    Counts longest{}; // maxima over all warps
     uint32_t threads = 0;
     size_t shared_bytes = 0;
   };
@@ -121,22 +115,23 @@ class Machine {
  private:
   struct Schedule {
     bool is_random = false;
-    unsigned resident = 1; // blocks
-    int64_t longest_turn = INT64_MAX;
-    bool splits = false; // lets some lanes of a warp run ahead of the others
+    unsigned max_resident = 1;     // blocks
+    int64_t max_slice = INT64_MAX; // instructions
+    bool splits_groups = false;    // lets some lanes of a converged group run ahead of the others
   };
 
   void choose_schedule();
-  std::vector<uint32_t> order_of(uint32_t blocks);
+  std::vector<uint32_t> block_order(uint32_t blocks);
   std::unique_ptr<Block> start_block(uint32_t index);
-  bool advance(Block& block); // by one turn of one warp; false if none can go on
+  // Run one slice of a warp. Return false if no thread can make progress.
+  bool advance(Block& block);
   bool advance(Warp& warp);
-  int64_t turn_length();
-  void take_turn(Warp& warp, uint32_t group, int64_t length, int limit);
-  void leave(Warp& warp, const Instruction& instruction, uint32_t lanes, int pc);
-  uint32_t meet(Warp& warp, uint32_t lanes);
-  bool hold_meetings(Warp& warp);
-  void pass_barrier(Block& block);
+  int64_t draw_slice();
+  void run_slice(Warp& warp, uint32_t group, int64_t length, int limit);
+  void end_slice(Warp& warp, const Instruction& instruction, uint32_t lanes, int pc);
+  uint32_t run_warp_sync(Warp& warp, uint32_t lanes);
+  bool retry_warp_syncs(Warp& warp);
+  void release_barrier(Block& block);
   void finish_block(Block& block);
   std::string describe(const Fault& fault) const;
   std::string describe_waiting(const Block& block) const;
@@ -144,8 +139,7 @@ class Machine {
 
   Kernel* kernel_ = nullptr;
   uint32_t blocks_ = 0, threads_ = 0;
-  std::vector<Range> shared_; // variables, with the one whose size the launch says
-  size_t shared_bytes_ = 0;
+  std::vector<Range> shared_; // variables; the last one is the dynamic shared memory
   Schedule schedule_;
   std::mt19937_64 random_;
   uint64_t seed_ = 0;

@@ -1,10 +1,8 @@
-// Memory that kernels see: its bounds, which of it was written, and whether two threads have accessed
-// it without an order between them.
+// Memory checker: bounds, initialization and data races.
 //
-// Execution is sequentially consistent, so an access is known by the time at which it happened. What
-// orders accesses of different threads are barriers, and fences around atomic accesses to one place
-// (PTX ISA, memory consistency model): for each thread is known up to which time it has learned of
-// other threads' accesses.
+// Execution is sequentially consistent, so a global time orders all accesses. A race detector with
+// vector clocks decides which of them the program orders: by barriers, and by fences around strong
+// accesses to the same address (PTX ISA, memory consistency model).
 #pragma once
 
 #include <cstdint>
@@ -20,94 +18,93 @@ namespace ptx {
 
 struct Block;
 
-// Why a kernel ends before its time.
+// Aborts a kernel.
 struct Fault : std::runtime_error {
-  int lane; // -1 where no thread is to blame
+  int lane; // -1 if unknown
   bool is_assertion;
   explicit Fault(const std::string& message, int lane = -1, bool is_assertion = false)
       : std::runtime_error(message), lane(lane), is_assertion(is_assertion) {}
 };
 
-// Who did something, and when. Threads are numbered through all blocks of a launch.
-struct Stamp {
+// Time of an access, and the index of its thread in the grid.
+struct Epoch {
   uint64_t time : 40 = 0, thread : 24 = 0;
 };
 
-// Four bytes and what has happened to them.
+// Shadow state of four bytes of memory.
 struct Cell {
-  Stamp write, read, other_read;     // the last ones; `other_read` of another warp than `read`
-  uint8_t written = 0, was_read = 0; // bytes, by these accesses
+  Epoch write, read, other_read;     // latest accesses; `other_read` is by another warp than `read`
+  uint8_t written = 0, was_read = 0; // bytes that the latest write and read accessed
   uint8_t initialized = 0;           // bytes
   bool strong_write = false, strong_read = false;
 };
 
 struct Region {
   size_t bytes;
-  bool is_read_only, is_given;
-  std::vector<Cell> cells; // empty where nobody may write
+  bool is_read_only;
+  bool is_argument;        // passed to the op by its caller
+  std::vector<Cell> cells; // empty if read-only
 };
 
-// Up to which time accesses of blocks and of threads happened before.
-struct History {
+// Accesses of a block or a thread up to these times happened before.
+struct VectorClock {
   std::unordered_map<uint32_t, uint64_t> blocks, threads;
 
   bool is_empty() const { return blocks.empty() && threads.empty(); }
-  void join(const History& other);
+  void join(const VectorClock& other);
+  bool includes(Epoch epoch, uint32_t block) const;
 };
 
-// What a thread that uses fences has to hand on.
-struct Fences {
-  History known;    // before everything it does now
-  History acquired; // from places it has read; known after its next fence
-  History released; // by its last fence
+// Clocks of a thread that synchronizes by fences.
+struct ThreadClocks {
+  VectorClock known;    // happened before the next instruction
+  VectorClock acquired; // by strong reads; known after the next fence
+  VectorClock released; // by the last fence; published by strong writes
 };
 
 class Memory {
  public:
-  // Replaces what was known of this place. What is only read is taken to be initialized.
+  // Registers memory, replacing overlapping regions. Read-only memory counts as initialized.
   void add(
       const void* begin, size_t bytes, bool is_initialized, bool is_read_only,
-      bool is_given = false);
+      bool is_argument = false);
   void mark_written(const void* begin, size_t bytes);
-  bool is_given(const void* begin) { // to the op, by its caller
-    const Region* region = find(begin, 0);
-    return region != nullptr && region->is_given;
-  }
-  size_t count_unwritten(const void* begin, size_t bytes);
+  bool is_argument(const void* begin);
+  size_t count_unwritten(const void* begin, size_t bytes); // bytes
   void clear() { regions_.clear(), last_ = regions_.end(); }
 
   void start_launch(uint32_t threads_per_block);
-  uint64_t take_time() { return now_++; } // ends what happens at the same time
+  uint64_t tick() { return now_++; } // returns the time of the current instruction and ends it
 
-  // Checks an access and keeps it in mind; returns where it goes.
   struct Access {
     uint64_t address = 0;
     size_t bytes = 0;
     bool reads = false, writes = false;
-    uint32_t undefined = 0; // a bit for each byte that was read before it was written
+    uint32_t uninitialized = 0; // mask of bytes
   };
+  // Checks and records an access; returns the host address.
   char* access(Warp&, const Instruction&, int lane, Access&);
   void fence(Warp&, uint32_t lanes);
-  // After a barrier all threads of a block know what one of them knew.
-  void meet(Block& block);
+  // After a barrier, all threads of a block know what any of them knew.
+  void sync_block(Block& block);
 
  private:
   Region* find(const void* begin, size_t bytes);
   char* access_shared(Warp&, const Instruction&, int lane, Access&, size_t offset);
   char* access_global(Warp&, const Instruction&, int lane, Access&);
-  void note(Warp&, const Instruction&, int lane, Access&, Cell* cells, size_t offset);
-  void check_order(
+  void record(Warp&, const Instruction&, int lane, Access&, Cell* cells, size_t offset);
+  void check_races(
       const Warp&, int lane, const Access&, const Cell&, uint8_t bytes, bool is_strong);
-  bool is_ordered(Stamp past, const Warp&, int lane) const;
-  void hand_over(Warp&, const Instruction&, int lane, const Access&);
-  uint32_t number_of(const Warp&, int lane) const;
+  bool happened_before(Epoch past, const Warp&, int lane) const;
+  void acquire_and_release(Warp&, const Instruction&, int lane, const Access&);
+  uint32_t thread_of(const Warp&, int lane) const;
 
-  std::map<const char*, Region> regions_;
-  std::map<const char*, Region>::iterator last_ = regions_.end(); // the last one found
-  std::unordered_map<uint64_t, History> places_; // what strong writes have released there
-  std::unordered_map<uint32_t, Fences> fences_;  // by thread
-  std::unordered_map<uint32_t, History> known_;  // by block
-  uint64_t now_ = 1, launch_ = 0, changed_ = 0;  // times
+  std::map<const char*, Region> regions_;                         // by address
+  std::map<const char*, Region>::iterator last_ = regions_.end(); // result of the last find()
+  std::unordered_map<uint64_t, VectorClock> released_;            // by address, by strong writes
+  std::unordered_map<uint32_t, ThreadClocks> thread_clocks_;
+  std::unordered_map<uint32_t, VectorClock> block_clocks_;
+  uint64_t now_ = 1, launch_ = 0, last_write_ = 0; // times
   uint32_t threads_per_block_ = 1;
 };
 

@@ -1,4 +1,4 @@
-// A kernel of a PTX file, decoded: instructions whose operands are places in a warp's registers.
+// Decoded kernels: instructions with resolved operands, and everything needed to launch them.
 #pragma once
 
 #include <cstddef>
@@ -11,18 +11,18 @@
 
 namespace ptx {
 
-constexpr int kLanes = 32; // of a warp
+constexpr int kLanes = 32; // per warp
 constexpr uint32_t kAllLanes = ~0u;
 
 struct Warp;
 struct Instruction;
-struct Text;
+struct Module;
 
-// Does what an instruction says for these lanes of a warp.
+// Executes an instruction for a mask of lanes.
 using Handler = void (*)(Warp&, const Instruction&, uint32_t lanes);
 
-// A register, or a constant: where its 32 lanes begin. Registers and constants of 64 bits have eight
-// bytes per lane, all others four; a predicate is one word with a bit per lane.
+// Offset of a register or constant in the warp's storage, which holds one value per lane: 8 bytes
+// for 64-bit types, 4 bytes for all others. A predicate is one word with a bit per lane.
 struct Operand {
   int offset = -1;
   bool is_constant = false;
@@ -34,8 +34,8 @@ enum class Flow : uint8_t {
   kNext,
   kBranch,
   kExit,
-  kBarrier, // of the block
-  kMeeting, // of the lanes in a mask
+  kBarrier,  // waits for all threads of the block
+  kWarpSync, // waits for all lanes in a mask
 };
 enum class Space : uint8_t { kGeneric, kShared, kParameters };
 
@@ -43,23 +43,23 @@ struct Instruction {
   Handler run = nullptr;
   Flow flow = Flow::kNext;
   Space space = Space::kGeneric;
-  bool is_strong = false; // volatile, relaxed, or atomic: other threads may access at the same time
+  bool is_strong = false; // volatile, relaxed or atomic (PTX memory model)
   bool acquires = false, releases = false;
-  bool has_wide_address = true; // of 64 bits
-  bool is_read_only = false;    // promises that nobody writes there while the kernel runs
+  bool has_wide_address = true; // 64-bit
+  bool is_read_only = false;    // ld.global.nc: the memory must be constant during the kernel
   bool inverts_guard = false;
-  bool is_copy = false; // of registers
-  uint8_t count = 1;    // of numbers in a vector
+  bool is_copy = false; // register to register
+  uint8_t count = 1;    // vector elements
   Operand guard, mask;
   Operand out[4], in[5];
-  int target = -1;
+  int target = -1;          // of a branch
   int64_t displacement = 0; // of an address
 };
 
-// Where an instruction stands, for messages.
+// The source of an instruction, for messages.
 struct Source {
-  int line = 0;         // of the PTX file
-  std::string location; // "select_candidates.cu:436, inlined at ..."; empty if unknown
+  int line = 0;         // in the PTX file
+  std::string location; // "select_candidates.cu:436, inlined at ...", or empty
   std::string text;
 };
 
@@ -70,21 +70,20 @@ struct Range {
 struct Kernel {
   std::string name, file;
   std::vector<Instruction> code;
-  std::vector<Source> sources;   // of the instructions
-  std::vector<uint8_t> executed; // whether each was
-  size_t register_bytes = 0;     // of a warp
+  std::vector<Source> sources;   // by instruction
+  std::vector<uint8_t> executed; // by instruction
+  size_t register_bytes = 0;     // per warp
   std::vector<char> constants;
-  std::vector<Range> parameters;                   // in `arguments`
-  std::vector<char> arguments;                     // whose address does not change
-  std::vector<const std::vector<char>*> variables; // of the file, in global memory
-  std::vector<Range> shared;                       // variables of a block
+  std::vector<Range> parameters;                   // ranges of `arguments`
+  std::vector<char> arguments;                     // never reallocated: code holds its address
+  std::vector<const std::vector<char>*> variables; // .global variables that the kernel uses
+  std::vector<Range> shared;                       // static shared variables
   size_t shared_bytes = 0;
-  int max_threads = 1024; // of a block
-  // Registers that are set before the first instruction: "%tid.x" and the like.
-  std::unordered_map<std::string, Operand> special_registers;
+  int max_threads = 1024;                                     // per block
+  std::unordered_map<std::string, Operand> special_registers; // "%tid.x", ...
 };
 
-// All kernels of a file; each is decoded when it is first asked for.
+// The kernels of a PTX file, decoded on first use.
 class Program {
  public:
   explicit Program(const std::string& path);
@@ -93,12 +92,12 @@ class Program {
   Kernel& find(const std::string& kernel);
 
  private:
-  std::unique_ptr<Text> text_;
+  std::unique_ptr<Module> module_;
   std::map<std::string, std::unique_ptr<Kernel>> kernels_;
 };
 
-// What an opcode does. The number of bytes per lane of the output, and of the inputs: 4 or 8, 0 for
-// a predicate; none where the decoder knows better.
+// How an opcode executes. `widths` are the bytes per lane (4, 8, or 0 for a predicate) of the output
+// followed by the inputs; empty if the decoder handles the operands itself.
 struct Operation {
   Handler run = nullptr;
   Flow flow = Flow::kNext;
@@ -108,7 +107,7 @@ using Table = std::unordered_map<std::string, Operation>;
 
 void add_arithmetic(Table& table);
 void add_conversions(Table& table);
-// "add.f32"; null for an unknown one.
+// Looks up an opcode such as "add.f32"; returns null if it is not implemented.
 const Operation* find_operation(const std::string& opcode);
 
 } // namespace ptx

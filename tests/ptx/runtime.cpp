@@ -1,11 +1,11 @@
-// Stands in for the CUDA runtime, and for what csrc/bindings asks torch about the GPU: kernels that
-// nvcc's host code launches run on the machine of machine.h, at once.
+// Replaces the CUDA runtime, and the functions of torch that csrc/bindings calls for GPUs. Kernels
+// that nvcc's host code launches run synchronously in the interpreter.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
-#include <cstdio>
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -16,12 +16,13 @@
 namespace ptx {
 namespace {
 
-std::mutex mutex; // launches of different host threads take turns
+std::mutex mutex;                                         // serializes launches of host threads
 std::map<std::string, std::unique_ptr<Program>> programs; // by file
 cudaError_t error = cudaSuccess;
 std::string message;
 
-// Of kernels, by their functions on the host: those register before anything here is made.
+// Kernel names by host function. A function-local static, since static initializers of other files
+// register kernels.
 std::unordered_map<const void*, std::string>& names() {
   static std::unordered_map<const void*, std::string> out;
   return out;
@@ -55,25 +56,22 @@ void run(const std::string& name, dim3 grid, dim3 block, void** arguments, size_
   }
   Kernel& kernel = *found;
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
-    const Range& place = kernel.parameters[i];
-    std::memcpy(kernel.arguments.data() + place.begin, arguments[i], place.end - place.begin);
+    auto [begin, end] = kernel.parameters[i];
+    std::memcpy(kernel.arguments.data() + begin, arguments[i], end - begin);
   }
   if (block.x > unsigned(kernel.max_threads)) {
     throw Fault("more threads than __launch_bounds__ of " + name + " allows");
   }
-  for (const std::vector<char>* variable : kernel.variables) {
-    machine.memory.add(variable->data(), variable->size(), true, /*is_read_only=*/false);
-  }
   std::vector<std::vector<char>> before;
   for (const std::vector<char>* variable : kernel.variables) {
+    machine.memory.add(variable->data(), variable->size(), true, /*is_read_only=*/false);
     before.push_back(*variable);
   }
   try {
     machine.launch(kernel, grid.x, block.x, shared);
-  } catch (const Fault&) { // a GPU would launch nothing after it; the next test does
+  } catch (const Fault&) { // restore variables for later tests; a CUDA context would be lost
     for (size_t i = 0; i < before.size(); ++i) {
-      std::memcpy(
-          const_cast<char*>(kernel.variables[i]->data()), before[i].data(), before[i].size());
+      std::ranges::copy(before[i], const_cast<char*>(kernel.variables[i]->data()));
     }
     throw;
   }
@@ -81,7 +79,7 @@ void run(const std::string& name, dim3 grid, dim3 block, void** arguments, size_
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
   std::lock_guard<std::mutex> lock(mutex);
-  bool is_flat = grid.y * grid.z == 1 && block.y * block.z == 1; // all that the machine knows
+  bool is_flat = grid.y * grid.z == 1 && block.y * block.z == 1; // the interpreter only supports x
   if (grid.x == 0 || grid.x > INT32_MAX || block.x == 0 || block.x > 1024 || !is_flat) {
     return fail(cudaErrorInvalidConfiguration, "invalid configuration argument");
   }
@@ -90,20 +88,24 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
     return cudaSuccess;
   } catch (const Fault& fault) {
     return fail(fault.is_assertion ? cudaErrorAssert : cudaErrorLaunchFailure, fault.what());
-  } catch (const std::exception& refusal) {
-    return fail(cudaErrorInvalidPtx, refusal.what());
+  } catch (const std::exception& error) {
+    return fail(cudaErrorInvalidPtx, error.what());
   }
 }
 
-std::string describe(const Counts& counts) {
-  return "{\"instructions\": " + std::to_string(counts.instructions) +
-         ", \"global accesses\": " + std::to_string(counts.global_accesses) +
-         ", \"shared accesses\": " + std::to_string(counts.shared_accesses) +
-         ", \"atomics\": " + std::to_string(counts.atomics) +
-         ", \"barriers\": " + std::to_string(counts.barriers) + "}";
+constexpr const char* kEventNames[kNumEvents] = {
+    "instructions", "global accesses", "shared accesses", "atomics", "barriers"};
+
+std::string to_json(const Counts& counts) {
+  std::string out;
+  for (size_t i = 0; i < kNumEvents; ++i) {
+    out += (i == 0 ? "{\"" : ", \"") + std::string(kEventNames[i]) + "\": ";
+    out += std::to_string(counts[i]);
+  }
+  return out + "}";
 }
 
-std::string describe(const std::string& name, const Machine::Record& record) {
+std::string to_json(const std::string& name, const Machine::Record& record) {
   std::string lines;
   Kernel* kernel = find_kernel(name);
   for (size_t i = 0; kernel != nullptr && i < kernel->code.size(); ++i) {
@@ -115,18 +117,18 @@ std::string describe(const std::string& name, const Machine::Record& record) {
          ", \"blocks\": " + std::to_string(record.blocks) +
          ", \"threads\": " + std::to_string(record.threads) +
          ", \"shared bytes\": " + std::to_string(record.shared_bytes) +
-         ", \"all\": " + describe(record.all) + ", \"longest\": " + describe(record.longest) +
+         ", \"all\": " + to_json(record.all) + ", \"longest\": " + to_json(record.longest) +
          ", \"lines\": [" + lines + "]}";
 }
 
-// The tensor that a function of torch has returned.
-void note_tensor(StableIValue value, bool is_written) {
+// Registers a tensor that torch has returned.
+void register_tensor(StableIValue value, bool is_written) {
   auto tensor = reinterpret_cast<AtenTensorHandle>(value);
   void* data = nullptr;
-  int64_t bytes = 0; // a tensor that is new owns its storage
+  int64_t bytes = 0; // the whole storage belongs to the new tensor
   aoti_torch_get_data_ptr(tensor, &data);
   aoti_torch_get_storage_size(tensor, &bytes);
-  if (is_written && machine.memory.is_given(data)) {
+  if (is_written && machine.memory.is_argument(data)) {
     machine.memory.mark_written(data, size_t(bytes));
   } else {
     machine.memory.add(data, size_t(bytes), is_written, /*is_read_only=*/false);
@@ -188,7 +190,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 cudaError_t cudaGetLastError() { return std::exchange(ptx::error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t) { return ptx::message.c_str(); }
 
-// ---- torch, by names that the tests' build puts in the place of its own ----
+// ---- torch, as renamed by binding.h ----
 
 AOTITorchError ptx_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -206,9 +208,9 @@ AOTITorchError ptx_call_dispatcher(
   if (result == AOTI_TORCH_SUCCESS) {
     std::string op = name;
     bool is_empty = op == "aten::new_empty" || op == "aten::empty_like" || op == "aten::empty";
-    ptx::note_tensor(stack[0], !is_empty);
+    ptx::register_tensor(stack[0], !is_empty);
     if (op == "aten::sort") {
-      ptx::note_tensor(stack[1], true);
+      ptx::register_tensor(stack[1], true);
     }
   }
   return result;
@@ -216,30 +218,30 @@ AOTITorchError ptx_call_dispatcher(
 
 // ---- control, for ptx.py ----
 
-// Reads a PTX file, in the place of one of the same name that was read before.
+// Loads a PTX file, replacing one of the same name. Returns an error message or null.
 const char* ptx_load(const char* path) {
   std::string name = path;
   try {
     ptx::programs[name.substr(name.rfind('/') + 1)] = std::make_unique<ptx::Program>(name);
     return nullptr;
-  } catch (const std::exception& refusal) {
-    return (ptx::message = refusal.what()).c_str();
+  } catch (const std::exception& error) {
+    return (ptx::message = error.what()).c_str();
   }
 }
-// What has run since the last call, as JSON: by kernel, sums over its blocks, numbers of the warp that
-// did most, and the lines of PTX that were executed.
+// Returns what has run since the last call, as JSON. By kernel: sums ("all") and maxima ("longest")
+// over warps, and the lines of PTX that were executed.
 const char* ptx_take_records() {
   static std::string out;
   out = "{";
   for (const auto& [kernel, record] : ptx::machine.records) {
-    out += (out.size() > 1 ? ", \"" : "\"") + kernel + "\": " + ptx::describe(kernel, record);
+    out += (out.size() > 1 ? ", \"" : "\"") + kernel + "\": " + ptx::to_json(kernel, record);
   }
   ptx::machine.records.clear();
   return (out += "}").c_str();
 }
 void ptx_set_schedule(uint64_t seed) { ptx::machine.set_schedule(seed); }
 void ptx_add_tensor(const void* begin, uint64_t bytes, bool is_written, bool is_read_only) {
-  ptx::machine.memory.add(begin, bytes, is_written, is_read_only, /*is_given=*/true);
+  ptx::machine.memory.add(begin, bytes, is_written, is_read_only, /*is_argument=*/true);
 }
 uint64_t ptx_count_unwritten(const void* begin, uint64_t bytes) {
   return ptx::machine.memory.count_unwritten(begin, bytes);

@@ -1,6 +1,7 @@
-#include "text.h"
+#include "module.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
@@ -13,8 +14,6 @@ std::string strip(std::string_view text) {
   size_t first = text.find_first_not_of(" \t\r"), last = text.find_last_not_of(" \t\r");
   return first == std::string_view::npos ? "" : std::string(text.substr(first, last - first + 1));
 }
-
-bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
 
 Strings split(const std::string& text, char separator) {
   Strings out;
@@ -39,10 +38,15 @@ Strings split_operands(const std::string& text) {
   return out.back().empty() ? Strings(out.begin(), out.end() - 1) : out;
 }
 
-std::string without_brackets(const std::string& text) { return text.substr(1, text.size() - 2); }
+std::string strip_brackets(const std::string& text) { return text.substr(1, text.size() - 2); }
 
 size_t bytes_of(const std::string& type) { return size_t(std::atoi(type.c_str() + 1)) / 8; }
-int width_of(const std::string& type) { return type == "pred" ? 0 : bytes_of(type) == 8 ? 8 : 4; }
+int register_width(const std::string& type) {
+  return type == "pred" ? 0 : bytes_of(type) == 8 ? 8 : 4;
+}
+size_t round_up(size_t value, size_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 Declaration::Declaration(const std::string& text) {
   std::istringstream stream(strip(text.substr(0, text.find('='))));
@@ -53,7 +57,7 @@ Declaration::Declaration(const std::string& text) {
   name = words.back();
   type = words[words.size() - 2].substr(1);
   align = bytes = bytes_of(type);
-  if (auto found = std::find(words.begin(), words.end(), ".align"); found != words.end()) {
+  if (auto found = std::ranges::find(words, ".align"); found != words.end()) {
     align = size_t(std::atoi((found + 1)->c_str()));
   }
   if (size_t bracket = name.find('['); bracket != std::string::npos) {
@@ -62,21 +66,21 @@ Declaration::Declaration(const std::string& text) {
   }
 }
 
-Text::Text(const std::string& path) : name(path.substr(path.rfind('/') + 1)) {
+Module::Module(const std::string& path) : name(path.substr(path.rfind('/') + 1)) {
   std::ifstream stream(path);
   for (std::string line; std::getline(stream, line); lines.push_back(std::move(line))) {
     std::string stripped = strip(line);
-    if (starts_with(stripped, ".file")) {
-      note_file(stripped);
-    } else if (starts_with(line, ".global")) {
-      note_variable(stripped);
-    } else if (starts_with(line, ".shared")) {
+    if (stripped.starts_with(".file")) {
+      parse_file(stripped);
+    } else if (line.starts_with(".global")) {
+      parse_variable(stripped);
+    } else if (line.starts_with(".shared")) {
       Declaration variable(stripped.substr(0, stripped.size() - 1));
       shared.emplace(variable.name, variable);
-    } else if (starts_with(line, ".extern .shared")) {
+    } else if (line.starts_with(".extern .shared")) {
       dynamic_shared.insert(Declaration(stripped.substr(0, stripped.size() - 1)).name);
-    } else if (starts_with(line, ".") && !starts_with(line, ".extern")) {
-      note_function(stripped);
+    } else if (line.starts_with(".") && !line.starts_with(".extern")) {
+      parse_function(stripped);
     }
   }
   if (lines.empty()) {
@@ -84,7 +88,7 @@ Text::Text(const std::string& path) : name(path.substr(path.rfind('/') + 1)) {
   }
 }
 
-void Text::note_file(const std::string& line) { // .file 1 "/folder/name.cu"
+void Module::parse_file(const std::string& line) { // .file 1 "/folder/name.cu"
   std::istringstream words(line);
   std::string file, number;
   words >> file >> number;
@@ -92,7 +96,7 @@ void Text::note_file(const std::string& line) { // .file 1 "/folder/name.cu"
   files[number] = path.substr(path.rfind('/') + 1);
 }
 
-void Text::note_variable(const std::string& line) { // .global .align 1 .b8 name[3] = {97, 98};
+void Module::parse_variable(const std::string& line) { // .global .align 1 .b8 name[3] = {97, 98};
   Declaration declaration(line);
   std::vector<char>& data = variables[declaration.name];
   data.resize(declaration.bytes);
@@ -104,22 +108,22 @@ void Text::note_variable(const std::string& line) { // .global .align 1 .b8 name
   }
 }
 
-void Text::note_function(const std::string& line) { // .entry name(
+void Module::parse_function(const std::string& line) { // .entry name(
   if (line.find(".entry") != std::string::npos || line.find(".func") != std::string::npos) {
     std::string head = line.substr(0, line.find_last_not_of("( ") + 1);
     functions[head.substr(head.find_last_of(" \t") + 1)] = lines.size();
   }
 }
 
-Strings Text::parameters_of(size_t line) const {
+Strings Module::parameters_of(size_t line) const {
   std::string head;
   while (strip(lines[line]) != "{") {
     head += lines[line++] + " ";
   }
-  std::replace_if(head.begin(), head.end(), [](char c) { return c == '(' || c == ')'; }, ',');
+  std::ranges::replace_if(head, [](char c) { return c == '(' || c == ')'; }, ',');
   Strings out;
   for (const std::string& part : split(head, ',')) {
-    if (starts_with(strip(part), ".param")) {
+    if (strip(part).starts_with(".param")) {
       out.push_back(strip(part));
     }
   }
