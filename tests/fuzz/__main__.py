@@ -20,7 +20,7 @@ from . import CORPUS, TARGETS, checker
 
 SECONDS = 10  # time limit for an input
 MEGABYTES = 4096  # memory limit for the process
-LONGEST = 4096  # bytes of an input
+MAX_BYTES = 4096  # of an input
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         check = checker(options.target)
     arguments = [
         *(f"-runs={options.runs}", f"-seed={options.seed}", f"-timeout={SECONDS}"),
-        *(f"-rss_limit_mb={MEGABYTES}", f"-max_len={LONGEST}"),
+        *(f"-rss_limit_mb={MEGABYTES}", f"-max_len={MAX_BYTES}"),
         *(f"-artifact_prefix={corpus}{os.sep}", "-print_final_stats=1"),
     ]
     seeds = CORPUS / options.target

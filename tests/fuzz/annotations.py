@@ -22,7 +22,7 @@ from fcos_d2.data.inspection import clean, describe_contents, inspect_dataset
 from fcos_d2.data.records import why_nothing_is_learned
 
 from .choices import Choices, corrupt
-from .oracle import result_or_refusal, scratch
+from .oracle import allow_input_error, scratch
 
 NAME = "fuzzed"
 COCO = {
@@ -64,30 +64,30 @@ OTHERS = (VIA, LABELME, TASKS, CREATEML)
 # ---- JSON ----
 
 
-def coco_text(choices: Choices) -> bytes:
+def coco_file(choices: Choices) -> bytes:
     """Returns a COCO file with corrupted values or text."""
-    return changed_text(choices, COCO)
+    return corrupted_json(choices, COCO)
 
 
-def other_text(choices: Choices) -> bytes:
+def other_file(choices: Choices) -> bytes:
     """Returns a file of another tool with corrupted values or text."""
-    return changed_text(choices, choices.of(OTHERS))
+    return corrupted_json(choices, choices.of(OTHERS))
 
 
-def changed_text(choices: Choices, content: object) -> bytes:
+def corrupted_json(choices: Choices, content: object) -> bytes:
     """Returns ``content`` as corrupted JSON."""
     text = json.dumps(corrupt(choices, content)).encode()
-    change = choices.of(("none", "cut", "insert", "double"))
+    change = choices.of(("none", "truncate", "insert", "duplicate"))
     place = choices.number(len(text) + 1)
-    if change == "cut":
+    if change == "truncate":
         return text[:place]
     if change == "insert":
         odd = (b"[" * 100_000, b"\xff", b"\xef\xbb\xbf", b"9" * 5000, b'"', b"NaN", b"\0", b"\n")
         return text[:place] + choices.of(odd) + text[place:]
-    return text + text if change == "double" else text
+    return text + text if change == "duplicate" else text
 
 
-def json_entry(choices: Choices, text: Callable[[Choices], bytes] = coco_text) -> dict:
+def json_entry(choices: Choices, text: Callable[[Choices], bytes] = coco_file) -> dict:
     """Writes a JSON file, and returns its entry of DATASETS.REGISTER."""
     path = scratch("annotations.json")
     path.write_bytes(choices.of((text, Choices.rest))(choices))
@@ -116,7 +116,7 @@ ODD_XML = (
 )
 
 
-def voc_text(choices: Choices) -> bytes:
+def voc_file(choices: Choices) -> bytes:
     """Returns a Pascal VOC file with corrupted values or text."""
     fields = {"filename": "1.png", "width": 60, "height": 40, "name": "disc", "difficult": 0}
     fields |= {"xmin": 1, "ymin": 1, "xmax": 20, "ymax": 10}
@@ -142,7 +142,7 @@ def voc_entry(choices: Choices) -> dict:
     stem = choices.of(("1", "[1]", "a b"))
     split = choices.of((stem, "..", "/", "**", "?", "\0", "../x", "\ud800", "", f"{stem}\n{stem}"))
     (root / "ImageSets/Main/train.txt").write_bytes(split.encode("utf-8", "surrogatepass"))
-    content = choices.of((voc_text, Choices.rest))(choices)
+    content = choices.of((voc_file, Choices.rest))(choices)
     path = root / "Annotations" / f"{stem}.xml"
     path.write_bytes(content)
     entry: dict = {"voc": str(root), "split": "train"}
@@ -164,7 +164,7 @@ def yolo_entry(choices: Choices) -> dict:
     return {"yolo": str(scratch("images"))}
 
 
-# ---- The check ----
+# ---- Fuzz target ----
 
 
 def prepare_folders() -> None:
@@ -181,18 +181,18 @@ def check(data: bytes) -> None:
     choices = Choices(data)
     if choices.number(16) == 15:
         entry = corrupt(choices, {"json": "a", "images": "b", "part": [0, 1]})
-        with result_or_refusal(f"DATASETS.REGISTER.{NAME}"):
+        with allow_input_error(f"DATASETS.REGISTER.{NAME}"):
             register_datasets({NAME: entry})
         return
     if not scratch("images").is_dir():
         prepare_folders()
-    makers = (json_entry, voc_entry, yolo_entry, partial(json_entry, text=other_text))
+    makers = (json_entry, voc_entry, yolo_entry, partial(json_entry, text=other_file))
     entry = choices.of(makers)(choices)
     register_datasets({NAME: entry})
-    for use in (inspect, load, load_all, load_masks, class_names):
+    for use in (inspect, load_for_training, load_for_evaluation, load_with_masks, class_names):
         # Clears all caches, as in a new process.
         register_datasets({NAME: entry})
-        with result_or_refusal(repr(NAME), *map(str, entry.values())):
+        with allow_input_error(repr(NAME), *map(str, entry.values())):
             use(NAME)
     for file in (*scratch("voc/Annotations").glob("*"), *scratch("images").glob("*.txt")):
         file.unlink()
@@ -209,7 +209,7 @@ def inspect(name: str) -> None:
         json.dumps(cleaned.content)
 
 
-def load(name: str) -> None:
+def load_for_training(name: str) -> None:
     """Loads the dataset like training."""
     num_classes = None
     for record in load_dataset(name):
@@ -220,7 +220,7 @@ def load(name: str) -> None:
             assert width >= 0 and height >= 0 and math.isfinite(x + y)
 
 
-def load_all(name: str) -> None:
+def load_for_evaluation(name: str) -> None:
     """Loads the dataset like evaluation; no object may be lost if the check finds no problem."""
     found, records = inspect_dataset(name, read_images=False), load_dataset(name, False)
     if not found.num_problems:
@@ -231,6 +231,6 @@ def load_all(name: str) -> None:
         assert counts[0] == counts[1]
 
 
-def load_masks(name: str) -> None:
+def load_with_masks(name: str) -> None:
     """Loads the dataset like training of a model with masks."""
     load_dataset(name, masks=True)

@@ -60,12 +60,12 @@ def places(value: object) -> Iterator[tuple[dict | list, object]]:
         yield from places(entry)
 
 
-def corrupt(choices: Choices, content: object, most: int = 4) -> object:
-    """Returns a copy of ``content`` with up to ``most`` entries replaced, removed or duplicated."""
+def corrupt(choices: Choices, content: object, max_changes: int = 4) -> object:
+    """Returns a copy of ``content`` with up to ``max_changes`` changed entries."""
     content = [copy.deepcopy(content)]
-    for _ in range(choices.number(most + 1)):
+    for _ in range(choices.number(max_changes + 1)):
         container, key = choices.of(list(places(content)))
-        change = choices.of(("replace", "remove", "double", "rename"))
+        change = choices.of(("replace", "remove", "duplicate", "rename"))
         if change == "replace" or container is content:
             container[key] = copy.deepcopy(choices.of(HOSTILE))
         elif change == "remove":

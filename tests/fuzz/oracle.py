@@ -12,52 +12,52 @@ from pathlib import Path
 
 from fcos_d2 import InputError
 
-LONGEST = 1000  # characters of an error message
-ACTIONS = (
+MAX_LENGTH = 1000  # characters of an error message
+FORBIDDEN = (  # audit events
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.putenv", "socket.connect"),
     *("shutil.rmtree", "shutil.copyfile", "ctypes.dlopen", "webbrowser.open"),
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-_watching = False
+_is_active = False
 
 
-class Forbidden(BaseException):
+class ForbiddenAction(BaseException):
     """Raised for forbidden actions; a BaseException, so that exception handlers do not hide it."""
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if not _watching:
+    if not _is_active:
         return
-    if event in ACTIONS or (event == "open" and (arguments[2] or 0) & WRITING):
-        raise Forbidden(f"{event}{arguments}")
+    if event in FORBIDDEN or (event == "open" and (arguments[2] or 0) & WRITING):
+        raise ForbiddenAction(f"{event}{arguments}")
 
 
 sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def only_reading() -> Iterator[None]:
+def forbid_side_effects() -> Iterator[None]:
     """Fails if the block starts a process, opens a connection or changes a file."""
-    global _watching
-    _watching = True
+    global _is_active
+    _is_active = True
     try:
         yield
     finally:
-        _watching = False
+        _is_active = False
 
 
 @contextlib.contextmanager
-def result_or_refusal(*names: str) -> Iterator[None]:
+def allow_input_error(*names: str) -> Iterator[None]:
     """Accepts an InputError if it is one readable line that contains one of ``names``."""
     try:
         yield
     except InputError as error:
         message = str(error)
-        assert any(name in message for name in names), f"no name in: {message[:LONGEST]}"
-        assert message.isprintable(), f"not one readable line: {message[:LONGEST]!r}"
-        assert len(message) <= LONGEST, f"{len(message)} characters: {message[:LONGEST]}"
+        assert any(name in message for name in names), f"no name in: {message[:MAX_LENGTH]}"
+        assert message.isprintable(), f"not one readable line: {message[:MAX_LENGTH]!r}"
+        assert len(message) <= MAX_LENGTH, f"{len(message)} characters: {message[:MAX_LENGTH]}"
 
 
 @cache

@@ -1,7 +1,8 @@
 """Fuzz target: weight files, read like MODEL.WEIGHTS.
 
 A file holds a random checkpoint in one of the supported formats, and may be truncated or damaged.
-It loads, or is refused in one line that names it without changing the model; no code is run.
+It must load, or be rejected with a one-line error that names it, without changing the model or
+running code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fcos_d2.checkpoint.formats import FORMATS
 
 from ..modeling.tiny import tiny_fcos
 from .choices import HOSTILE, Choices, corrupt
-from .oracle import only_reading, result_or_refusal, scratch
+from .oracle import allow_input_error, forbid_side_effects, scratch
 
 SHAPES = ((4,), (1,), (), (0,), (4, 4, 3, 3), (3, 32, 3, 3), (80,), (91, 2), (1, 1, 1, 1, 1))
 TENSORS = (
@@ -56,14 +57,14 @@ def checkpoint(choices: Choices) -> object:
     modules = list(known.modules.items()) if known else [(key, "") for key in state]
     weights = dict(state) if choices.number(2) else {}
     for theirs, ours in modules if known else ():
-        if ours in ("head", "head.cls_logits", "head.ctrness"):  # what tells the formats apart
+        if ours in ("head", "head.cls_logits", "head.ctrness"):  # these identify the format
             leaves = ("cls_logits.weight", "ctrness.weight") if ours == "head" else ("weight",)
             weights |= {f"{theirs}.{leaf}": torch.ones(3, 32, 3, 3) for leaf in leaves}
     for _ in range(choices.number(6)):
         name = choices.of(("", *PREFIXES, "\n")) + choices.of(modules)[0] + "."
         make, shape = choices.of(TENSORS), choices.of(SHAPES)
         weights[name + choices.of(LEAVES)] = make(shape) if make else choices.of(HOSTILE)
-    content: object = corrupt(choices, weights, most=2) if choices.number(2) else weights
+    content: object = corrupt(choices, weights, max_changes=2) if choices.number(2) else weights
     for _ in range(choices.number(4)):
         wrapper = choices.of((*WRAPPERS, "matching_heuristics"))
         meta = {"cfg": choices.of((*META, *HOSTILE))}
@@ -87,7 +88,7 @@ def save(content: object, how: str) -> bytes:
     if how == "safetensors":
         pairs = content.items() if isinstance(content, dict) else ()
         plain = {k: v for k, v in pairs if isinstance(v, Tensor) and array(v) is not None}
-        names = {k: str(k).encode(errors="replace").decode() for k in plain}  # it takes UTF-8 only
+        names = {k: str(k).encode(errors="replace").decode() for k in plain}  # UTF-8 only
         return safetensors.torch.save({names[k]: v.clone() for k, v in plain.items()})
     if how == "pickle":
         return pickle.dumps(array(content), protocol=2)
@@ -101,7 +102,7 @@ def check(data: bytes) -> None:
     choices = Choices(data)
     how = choices.of(("zip", "legacy", "pickle", "safetensors"))
     content = bytearray(save(checkpoint(choices), how))
-    for _ in range(choices.number(3) if how != "pickle" else 0):  # its memo can be made to fill RAM
+    for _ in range(choices.number(3) if how != "pickle" else 0):  # its memo may fill memory
         content[choices.number(len(content))] = choices.number(256)
     if choices.number(4) == 3:
         del content[choices.number(len(content)) :]
@@ -111,8 +112,8 @@ def check(data: bytes) -> None:
     state = [*checkpointer.model.parameters(), *checkpointer.model.buffers()]
     before = [value._version for value in state]
     has_loaded = False
-    with result_or_refusal(str(path)), only_reading():
+    with allow_input_error(str(path)), forbid_side_effects():
         checkpointer.load(str(path))
         has_loaded = True
     unchanged = before == [value._version for value in state]
-    assert has_loaded or unchanged, "a refused file changed the model"
+    assert has_loaded or unchanged, "a rejected file changed the model"

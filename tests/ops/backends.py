@@ -1,4 +1,4 @@
-"""Registers all ops again, under other namespaces and with other kernels."""
+"""Registers the ops in other namespaces, with other kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def overloads_of(namespace: str) -> Overloads:
 
 @contextmanager
 def use(overloads: Overloads) -> Iterator[None]:
-    """Makes the wrappers call these ops."""
+    """Makes the wrappers call ``overloads``."""
     with ExitStack() as stack:
         for module in {sys.modules[op.fake.__module__] for op in _library.OPS.values()}:
             for attribute, value in list(vars(module).items()):
@@ -49,7 +49,7 @@ def use(overloads: Overloads) -> Iterator[None]:
 
 
 def reference_of(name: str) -> Callable:
-    """Returns the reference in plain PyTorch."""
+    """Returns the reference implementation of an op."""
     return _library.OPS[name].reference
 
 
@@ -60,7 +60,7 @@ def on_gpu(name: str) -> Callable:
     def run(*arguments):
         copies = tree_map_only(torch.Tensor, _to_gpu, arguments)
         results = tree_map_only(torch.Tensor, torch.Tensor.cpu, op(*copies))
-        if op._schema.is_mutable:  # its first argument
+        if op._schema.is_mutable:  # only the first argument is
             for original, changed in zip(arguments[0], copies[0], strict=True):
                 original.copy_(changed)
         return results
@@ -69,7 +69,7 @@ def on_gpu(name: str) -> Callable:
 
 
 def _to_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Copies a tensor, keeping strides, offset and alignment."""
+    """Copies a tensor with its strides, storage offset and alignment."""
     storage = tensor.untyped_storage().cuda()
     out = torch.empty(0, dtype=tensor.dtype, device="cuda")
     return out.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

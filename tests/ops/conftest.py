@@ -1,7 +1,7 @@
 """Runs every test of the ops on every available implementation.
 
-All take tensors on the CPU. The CUDA kernels run as PTX on the CPU, with a different order of
-blocks and threads in every launch, and on copies of the tensors on a GPU, if there is one.
+All implementations take CPU tensors. CUDA kernels run in the PTX interpreter, with another random
+schedule in every launch, and on the GPU if there is one, on copies of the tensors.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def _overloads(implementation: str) -> Overloads:
 
 @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
 def implementation(request) -> Iterator[str]:
-    """Makes the wrappers call the ops of one implementation."""
+    """Makes the wrappers call one implementation; returns its name."""
     name = request.param
     given = request.getfixturevalue("device").type if "device" in request.fixturenames else "cpu"
     if given == "cuda" and name in ("ptx", "cuda"):
@@ -66,6 +66,6 @@ def overloads(implementation) -> Overloads:
 
 @pytest.fixture
 def assertions_can_be_caught(implementation) -> None:
-    """Skips values that kernels reject on a GPU, where a failed assertion ends the process."""
+    """Skips tests on the GPU, where a failed device assertion ends the process."""
     if implementation == "cuda":
         pytest.skip("a failed assertion on a GPU ends the process")

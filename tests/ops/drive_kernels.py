@@ -1,6 +1,6 @@
-"""Runs every CUDA kernel a few times, for compute-sanitizer: ``python -m tests.ops.drive_kernels``.
+"""Runs every CUDA kernel under compute-sanitizer: ``python -m tests.ops.drive_kernels``.
 
-Shapes are small and odd, layouts and dtypes vary. Results are checked by the tests, not here.
+Uses small, odd shapes and all layouts and dtypes. Does not check results; the tests do.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def train(device: str, dtype: torch.dtype, channels_last: bool, save_gradient: b
     cls = ops.sigmoid_focal_loss(logits, targets.labels)
     box, centerness = ops.box_loss(ltrb, quality, targets)
     normalizers = [(total, 1.0) for total in targets.totals[[0, 1, 0]]]
-    joined = fcos_loss(
+    fused = fcos_loss(
         logits, ltrb, quality, targets, normalizers, save_gradient=save_gradient, **OPTIONS
     )
-    (cls / 2 + box + centerness + sum(joined)).backward()
+    (cls / 2 + box + centerness + sum(fused)).backward()
 
 
 def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) -> None:
-    """Selects candidates (few, many or all, by ``prior``) and runs every kind of NMS."""
+    """Selects candidates (``prior`` determines how many) and runs every NMS variant."""
     levels = inputs.pyramid(100, 140)
     options = {"channels_last": channels_last, "device": device, "prior": prior}
     maps = inputs.predictions(levels, 3, 13, dtype, **options)
@@ -50,7 +50,7 @@ def infer(device: str, dtype: torch.dtype, channels_last: bool, prior: float) ->
 
 
 def main(device: str = "cuda") -> None:
-    """Runs everything once."""
+    """Runs all combinations of layouts and dtypes."""
     torch.manual_seed(0)
     for dtype, channels_last in itertools.product(DTYPES, (False, True)):
         for save_gradient in (False, True):

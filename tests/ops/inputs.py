@@ -1,4 +1,4 @@
-"""Random, reproducible inputs for every op, shared by tests and benchmarks."""
+"""Random inputs of all ops, for tests and benchmarks."""
 
 import math
 

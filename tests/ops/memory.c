@@ -1,13 +1,13 @@
-// Preloaded before libc by test_memory.py: counts the bytes that a process has allocated.
+// Preloaded by test_memory.py. Wraps malloc to track the allocated bytes and their peak.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <malloc.h>
 
-static long held, peak;
+static long allocated, peak;
 
 static void* count(void* memory) {
   if (memory) {
-    long now = __atomic_add_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED),
+    long now = __atomic_add_fetch(&allocated, malloc_usable_size(memory), __ATOMIC_RELAXED),
          highest = peak;
     while (now > highest && !__atomic_compare_exchange_n(
                                 &peak, &highest, now, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -16,7 +16,7 @@ static void* count(void* memory) {
   return memory;
 }
 
-// Defines `next`, libc's function `name`.
+// Defines `next`, the libc function `name`.
 #define NEXT(result, name, ...)       \
   static result (*next)(__VA_ARGS__); \
   next = next ? next : (result (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
@@ -42,12 +42,12 @@ int posix_memalign(void** memory, size_t alignment, size_t size) {
 
 void free(void* memory) {
   NEXT(void, "free", void*);
-  __atomic_sub_fetch(&held, malloc_usable_size(memory), __ATOMIC_RELAXED);
+  __atomic_sub_fetch(&allocated, malloc_usable_size(memory), __ATOMIC_RELAXED);
   next(memory);
 }
 
-// Starts a measurement; returns the bytes currently allocated.
-long memory_of_the_test_start(void) { return peak = held; }
+// Resets the peak; returns the bytes allocated now.
+long fcos_test_reset_peak(void) { return peak = allocated; }
 
-// Returns the most bytes allocated at a time since the start.
-long memory_of_the_test_peak(void) { return peak; }
+// Returns the peak since the last reset.
+long fcos_test_peak(void) { return peak; }

@@ -1,4 +1,4 @@
-"""Expected results of the ops, computed independently of the reference: dense, in float64."""
+"""Independent implementations of the ops: dense and in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fcos_d2.ops import Levels, point_coordinates
 
 TOLERANCE = 1e-6  # scores this close may be in either order
-SMALLEST = 1e-37  # smaller scores may count as 0
+SMALLEST = 1e-37  # smaller scores may underflow to 0
 
 
 # ---- assign_targets ----
@@ -49,7 +49,7 @@ def _assign_image(
         away = (points - (x1y1 + x2y2) / 2).abs()
         good &= (away < center_radius * stride[..., None]).all(dim=-1)
     count = good.sum(dim=1)
-    # Infinity and an extra box stand for "none": argmin returns the first of equal values.
+    # An extra box with infinite area means "none"; argmin returns the first of equal values.
     areas = torch.where(good, area, math.inf)
     areas = torch.cat((areas, torch.full((len(areas), 1), math.inf)), dim=1)
     best = areas.argmin(dim=1)
@@ -63,7 +63,7 @@ def _assign_image(
 
 
 def scores_of(logits: Tensor, quality: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Returns class probability, and product with quality, of one image and level, [H W K]."""
+    """Returns class probabilities and products with quality of one image and level, [H W K]."""
     cls = torch.sigmoid(logits.float().double()).flatten(1).t()
     product = cls * torch.sigmoid(quality.float().double()).flatten()[:, None]
     return cls.flatten().numpy(), product.flatten().numpy()
@@ -82,32 +82,32 @@ def check_selection(
     must = valid & (tested > max(threshold * (1 + TOLERANCE), SMALLEST))
     chosen = np.zeros(len(cls), dtype=bool)
     chosen[index] = True
-    assert chosen.sum() == len(index), "a pair was chosen twice"
-    assert may[index].all(), "a pair below the threshold was chosen"
+    assert chosen.sum() == len(index), "a pair was selected twice"
+    assert may[index].all(), "a pair below the threshold was selected"
     ceiling = rank[index] * (1 + TOLERANCE) + SMALLEST
     assert (rank[index][1:] <= ceiling[:-1]).all(), "not by descending rank"
     left_out = rank[must & ~chosen]
     if len(index) < slots:
         assert len(left_out) == 0, "a pair above the threshold is missing"
     elif len(left_out) and slots:
-        assert left_out.max() <= ceiling.min(), "a better pair was left out"
+        assert left_out.max() <= ceiling.min(), "a better pair was not selected"
     want = {"cls": cls, "product": product, "sqrt": product**0.5}[options["score_rule"]][index]
     np.testing.assert_allclose(scores.double(), want, rtol=TOLERANCE, atol=SMALLEST**0.5)
 
 
-def check_order_of_equals(index: np.ndarray, logits: Tensor, quality: Tensor) -> None:
-    """Checks that of pairs with equal logits, the first ones are selected, in order."""
+def check_tie_order(index: np.ndarray, logits: Tensor, quality: Tensor) -> None:
+    """Checks that of pairs with equal logits, those with the lowest indices come first."""
     valid = ~np.isnan(scores_of(logits, quality)[1])
     inputs = torch.broadcast_tensors(logits.flatten(1).t(), quality.flatten()[:, None])
     inputs = torch.stack(inputs, dim=-1).flatten(0, 1).float().numpy()
     group = np.unique(inputs, axis=0, return_inverse=True)[1].ravel()
     order = np.argsort(group, kind="stable")
     order = order[valid[order]]
-    place = np.full(len(inputs), len(inputs))  # beyond the last for pairs that were not selected
+    place = np.full(len(inputs), len(inputs))  # pairs that were not selected come last
     place[index] = np.arange(len(index))
     first, second = order[:-1], order[1:]
-    was_passed_over = (group[first] == group[second]) & (place[second] < place[first])
-    assert not was_passed_over.any(), "a pair was chosen before an earlier, equal one"
+    is_out_of_order = (group[first] == group[second]) & (place[second] < place[first])
+    assert not is_out_of_order.any(), "a pair was selected before an equal one with a lower index"
 
 
 # ---- batched_nms ----
@@ -147,9 +147,9 @@ def greedy(order: list[int], inter, union, rivals: np.ndarray, threshold: float)
 
 
 def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
-    """Checks that every detection of an image was the best one left when it was selected.
+    """Checks that every detection of an image was the best remaining one when it was selected.
 
-    Stops when rounding may decide: an IoU at the threshold, or a score at ``min_score``.
+    Stops where rounding may decide: at an IoU near the threshold, or a score near ``min_score``.
     """
     inter, union = overlaps(boxes, options.get("pixel_extent", 0))
     if is_close_call(inter, union, options["iou_threshold"]):
@@ -161,9 +161,9 @@ def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
     for box, score, label in zip(*found, strict=True):
         same = (boxes == box).all(dim=1).numpy() & (classes == label).numpy()
         candidates = np.flatnonzero(same & (np.abs(alive - float(score)) <= TOLERANCE))
-        assert len(candidates), "no such box is left"
+        assert len(candidates), "the box is not among the remaining ones"
         best = candidates[0]
-        assert alive[best] >= alive.max() - TOLERANCE, "not the best box left"
+        assert alive[best] >= alive.max() - TOLERANCE, "not the best remaining box"
         alive[best] = -math.inf
         if options["method"] == "gaussian":
             alive = np.where(
@@ -177,4 +177,4 @@ def check_soft_nms(boxes, scores, classes, found, options: dict) -> None:
             return
         alive[~(alive > options["min_score"])] = -math.inf
     if len(found[0]) < options["max_detections"]:
-        assert alive.max(initial=-math.inf) == -math.inf, "a box was left out"
+        assert alive.max(initial=-math.inf) == -math.inf, "a remaining box was not selected"

@@ -3,14 +3,14 @@
 #include <cstdlib>
 #include <cstring>
 
-// How often kernels have queried an instruction set.
+// Number of queries.
 extern "C" {
-int processor_of_the_test_was_asked = 0;
+int test_cpu_queries = 0;
 }
 
-// The levels x86-64, x86-64-v3 and x86-64-v4 sort like their names.
-bool processor_of_the_test_has(const char* level) {
-  ++processor_of_the_test_was_asked;
-  const char* best = std::getenv("FCOS_D2_TEST_PROCESSOR");
+// x86-64, x86-64-v3 and x86-64-v4 sort alphabetically.
+bool test_cpu_supports(const char* level) {
+  ++test_cpu_queries;
+  const char* best = std::getenv("FCOS_D2_TEST_CPU");
   return best != nullptr && std::strcmp(level, best) <= 0;
 }

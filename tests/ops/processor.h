@@ -1,11 +1,11 @@
-// Included before every source file of csrc by test_sanitizers.py: the test, not the processor,
-// determines the available instruction set.
+// Included by test_sanitizers.py before every source file of csrc, to let tests choose the
+// instruction set instead of the CPU.
 #pragma once
 
-bool processor_of_the_test_has(const char* level);
-#define __builtin_cpu_supports(level) processor_of_the_test_has(level)
+bool test_cpu_supports(const char* level);
+#define __builtin_cpu_supports(level) test_cpu_supports(level)
 
-// Of the clones of a function, only the one for the tested level.
-#ifdef PROCESSOR_OF_THE_TEST
-#define target_clones(...) target(PROCESSOR_OF_THE_TEST)
+// Compiles only the clone for the tested level.
+#ifdef TEST_CPU_TARGET
+#define target_clones(...) target(TEST_CPU_TARGET)
 #endif

@@ -1,7 +1,7 @@
-"""Random cases of every op for property tests, and the tensors of each case.
+"""Random cases of every op for property tests.
 
-A case consists of a few numbers and names, so that failing cases are readable and shrink quickly;
-its seed determines most of the data.
+A case consists of a few numbers and names, so that failures are readable and shrink quickly. Its
+seed and these determine its tensors.
 """
 
 import math
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from fcos_d2.ops import Levels, Targets, make_levels, reference
 
-# Cases of a sample, the same in every test run, and of a campaign, different every time.
+# Number of cases: a sample is the same in every run, a campaign is always new.
 SAMPLE, CAMPAIGN = 120, 20_000
 MANY = pytest.mark.parametrize(
     "cases", [SAMPLE, pytest.param(CAMPAIGN, marks=pytest.mark.slow)], ids=["sample", "campaign"]
 )
-# Logits that break naive formulas: saturation, overflow of exp, softplus in half precision.
+# Logits that break naive formulas, by saturation, overflow of exp, or softplus in half precision.
 EXTREME_LOGITS = [0.0, 17.0, -17.0, 88.0, -88.0, 1e4, -1e4]
 BROKEN = [math.nan, math.inf, -math.inf]
 SHAPES = [(0, 3), (1, 1), (1, 5), (3, 4), (4, 4), (2, 17), (7, 9)]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Copies a tensor to one element past an address that is aligned for vectors."""
+    """Copies a tensor to an address one element past the alignment of vectors."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
-# Memory layouts of a map [B, C, H, W]. All keep its values, except the expanded ones.
+# Memory layouts of a map [B, C, H, W]. Only the expanded ones change its values.
 LAYOUTS = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
@@ -45,7 +45,7 @@ LAYOUTS = {
     "unaligned": unaligned,
     "expanded_batch": lambda x: x[:1].expand_as(x),
 }
-# torch itself creates such maps, for example for the zeros of forward-mode derivatives.
+# torch creates such maps, for example in forward-mode differentiation.
 EXPANDED_LAYOUTS = {
     "expanded_channels": lambda x: x[:, :1].expand_as(x),
     "expanded_rows": lambda x: x[:, :, :1].expand_as(x),
@@ -57,7 +57,7 @@ ALL_LAYOUTS = LAYOUTS | EXPANDED_LAYOUTS
 
 
 def for_all(strategy, cases: int, holds) -> None:
-    """Calls ``holds`` with random cases; shrinks and prints a failing one."""
+    """Calls ``holds`` with random cases; shrinks and prints a failure."""
     settings(
         max_examples=cases,
         deadline=None,
@@ -77,17 +77,17 @@ def pick(values, shape, g: torch.Generator) -> Tensor:
 
 
 def lay_out(maps: list[Tensor], names: list[str]) -> list[Tensor]:
-    """Gives every map the layout that ``names`` has for it."""
+    """Applies a layout to each map."""
     return [ALL_LAYOUTS[name](x) for x, name in zip(maps, names, strict=False)]
 
 
 def one_of(*values):
-    """The type of a field that takes one of these values."""
+    """Field type: one of ``values``."""
     return Annotated[object, st.sampled_from(values)]
 
 
 def options(**strategies):
-    """The type of a field of keyword arguments."""
+    """Field type: keyword arguments."""
     return Annotated[dict, st.fixed_dictionaries(strategies)]
 
 
@@ -96,7 +96,7 @@ def integer(low: int, high: int):
 
 
 def three(field):
-    """The type of a list of three such fields."""
+    """Field type: a list of three values of ``field``."""
     return Annotated[list, st.lists(st.from_type(field), min_size=3, max_size=3)]
 
 
@@ -113,7 +113,7 @@ NUM_CLASSES = 5
 
 
 def grid_boxes(m: int, g: torch.Generator, unit: float = 2.0) -> Tensor:
-    """Returns boxes on a grid, which often hit sides, bounds and equal areas exactly."""
+    """Returns boxes on a grid, where sides, range bounds and areas often coincide exactly."""
     corner = torch.randint(-4, 40, (m, 2), generator=g) * unit
     return torch.cat((corner, corner + torch.randint(0, 30, (m, 2), generator=g) * unit), 1)
 
@@ -124,7 +124,7 @@ def float_boxes(m: int, g: torch.Generator) -> Tensor:
 
 
 def broken_boxes(m: int, g: torch.Generator) -> Tensor:
-    """Returns boxes of which half are inverted, without area, huge, infinite or NaN."""
+    """Returns boxes, half of them inverted, empty, huge, infinite or NaN."""
     boxes = grid_boxes(m, g)
     values = [*BROKEN, 0.0, 1e30, -1e30, 3e38, -3e38, 1e-38]
     broken = torch.where(torch.rand(m, 4, generator=g) < 0.5, pick(values, (m, 4), g), boxes)
@@ -149,7 +149,10 @@ def levels(draw) -> Levels:
     return make_levels(shapes, strides, offset=offset, image_shape=image_shape)
 
 
-FEW, MORE_THAN_A_CHUNK = st.integers(0, 9), st.integers(60, 200)  # of 64 boxes, in the reference
+FEW, MORE_THAN_A_CHUNK = (
+    st.integers(0, 9),
+    st.integers(60, 200),
+)  # the reference processes 64 boxes at a time
 
 
 class AssignCase(NamedTuple):
@@ -183,7 +186,7 @@ class AssignCase(NamedTuple):
 
 
 def mixed_with(values, share=0.1):
-    """Returns normal logits, some of them replaced by ``values``."""
+    """Returns a generator of normal logits, some replaced by ``values``."""
 
     def make(shape, g):
         ordinary = torch.randn(shape, generator=g) * 3 - 2
@@ -252,7 +255,7 @@ class BoxCase(NamedTuple):
     upstream: one_of((1.0, 1.0), (1.7, -0.6), (1 / 512, 1 / 64))
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], Targets]:
-        """Returns (ltrb, quality, targets); background targets are NaN and must not be read."""
+        """Returns (ltrb, quality, targets); background targets, which no op may read, are NaN."""
         g, make = generator(self.seed), LTRB_KINDS[self.ltrb]
         ltrb = [make((self.images, 4, h, w), g) for h, w in self.shapes]
         quality = [mixed_with(EXTREME_LOGITS)((self.images, 1, h, w), g) for h, w in self.shapes]
@@ -270,7 +273,7 @@ class BoxCase(NamedTuple):
 
 SCORE_KINDS = {
     "normal": LOGIT_KINDS["normal"],
-    # Integers: many ties, and no scores so close that rounding could swap them.
+    # Integers, for ties without scores that rounding could swap.
     "ties": lambda shape, g: torch.randint(-6, 7, shape, generator=g).float(),
     "equal": lambda shape, g: torch.full(shape, 1.0),
     "all_above": lambda shape, g: torch.rand(shape, generator=g) * 4 + 4,
@@ -320,7 +323,7 @@ class SelectCase(NamedTuple):
 
 
 def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
-    """Returns many boxes of a few objects around the origin."""
+    """Returns many boxes around a few centers."""
     center = (torch.rand(4, 2, generator=g) * 200 - 100)[torch.randint(4, (n,), generator=g)]
     center = center + torch.randn(n, 2, generator=g) * 3
     half = 10 + torch.rand(n, 2, generator=g) * 10
@@ -328,7 +331,7 @@ def clustered_boxes(n: int, g: torch.Generator) -> Tensor:
 
 
 def small_grid_boxes(n: int, g: torch.Generator) -> Tensor:
-    """Returns integers up to 6: every IoU is a simple fraction, often the threshold itself."""
+    """Returns boxes of small integers, whose IoU is often exactly the threshold."""
     corner = torch.randint(-2, 3, (n, 2), generator=g)
     return torch.cat((corner, corner + torch.randint(0, 5, (n, 2), generator=g)), 1).float()
 

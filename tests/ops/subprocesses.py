@@ -1,4 +1,4 @@
-"""Python processes with their own ``fcos_d2``: the same code, a different compiled library."""
+"""Runs Python with a copy of ``fcos_d2.ops`` that has another compiled library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILT = _library._FOLDER / "_C.so"
 
 
 def make_package(folder: Path, library: Path | None) -> Path:
-    """Creates ``folder / "fcos_d2"`` with only the ops, and ``library`` as compiled library."""
+    """Creates the package ``folder / "fcos_d2"`` with only the ops, and ``library`` as _C.so."""
     package = folder / "fcos_d2"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
@@ -36,8 +36,8 @@ def run_python(
     )  # fmt: skip
 
 
-# Runs the tests in sys.argv on the ops of the current folder: pytest puts the source folder first
-# on the path, but fcos_d2 is already imported.
+# Runs the tests in sys.argv on the ops of the current folder, which it imports before pytest puts
+# the source folder first on the path.
 RUN_TESTS = """
 import sys, pytest, fcos_d2.ops
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))

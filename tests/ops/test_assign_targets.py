@@ -1,4 +1,4 @@
-"""assign_targets on hand-computed cases and bad input."""
+"""assign_targets: hand-computed cases and invalid input."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_centerness_is_one_in_the_middle():
 
 
 @pytest.mark.parametrize("inclusive, level_of_positive", [(True, [1, 1]), (False, [0, 0])])
-def test_distance_equal_to_the_bound_is_in_both_ranges_or_in_none(inclusive, level_of_positive):
+def test_distance_equal_to_a_bound_is_in_both_ranges_or_neither(inclusive, level_of_positive):
     # The point (8, 8) exists on both levels; its largest distance to the box is exactly 12.
     levels = make_levels([(1, 1), (1, 1)], [16, 16])
     bounds = [(-1, 12), (12, math.inf)]
@@ -58,7 +58,7 @@ def test_distance_equal_to_the_bound_is_in_both_ranges_or_in_none(inclusive, lev
     assert targets.counts[0, :, 0].tolist() == level_of_positive
 
 
-def test_each_level_takes_the_sizes_of_its_range():
+def test_levels_match_boxes_in_their_size_range():
     levels = inputs.pyramid(256, 256, 3)
     boxes = [[96, 96, 160, 160], [50, 50, 250, 250]]  # distances of 32 to 64, and of 100 to 200
     targets = assign(boxes, levels=levels, ranges=inputs.ranges(3), center_radius=1.5)
@@ -110,7 +110,7 @@ def test_center_sampling_never_leaves_the_box():
     assert (assign([[0, 0, 7, 32]], center_radius=1.5).labels == 0).sum() == 2
 
 
-def test_images_see_only_their_own_boxes():
+def test_images_match_only_their_own_boxes():
     targets = assign([[0, 0, 8, 8], [24, 24, 32, 32]], offsets=[0, 1, 1, 2])
     assert targets.labels.shape == (3, 16)
     assert (targets.labels != K).sum(dim=1).tolist() == [1, 0, 1]
@@ -119,7 +119,7 @@ def test_images_see_only_their_own_boxes():
     assert targets.totals.tolist() == [2, 2]
 
 
-def test_no_boxes_give_background():
+def test_all_points_are_background_without_boxes():
     targets = assign([], offsets=[0, 0])
     assert (targets.labels == K).all() and (targets.matched == -1).all()
     assert targets.counts.sum() == 0
@@ -146,14 +146,14 @@ def test_box_without_finite_area_matches_no_point(box):
     assert targets.ltrb.isfinite().all() and targets.centerness.isfinite().all()
 
 
-def test_ignored_region_turns_background_into_ignored_but_not_positives():
+def test_ignored_region_affects_background_but_not_positives():
     targets = assign([[0, 0, 16, 16], [0, 0, 8, 8]], classes=[-1, 2])
     assert grid(targets.labels) == [[2, -1, 5, 5], [-1, -1, 5, 5], [5] * 4, [5] * 4]
     assert grid(targets.matched)[0] == [1, -1, -1, -1]
     assert targets.counts.tolist() == [[[1, 0]]]
 
 
-def test_ignored_region_covers_points_whatever_their_size_range():
+def test_ignored_region_disregards_size_ranges():
     targets = assign([[0, 0, 32, 32]], classes=[-1], ranges=[(100, 200)], center_radius=1.5)
     assert (targets.labels == -1).all()
 
@@ -187,7 +187,7 @@ GOOD = {
         ({"pixel_extent": True}, "pixel_extent must be 0 or 1, got bool True"),
     ],
 )  # fmt: skip
-def test_bad_argument_is_named(change, message):
+def test_error_names_the_invalid_argument(change, message):
     with pytest.raises(ValueError, match=message):
         assign_targets(**{**GOOD, **change})
 
@@ -203,6 +203,6 @@ def test_bad_argument_is_named(change, message):
     ],
 )
 @pytest.mark.usefixtures("assertions_can_be_caught")
-def test_bad_value_is_named(change, message):
+def test_error_names_the_invalid_value(change, message):
     with pytest.raises(RuntimeError, match=message):
         assign_targets(**{**GOOD, **change})

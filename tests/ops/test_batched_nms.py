@@ -1,4 +1,4 @@
-"""Both forms of batched_nms on hand-computed cases, against torchvision, and on bad input."""
+"""batched_nms and batched_nms_padded: hand-computed cases, torchvision, and invalid input."""
 
 import math
 
@@ -9,7 +9,7 @@ from fcos_d2.ops import batched_nms, batched_nms_padded
 
 from . import inputs
 
-# A chain: each box has IoU 3/5 with the next one and 1/3 with the one after.
+# Each box has IoU 3/5 with the next one and 1/3 with the one after that.
 CHAIN = torch.tensor([[0.0, 0, 4, 4], [1, 0, 5, 4], [2, 0, 6, 4], [3, 0, 7, 4]])
 FALLING = torch.tensor([0.9, 0.8, 0.7, 0.6])
 ONE_CLASS = torch.zeros(4, dtype=torch.int64)
@@ -27,7 +27,7 @@ def padded(boxes, scores, classes, *args, **options):
     "threshold, expected", [(0.5, [0, 2]), (0.3, [0, 3]), (0.7, [0, 1, 2, 3]), (0.0, [0])]
 )
 def test_chain_of_boxes(threshold, expected):
-    # At 0.5, the first only suppresses the second, which then cannot suppress the third.
+    # At 0.5, the first box suppresses the second, which therefore cannot suppress the third.
     assert keep(CHAIN, FALLING, ONE_CLASS, threshold) == expected
     detections = padded(CHAIN, FALLING, ONE_CLASS, threshold)
     assert torch.equal(detections.boxes[0, : len(expected)], CHAIN[expected])
@@ -41,7 +41,7 @@ def test_result_is_sorted_by_descending_score_and_ties_keep_their_order():
     assert torch.equal(padded(far, scores, ONE_CLASS).boxes[0, :4], far[[1, 3, 0, 2]])
 
 
-def test_overlap_equal_to_the_threshold_survives():
+def test_iou_equal_to_the_threshold_does_not_suppress():
     boxes = torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]])  # IoU exactly 1/2
     assert keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.5) == [0, 1]
     assert keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.49) == [0]
@@ -68,8 +68,8 @@ def test_classes_do_not_suppress_each_other_unless_agnostic():
     assert agnostic.classes[0, :2].tolist() == [7, -1]
 
 
-def test_negative_coordinates_of_other_classes_stay_apart():
-    # Shifting coordinates by class, as peers do, makes these two boxes coincide.
+def test_negative_coordinates_do_not_mix_classes():
+    # Other implementations shift boxes by class, which makes these two coincide.
     boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
     assert keep(boxes, FALLING[:2], torch.tensor([0, 1]), 0.5) == [0, 1]
 
@@ -86,7 +86,7 @@ def test_infinite_box_does_not_hang_or_crash():
     assert 0 in keep(boxes, FALLING[:2], ONE_CLASS[:2], 0.5)
 
 
-def test_nan_score_is_never_selected_by_the_padded_form():
+def test_padded_nms_never_selects_nan_scores():
     scores = torch.tensor([0.9, math.nan, 0.7, math.nan])
     far = torch.arange(4)[:, None] * 10.0 + torch.tensor([0.0, 0, 5, 5])
     detections = padded(far, scores, ONE_CLASS)
@@ -188,7 +188,7 @@ CLASSES = torch.zeros(1, 2, dtype=torch.int64)
         ((BOXES, SCORES, CLASSES), {"pixel_extent": 0.5}, "pixel_extent must be 0 or 1"),
     ],
 )
-def test_bad_argument_of_the_padded_form_is_named(arguments, options, message):
+def test_padded_nms_error_names_the_invalid_argument(arguments, options, message):
     with pytest.raises(ValueError, match=f"batched_nms_padded: .*{message}"):
         batched_nms_padded(*arguments, **options)
 
@@ -203,6 +203,6 @@ def test_bad_argument_of_the_padded_form_is_named(arguments, options, message):
         ((BOXES[0], SCORES[0], CLASSES[0], -0.1), "iou_threshold must be a number in"),
     ],
 )
-def test_bad_argument_of_the_flat_form_is_named(arguments, message):
+def test_flat_nms_error_names_the_invalid_argument(arguments, message):
     with pytest.raises(ValueError, match=f"batched_nms: {message}"):
         batched_nms(*arguments)

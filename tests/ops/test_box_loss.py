@@ -1,4 +1,4 @@
-"""box_loss on hand-computed cases, against peers, its derivative, and bad input."""
+"""box_loss: hand-computed cases, torchvision, gradients, and invalid input."""
 
 import math
 
@@ -91,10 +91,7 @@ def test_losses_of_good_boxes_are_accurate(loss_type, error, signs):
 
 
 def test_disjoint_boxes_have_a_finite_loss():
-    pred, target = (
-        [-3.0, 1.0, 4.0, 1.0],
-        [1.0, 1.0, 1.0, 1.0],
-    )  # the point is outside the prediction
+    pred, target = [-3.0, 1.0, 4.0, 1.0], [1.0] * 4  # the point is outside the prediction
     assert one_point(pred, target, loss_type="iou")[0] == pytest.approx(-math.log(1e-6), rel=1e-4)
     for loss_type in LOSS_TYPES:
         assert math.isfinite(one_point([0.0] * 4, LARGE, loss_type=loss_type)[0])
@@ -121,7 +118,7 @@ def test_iou_loss_of_an_inverted_box_is_finite():
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
-def test_nan_is_never_hidden(loss_type, smoothing):
+def test_nan_propagates(loss_type, smoothing):
     loss, _ = one_point([math.nan] * 4, LARGE, loss_type=loss_type, smoothing=smoothing)
     assert math.isnan(loss)
 
@@ -189,7 +186,7 @@ def test_iou_quality_has_no_gradient_with_respect_to_boxes():
     assert all((g == 0).all() for g in torch.autograd.grad(quality_loss, ltrb))
 
 
-def test_nan_predictions_of_background_points_do_not_leak():
+def test_nan_predictions_of_background_points_are_ignored():
     levels = inputs.pyramid(64, 64, 1)
     targets = inputs.targets(levels, [2], 4, height=64, width=64)
     _, ltrb, quality = inputs.predictions(levels, 1, 4)
@@ -242,6 +239,6 @@ TARGETS = Targets(
         (([LTRB], [QUALITY], TARGETS), {"smoothing": -1.0}, "smoothing must be one number"),
     ],
 )  # fmt: skip
-def test_bad_argument_is_named(arguments, options, message):
+def test_error_names_the_invalid_argument(arguments, options, message):
     with pytest.raises(ValueError, match=f"box_loss: .*{message}"):
         box_loss(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Ops return bitwise the same results in every run, with any number of threads, under load."""
+"""Ops return bitwise equal results in every run, with any number of threads, and concurrently."""
 
 import threading
 import warnings
@@ -44,7 +44,7 @@ def bits(results) -> list[tuple[torch.dtype, torch.Size, bytes]]:
     return [(results.dtype, results.shape, raw)]
 
 
-# ---- functions that return a call of an op on fixed random inputs ----
+# ---- Each function returns a call of an op on fixed random inputs. ----
 
 
 def assignment():
@@ -155,7 +155,7 @@ ONCE = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 
 
 class OvertakenLock:
-    """A lock whose first owner has to wait until another thread has acquired and released it."""
+    """A lock that another thread acquires and releases before the first owner gets it."""
 
     def __init__(self, other):
         self.lock, self.others = threading.Lock(), [other]
@@ -171,16 +171,16 @@ class OvertakenLock:
 
 @ONCE
 def test_only_one_of_two_racing_threads_warns(monkeypatch):
-    said = []
+    messages = []
     report = partial(_library._report_reference, "box_loss", "cpu")
     lock = OvertakenLock(report)
     monkeypatch.setattr(_library, "_loaded", set())
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(_library, "_warning_lock", lock)
-    monkeypatch.setattr(warnings, "warn", lambda *message, **_: said.append(message))
+    monkeypatch.setattr(warnings, "warn", lambda *message, **_: messages.append(message))
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
     report()
-    assert len(said) == 1 and not lock.others
+    assert len(messages) == 1 and not lock.others
 
 
 FIRST_USE = """

@@ -1,4 +1,4 @@
-"""fcos_loss against the two ops that it fuses: losses, gradients, normalizers."""
+"""fcos_loss: losses, gradients and normalizers, compared with the ops that it fuses."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def batch(dtype=torch.float32, box_dtype=None, channels_last=False):
     return maps, targets, normalizers
 
 
-def joined(maps, targets, normalizers, save_gradient=True, gamma=2.0):
+def fused(maps, targets, normalizers, save_gradient=True, gamma=2.0):
     options = dict(cls_weight=WEIGHT, alpha=0.25, gamma=gamma, save_gradient=save_gradient)
     return fcos_loss(*maps, targets, normalizers, **options, **RULE)
 
 
-def apart(maps, targets, normalizers, gamma=2.0):
+def separate(maps, targets, normalizers, gamma=2.0):
     cls = sigmoid_focal_loss(maps[0], targets.labels, 0.25, gamma)
     box, quality = box_loss(*maps[1:], targets, **RULE)
     (positives, _), (centerness, _), _ = normalizers
@@ -58,7 +58,7 @@ def test_losses_and_gradients_match_the_separate_ops(
     dtypes, channels_last, upstream, save_gradient
 ):
     maps, *rest = batch(*dtypes, channels_last)
-    losses, expected = joined(maps, *rest, save_gradient), apart(maps, *rest)
+    losses, expected = fused(maps, *rest, save_gradient), separate(maps, *rest)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     grads = gradients(losses, maps, upstream)
     for grad, want in zip(grads, gradients(expected, maps, upstream), strict=True):
@@ -68,9 +68,9 @@ def test_losses_and_gradients_match_the_separate_ops(
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 1.5])
-def test_gamma_reaches_the_classification_loss(gamma):
+def test_gamma_is_used(gamma):
     maps, *rest = batch()
-    found, expected = joined(maps, *rest, gamma=gamma), apart(maps, *rest, gamma=gamma)
+    found, expected = fused(maps, *rest, gamma=gamma), separate(maps, *rest, gamma=gamma)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
@@ -78,31 +78,30 @@ def test_normalizer_is_clamped_to_its_lower_bound():
     maps, targets, _ = batch()
     small = [(torch.tensor(value), 4.0) for value in (0.0, -1.0, 3.0)]
     equal = [(torch.tensor(4.0), 0.0)] * 3
-    found, expected = joined(maps, targets, small), joined(maps, targets, equal)
+    found, expected = fused(maps, targets, small), fused(maps, targets, equal)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_nan_normalizer_is_not_hidden():
+def test_nan_normalizer_propagates():
     maps, targets, _ = batch()
-    losses = joined(maps, targets, [(torch.tensor(float("nan")), 1.0)] * 3)
+    losses = fused(maps, targets, [(torch.tensor(float("nan")), 1.0)] * 3)
     assert all(loss.isnan() for loss in losses)
 
 
 def test_saved_gradient_is_correct_in_every_backward_pass_of_a_retained_graph():
     maps, *rest = batch()
-    losses, wanted = joined(maps, *rest), gradients(apart(maps, *rest), maps)
+    losses, wanted = fused(maps, *rest), gradients(separate(maps, *rest), maps)
     leaves = [x for level in maps for x in level]
     for times in (1, 2):
-        sum(losses).backward(
-            retain_graph=True
-        )  # adds to the gradient that the previous pass returned
+        # Accumulates in place into the gradient that the previous pass returned.
+        sum(losses).backward(retain_graph=True)
         for leaf, want in zip(leaves, wanted, strict=True):
             torch.testing.assert_close(leaf.grad, times * want, rtol=1e-5, atol=1e-7)
 
 
 def test_single_loss_can_be_differentiated():
     maps, *rest = batch()
-    _, box, _ = joined(maps, *rest)
+    _, box, _ = fused(maps, *rest)
     grads = gradients((0.0, box, 0.0), maps)
     assert all((grad == 0).all() for grad in (*grads[:3], *grads[6:]))
     assert any((grad != 0).any() for grad in grads[3:6])
@@ -110,21 +109,21 @@ def test_single_loss_can_be_differentiated():
 
 def test_second_derivative_is_an_error():
     maps, *rest = batch()
-    grad = gradients(joined(maps, *rest), maps, create_graph=True)[0]
+    grad = gradients(fused(maps, *rest), maps, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="has no second derivative"):
         grad.sum().backward()
 
 
 def test_torch_compile_supports_fullgraph():
     maps, *rest = batch()
-    compiled = torch.compile(joined, fullgraph=True, backend="aot_eager")(maps, *rest)
-    torch.testing.assert_close(compiled, apart(maps, *rest), rtol=1e-5, atol=0)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")(maps, *rest)
+    torch.testing.assert_close(compiled, separate(maps, *rest), rtol=1e-5, atol=0)
 
 
 def test_empty_batch_has_no_loss():
     levels = inputs.pyramid(64, 64, 1)
     maps = [[x.requires_grad_() for x in level] for level in inputs.predictions(levels, 0, CLASSES)]
     targets = inputs.targets(levels, [], CLASSES)
-    losses = joined(maps, targets, [(targets.totals[0], 1.0)] * 3)
+    losses = fused(maps, targets, [(targets.totals[0], 1.0)] * 3)
     assert [loss.item() for loss in losses] == [0, 0, 0]
     assert [grad.shape[0] for grad in gradients(losses, maps)] == [0, 0, 0]

@@ -1,7 +1,7 @@
-"""Sizes at which CUDA kernels take another path: chunks, tiles, full lists, steps of 64 boxes.
+"""CUDA kernels around the sizes at which they switch strategy: tiles, chunks, list capacities.
 
-They run as PTX, and on a GPU if there is one. Assignments, candidates and kept boxes must equal
-those of the CPU kernels bitwise, and losses must be close to those in float64.
+Kernels run in the PTX interpreter, and on the GPU if there is one. Targets, candidates and
+detections must be bitwise equal to the CPU's, and losses close to those in float64.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def assert_equals_cpu(call):
     return found
 
 
-# ---- assign_targets: tiles of 32 x 8 points, 256 boxes at a time ----
+# ---- assign_targets: tiles of 32 x 8 points, chunks of 256 boxes ----
 
 
 @pytest.mark.parametrize("counts", [[], [0, 0, 3], [256], [600, 1], [257, 512]])
@@ -56,7 +56,7 @@ def test_assignment_of_any_number_of_boxes_and_points(counts, shapes):
     assert_equals_cpu(lambda: assign_targets(*truth, levels, ranges, num_classes=5))
 
 
-def test_assignment_of_a_crowd_of_equal_boxes_goes_to_the_lowest_index():
+def test_equal_boxes_are_assigned_by_lowest_index():
     truth = torch.tensor([[0.0, 0.0, 40.0, 40.0]]).repeat(700, 1), torch.arange(700) % 5
     levels, offsets = make_levels([(6, 37)], [8]), torch.tensor([0, 300, 700])
     targets = assert_equals_cpu(
@@ -65,11 +65,11 @@ def test_assignment_of_a_crowd_of_equal_boxes_goes_to_the_lowest_index():
     assert set(targets.matched.flatten().tolist()) == {-1, 0, 300}
 
 
-# ---- losses: 16 rows of a thread, vectors of 16 bytes or single elements, 256 threads ----
+# ---- losses: 256 threads with 16 rows each, 16-byte vectors or single elements ----
 
 
 def assert_equals_float64(loss_of, maps):
-    """Compares the loss, and its gradient with respect to ``maps``."""
+    """Compares the loss and its gradients with the float64 kernels on the CPU."""
     maps = [x.detach().requires_grad_() for x in maps]
     wide = [x.detach().double().requires_grad_() for x in maps]
     loss = loss_of(maps)
@@ -109,7 +109,7 @@ def test_box_loss_of_any_number_of_points(dtype, positive, shapes):
     assert_equals_float64(lambda x: sum(box_loss(x[:half], x[half:], targets)), maps)
 
 
-# ---- select_candidates: tiles of 8,192 logits, lists of keys that overflow ----
+# ---- select_candidates: tiles of 8,192 logits, key lists of limited capacity ----
 
 RISING = torch.linspace(-1, 2, 1800)
 LOGITS = {
@@ -140,7 +140,7 @@ def candidates_of(
 @pytest.mark.parametrize("topk", [1, 60, 3000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05])
 def test_candidates_with_and_without_list_overflow(kind, topk, threshold):
-    """Each image has five tiles, and the first ones may overflow the list."""
+    """Each image has five tiles; the first ones may overflow the list."""
     call = candidates_of(kind, [(30, 60), (2, 3)], 20, topk=topk, score_threshold=threshold)
     assert_equals_cpu(call)
 
@@ -151,8 +151,8 @@ def test_fewer_candidates_than_slots_but_more_than_fit_into_shared_memory():
     assert all(2048 < count < 3000 for count in counts)
 
 
-def test_candidates_of_full_lists_in_more_tiles_than_blocks():
-    """313 tiles of 512 points each, which 264 blocks read again."""
+def test_list_overflow_with_more_tiles_than_blocks():
+    """After an overflow, 264 blocks read 313 tiles of 512 points again."""
     call = candidates_of("normal", [(400, 400)], 1, images=1, topk=60, score_threshold=0.0)
     assert_equals_cpu(call)
 
@@ -168,8 +168,8 @@ def test_candidates_of_maps_of_any_size(num_classes, shape, layout, dtype):
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("num_classes, points", [(16, 512), (16, 520), (128, 64), (128, 72)])
-def test_candidates_in_the_corners_of_tiles(num_classes, points, layout):
-    """Tiles with the maximum number of points or classes, and partial ones."""
+def test_candidates_in_tile_corners(num_classes, points, layout):
+    """Full and partial tiles."""
     logits = torch.full((1, num_classes, 1, points), -30.0)
     for n, (point, channel) in enumerate(itertools.product((0, -1), repeat=2)):
         logits[0, channel, 0, point] = n + 1.0
@@ -180,8 +180,8 @@ def test_candidates_in_the_corners_of_tiles(num_classes, points, layout):
 
 
 @pytest.mark.parametrize("equal", [50, 7675, 7680, 7685, 23000])
-def test_equal_candidates_around_the_end_of_a_tile(equal):
-    """Tiles of 7,680 equal logits, and 100 better ones at the end of the last tile."""
+def test_ties_across_tile_boundaries(equal):
+    """Tiles of 7,680 equal logits, except for 100 higher ones at the end of the last tile."""
     shape = 30, 41
     logits = torch.full((1, 20, *shape), 0.3)
     logits[0, :, 29, 36:] = 2.0
@@ -191,7 +191,7 @@ def test_equal_candidates_around_the_end_of_a_tile(equal):
     assert_equals_cpu(call)
 
 
-# ---- batched_nms: 64 boxes at a time, the best few hundred first ----
+# ---- batched_nms: blocks of 64 boxes, sorts of the best few hundred ----
 
 
 def overlapping(count):
@@ -199,12 +199,12 @@ def overlapping(count):
     return torch.cat((corner, corner + torch.rand(count, 2) * 30 + 2), dim=1)
 
 
-def apart(count):
+def disjoint(count):
     return overlapping(count) + torch.arange(count)[:, None] * 100.0
 
 
 def crowds(count):
-    """Returns forty crowds of small boxes."""
+    """Returns small boxes around 40 centers."""
     return overlapping(count) * 0.2 + torch.randint(40, (count, 1)) * torch.tensor([20.0, 0, 20, 0])
 
 
@@ -215,7 +215,7 @@ def scores_of(kind, *shape):
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 300])
 @pytest.mark.parametrize("num_classes", [1, 100])
 @pytest.mark.parametrize("method", ["hard", "linear", "gaussian"])
-def test_suppression_of_any_number_of_boxes(count, num_classes, method):
+def test_nms_of_any_number_of_boxes(count, num_classes, method):
     boxes = torch.stack((overlapping(count), crowds(count)))
     classes, scores = torch.randint(-1, num_classes, (2, count)), torch.rand(2, count)
     assert_equals_cpu(lambda: batched_nms_padded(boxes, scores, classes, 0.5, 30, method=method))
@@ -225,15 +225,15 @@ def test_suppression_of_any_number_of_boxes(count, num_classes, method):
 
 @pytest.mark.parametrize("detections", [1, 63, 64, 65, 2000])
 @pytest.mark.parametrize("kind", ["different", "all equal"])
-def test_suppression_of_more_boxes_than_are_sorted_at_once(detections, kind):
-    boxes, classes = apart(1800)[None], torch.randint(-1, 3, (1, 1800))
+def test_more_boxes_than_are_sorted_at_once(detections, kind):
+    boxes, classes = disjoint(1800)[None], torch.randint(-1, 3, (1, 1800))
     scores = scores_of(kind, 1, 1800)
     assert_equals_cpu(lambda: batched_nms_padded(boxes, scores, classes, 0.5, detections))
 
 
-def test_suppression_continues_until_the_slots_are_full():
-    """The best 1,200 boxes suppress each other; the boxes that fill the slots follow them."""
-    boxes = apart(1500)[None]
+def test_nms_continues_until_all_slots_are_full():
+    """The best 1,200 boxes are equal, so only lower-ranked boxes can fill the slots."""
+    boxes = disjoint(1500)[None]
     boxes[0, :1200] = boxes[0, 0]
     scores, classes = torch.linspace(1, 0, 1500)[None], torch.zeros(1, 1500).long()
     found = batched_nms_padded(boxes, scores, classes, 0.5, 10)
@@ -242,7 +242,7 @@ def test_suppression_continues_until_the_slots_are_full():
 
 @pytest.mark.parametrize("distance", [1, 512, 1024, 2**32])
 def test_kept_boxes_do_not_suppress_other_classes(distance):
-    """Equal boxes in runs of 64 per class, including classes with equal hashes."""
+    """Equal boxes, 64 per class, including classes with equal hashes."""
     boxes = overlapping(1).expand(1, 320, 4)
     classes = (torch.arange(320) // 64 * distance)[None]
     scores = torch.linspace(1, 0.5, 320)[None]
@@ -266,17 +266,17 @@ def test_many_kept_boxes(num_classes, class_agnostic, detections):
 @pytest.mark.parametrize(
     "sizes",
     [
-        [64, 64, 64],  # begin and end with the 64 boxes of a block
+        [64, 64, 64],  # at block boundaries
         [63, 65, 64, 1],
-        [1, 200, 1, 150],  # span several blocks
-        [100, 20, 20, 20, 100],  # begin and end inside one block
-        [32, 64, 32, 128],  # begin at the second word of a block
+        [1, 200, 1, 150],  # groups that span blocks
+        [100, 20, 20, 20, 100],  # groups inside a block
+        [32, 64, 32, 128],  # at the second 32-bit word of a block
         [31, 66, 33, 62, 200],
         [700],
         [1] * 300,
     ],
 )
-def test_flat_form_finds_the_bounds_of_groups(sizes):
+def test_flat_nms_of_any_group_boundaries(sizes):
     groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     boxes, scores = overlapping(len(groups)), torch.rand(len(groups))
     assert_equals_cpu(lambda: batched_nms(boxes, scores, groups, 0.3))

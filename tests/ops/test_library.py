@@ -1,4 +1,4 @@
-"""Common to all ops: opcheck, torch.compile with fullgraph, dispatch, and doctests."""
+"""All ops: opcheck, torch.compile, autocast, loading of the library, and doctests."""
 
 import doctest
 import functools
@@ -25,7 +25,7 @@ ALL_OPS = list(ops.backend())
 
 
 class Recorder(TorchDispatchMode):
-    """Records the arguments of the last call to each op of this package, by name."""
+    """Records the arguments of the last call of each op, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
 
 def op_arguments(name: str, requires_grad: bool = False) -> tuple:
-    """Returns the op's arguments as passed in training or inference; maps come in lists."""
+    """Returns arguments of the op in training or inference; tensors in lists are maps."""
 
     def copy(value):
         if isinstance(value, list):
@@ -58,7 +58,7 @@ def recorded_calls() -> dict[str, tuple]:
     return recorder.calls
 
 
-def test_all_kernels_run_under_compute_sanitizer():
+def test_compute_sanitizer_runs_all_ops():
     assert set(recorded_calls()) == set(ALL_OPS)
 
 
@@ -122,7 +122,7 @@ def test_autocast_accepts_half_precision():
         assert losses(*maps, *packed).dtype == torch.float32
 
 
-# These start their own processes, or do not run ops.
+# Tests that do not depend on the implementation.
 ONCE = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 LOSS_OF_TWO_OPS = """
 import torch
@@ -139,20 +139,20 @@ print(f"{loss.item():.4f}")
 
 
 @ONCE
-def test_missing_library_gives_one_warning_with_the_build_command(tmp_path):
+def test_missing_library_warns_once_with_the_build_command(tmp_path):
     folder = subprocesses.make_package(tmp_path, None)
     done = subprocesses.run_python(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="0")
     assert done.stdout == "0.9531\n", done.stderr
     assert done.stderr.count("fcos_d2: ") == 1
-    said = re.sub(r"\s+", " ", done.stderr)
+    messages = re.sub(r"\s+", " ", done.stderr)
     library = tmp_path / "fcos_d2" / "_C.so"
-    assert "UserWarning: fcos_d2: assign_targets runs on cpu as plain PyTorch" in said
-    assert f"because {library} is not built; build it" in said
-    assert "pip install -e . (or: python setup.py build_ext --inplace)" in said
+    assert "UserWarning: fcos_d2: assign_targets runs on cpu as plain PyTorch" in messages
+    assert f"because {library} is not built; build it" in messages
+    assert "pip install -e . (or: python setup.py build_ext --inplace)" in messages
 
 
 @ONCE
-def test_strict_turns_the_warning_into_an_error(tmp_path):
+def test_missing_library_is_an_error_if_strict(tmp_path):
     folder = subprocesses.make_package(tmp_path, None)
     done = subprocesses.run_python(folder, "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1")
     assert done.returncode == 1 and done.stdout == ""
@@ -162,7 +162,7 @@ def test_strict_turns_the_warning_into_an_error(tmp_path):
 
 @ONCE
 @pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled")
-def test_built_library_gives_no_warning(tmp_path):
+def test_built_library_does_not_warn(tmp_path):
     folder = subprocesses.make_package(tmp_path, subprocesses.BUILT)
     done = subprocesses.run_python(
         folder, "-W", "error::UserWarning", "-c", LOSS_OF_TWO_OPS, FCOS_D2_STRICT="1"
@@ -176,17 +176,17 @@ def reference_warnings(monkeypatch, device_type, loaded=(), cuda="13.0") -> list
     monkeypatch.setattr(_library, "_has_warned", False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("FCOS_D2_STRICT", raising=False)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         _library._report_reference("box_loss", device_type)
-    return [str(warning.message) for warning in said]
+    return [str(warning.message) for warning in messages]
 
 
 @ONCE
-def test_missing_cuda_library_gives_a_warning_on_a_gpu(monkeypatch):
-    (said,) = reference_warnings(monkeypatch, "cuda", loaded=["_C"])
-    assert "box_loss runs on cuda" in said and "_C_cuda.so is not built" in said
-    assert "FCOS_D2_CUDA=1 pip install -e ." in said
+def test_missing_cuda_library_warns_on_a_gpu(monkeypatch):
+    (messages,) = reference_warnings(monkeypatch, "cuda", loaded=["_C"])
+    assert "box_loss runs on cuda" in messages and "_C_cuda.so is not built" in messages
+    assert "FCOS_D2_CUDA=1 pip install -e ." in messages
 
 
 @ONCE
@@ -194,7 +194,7 @@ def test_missing_cuda_library_gives_a_warning_on_a_gpu(monkeypatch):
     "device_type, loaded, cuda",
     [("cpu", ["_C"], None), ("cuda", ["_C_cuda"], "13.0"), ("cuda", [], None), ("mps", [], None)],
 )
-def test_no_warning_without_anything_to_build(monkeypatch, device_type, loaded, cuda):
+def test_no_warning_if_nothing_can_be_built(monkeypatch, device_type, loaded, cuda):
     assert reference_warnings(monkeypatch, device_type, loaded, cuda) == []
 
 
@@ -206,7 +206,7 @@ def error_of_loading(monkeypatch, library) -> str:
 
 
 @ONCE
-def test_invalid_library_is_an_error_with_the_command_to_rebuild(tmp_path, monkeypatch):
+def test_error_of_an_invalid_library_contains_the_build_command(tmp_path, monkeypatch):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
     error = error_of_loading(monkeypatch, broken)
@@ -216,7 +216,7 @@ def test_invalid_library_is_an_error_with_the_command_to_rebuild(tmp_path, monke
 
 @ONCE
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_library_for_another_torch_is_an_error_that_names_the_cause(tmp_path, monkeypatch):
+def test_error_of_a_library_for_another_torch_names_the_missing_symbol(tmp_path, monkeypatch):
     source, library = tmp_path / "other.cpp", tmp_path / "_C.so"
     source.write_text(
         'extern "C" int aoti_torch_of_the_future(); int x = aoti_torch_of_the_future();'

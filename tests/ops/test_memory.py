@@ -1,4 +1,4 @@
-"""Peak memory of the ops on the CPU, counted in malloc (memory.c)."""
+"""Peak memory of the ops on the CPU, measured by wrapping malloc (memory.c)."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ from . import subprocesses
 pytestmark = [
     pytest.mark.parametrize("implementation", ["compiled"], indirect=True),
     pytest.mark.skipif(not subprocesses.BUILT.exists(), reason="nothing is compiled"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD needs Linux"),
     pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler"),
 ]
 
-# Prints, by name, each workload's additional peak memory as a fraction of the maps.
+# Prints the peak memory of each workload, minus its inputs, relative to the size of the maps.
 MEASURE = """
 import ctypes, json, sys, torch
 from fcos_d2.ops import *
@@ -25,14 +25,14 @@ from tests.ops import inputs
 torch.set_num_threads(2)
 torch.manual_seed(0)
 counter = ctypes.CDLL(sys.argv[1])
-start, peak = counter.memory_of_the_test_start, counter.memory_of_the_test_peak
-start.restype = peak.restype = ctypes.c_long
+reset_peak, peak = counter.fcos_test_reset_peak, counter.fcos_test_peak
+reset_peak.restype = peak.restype = ctypes.c_long
 levels = inputs.pyramid(800, 1344)
 shares = {}
 
 def measure(name, function, maps):
     function()
-    before = start()
+    before = reset_peak()
     function()
     shares[name] = (peak() - before) / sum(level.nbytes for level in maps)
 
@@ -85,22 +85,22 @@ def shares(tmp_path_factory) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-# No candidates, thousands of them, and every logit a candidate.
+# No candidates, thousands, or all.
 @pytest.mark.parametrize("prior", [-20, -5, 25])
 @pytest.mark.parametrize("images", [1, 2])
-def test_postprocessing_takes_at_most_a_twentieth_of_the_head_outputs(shares, images, prior):
+def test_postprocessing_memory_is_at_most_5_percent_of_the_head_outputs(shares, images, prior):
     # The fixed-size results alone take nearly 2 percent.
     assert 0.018 < shares[f"{images} images, prior {prior}, top 1000"] <= 0.05
 
 
-def test_memory_of_postprocessing_depends_on_topk(shares):
+def test_postprocessing_memory_depends_on_topk(shares):
     assert shares["1 images, prior -20, top 1"] < 0.01
 
 
 @pytest.mark.parametrize("boxes", [8, 1000])
-def test_losses_take_little_more_than_their_gradients(shares, boxes):
+def test_loss_memory_barely_exceeds_the_gradients(shares, boxes):
     assert 1 <= shares[f"step with {boxes} boxes"] <= 1.2
 
 
-def test_memory_of_assignment_does_not_grow_with_the_boxes(shares):
+def test_assignment_memory_does_not_grow_with_the_number_of_boxes(shares):
     assert shares["assignment of 1000 boxes"] <= 1.1 * shares["assignment of 8 boxes"]

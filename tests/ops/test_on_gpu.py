@@ -1,4 +1,4 @@
-"""Ops on a GPU: same results as on the CPU, no synchronization, launches, CUDA graphs, streams."""
+"""Ops on the GPU: results, synchronization, launches, memory, CUDA graphs and streams."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def training_batch(dtype=torch.float32, seed=0):
 
 
 def losses_and_gradients(maps, truth):
-    """Computes a training step without its convolutions, without host synchronization."""
+    """Computes the targets, losses and gradients of a training step."""
     maps = [[x.detach().requires_grad_() for x in level] for level in maps]
     ranges = inputs.ranges(len(LEVELS.strides))
     targets = assign_targets(*truth, LEVELS, ranges, num_classes=CLASSES)
@@ -135,13 +135,13 @@ def test_detections_match_the_cpu_bitwise(method, class_agnostic, detections):
 
 @pytest.mark.parametrize("count, groups", [(0, 1), (1, 1), (1000, 80), (20_000, 80), (200_000, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_indices_match_the_cpu(count, groups, dtype):
+def test_flat_nms_matches_the_cpu(count, groups, dtype):
     boxes, scores, classes = (x[0] for x in random_boxes(1, count, groups))
     arguments = boxes.to(dtype), scores.to(dtype), classes.clamp(min=0)
     assert_close(batched_nms(*to_gpu(arguments), 0.5), batched_nms(*arguments, 0.5))
 
 
-# ---- both ----
+# ---- training and inference ----
 
 
 def train(seed: int) -> Callable:
@@ -153,8 +153,8 @@ def infer(prior: float) -> Callable:
 
 
 @contextmanager
-def forbidden_to_wait() -> Iterator[None]:
-    """Makes host synchronization an error."""
+def no_synchronization() -> Iterator[None]:
+    """Makes every synchronization with the host an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -170,11 +170,11 @@ CALLS = {
 
 
 @pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
-def test_every_run_is_bitwise_equal_and_does_not_synchronize(make):
+def test_runs_are_bitwise_equal_and_do_not_synchronize(make):
     call = make()
     expected = call()  # loads the kernels
     for _ in range(100):
-        with forbidden_to_wait():
+        with no_synchronization():
             found = call()
         assert_close(found, expected)
 
@@ -182,11 +182,11 @@ def test_every_run_is_bitwise_equal_and_does_not_synchronize(make):
 def test_soft_nms_does_not_synchronize():
     batch = to_gpu(random_boxes(3, 100, 20))
     batched_nms_padded(*batch, method="gaussian")  # loads the kernels
-    with forbidden_to_wait():
+    with no_synchronization():
         batched_nms_padded(*batch, method="gaussian")
 
 
-def test_flat_form_synchronizes_once():
+def test_flat_nms_synchronizes_once():
     boxes, scores, classes = (x[0].cuda() for x in random_boxes(1, 500, 80))
     batched_nms(boxes, scores, classes, 0.5)
     torch.cuda.set_sync_debug_mode("warn")
@@ -198,7 +198,7 @@ def test_flat_form_synchronizes_once():
     assert len([w for w in warnings if "synchroniz" in str(w.message)]) == 1
 
 
-# The priors give few candidates, some, all, and many.
+# The priors result in few, some, all and many candidates.
 @pytest.mark.parametrize("make, keys", [(train, (0, 1, 2, 3)), (infer, (-9.0, -3.0, 25.0, 0.0))])
 def test_cuda_graph_replays_with_new_inputs(make, keys):
     calls = [make(key) for key in keys]
@@ -221,7 +221,7 @@ for make in gpu.CALLS.values():
 """
 
 
-def test_graphs_can_be_captured_in_a_fresh_process():
+def test_cuda_graph_can_be_captured_in_a_new_process():
     done = subprocesses.run_python(subprocesses.ROOT, "-W", "ignore", "-c", CAPTURE)
     assert done.returncode == 0, done.stderr
 
@@ -265,7 +265,7 @@ def nms_of_one_class() -> Callable:
     return partial(batched_nms, *(x[0].cuda() for x in random_boxes(1, 5000, 3)), 0.5)
 
 
-def test_streams_do_not_disturb_each_other():
+def test_streams_do_not_interfere():
     calls = [train(1), train(2), infer(-3.0), infer(25.0), nms_of_one_class()]
     expected = [call() for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]
@@ -292,7 +292,7 @@ def test_post_processing_takes_four_launches():
 
 
 @pytest.mark.parametrize("prior", [-5.0, 25.0])
-def test_peak_memory_is_a_twentieth_of_the_head_outputs(prior):
+def test_peak_memory_is_at_most_5_percent_of_the_head_outputs(prior):
     head = to_gpu(head_outputs(STANDARD, images=16, prior=prior))
     detect(*head, levels=STANDARD)
     torch.cuda.reset_peak_memory_stats()
@@ -339,7 +339,7 @@ def test_candidates_of_more_than_two_to_the_31_logits():
     assert found.classes[-1, 0] == found.classes[-1, 10] == 1202
 
 
-# ---- bad values ----
+# ---- invalid values ----
 
 ASSIGN = """
 import torch
@@ -368,7 +368,7 @@ torch.cuda.synchronize()
         (FOCAL_LOSS.format(label=-2), "sigmoid_focal_loss: labels must lie in"),
     ],
 )
-def test_bad_value_aborts_with_a_message(program, message):
+def test_invalid_value_fails_a_device_assertion(program, message):
     done = subprocesses.run_python(subprocesses.ROOT, "-W", "ignore", "-c", program)
     assert done.returncode != 0 and message in done.stderr
     assert "device-side assert" in done.stderr

@@ -1,6 +1,6 @@
-"""Every op on random cases of all kinds (strategies.py), on every implementation.
+"""Property tests of every op on random cases (strategies.py).
 
-A normal run draws a sample; ``pytest -m slow tests/ops/test_properties.py`` draws 20,000 cases per
+A normal run tests a sample. ``pytest -m slow tests/ops/test_properties.py`` tests 20,000 cases per
 op and implementation.
 """
 
@@ -34,7 +34,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def assert_within_one_ulp(got: torch.Tensor, want: torch.Tensor) -> None:
     """Checks that half-precision numbers are equal or adjacent, and finite in the same places.
 
-    Differences up to 2^-124 are allowed, because the range of float32 ends there.
+    Allows differences up to 2^-124, where float32 becomes subnormal.
     """
     finite = want.isfinite()
     assert torch.equal(got.isfinite(), finite)
@@ -62,7 +62,7 @@ def layout_of(x: torch.Tensor) -> list[int]:
 
 
 def gradients(losses, upstream, maps):
-    """Returns the gradients of all maps; asserts that each has the memory layout of its map."""
+    """Returns the gradients of all maps; checks that each has the memory layout of its map."""
     grads = torch.autograd.grad(sum(u * x for u, x in zip(upstream, losses, strict=True)), maps)
     for grad, given_map in zip(grads, maps, strict=True):
         assert grad.dtype == given_map.dtype and grad.shape == given_map.shape
@@ -103,11 +103,11 @@ def test_assignment_equals_oracle_and_reference_bitwise(cases):
 
 
 def focal_loss_tolerance(logits, implementation) -> float:
-    """Returns the relative tolerance of the sum."""
+    """Returns the relative tolerance of the loss."""
     if logits[0].dtype == torch.float64:
         return 1e-8  # torch's softplus of x > 20 is x
-    # In PTX, exp and 1/x are as inexact as GPUs may be, exp more so for half-precision logits, and
-    # p^2 softplus(z) triples the error; in long sums, errors cancel.
+    # The interpreter's exp and 1/x are as inexact as PTX allows, exp more so for half-precision
+    # logits, and p^2 softplus(z) triples the error. In long sums, errors cancel.
     few = sum(level.numel() for level in logits) < 100
     if not few or implementation not in ("ptx", "cuda"):
         return 1e-6
@@ -128,7 +128,7 @@ def test_focal_loss_and_gradient_match_float64(cases, implementation):
         rtol = focal_loss_tolerance(logits, implementation)
         torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=1e-30, equal_nan=True)
         upstream = torch.tensor(case.upstream, dtype=loss.dtype)
-        # The gradient of an infinite logit is the limit, or not finite.
+        # The gradient at an infinite logit is the limit, or not finite.
         moderate = [x.clamp(-1e4, 1e4) for x in wide]
         wants = reference.sigmoid_focal_loss_backward(
             upstream.double(), moderate, labels, case.alpha, case.gamma
@@ -160,8 +160,8 @@ def test_label_out_of_range_is_an_error(cases):
 # ---- box_loss ----
 
 
-def nudged(maps, eps, g):
-    """Returns the maps with every number perturbed by up to four times its rounding error."""
+def perturbed(maps, eps, g):
+    """Perturbs every number by up to four times its rounding error."""
     return [x * (1 + (2 * torch.rand(x.shape, generator=g) - 1) * 4 * eps) for x in maps]
 
 
@@ -175,8 +175,8 @@ def box_loss_in_float64(ltrb, quality, targets, upstream, options):
     return [*losses, *boxes, *qualities]
 
 
-def assert_as_good_as_its_inputs(got, want, neighbors, rtol, size=1.0) -> None:
-    """Checks that errors are not much larger than the effect of rounding the inputs."""
+def assert_within_input_rounding(got, want, neighbors, rtol, size=1.0) -> None:
+    """Checks that errors are at most a few times the effect of rounding the inputs."""
     want_here = want.to(got.dtype)
     spread = sum((x - want).abs() for x in neighbors)
     half_unit = torch.finfo(got.dtype).eps * want.abs() if got.dtype.itemsize == 2 else 0
@@ -198,7 +198,7 @@ def test_box_loss_and_gradient_match_float64(cases):
         # 1 - IoU of good boxes and distances near the sides of the target amplify rounding errors.
         g, eps = strategies.generator(case.seed), torch.finfo(losses[0].dtype).eps
         neighbors = [
-            box_loss_in_float64(*(nudged(x, eps, g) for x in wide), targets, upstream, options)
+            box_loss_in_float64(*(perturbed(x, eps, g) for x in wide), targets, upstream, options)
             for _ in range(4)
         ]
         results = [*losses, *gradients(losses, upstream, maps)]
@@ -207,7 +207,7 @@ def test_box_loss_and_gradient_match_float64(cases):
         sizes = [1.0, 1 + logits.abs().sum().item(), *[1.0] * len(maps)]
         rtol = max(10 * eps, 1e-10)
         for got, want, size, *near in zip(results, wants, sizes, *neighbors, strict=True):
-            assert_as_good_as_its_inputs(got, want, near, rtol, size)
+            assert_within_input_rounding(got, want, near, rtol, size)
 
     for_all(strategies.box_cases, cases, holds)
 
@@ -226,7 +226,7 @@ def split_levels(case, candidates):
 
 
 def candidates_and_points(case, maps, sizes):
-    """Returns the candidates, and the same ones with empty boxes at their points."""
+    """Returns the candidates, and the same ones with empty boxes, which locate their points."""
     logits, ltrb, quality = maps
     found = select_candidates(*maps, case.levels, sizes, **case.options)
     options = {**case.options, "clip": False, "drop_empty": False}
@@ -253,7 +253,7 @@ def test_candidates_are_the_best_of_each_level(cases, implementation):
             oracles.check_selection(pair, scores, logits, quality, len(place[2]), case.options)
             if implementation != "reference":
                 # torch's sigmoid of equal numbers may differ by an ulp at the end of a tensor.
-                oracles.check_order_of_equals(pair, logits, quality)
+                oracles.check_tie_order(pair, logits, quality)
             boxes, kept = decode(case, ltrb, points[level][point], point, level, sizes[image])
             wanted = (
                 torch.where(kept[:, None], boxes, 0.0),
@@ -282,7 +282,7 @@ def decode(case, ltrb, center, point, level, size):
 
 
 def check_equal_to_reference(case, maps, sizes, candidates):
-    """Checks that all ties go to the lower (point, class)."""
+    """Checks that ties go to the lower (point, class)."""
     pitches = [n for pitch in case.levels.pitches for n in pitch]
     geometry = list(case.levels.strides), pitches, case.levels.offset
     boxes, scores, classes = reference.select_candidates(*maps, sizes, *geometry, **case.options)
@@ -294,7 +294,7 @@ def check_equal_to_reference(case, maps, sizes, candidates):
 
 
 def is_decided_by_rounding(case, threshold, inter, union) -> bool:
-    """Returns whether rounding matters; it does not for integers and a binary fraction."""
+    """Returns whether rounding matters, which it does not for integers and binary fractions."""
     exact = case.boxes == "small_grid" and threshold in (0.0, 0.25, 0.5, 0.75, 1.0)
     return case.boxes == "broken" or (not exact and oracles.is_close_call(inter, union, threshold))
 
@@ -348,7 +348,7 @@ def test_padded_detections_are_a_prefix_of_the_greedy_search(cases):
 
 
 def check_hard(case, given_image, best):
-    """Checks for a prefix of the result of the flat form, tested above, on selectable boxes."""
+    """Checks for a prefix of the flat form's result on the valid boxes."""
     boxes, scores, classes = given_image
     there = ((classes >= 0) & ~scores.isnan() & (scores > -math.inf)).nonzero()[:, 0]
     groups = torch.zeros_like(classes) if case.options["class_agnostic"] else classes

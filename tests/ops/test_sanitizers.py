@@ -1,7 +1,7 @@
 """csrc/cpu and its bindings under AddressSanitizer and UBSan, for every instruction set.
 
-The library is rebuilt with the sanitizers for a processor that the test selects (processor.h). The
-tests of the ops then run on it in a separate process.
+The library is rebuilt so that the test chooses the instruction set (processor.h), and with the
+sanitizers. The tests of the ops then run on it in a separate process.
 """
 
 import functools
@@ -26,13 +26,13 @@ pytestmark = [
     pytest.mark.slow,  # builds the library twice
     pytest.mark.parametrize("implementation", ["reference"], indirect=True),
     pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 CPU"),
 ]
 
 
 @functools.cache
 def build(level: str, sanitized: bool) -> Path:
-    """Builds the CPU library for a processor of that level, with or without the sanitizers."""
+    """Builds the CPU library for a microarchitecture level."""
     sources = [CSRC / "bindings" / "cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources.append(HERE / "processor.cpp")
     folder = native.ROOT / "build" / "processors" / ("sanitized" if sanitized else "plain")
@@ -41,8 +41,10 @@ def build(level: str, sanitized: bool) -> Path:
     commands = {}
     for source in sources:
         command, target = [*native.compile_command(), *options, "-c", str(source)], source.name
-        if "FCOS_CLONES" in source.read_text():  # selected by the compiler, not at run time
-            command.append(f'-DPROCESSOR_OF_THE_TEST="arch={level}"')
+        if (
+            "FCOS_CLONES" in source.read_text()
+        ):  # cloned by the compiler, not dispatched by our code
+            command.append(f'-DTEST_CPU_TARGET="arch={level}"')
             target = f"{level}-{target}"
         commands[folder / f"{target}.o"] = command
     link = [native.COMPILER, "-shared", *native.LINK_TORCH, *(SANITIZERS[:1] if sanitized else [])]
@@ -50,10 +52,10 @@ def build(level: str, sanitized: bool) -> Path:
 
 
 def run(folder: Path, level: str, *arguments: str, sanitized: bool = False):
-    """Runs Python with the ops for a processor of that level."""
+    """Runs Python with the ops for a microarchitecture level."""
     if level not in LEVELS[:1] and not has_instructions(level):
-        pytest.skip(f"this processor is older than {level}")
-    environment = {"FCOS_D2_TEST_PROCESSOR": level}
+        pytest.skip(f"this CPU does not support {level}")
+    environment = {"FCOS_D2_TEST_CPU": level}
     if sanitized:
         environment |= sanitizer_environment()
     subprocesses.make_package(folder, build(level, sanitized))
@@ -66,7 +68,7 @@ def has_instructions(level: str) -> bool:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """Returns the environment that loads AddressSanitizer before anything else."""
+    """Returns environment variables that preload AddressSanitizer."""
     find = [native.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(asan):
@@ -78,8 +80,7 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-# Saves focal losses and gradients for every dtype, layout and loop of the kernel, and the boxes
-# that NMS keeps.
+# Saves focal losses and gradients for every dtype, layout and loop of the kernel, and NMS results.
 RESULTS = """
 import ctypes, sys, torch
 from fcos_d2 import ops
@@ -100,8 +101,8 @@ boxes = torch.cat((corner, corner + torch.rand(2, 400, 2) * 30), dim=2)
 classes = torch.randint(0, 2, (2, 400))
 kept = [*ops.batched_nms_padded(boxes, torch.rand(2, 400), classes, 0.5)]
 kept.append(ops.batched_nms(boxes[0], torch.rand(400), classes[0], 0.6))
-asked = ctypes.c_int.in_dll(ctypes.CDLL("fcos_d2/_C.so"), "processor_of_the_test_was_asked")
-assert asked.value > 0, "the kernels did not query the processor"
+queries = ctypes.c_int.in_dll(ctypes.CDLL("fcos_d2/_C.so"), "test_cpu_queries")
+assert queries.value > 0, "the kernels did not query the instruction set"
 torch.save((results, kept), sys.argv[1])
 """
 

@@ -1,4 +1,4 @@
-"""select_candidates on hand-computed cases and bad input."""
+"""select_candidates: hand-computed cases and invalid input."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_ranking_uses_product_or_class_probability():
     assert by_class.boxes.shape == (1, 1, 4)
 
 
-def test_equal_candidates_keep_the_order_of_point_then_class():
+def test_ties_are_ordered_by_point_then_class():
     best = select([[[0.5] * 3]] * 2, [[0.5] * 3], topk=4)
     assert best.classes.tolist() == [[0, 1, 0, 1]]
     assert best.boxes[0, :, 0].tolist() == [-4, -4, 4, 4]
@@ -96,7 +96,7 @@ def test_non_finite_boxes_are_dropped_and_never_clipped_to_the_image(clip, bad):
     assert best.classes.tolist() == [[-1]] and best.boxes.tolist() == [[[0] * 4]]
 
 
-def test_nothing_passes_and_everything_passes():
+def test_no_and_all_pairs_pass():
     empty = select([[[0.01] * 4] * 4] * 3, [[0.5] * 4] * 4)
     assert (empty.classes == -1).all() and (empty.scores == 0).all() and (empty.boxes == 0).all()
     full = select([[[0.9] * 4] * 4] * 3, [[0.5] * 4] * 4, topk=10_000)
@@ -144,6 +144,6 @@ GOOD = {
         ({"drop_empty": 1}, "drop_empty must be True or False"),
     ],
 )
-def test_bad_argument_is_named(change, message):
+def test_error_names_the_invalid_argument(change, message):
     with pytest.raises(ValueError, match=f"select_candidates: {message}"):
         select_candidates(**{**GOOD, **change})

@@ -1,4 +1,4 @@
-"""sigmoid_focal_loss on hand-computed cases, against torchvision, and on bad input."""
+"""sigmoid_focal_loss: hand-computed cases, torchvision, gradients, and invalid input."""
 
 import math
 
@@ -82,14 +82,14 @@ def test_loss_is_linear_for_confident_mistakes_and_vanishes_for_correct_logits(
     assert 0 <= sigmoid_focal_loss(one_level([right]), labels([label]), 0.25, gamma) < 1e-4
 
 
-def test_gradient_below_the_normal_numbers_may_be_zero():
+def test_subnormal_gradient_may_be_zero():
     logits = one_level([-90.0, -95.0])[0].requires_grad_()
     loss = sigmoid_focal_loss([logits], labels([2]), alpha=-1, gamma=0)
     (grad,) = torch.autograd.grad(loss, logits)
     assert ((grad >= 0) & (grad <= 1.001 * logits.double().sigmoid())).all()
 
 
-def test_infinity_and_nan_are_never_hidden():
+def test_infinity_and_nan_propagate():
     assert sigmoid_focal_loss(one_level([math.inf]), labels([1])).isinf()
     assert sigmoid_focal_loss(one_level([-math.inf]), labels([1])) == 0
     assert sigmoid_focal_loss(one_level([math.nan]), labels([1])).isnan()
@@ -237,12 +237,12 @@ Y = torch.zeros(1, 4, dtype=torch.int32)
         (([X], Y, 0.25, -1.0), "gamma must be a number in"),
     ],
 )
-def test_bad_argument_is_named(arguments, message):
+def test_error_names_the_invalid_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         sigmoid_focal_loss(*arguments)
 
 
 @pytest.mark.parametrize("scale", [2.0, torch.ones(1), torch.ones((), dtype=torch.float64)])
-def test_bad_scale_is_named(scale):
+def test_error_names_an_invalid_scale(scale):
     with pytest.raises(ValueError, match=r"scale must be float32 Tensor\[\]"):
         sigmoid_focal_loss([X], Y, scale=scale)

@@ -1,7 +1,7 @@
-"""Sizes around 2^31: 64-bit offsets in the kernels, and sizes over 32 bits that must be rejected.
+"""Sizes around 2^31: 64-bit offsets in the kernels, and sizes that must be rejected.
 
-Untouched parts of a sparse file take no memory, so the maps here can span gigabytes of address
-space: a few small planes, 2^30 or more elements apart. A wrong offset reads zeros or crashes.
+The maps are views of sparse files: a few small planes, 2^30 or more elements apart, which take
+little memory. A wrong offset reads zeros or crashes.
 """
 
 import math
@@ -26,7 +26,7 @@ from fcos_d2.ops import (
 from ..ptx import ptx
 
 PTX = pytest.param("ptx", marks=pytest.mark.skipif(bool(ptx.missing()), reason=str(ptx.missing())))
-# GPUs have enough memory for dense large maps: tests/ops/test_on_gpu.py.
+# test_on_gpu.py uses dense maps.
 ON_THE_CPU = pytest.mark.parametrize(
     "implementation", ["reference", "compiled", PTX], indirect=True
 )
@@ -97,7 +97,7 @@ def test_candidates_of_maps_far_apart():
     assert all(map(torch.equal, got, want))
 
 
-# ---- inputs that are too large ----
+# ---- sizes that are rejected ----
 
 
 @pytest.mark.parametrize("implementation", [PTX], indirect=True)
@@ -148,7 +148,7 @@ def test_sizes_beyond_32_bits_are_rejected(call, message):
         call()
 
 
-# ---- dense maps of that size ----
+# ---- large dense maps ----
 
 FREE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 COMPILED = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
@@ -160,7 +160,7 @@ LARGE = pytest.mark.skipif(FREE < 12 * 2**30, reason="needs 12 GiB of free memor
 @LARGE
 @pytest.mark.parametrize("size", [2**25 + 2, 2**25 + 3])
 @pytest.mark.parametrize("is_row", [True, False])
-def test_levels_longer_than_float32_can_count(size, is_row):
+def test_levels_longer_than_the_integers_of_float32(size, is_row):
     levels = make_levels([(1, size) if is_row else (size, 1)], [8])
     end = 8.0 * size
     boxes = torch.tensor([[end - 400, -8, end, 16], [8e7, -8, 8e7 + 400, 16]])
