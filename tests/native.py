@@ -41,12 +41,12 @@ setup_py = functools.cache(load_setup)
 
 
 def compile_command(torch_folder: Path = TORCH) -> list[str]:
-    """Returns the command with which setup.py compiles C++, without the source."""
+    """Returns setup.py's C++ compile command, without the source file."""
     return [COMPILER, "-fPIC", *setup_py().FLAGS, f"-isystem{torch_folder / 'include'}"]
 
 
 def build(output: Path, commands: dict[Path, list[str]], link: list[str]) -> Path:
-    """Compiles objects with these commands, and links them; "-o" is appended to each."""
+    """Compiles with ``commands`` (by object file), and links. Appends "-o FILE" to each command."""
     lines = ["rule run", "  command = $arguments -o $out"]
     lines += ["rule compile", "  command = $arguments -MMD -MF $out.d -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]

@@ -88,7 +88,7 @@ def test_missing_requirement_is_an_error_only_if_cuda_is_forced(
         find_libraries()
 
 
-def test_without_a_gpu_all_architectures_of_torch_and_nvcc_are_built(machine, monkeypatch):
+def test_build_without_a_gpu_targets_all_architectures_of_torch_and_nvcc(machine, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(machine().parents[1]))
     find_libraries()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;10.0+PTX"
@@ -110,16 +110,16 @@ def test_nvcc_is_found_in_cuda_home_then_on_path_then_in_packages(machine, monke
     assert found() == (tmp_path / "home/bin/nvcc", tmp_path / "home")
 
 
-# ---- Registers ----
+# ---- Register budgets ----
 
-# Registers that a kernel may use: with 64, 1024 threads fit on a multiprocessor.
+# Registers per thread. With 64, a multiprocessor holds 1024 threads.
 BUDGETS = {
     "assign_kernel": 40,
     "flat_kernel": 48,
     "finish_kernel": 128,  # one block of 512 threads per multiprocessor
-}  # all others:
-BUDGET = 64
-DOUBLE_BUDGET = 128  # for checking gradients, not for speed
+}
+DEFAULT_BUDGET = 64
+DOUBLE_BUDGET = 128  # float64 is only for gradient checks
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'"
@@ -156,7 +156,7 @@ def assert_within_budget(report: str) -> None:
         name = re.search(r"[a-z_]+_kernel", symbol)[0]
         is_double = f"{name}Id" in symbol
         assert spills == 0, f"{symbol} spills {spills} bytes on {kernel['arch']}"
-        budget = DOUBLE_BUDGET if is_double else BUDGETS.get(name, BUDGET)
+        budget = DOUBLE_BUDGET if is_double else BUDGETS.get(name, DEFAULT_BUDGET)
         used = int(kernel["registers"])
         assert used <= budget, f"{symbol} uses {used} of {budget} registers on {kernel['arch']}"
 
@@ -176,11 +176,11 @@ def test_kernels_compile_without_warnings_within_their_register_budget(hopper):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "sm_120"])
-def test_kernels_of_other_gpus_are_within_their_register_budget(architecture, tmp_path):
+def test_register_budgets_hold_on_other_architectures(architecture, tmp_path):
     assert_within_budget(compile_kernels(tmp_path, architecture))
 
 
-# ---- Inner loops in SASS ----
+# ---- SASS of inner loops ----
 
 
 def find_disassembler() -> str | None:
@@ -218,9 +218,9 @@ def loop_with_most_wide_loads(code: list[Instruction]) -> list[Instruction]:
 
 
 def shortest_iteration(loop: list[Instruction]) -> list[Instruction]:
-    """Returns what an iteration executes on its shortest path, which is that of plain rows."""
+    """Returns the shortest path through an iteration, which most rows take."""
     place = {instruction.address: i for i, instruction in enumerate(loop)}
-    rest = [loop[-1:]] * len(loop)  # the shortest path from each instruction to the end
+    rest = [loop[-1:]] * len(loop)  # shortest path from each instruction to the end
     for i in reversed(range(len(loop) - 1)):
         target = place.get(loop[i].target, 0)
         paths = [rest[target]] if target > i else []
@@ -237,7 +237,7 @@ def shortest_iteration(loop: list[Instruction]) -> list[Instruction]:
     "loss, grad, most", [(True, False, 20), (False, True, 23), (True, True, 26)]
 )
 def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
-    """2 special functions and few instructions per element; 16-byte accesses, two in flight."""
+    """Per element: 2 special functions and few instructions. Two 16-byte loads in flight."""
     kernel = f"loss_kernelI{dtype}Li2ELb{loss:d}ELb{grad:d}E"
     code = disassemble(hopper[0] / "fcos_loss.o", kernel)
     path = shortest_iteration(loop_with_most_wide_loads(code))
@@ -256,7 +256,7 @@ def test_inner_loop_of_focal_loss(hopper, dtype, loss, grad, most):
 @needs_disassembler
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
 def test_scan_of_logits(hopper, dtype):
-    """Four 16-byte loads in flight before the first is used; few instructions per logit."""
+    """Issues four 16-byte loads before it uses the first, and few instructions per logit."""
     code = disassemble(hopper[0] / "select_candidates.o", f"scan_kernelI{dtype}E")
     first, *_, last = wide = [i for i, c in enumerate(code) if c.is_wide_load]
     assert len(wide) == 4

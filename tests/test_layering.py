@@ -319,7 +319,7 @@ def test_package_has_no_side_effects_on_import(tmp_path):
         "os.system('true')",
     ],
 )
-def test_forbidden_side_effect_is_found(act, tmp_path):
+def test_side_effect_is_detected(act, tmp_path):
     with pytest.raises(AssertionError, match="AssertionError"):
         run_python(WATCH.replace("import torch", "") + act, tmp_path)
 
@@ -345,17 +345,17 @@ def test_forbidden_side_effect_is_found(act, tmp_path):
         ("fcos_d2.engine.trainer", "from train_net import main"),
     ],
 )
-def test_forbidden_import_is_found(module, source):
+def test_forbidden_import_is_detected(module, source):
     assert violations(module, imported(source, module))
 
 
-def test_config_in_a_method_or_a_helper_is_found():
+def test_config_in_a_method_or_at_module_level_is_detected():
     source = "class A:\n  def forward(self): return cfg\ndef from_config(cfg): return cfg\n"
     assert sorted(functions_with_cfg(source)) == ["forward", "from_config"]
     assert functions_with_cfg("cfg = get_cfg()") == ["<module>"]
 
 
-def test_include_of_torch_is_found(tmp_path):
+def test_include_is_detected(tmp_path):
     (tmp_path / "kernel.cu").write_text(
         '#include <vector>\n  # include <torch/all.h>\n//#include "x"'
     )
