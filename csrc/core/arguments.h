@@ -58,10 +58,10 @@ struct AssignTargets {
 
 // Losses and upstream gradients are float, or double if the maps are.
 
-// The factor of a loss, and of its gradient together with `upstream`.
+// Factor of a loss: weight / max(divisor, floor). Its gradient is also multiplied by `upstream`.
 struct LossScale {
   double weight;
-  const void* divisor; // of the weight, at least `floor`; null for 1
+  const void* divisor; // null for 1
   double floor;
   const void* upstream; // upstream gradient; null for 1
 
@@ -113,12 +113,12 @@ struct BoxLosses {
   void *box_loss, *quality_loss;
 };
 
-// All losses of a detector; either part may have no levels.
+// All losses of a detector. Parts without levels are skipped.
 struct Losses {
   FocalLoss focal;
   BoxLosses box;
   bool wants_loss, wants_gradient;
-  bool is_saved; // the gradient is already there, computed with every `upstream` 1
+  bool is_saved; // `grad` already holds the gradient for upstream gradients of 1
 };
 
 enum class ScoreRule { kSqrt, kProduct, kCls };

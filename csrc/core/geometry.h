@@ -115,7 +115,7 @@ constexpr double kMinIou = 1e-6; // unsmoothed -log(IoU) is constant below
 constexpr double kLogMinIou = -13.815510557964274;
 constexpr double kPi = 3.14159265358979323846;
 
-// How much a exceeds b; 0 if it does not.
+// max(a - b, 0)
 template <class T>
 FCOS_HD T beyond(T a, T b) {
   return max_of(a - b, T(0));

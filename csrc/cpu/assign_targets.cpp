@@ -22,8 +22,8 @@ struct LevelOfImage {
   const SizeRange& range;
   int32_t *labels, *matched, *counts;
   float *ltrb, *centerness;
-  std::vector<float> area;         // of the smallest box that qualifies
-  std::vector<uint8_t> candidates; // 0, 1 or 2 for "several"
+  std::vector<float> area;         // of the smallest qualifying box
+  std::vector<uint8_t> candidates; // qualifying boxes per point, at most 2
   std::vector<int32_t> positives;  // indices of points
 
   LevelOfImage(const AssignTargets& args, int64_t image, int l)
@@ -70,7 +70,7 @@ struct BoxOnLevel {
 };
 
 // Returns false if no point of the level can match the box.
-bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
+bool prepare_box(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
   const AssignTargets& args = on.args;
   const float* box = args.boxes + 4 * index;
   if (!(box[0] < box[2] && box[1] < box[3])) {
@@ -93,7 +93,7 @@ bool describe(const LevelOfImage& on, int64_t index, BoxOnLevel* out) {
   return ignored || fits;
 }
 
-void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
+void match_points(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
   const Level& level = on->level;
   Window columns = window(
       std::max(b.box[0], b.center_x - b.radius), std::min(b.box[2], b.center_x + b.radius),
@@ -129,7 +129,7 @@ void visit(int64_t index, const BoxOnLevel& b, LevelOfImage* on) {
   }
 }
 
-// Returns the sum of their centerness.
+// Returns the sum of the centerness of positive points.
 double write_positives(const LevelOfImage& on) {
   int32_t ambiguous = 0;
   double total = 0;
@@ -160,8 +160,8 @@ void assign_targets(const AssignTargets& args, ParallelFor parallel_for) {
       LevelOfImage on(args, image, int(item % levels));
       for (int64_t i = args.offsets[image]; i < args.offsets[image + 1]; ++i) {
         BoxOnLevel box;
-        if (describe(on, i, &box)) {
-          visit(i, box, &on);
+        if (prepare_box(on, i, &box)) {
+          match_points(i, box, &on);
         }
       }
       centerness[item] = write_positives(on);

@@ -133,7 +133,7 @@ struct Writer {
   }
 };
 
-void hard(const PaddedNms& args, int64_t image) {
+void hard_nms(const PaddedNms& args, int64_t image) {
   int64_t base = image * args.num_boxes;
   std::vector<Ranked> heap;
   for (int64_t i = 0; i < args.num_boxes; ++i) {
@@ -160,16 +160,16 @@ void hard(const PaddedNms& args, int64_t image) {
   out.finish();
 }
 
-void soft(const PaddedNms& args, int64_t image) {
+void soft_nms(const PaddedNms& args, int64_t image) {
   int64_t base = image * args.num_boxes;
   const float* boxes = args.boxes + 4 * base;
-  std::vector<float> larger;
+  std::vector<float> extended;
   if (args.pixel_extent != 0) {
-    larger.assign(boxes, boxes + 4 * args.num_boxes);
-    for (size_t i = 0; i < larger.size(); i += 4) {
-      larger[i + 2] += args.pixel_extent, larger[i + 3] += args.pixel_extent;
+    extended.assign(boxes, boxes + 4 * args.num_boxes);
+    for (size_t i = 0; i < extended.size(); i += 4) {
+      extended[i + 2] += args.pixel_extent, extended[i + 3] += args.pixel_extent;
     }
-    boxes = larger.data();
+    boxes = extended.data();
   }
   const int64_t* classes = args.classes + base;
   std::vector<float> alive(args.scores + base, args.scores + base + args.num_boxes);
@@ -205,7 +205,7 @@ void soft(const PaddedNms& args, int64_t image) {
 }
 
 // Radix sort: indices by descending score, NaN first, ties by ascending index.
-std::vector<int64_t> order_of(const double* scores, int64_t num_boxes) {
+std::vector<int64_t> descending_order(const double* scores, int64_t num_boxes) {
   struct Item {
     uint64_t key;
     int64_t index;
@@ -244,7 +244,7 @@ void batched_nms_padded(const PaddedNms& args, ParallelFor parallel_for) {
   parallel_for(
       args.num_images, 1 + kGrain / (args.num_boxes + 1), [&](int64_t first, int64_t last) {
         for (int64_t image = first; image < last; ++image) {
-          args.method == NmsMethod::kHard ? hard(args, image) : soft(args, image);
+          args.method == NmsMethod::kHard ? hard_nms(args, image) : soft_nms(args, image);
         }
       });
 }
@@ -254,7 +254,7 @@ std::vector<int64_t> batched_nms(
     float iou_threshold) {
   Kept kept(dense_ids(groups, num_boxes), iou_threshold, 0);
   std::vector<int64_t> indices;
-  for (int64_t i : order_of(scores, num_boxes)) {
+  for (int64_t i : descending_order(scores, num_boxes)) {
     if (kept.keep(i, boxes + 4 * i)) {
       indices.push_back(i);
     }

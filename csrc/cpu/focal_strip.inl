@@ -126,7 +126,7 @@ struct Loop {
         scale(broadcast(options.scale)) {}
 
   // Adds the losses and returns the gradient of one vector of logits.
-  FCOS_HD Floats take(Floats x, const Lanes& lane) {
+  FCOS_HD Floats step(Floats x, const Lanes& lane) {
     const Floats zero{};
     Floats z = lane.is_true ? -x : x;
     Floats weight = lane.is_true ? weight_true : weight_other;
@@ -186,7 +186,7 @@ double run(const FocalStrip& strip, const FocalOptions& options) {
   while (i < whole) {
     int64_t stop = i + kFlush * kLanes < whole ? i + kFlush * kLanes : whole;
     for (; i < stop; i += kLanes) {
-      Floats slopes = loop.take(load(logits + i), lanes(strip, i));
+      Floats slopes = loop.step(load(logits + i), lanes(strip, i));
       if constexpr (Grad) {
         store(slopes, grad + i);
       }
@@ -195,7 +195,7 @@ double run(const FocalStrip& strip, const FocalOptions& options) {
   }
   if (i < strip.size) {
     Tail<T> tail(strip, i);
-    Floats slopes = loop.take(load(tail.logits), tail.masked());
+    Floats slopes = loop.step(load(tail.logits), tail.masked());
     if constexpr (Grad) {
       T out[kLanes];
       store(slopes, out);

@@ -17,7 +17,7 @@ namespace fcos::cpu {
 using Task = std::function<void(int64_t first, int64_t last)>;
 using ParallelFor = void (*)(int64_t count, int64_t grain, const Task& task);
 
-// If false, its channels are contiguous: the bindings pass no other maps.
+// Whether points are contiguous. If not, channels are, since the bindings copy all other maps.
 inline bool points_are_neighbors(const Map& map) {
   return map.num_points <= 1 ||
          (map.data_strides.point == 1 && (map.grad == nullptr || map.grad_strides.point == 1));

@@ -29,9 +29,9 @@ constexpr int64_t kPointsPerBlock = 4096;     // so that their bounds stay in th
 constexpr int64_t kLogitsPerThread = 400'000; // about 0.1 ms
 
 // Keeps the best `k` of any number of candidates by key (ranking.h), in memory for about 2 k.
-class Best {
+class TopK {
  public:
-  explicit Best(int64_t k = 0) : k_(size_t(k)) {}
+  explicit TopK(int64_t k = 0) : k_(size_t(k)) {}
 
   // No candidate with a lower rank is among the best.
   float worst() const { return worst_; }
@@ -39,48 +39,47 @@ class Best {
   // Returns true if worst() may have risen.
   bool add(uint64_t key) {
     size_t limit = 2 * k_ + kSlack;
-    if (found_.size() == found_.capacity()) {
-      found_.reserve(std::min(limit, 2 * found_.size() + kSlack));
+    if (keys_.size() == keys_.capacity()) {
+      keys_.reserve(std::min(limit, 2 * keys_.size() + kSlack));
     }
-    found_.push_back(key);
-    if (found_.size() < limit) {
+    keys_.push_back(key);
+    if (keys_.size() < limit) {
       return false;
     }
-    drop_others();
+    prune();
     return true;
   }
 
-  void add(const Best& other) {
-    found_.insert(found_.end(), other.found_.begin(), other.found_.end());
+  void add(const TopK& other) {
+    keys_.insert(keys_.end(), other.keys_.begin(), other.keys_.end());
     trim();
   }
 
   // Frees the memory of all but the best.
   void trim() {
-    if (found_.size() > k_) {
-      drop_others();
+    if (keys_.size() > k_) {
+      prune();
     }
-    found_.shrink_to_fit();
+    keys_.shrink_to_fit();
   }
 
   const std::vector<uint64_t>& sorted() {
-    std::sort(found_.begin(), found_.end(), std::greater<>());
-    return found_;
+    std::sort(keys_.begin(), keys_.end(), std::greater<>());
+    return keys_;
   }
 
  private:
   static constexpr size_t kSlack = 256;
 
-  void drop_others() {
-    std::nth_element(
-        found_.begin(), found_.begin() + int64_t(k_) - 1, found_.end(), std::greater<>());
-    found_.resize(k_);
-    worst_ = ranking_rank(found_[k_ - 1]);
+  void prune() {
+    std::nth_element(keys_.begin(), keys_.begin() + int64_t(k_) - 1, keys_.end(), std::greater<>());
+    keys_.resize(k_);
+    worst_ = ranking_rank(keys_[k_ - 1]);
   }
 
   size_t k_;
   float worst_ = 0;
-  std::vector<uint64_t> found_;
+  std::vector<uint64_t> keys_;
 };
 
 // Writes the indices of the runs of kRun logits in which any exceeds its bound, and returns their
@@ -143,7 +142,7 @@ FCOS_CLONES void sigmoid_in_place(float* x, int64_t size) {
 struct LevelOfImage {
   int64_t image;
   int level;
-  Best best; // of the points done so far
+  TopK best; // of the points done so far
   std::mutex mutex;
 };
 
@@ -157,11 +156,11 @@ class Scorer {
   Scorer(const SelectCandidates& args, const LevelOfImage& on)
       : args_(args), on_(on), best_(num_slots(args, on.level)) {}
 
-  Best best_of(int64_t first, int64_t last) {
+  TopK best_of(int64_t first, int64_t last) {
     for (; first < last; first += kPointsPerBlock) {
       first_point_ = first, num_points_ = std::min(kPointsPerBlock, last - first);
       find_bounds();
-      dispatch(args_.logits_dtype, [&](auto zero) { take_block<decltype(zero)>(); });
+      dispatch(args_.logits_dtype, [&](auto zero) { scan_block<decltype(zero)>(); });
       flush(); // before the bounds are replaced
     }
     best_.trim();
@@ -198,13 +197,13 @@ class Scorer {
   }
 
   template <class T>
-  void take_block() {
+  void scan_block() {
     const Map& map = args_.logits.level[on_.level];
     const Strides& strides = map.data_strides;
     const T* data = static_cast<const T*>(map.data) + element(strides, on_.image, 0, first_point_);
     if (points_are_neighbors(map)) {
       for (int64_t c = 0; c < args_.num_classes; ++c) {
-        take(data + c * strides.channel, bound_.data(), num_points_, 0, c, false);
+        scan(data + c * strides.channel, bound_.data(), num_points_, 0, c, false);
       }
       return;
     }
@@ -212,14 +211,14 @@ class Scorer {
     for (int64_t p = 0; p < num_points_; ++p) {
       if (bound_[p] < kInfinity) {
         std::fill(bounds_of_classes_.begin(), bounds_of_classes_.end(), bound_[p]);
-        take(data + p * strides.point, bounds_of_classes_.data(), args_.num_classes, p, 0, true);
+        scan(data + p * strides.point, bounds_of_classes_.data(), args_.num_classes, p, 0, true);
       }
     }
   }
 
-  // Takes logits of consecutive points of one class, or of consecutive classes of one point.
+  // Scans logits of consecutive points of one class, or of consecutive classes of one point.
   template <class T>
-  void take(
+  void scan(
       const T* x, const float* bounds, int64_t size, int64_t point, int64_t channel,
       bool is_pixel) {
     runs_.resize(size / kRun + 1);
@@ -247,22 +246,22 @@ class Scorer {
 
   void flush() {
     sigmoid_in_place(logit_, kLanes);
-    bool is_full = false;
+    bool has_risen = false;
     for (int i = 0; i < pending_; ++i) {
       float cls = logit_[i], product = cls * quality_of_[i], rank = rank_of(args_, cls, product);
       if (passes(args_, cls, product) && rank >= best_.worst()) {
-        is_full |= best_.add(ranking_key(rank, index_[i]));
+        has_risen |= best_.add(ranking_key(rank, index_[i]));
       }
     }
     pending_ = 0;
-    if (is_full) {
+    if (has_risen) {
       raise_bounds();
     }
   }
 
   const SelectCandidates& args_;
   const LevelOfImage& on_;
-  Best best_;
+  TopK best_;
   int64_t first_point_ = 0, num_points_ = 0; // of the block
   std::vector<float> quality_;               // probability of every point of the block
   std::vector<float> bound_;                 // lower bound on its logits; rises with `best_`
@@ -323,7 +322,7 @@ void select_candidates(const SelectCandidates& args, ParallelFor parallel_for) {
   for (size_t i = 0; i < levels.size(); ++i) {
     levels[i].image = int64_t(i) / args.levels.count;
     levels[i].level = int(int64_t(i) % args.levels.count);
-    levels[i].best = Best(num_slots(args, levels[i].level));
+    levels[i].best = TopK(num_slots(args, levels[i].level));
   }
   // The points of all images and levels form one range, so that threads get equal shares.
   int64_t grain = 1 + kLogitsPerThread / (args.num_classes + 1);
@@ -333,7 +332,7 @@ void select_candidates(const SelectCandidates& args, ParallelFor parallel_for) {
       int64_t size = args.logits.level[on.level].num_points;
       int64_t from = std::max(first - begin, int64_t(0)), to = std::min(last - begin, size);
       if (from < to) {
-        Best found = Scorer(args, on).best_of(from, to);
+        TopK found = Scorer(args, on).best_of(from, to);
         std::lock_guard<std::mutex> lock(on.mutex);
         on.best.add(found);
       }

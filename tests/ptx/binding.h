@@ -1,5 +1,5 @@
-// Included before csrc/bindings/cuda.cpp. Registers its ops for CPU tensors in another namespace, and
-// redirects calls for devices, streams and memory from torch to runtime.cpp.
+// Included before csrc/bindings/cuda.cpp. Registers its ops for CPU tensors, in another namespace,
+// and redirects calls for devices, streams and memory from torch to runtime.cpp.
 #pragma once
 
 #define aoti_torch_get_current_cuda_stream ptx_get_current_cuda_stream

@@ -96,8 +96,8 @@ class Program {
   std::map<std::string, std::unique_ptr<Kernel>> kernels_;
 };
 
-// How an opcode executes. `widths` are the bytes per lane (4, 8, or 0 for a predicate) of the output
-// followed by the inputs; empty if the decoder handles the operands itself.
+// How an opcode executes. `widths` are the bytes per lane (4, 8, or 0 for a predicate) of the
+// output, followed by those of the inputs; empty if the decoder handles the operands itself.
 struct Operation {
   Handler run = nullptr;
   Flow flow = Flow::kNext;
