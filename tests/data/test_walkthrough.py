@@ -69,7 +69,7 @@ def test_commands_of_the_page_work(shell, digits_root):
     assert [d.status for d in done] == STATUSES, [d.err[-500:] for d in done]
     export, config, check, clean, _, _, _, _, found = done
     assert "labels in dice/labels.json" in export.out
-    assert "dice.yaml: 32 images to train on, 8 classes" in config.out
+    assert "dice.yaml: 32 training images, 8 classes" in config.out
     assert "image dice/photos/photo_0002.png: " in check.out
     assert "repaired: 1 boxes with negative width or height: corners swapped" in check.out
     assert re.search(r"joker +0 +0 +never used", check.out)
