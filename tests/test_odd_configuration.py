@@ -15,6 +15,8 @@ from fcos_d2.commands import analyze, benchmark, export, predict, report, train
 
 from .tiny_training import ROOT, python
 
+pytest_plugins = ["tests.script"]
+pytestmark = pytest.mark.usefixtures("quiet_loggers")
 RUNNER = ROOT / "tools" / "run_exported.py"
 
 ODD = """

@@ -1,7 +1,6 @@
 """Runs the commands of docs/custom_data.md in this process, with fewer images and iterations."""
 
 import json
-import logging
 import re
 import shlex
 import subprocess
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from detectron2.engine import default_argument_parser
-from detectron2.utils.logger import setup_logger
 
 import train_net
 from fcos_d2.commands import predict
@@ -18,6 +16,7 @@ from fcos_d2.data.digits import __main__ as make_digits
 from fcos_d2.engine import run_script
 from tests.tools import ROOT, load_script
 
+pytest_plugins = ["tests.script"]
 TEXT = (ROOT / "docs" / "custom_data.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
@@ -40,8 +39,8 @@ def execute(words: list[str]) -> int:
 
 
 @pytest.fixture
-def shell(tmp_path, monkeypatch, capsys):
-    """Runs a command of the page in an empty folder with configs."""
+def shell(quiet_loggers, tmp_path, monkeypatch, capsys):
+    """Returns a function that runs a command of the page in an empty folder with configs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
@@ -49,11 +48,7 @@ def shell(tmp_path, monkeypatch, capsys):
         status = execute([*shlex.split(command), *more])
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
-    yield run
-    # detectron2's handlers refer to this test's captured stdout.
-    for name in ("detectron2", "fvcore", "fcos_d2"):
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
+    return run
 
 
 def follow(shell, training: list[str], export: list[str]) -> list[SimpleNamespace]:
