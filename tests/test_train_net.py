@@ -92,7 +92,7 @@ def test_terminal_shows_progress_with_rate_and_remaining_time(script, monkeypatc
 def test_metrics_contain_assignment_statistics(trained):
     (line,) = [line for line in metrics(trained) if "fcos/positives_p2" in line]
     assert line["fcos/positives_p2"] > 0 and line["fcos/positives_p3"] > 0
-    assert line["fcos/unserved_boxes"] == 0 and line["fcos/ambiguous_points"] >= 0
+    assert line["fcos/boxes_without_points"] == 0 and line["fcos/ambiguous_points"] >= 0
 
 
 def test_vis_period_writes_images_for_tensorboard(trained):

@@ -5,7 +5,7 @@
 
 Reads COCO, YOLO, Pascal VOC, CVAT, LabelMe, VIA, Label Studio, CreateML and Roboflow's exports. If
 there is no validation set, a fifth of the images is held out and listed in mine_val.txt: every
-class is represented, and augmented copies of a photo stay together. An existing list is kept, so
+class is represented, and augmented copies of an image stay together. An existing list is kept, so
 that adding images does not move others. The exit status is 1 if the data has defects that must be
 corrected first, and 2 if there is no data.
 """
@@ -28,16 +28,16 @@ from .. import model_zoo
 from ..config_file import read_cfg
 from ..data import register_datasets
 from ..data.catalog import review_dataset
-from ..data.custom import photo, share
+from ..data.custom import hash_fraction, original_name
 from ..data.formats.folders import recognize
 from ..data.inspection import inspect_dataset
-from ..data.level_fit import pyramid_keys, sample_of, suggest_pyramid
-from ..data.records import boxes_of, evenly_spaced
+from ..data.level_fit import make_sample, pyramid_keys, suggest_pyramid
+from ..data.records import evenly_spaced, xyxy_boxes
 from ..errors import InputError, exit_status
 from .arguments import make_parser
 
-VALIDATION = 0.2  # share of the images
-SLACK = 0.25  # relative deviation from this share that is tolerated for a class
+VALIDATION = 0.2  # fraction of the images
+SLACK = 0.25  # tolerated relative deviation from this fraction in a class
 MAX_NAMES = 8  # class names listed in the config
 MAX_MEASURED = 2000  # images whose boxes are measured
 
@@ -45,18 +45,18 @@ MAX_MEASURED = 2000  # images whose boxes are measured
 
 
 def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
-    """Selects a fifth of the images, with about a fifth of the photos of every class.
+    """Selects a fifth of the images, with about a fifth of those of every class.
 
-    Selects photos by a hash of their names, then adds and removes photos to balance the classes,
-    starting with the rarest.
+    Selects images by a hash of their original names, then adds and removes images to balance the
+    classes, starting with the rarest.
 
     Args:
         labels: classes in each image, by file name.
     """
     groups: dict[str, set[int]] = {}
     for name, classes in labels.items():
-        groups.setdefault(photo(name), set()).update(classes)
-    position = {group: share(group) for group in groups}
+        groups.setdefault(original_name(name), set()).update(classes)
+    position = {group: hash_fraction(group) for group in groups}
     chosen = {group for group in groups if position[group] < VALIDATION}
     counts = Counter(class_ for classes in groups.values() for class_ in classes)
     balanced: set[int] = set()
@@ -70,7 +70,7 @@ def choose_validation(labels: Mapping[str, Iterable[int]]) -> set[str]:
         chosen |= set([group for group in free if group not in chosen][:missing])
         chosen -= set([group for group in reversed(free) if group in chosen][:excess])
         balanced.add(class_)
-    return {name for name in labels if photo(name) in chosen}
+    return {name for name in labels if original_name(name) in chosen}
 
 
 # ---- Settings ----
@@ -147,7 +147,7 @@ def measure(records: list[dict]) -> Statistics:
     Raises:
         InputError: it has no boxes.
     """
-    boxes = [boxes_of([a for a in r["annotations"] if not a["iscrowd"]]) for r in records]
+    boxes = [xyxy_boxes([a for a in r["annotations"] if not a["iscrowd"]]) for r in records]
     sides = np.concatenate([b[:, 2:] - b[:, :2] for b in boxes] or [np.zeros((0, 2))]).min(axis=1)
     if not (sides > 0).any():
         raise InputError("there are no boxes with area; check that these are the right annotations")
@@ -202,7 +202,7 @@ def _gpu_batch() -> int:
 def _levels(data: Statistics, has_gpu: bool, size: float, longest: int) -> str:
     """Returns config lines with levels that fit the boxes: the pretrained ones, if they do."""
     records = evenly_spaced(data.records, MAX_MEASURED)
-    samples = [sample_of(r, round(size), longest) for r in records]
+    samples = [make_sample(r, round(size), longest) for r in records]
     pyramid = suggest_pyramid(samples, data.small * size / data.short)
     _, *keys = pyramid_keys(pyramid)
     reason = f"  # Levels of strides {', '.join(map(str, pyramid.strides))} fit the measured boxes."

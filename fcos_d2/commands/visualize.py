@@ -39,18 +39,18 @@ from ..data.inspection import (
     inspect_dataset,
 )
 from ..data.level_fit import (
-    MISSED,
+    MAX_MISSED,
     STRIDES,
     LevelFit,
     Pyramid,
     Sample,
     image_levels,
+    make_sample,
     measure_fit,
     pyramid_keys,
-    sample_of,
     suggest_pyramid,
 )
-from ..data.records import evenly_spaced, why_nothing_is_learned
+from ..data.records import evenly_spaced, explain_missing_objects
 from ..errors import InputError, exit_status
 from ..modeling.losses import FCOSLoss
 from ..modeling.structures import PointGrid, pack_ground_truth
@@ -133,7 +133,7 @@ def check(cfg: CfgNode, names: Sequence[str], read_images: bool, write_clean: bo
         _print_contents(inspection, contents)
         if inspection.records:
             _print_levels(cfg, inspection)
-        if reason := why_nothing_is_learned(inspection.records):
+        if reason := explain_missing_objects(inspection.records):
             reasons.append(f"{inspection.name}: {reason}")
     print()
     reasons += _mismatches(cfg, inspections)
@@ -221,7 +221,7 @@ def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
     records = evenly_spaced(inspection.records, MAX_MEASURED)
     sizes = sorted({min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)})
     samples = {
-        size: [sample_of(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
+        size: [make_sample(r, size, cfg.INPUT.MAX_SIZE_TRAIN) for r in records] for size in sizes
     }
     rules = _assignment_rules(cfg)
     fits = {size: measure_fit(samples[size], *rules) for size in sizes}
@@ -234,14 +234,14 @@ def _print_levels(cfg: CfgNode, inspection: Inspection) -> None:
 def _print_suggestion(cfg: CfgNode, samples: Sequence[Sample], configured: LevelFit) -> None:
     pyramid = suggest_pyramid(samples)
     fit = measure_fit(samples, *_assignment_rules(cfg, pyramid))
-    share = _share(fit.unserved, fit.num_boxes)
-    if fit.unserved >= configured.unserved:
-        print(f"  the levels fit; levels of the paper's proportions would leave out {share}")
+    left_out = _format_fraction(fit.without_points, fit.num_boxes)
+    if fit.without_points >= configured.without_points:
+        print(f"  the levels fit; levels of the paper's proportions would leave out {left_out}")
     else:
-        print(f"\n  other levels would leave out only {share}:")
+        print(f"\n  other levels would leave out only {left_out}:")
         for line in pyramid_keys(pyramid):
             print(f"    {line}")
-    if min(pyramid.strides) == STRIDES[0] and fit.too_small > MISSED * fit.num_boxes:
+    if min(pyramid.strides) == STRIDES[0] and fit.too_small > MAX_MISSED * fit.num_boxes:
         print("  many objects are small; raise INPUT.MIN_SIZE_TRAIN and INPUT.MIN_SIZE_TEST")
 
 
@@ -253,13 +253,14 @@ def _print_fit(fit: LevelFit, losses: FCOSLoss, grid: PointGrid) -> None:
         # The range limits distances, which are about half of the longer side of a box.
         sizes = f"{max(0, 2 * low):.0f} to {2 * high:.0f}".replace("to inf", "and more")
         print(f"    {stride:6}   {sizes:14} {boxes:7} {points / fit.num_images:11.1f}")
-    print(f"    boxes without an assigned point: {_share(fit.unserved, fit.num_boxes)}", end="")
-    print(f" ({fit.too_small} too small, {fit.covered} covered by smaller boxes)")
+    without_points = _format_fraction(fit.without_points, fit.num_boxes)
+    causes = f"{fit.too_small} too small, {fit.covered} covered by smaller boxes"
+    print(f"    boxes without an assigned point: {without_points} ({causes})")
     positive = sum(fit.points_per_level)
-    print(f"    ambiguous points: {_share(fit.ambiguous, positive)}")
+    print(f"    ambiguous points: {_format_fraction(fit.ambiguous, positive)}")
 
 
-def _share(count: int, total: int) -> str:
+def _format_fraction(count: int, total: int) -> str:
     return f"{count} of {total} ({count / max(total, 1):.1%})"
 
 

@@ -32,7 +32,7 @@ from .formats.builder import Source
 from .formats.files import read_json
 from .formats.json_files import detect_format
 from .image_files import NO_FILE, locate_images, suggest_folder
-from .records import coco_records, is_flat, review_records, set_classes, why_nothing_is_learned
+from .records import coco_records, explain_missing_objects, is_flat, review_records, set_classes
 from .review import Review
 
 CHECK = "fcos-d2 check --config-file FILE"
@@ -334,5 +334,5 @@ def check_objects(records: Sequence[dict], names: Sequence[str]) -> None:
     Raises:
         InputError: there are no annotations, or all are crowd regions, flat or outside the image.
     """
-    if isinstance(records, list) and (reason := why_nothing_is_learned(records)):
+    if isinstance(records, list) and (reason := explain_missing_objects(records)):
         raise InputError(f"{_format_names(names)}: {reason}; see {CHECK}")

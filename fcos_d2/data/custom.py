@@ -36,7 +36,7 @@ EXAMPLES = (
     "{voc: folder, split: train} or {cvat: annotations.xml, images: image_folder}; "
     "docs/custom_data.md lists all formats and keys"
 )
-# Suffixes of augmented copies of a photo.
+# Suffixes of augmented copies of an image.
 AUGMENTED = re.compile(
     r"(_(jpe?g|png|bmp|webp))?\.rf\.[0-9a-f]+$|[_-](aug|copy|flip|rot)[_-]?\d*$", re.I
 )
@@ -317,28 +317,28 @@ def image_filter(part: Sequence[float] | str) -> Callable[[str], bool]:
     """Returns a function that tells whether an image belongs to a part, given its file name.
 
     Disjoint ranges select disjoint images, new images do not move others to another part, and
-    augmented copies of a photo stay together.
+    augmented copies of an image stay together.
 
     Args:
-        part: [low, high) for images whose ``share`` is in this range; the path of a file with one
-            image name per line; or "not " and such a path, for all other images.
+        part: [low, high) for images whose ``hash_fraction`` is in this range; the path of a file
+            with one image name per line; or "not " and such a path, for all other images.
     """
     if not isinstance(part, str):
         low, high = part
-        return lambda name: low <= share(name) < high
+        return lambda name: low <= hash_fraction(name) < high
     lines = read_text(expand(part.removeprefix("not "))).splitlines()
     listed, is_other = {line.strip() for line in lines}, part.startswith("not ")
     return lambda name: (name in listed) != is_other
 
 
-def photo(file_name: str) -> str:
-    """Returns the name of an image without the suffix of an augmented copy."""
+def original_name(file_name: str) -> str:
+    """Returns the name of an image without the suffix of augmented copies."""
     path = Path(file_name.replace("\\", "/"))
     stem = AUGMENTED.sub("", path.stem)
     return file_name if stem == path.stem else str(path.with_name(stem))
 
 
-def share(file_name: str) -> float:
-    """Hashes a photo to a number in [0, 1), uniformly distributed."""
-    text = photo(file_name).encode(errors="surrogatepass")
+def hash_fraction(file_name: str) -> float:
+    """Hashes the original name of an image to a uniformly distributed number in [0, 1)."""
+    text = original_name(file_name).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48

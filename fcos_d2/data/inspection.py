@@ -19,7 +19,7 @@ from .classes import class_names
 from .defects import DEFECTS, DefectError, Problem
 from .formats.builder import Source
 from .image_files import NO_FILE
-from .records import boxes_of, coco_records, is_flat, read_record, review_records, set_classes
+from .records import coco_records, is_flat, read_record, review_records, set_classes, xyxy_boxes
 from .review import Review, review_coco
 
 READERS = 8  # threads that read images; decoding releases the GIL
@@ -129,7 +129,7 @@ def describe_contents(inspection: Inspection) -> Contents:
         classes = [a["category_id"] for a in objects]
         boxes_per_class.update(classes)
         images_per_class.update(set(classes))
-        boxes = boxes_of(objects)
+        boxes = xyxy_boxes(objects)
         size = np.array([record["width"], record["height"]] * 2)
         distinct = set(zip(classes, map(tuple, boxes.tolist()), strict=True))
         crowds, over = len(record["annotations"]) - len(objects), (boxes < -1) | (boxes > size + 1)

@@ -20,11 +20,11 @@ from torch import Tensor
 from ..modeling.losses import FCOSLoss
 from ..modeling.structures import GroundTruth, PointGrid
 from ..ops import Levels, Targets
-from .records import boxes_of
+from .records import xyxy_boxes
 
 STRIDES = (4, 8, 16, 32, 64, 128)  # P2 to P7
 REACH = 8  # upper bound of a level's size range in strides, as in the paper: 64 at stride 8
-MISSED = 0.01  # fraction of boxes that may contain no point of the finest level
+MAX_MISSED = 0.01  # fraction of boxes that may contain no point of the finest level
 MIN_REACHED = 0.98  # fraction of boxes that the coarsest level must reach
 
 
@@ -35,27 +35,27 @@ class Sample(NamedTuple):
     boxes: np.ndarray  # [n, 4], xyxy
 
 
-def sample_of(record: dict, size: int, max_size: int) -> Sample:
+def make_sample(record: dict, size: int, max_size: int) -> Sample:
     """Resizes a record to INPUT.MIN_SIZE_* ``size`` and INPUT.MAX_SIZE_* ``max_size``."""
     height, width = record["height"], record["width"]
     new = ResizeShortestEdge.get_output_shape(height, width, size, max_size)
-    boxes = boxes_of([a for a in record["annotations"] if not a.get("iscrowd", 0)])
+    boxes = xyxy_boxes([a for a in record["annotations"] if not a.get("iscrowd", 0)])
     return Sample(new, boxes * np.array([new[1] / width, new[0] / height] * 2))
 
 
 class LevelFit(NamedTuple):
-    """The result of assigning the boxes of a dataset to the points of a pyramid."""
+    """Counts of assigning the boxes of a dataset to the points of a pyramid."""
 
     num_images: int
     num_boxes: int
-    boxes_per_level: list[int]  # boxes with a positive point; some count on several levels
+    boxes_per_level: list[int]  # boxes with a positive point; a box may count on several levels
     points_per_level: list[int]  # positive points
     ambiguous: int  # points that match several boxes
-    too_small: int  # boxes that would have no point even without other boxes
-    covered: int  # boxes that lose all points to smaller boxes
+    too_small: int  # boxes that would have no positive point even without other boxes
+    covered: int  # boxes that lose all their points to smaller boxes
 
     @property
-    def unserved(self) -> int:
+    def without_points(self) -> int:
         """Returns the number of boxes without a positive point."""
         return self.too_small + self.covered
 
@@ -65,11 +65,11 @@ def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) ->
 
     Args:
         samples: images of the dataset.
-        losses: assigns the targets; its number of classes does not matter.
-        grid: places the points.
+        losses: assigns the targets; any number of classes will do.
+        grid: locations of the points.
     """
     images = boxes = ambiguous = too_small = covered = 0
-    served, points = (np.zeros(len(losses.strides), int) for _ in range(2))
+    matched, points = (np.zeros(len(losses.strides), int) for _ in range(2))
     for sample in samples:
         levels = image_levels(sample.size, grid)
         targets = _assign(sample.boxes, levels, losses)
@@ -78,11 +78,11 @@ def measure_fit(samples: Iterable[Sample], losses: FCOSLoss, grid: PointGrid) ->
         points += positive.numpy()
         ambiguous += int(several.sum())
         found = [m.unique() for m in targets.matched[0].split(list(levels.points_per_level))]
-        served += [int((level >= 0).sum()) for level in found]
+        matched += [int((level >= 0).sum()) for level in found]
         lost = set(range(len(sample.boxes))) - set(torch.cat(found).tolist())
-        alone = sum(_has_point(sample.boxes[[i]], levels, losses) for i in lost)
-        covered, too_small = covered + alone, too_small + len(lost) - alone
-    return LevelFit(images, boxes, served.tolist(), points.tolist(), ambiguous, too_small, covered)
+        hidden = sum(_has_point(sample.boxes[[i]], levels, losses) for i in lost)
+        covered, too_small = covered + hidden, too_small + len(lost) - hidden
+    return LevelFit(images, boxes, matched.tolist(), points.tolist(), ambiguous, too_small, covered)
 
 
 def image_levels(size: tuple[int, int], grid: PointGrid) -> Levels:
@@ -132,7 +132,7 @@ def suggest_pyramid(samples: Sequence[Sample], small: float = math.inf) -> Pyram
         return Pyramid([8, 16, 32, 64, 128], [64, 128, 256, 512])
     # A w x h box contains a point of stride s with probability min(1, w/s) * min(1, h/s).
     missed = [1 - np.minimum(1, sides / stride).prod(axis=1).mean() for stride in STRIDES[:-1]]
-    fits = [part <= MISSED and 2 * s <= small for part, s in zip(missed, STRIDES, strict=False)]
+    fits = [part <= MAX_MISSED and 2 * s <= small for part, s in zip(missed, STRIDES, strict=False)]
     first = max((i for i, is_fit in enumerate(fits) if is_fit), default=0)
     far = np.quantile(sides.max(axis=1) / 2, MIN_REACHED)
     last = next((i for i, s in enumerate(STRIDES) if REACH * s >= far), len(STRIDES) - 1)

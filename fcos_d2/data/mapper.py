@@ -21,7 +21,7 @@ from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
 from .defects import DefectError
-from .records import boxes_of, read_record
+from .records import read_record, xyxy_boxes
 
 IGNORED = -1  # label of ground truth that is neither object nor background
 MIN_VISIBLE = 0.4  # fraction of a cropped object's area that must be visible to train on it
@@ -90,7 +90,7 @@ class FCOSDatasetMapper(DatasetMapper):
         image = self._read(sample)
         annotations = sample.get("annotations", ()) if self.is_train else ()
         objects = [a for a in annotations if not a.get("iscrowd", 0)]
-        augmented = T.AugInput(image, boxes=boxes_of(objects))
+        augmented = T.AugInput(image, boxes=xyxy_boxes(objects))
         transforms = self.augmentations(augmented)
         sample["image"] = torch.from_numpy(augmented.image.transpose(2, 0, 1).copy())
         if not self.is_train:

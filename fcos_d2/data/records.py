@@ -86,8 +86,8 @@ def _convert_mask(segmentation: dict | list) -> dict | list:
 # ---- Images and boxes ----
 
 
-def boxes_of(annotations: Sequence[dict]) -> np.ndarray:
-    """Returns boxes [n, 4], xyxy in pixels of the image file."""
+def xyxy_boxes(annotations: Sequence[dict]) -> np.ndarray:
+    """Returns the boxes of n annotations, float64 [n, 4], xyxy in pixels of the image file."""
     boxes = [
         BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations
     ]
@@ -110,7 +110,7 @@ def read_record(record: dict, image_format: str) -> tuple[np.ndarray, bool]:
     annotated = record.setdefault("width", width), record.setdefault("height", height)
     if annotated == (width, height):
         return image, False
-    corners = boxes_of(record.get("annotations", ()))[:, 2:]
+    corners = xyxy_boxes(record.get("annotations", ()))[:, 2:]
     check_size(annotated, (width, height), image_sizes(file_name)[1], corners)
     record["width"], record["height"] = width, height
     return image, True
@@ -133,8 +133,8 @@ def is_flat(annotation: Mapping) -> bool:
     return right == x or bottom == y
 
 
-def why_nothing_is_learned(records: Sequence[dict]) -> str | None:
-    """Returns the likely reason why no record has an object to train on, or None if one has."""
+def explain_missing_objects(records: Sequence[dict]) -> str | None:
+    """Explains why no record has an object to train on; returns None if one has."""
     if any(_shows_object(a, record) for record in records for a in record.get("annotations", ())):
         return None
     if not records:

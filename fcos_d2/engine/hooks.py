@@ -41,7 +41,7 @@ class ProgressBar(HookBase):
 
 
 class AssignmentStatistics(HookBase):
-    """Logs target assignment: positives per level, ambiguous points, boxes without a point.
+    """Logs target assignment: positives per level, ambiguous points, boxes without points.
 
     The model keeps these statistics on the GPU, and the host waits for it only to read them, every
     ``period`` iterations.

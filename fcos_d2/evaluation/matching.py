@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data.records import boxes_of, is_flat
+from ..data.records import is_flat, xyxy_boxes
 
 SIZES = ("all", "small", "medium", "large")  # areas below 32 x 32, below 96 x 96, and above
 COCO_DETECTIONS = 100  # per image and class that count for AP
@@ -96,7 +96,7 @@ def ground_truth(record: Mapping) -> Objects:
     """Returns the annotations of a record in detectron2's format; boxes without area are crowds."""
     annotations = record.get("annotations", ())
     return Objects(
-        boxes_of(annotations),
+        xyxy_boxes(annotations),
         np.array([a["category_id"] for a in annotations], dtype=int),
         crowd=np.array([a.get("iscrowd", 0) or is_flat(a) for a in annotations], dtype=bool),
     )

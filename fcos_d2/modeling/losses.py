@@ -161,17 +161,17 @@ class FCOSLoss(nn.Module):
     def stats(self) -> dict[str, Tensor]:
         """Statistics of the last assignment, as scalars on the device; empty before the first.
 
-        Per image: positive points of each level, ambiguous points (several boxes qualify), and
-        boxes that no point is assigned to.
+        Per image: positive points of each level, ambiguous points (which match several boxes), and
+        boxes without a positive point.
         """
         if self._last is None:
             return {}
         (_, classes, _), targets = self._last
         images = targets.counts.shape[0]
         positives, ambiguous = targets.counts.sum(dim=0).unbind(dim=-1)
-        served = torch.zeros(len(classes) + 1, dtype=torch.bool, device=classes.device)
-        served[targets.matched.flatten().long() + 1] = True
-        unserved = (classes >= 0) & ~served[1:]
+        has_point = torch.zeros(len(classes) + 1, dtype=torch.bool, device=classes.device)
+        has_point[targets.matched.flatten().long() + 1] = True
+        without_points = (classes >= 0) & ~has_point[1:]
         per_level = {
             f"fcos/positives_p{int(math.log2(stride))}": positives[level] / images
             for level, stride in enumerate(self.strides)
@@ -179,7 +179,7 @@ class FCOSLoss(nn.Module):
         return {
             **per_level,
             "fcos/ambiguous_points": ambiguous.sum() / images,
-            "fcos/unserved_boxes": unserved.sum() / images,
+            "fcos/boxes_without_points": without_points.sum() / images,
         }
 
     @torch.no_grad()

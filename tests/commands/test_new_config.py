@@ -11,7 +11,7 @@ from PIL import Image
 from fcos_d2.commands import new_config
 from fcos_d2.config_file import read_cfg
 from fcos_d2.data import class_names, load_dataset
-from fcos_d2.data.custom import photo
+from fcos_d2.data.custom import original_name
 from tests.catalogs import coco_content
 
 SIZE = (96, 72)
@@ -111,12 +111,10 @@ def test_validation_set_is_balanced_and_keeps_copies_together():
         for copy in range(rng.integers(1, 4)):
             labels[f"photo{n}_jpg.rf.{copy}a.jpg"] = classes
     chosen = new_config.choose_validation(labels)
-    photos = {photo(name) for name in chosen}
-    assert chosen == {name for name in labels if photo(name) in photos}
-    groups = {photo(name): classes for name, classes in labels.items()}
-    total, taken = (
-        Counter(c for group in part for c in groups[group]) for part in (groups, photos)
-    )
+    names = {original_name(name) for name in chosen}
+    assert chosen == {name for name in labels if original_name(name) in names}
+    groups = {original_name(name): classes for name, classes in labels.items()}
+    total, taken = (Counter(c for name in part for c in groups[name]) for part in (groups, names))
     for class_ in range(3):
         assert abs(taken[class_] / total[class_] - 0.2) < 0.07, (class_, taken, total)
     assert taken[3] == 1 and taken[4] == 0

@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fcos_d2.data import class_names, count_classes, load_dataset, register_datasets
-from fcos_d2.data.custom import image_filter, photo
+from fcos_d2.data.custom import image_filter, original_name
 from fcos_d2.data.inspection import inspect_dataset
 from fcos_d2.errors import InputError
 
@@ -50,7 +50,7 @@ def test_registration_does_not_open_files(register):
     ],
 )
 def test_augmented_copies_are_recognized_by_suffix(name, original):
-    assert photo(name) == original
+    assert original_name(name) == original
 
 
 def test_parts_partition_the_images_and_keep_augmented_copies_together():
@@ -59,7 +59,7 @@ def test_parts_partition_the_images_and_keep_augmented_copies_together():
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 300
     assert 210 < len(parts[0]) < 270
     copies = [f"{n}_png.rf.{hash_}.jpg" for n in range(50) for hash_ in ("0a", "1b")]
-    taken = [photo(name) for name in filter(image_filter((0, 0.5)), copies)]
+    taken = [original_name(name) for name in filter(image_filter((0, 0.5)), copies)]
     assert 10 < len(set(taken)) < 40 and all(taken.count(name) == 2 for name in taken)
 
 

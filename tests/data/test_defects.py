@@ -13,7 +13,7 @@ from PIL import Image
 from fcos_d2.data import class_names, load_dataset
 from fcos_d2.data.defects import DEFECTS, is_written_as_corners
 from fcos_d2.data.inspection import clean, inspect_dataset
-from fcos_d2.data.records import why_nothing_is_learned
+from fcos_d2.data.records import explain_missing_objects
 from fcos_d2.errors import InputError
 from tests.catalogs import register_function
 
@@ -301,7 +301,7 @@ def test_dataset_without_objects_reports_the_likely_reason(coco, change, text):
     change(coco.content)
     found = inspect_dataset(coco.register())
     assert found.num_problems == 0
-    assert text in why_nothing_is_learned(found.records)
+    assert text in explain_missing_objects(found.records)
 
 
 # ---- Records of dataset functions ----

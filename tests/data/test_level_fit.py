@@ -12,7 +12,7 @@ def build_levels(strides, sizes):
     return losses, PointGrid(strides)
 
 
-def boxes_of(*boxes) -> np.ndarray:
+def make_boxes(*boxes) -> np.ndarray:
     return np.array(boxes, float).reshape(-1, 4)
 
 
@@ -28,20 +28,20 @@ def test_points_cover_the_image():
     assert image_levels((100, 65), PointGrid([8], pitch="floor")).pitches == ((7, 7),)
 
 
-def test_boxes_are_counted_per_level_and_unassigned_boxes_by_cause():
+def test_boxes_are_counted_per_level_and_boxes_without_points_by_cause():
     losses, grid = build_levels([8, 16], [16])
     small, large, between = [0, 0, 16, 16], [64, 64, 128, 128], [17, 17, 19, 19]
     # The first of two equal boxes gets all points. A box between the points gets none.
     samples = [
-        Sample((128, 128), boxes_of(small, large, small)),
-        Sample((128, 128), boxes_of(between)),
-        Sample((128, 128), boxes_of()),
+        Sample((128, 128), make_boxes(small, large, small)),
+        Sample((128, 128), make_boxes(between)),
+        Sample((128, 128), make_boxes()),
     ]
     fit = measure_fit(samples, losses, grid)
     assert (fit.num_images, fit.num_boxes) == (3, 4)
     # The four points in the 16 x 16 box are 4 pixels from its center.
     assert fit.boxes_per_level == [1, 1] and fit.points_per_level[0] == 4
-    assert (fit.too_small, fit.covered, fit.unserved) == (1, 1, 2)
+    assert (fit.too_small, fit.covered, fit.without_points) == (1, 1, 2)
     assert fit.ambiguous == 4
 
 
@@ -54,7 +54,7 @@ def test_boxes_are_counted_per_level_and_unassigned_boxes_by_cause():
     ],
 )
 def test_finest_stride_is_the_largest_that_reaches_almost_all_boxes(side, strides, bounds):
-    pyramid = suggest_pyramid([Sample((999, 999), boxes_of([1, 1, 1 + side, 1 + side]))] * 9)
+    pyramid = suggest_pyramid([Sample((999, 999), make_boxes([1, 1, 1 + side, 1 + side]))] * 9)
     assert pyramid.strides == strides and pyramid.sizes_of_interest == bounds
 
 
@@ -73,9 +73,9 @@ def test_suggested_levels_reach_small_objects_that_common_levels_miss():
     pyramid = suggest_pyramid(samples)
     fit = measure_fit(samples, *build_levels(*pyramid))
     assert pyramid.strides[0] == 4
-    assert common.too_small > 20 and fit.unserved == 0
+    assert common.too_small > 20 and fit.without_points == 0
 
 
 def test_dataset_without_boxes_gets_the_default_levels():
     assert suggest_pyramid([]).strides == [8, 16, 32, 64, 128]
-    assert suggest_pyramid([Sample((9, 9), boxes_of([3, 3, 3, 8]))]).strides[0] == 8
+    assert suggest_pyramid([Sample((9, 9), make_boxes([3, 3, 3, 8]))]).strides[0] == 8

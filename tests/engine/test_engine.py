@@ -96,7 +96,8 @@ def test_statistics_are_read_from_the_device_only_when_due():
         @property
         def stats(self):
             reads.append(trainer.iter)
-            return {"fcos/positives_p3": torch.tensor(7), "fcos/unserved_boxes": torch.tensor(0.5)}
+            counts = {"fcos/positives_p3": 7, "fcos/boxes_without_points": 0.5}
+            return {name: torch.tensor(count) for name, count in counts.items()}
 
     with EventStorage() as storage:
         model = SimpleNamespace(losses=Losses())
@@ -109,7 +110,7 @@ def test_statistics_are_read_from_the_device_only_when_due():
         trainer.model, trainer.iter = small_model(), 3  # other models have none
         hook.after_step()
     assert reads == [3, 7, 9]
-    assert storage.latest() == {"fcos/positives_p3": (7, 9), "fcos/unserved_boxes": (0.5, 9)}
+    assert storage.latest() == {"fcos/positives_p3": (7, 9), "fcos/boxes_without_points": (0.5, 9)}
 
 
 # ---- detectron2 0.6 and main ----

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from fcos_d2.data import class_names, load_dataset
-from fcos_d2.data.records import boxes_of, is_flat
+from fcos_d2.data.records import is_flat, xyxy_boxes
 from fcos_d2.engine import Trainer
 from fcos_d2.errors import InputError
 from fcos_d2.evaluation import THRESHOLD_FILE, ThresholdEvaluator, evaluator_for
@@ -59,7 +59,7 @@ def detections(name: str, shift: float = 0.0) -> list[tuple]:
     found = []
     for record in load_dataset(name, filter_empty=False):
         annotations = [a for a in record["annotations"] if not is_flat(a)]
-        boxes = torch.tensor(boxes_of(annotations)).float() + shift
+        boxes = torch.tensor(xyxy_boxes(annotations)).float() + shift
         instances = Instances((record["height"], record["width"]), pred_boxes=Boxes(boxes))
         instances.pred_classes = torch.tensor([a["category_id"] for a in annotations])
         instances.scores = torch.linspace(0.9, 0.8, len(boxes))

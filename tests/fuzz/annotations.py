@@ -19,7 +19,7 @@ from PIL import Image
 
 from fcos_d2.data import class_names, load_dataset, register_datasets
 from fcos_d2.data.inspection import clean, describe_contents, inspect_dataset
-from fcos_d2.data.records import why_nothing_is_learned
+from fcos_d2.data.records import explain_missing_objects
 
 from .choices import Choices, corrupt
 from .oracle import allow_input_error, scratch
@@ -202,7 +202,7 @@ def inspect(name: str) -> None:
     """Runs the dataset check."""
     found = inspect_dataset(name, read_images=False)
     describe_contents(found)
-    why_nothing_is_learned(found.records)
+    explain_missing_objects(found.records)
     for problem in (*(text for _, text in found.problems), *found.image_problems.values()):
         assert problem.isprintable() and len(problem) < 1000, problem[:1000]
     for cleaned in clean([found], [found]):

@@ -202,7 +202,7 @@ def test_normalizers_can_stay_local(monkeypatch):
     assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
 
 
-def test_statistics_count_positives_ambiguous_points_and_unserved_boxes():
+def test_statistics_count_positives_ambiguous_points_and_boxes_without_points():
     loss = make_loss()
     assert loss.stats == {}
     around_the_middle, between_points = [8.0, 0.0, 16.0, 8.0], [5.0, 0.0, 11.0, 8.0]
@@ -215,7 +215,7 @@ def test_statistics_count_positives_ambiguous_points_and_unserved_boxes():
     assert stats == {
         "fcos/positives_p3": 3 / 2,
         "fcos/ambiguous_points": 1 / 2,
-        "fcos/unserved_boxes": 2 / 2,
+        "fcos/boxes_without_points": 2 / 2,
     }
 
 
