@@ -296,7 +296,7 @@ class SelectCase(NamedTuple):
     layouts: ThreeLayouts
     options: options(
         score_threshold=st.sampled_from([0.05, 0.0, 0.3, 0.5, 0.9, 1.0]),
-        topk=st.sampled_from([1, 3, 10, 100, 1000]),
+        topk=st.sampled_from([1, 3, 10, 40, 100, 1000]),
         threshold_with_quality=st.booleans(),
         rank_with_quality=st.booleans(),
         score_rule=st.sampled_from(["sqrt", "product", "cls"]),
@@ -375,10 +375,13 @@ class NmsCase(NamedTuple):
         return boxes, scores, classes
 
 
+FEW_BOXES = [st.integers(0, 3), st.integers(0, 40)]
+
+
 class PaddedCase(NamedTuple):
     seed: Seed
     images: integer(0, 3)
-    count: Annotated[int, st.integers(0, 3) | st.integers(0, 40)]
+    count: Annotated[int, st.one_of(*FEW_BOXES * 9, st.integers(150, 400))]
     boxes: one_of(*NMS_BOX_KINDS)
     scores: one_of(*NMS_SCORE_KINDS)
     num_classes: one_of(1, 3, 80)

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,16 @@ from torch.utils._pytree import tree_leaves
 from tests import native
 from tests.ops.backends import Overloads, reference_of, register_ops
 
+from . import small_tiles
+
 HERE = Path(__file__).parent
-BUILD = native.ROOT / "build" / "ptx"
-KERNELS = sorted((native.ROOT / "csrc" / "cuda").glob("*.cu"))
+CSRC = native.ROOT / "csrc"
+SMALL_TILES = "FCOS_D2_SMALL_TILES"  # environment variable that selects the kernels of small_tiles
+BUILD = native.ROOT / "build" / ("ptx_small_tiles" if os.environ.get(SMALL_TILES) else "ptx")
+SOURCE = small_tiles.copy(CSRC, BUILD / "csrc") if os.environ.get(SMALL_TILES) else CSRC
+KERNELS = sorted((SOURCE / "cuda").glob("*.cu"))
 MACHINE = sorted(HERE.glob("*.cpp"))
-BINDING = native.ROOT / "csrc" / "bindings" / "cuda.cpp"
+BINDING = CSRC / "bindings" / "cuda.cpp"
 RAW = "fcos_d2_ptx_raw"  # the ops of the binding (binding.h)
 NAMESPACE = "fcos_d2_ptx"  # the same with their tensors made known to the machine
 
