@@ -19,8 +19,7 @@
 namespace fcos::cuda {
 namespace {
 
-constexpr int kTileWidth = 32, kTileHeight = 8;
-constexpr int kThreads = kTileWidth * kTileHeight;
+constexpr int kTileWidth = 32, kTileHeight = kThreads / kTileWidth;
 constexpr int kMinBlocks = kThreadsOfMultiprocessor / kThreads; // mostly 6: at most 40 registers
 
 struct Tile {
@@ -203,7 +202,7 @@ __device__ Tally assign_tile(const AssignTargets& args, const BlocksOfLevels& ti
 // Each warp sums a level of an image.
 __device__ void add_tallies(
     const AssignTargets& args, const BlocksOfLevels& tiles, const Tally* tallies) {
-  int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, levels = args.levels.count;
+  int lane = lane_index(), warp = int(threadIdx.x) / 32, levels = args.levels.count;
   double positive = 0, centerness = 0;
   for (int64_t i = warp; i < args.num_images * levels; i += kThreads / 32) {
     const Tally* of_image = tallies + i / levels * tiles.total();
@@ -215,8 +214,8 @@ __device__ void add_tallies(
     }
     positive += of_level[0];
     for (int step = 16; step > 0; step /= 2) {
-      of_level[0] += __shfl_down_sync(0xffffffff, of_level[0], step);
-      of_level[1] += __shfl_down_sync(0xffffffff, of_level[1], step);
+      of_level[0] += __shfl_down_sync(kAllLanes, of_level[0], step);
+      of_level[1] += __shfl_down_sync(kAllLanes, of_level[1], step);
     }
     if (lane == 0) {
       args.counts[2 * i] = of_level[0], args.counts[2 * i + 1] = of_level[1];

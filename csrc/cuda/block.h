@@ -18,6 +18,17 @@ template <class T>
 using Atomic = ::cuda::atomic_ref<T, ::cuda::thread_scope_device>;
 constexpr auto kRelaxed = ::cuda::memory_order_relaxed;
 
+// Adds to a counter of finished parts. Returns whether no part is left of `total`; this block then sees
+// what the other blocks wrote before their last barriers, and what their threads 0 wrote later.
+__device__ __forceinline__ bool is_last_part(unsigned* finished, unsigned parts, unsigned total) {
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    Atomic<unsigned> counter(*finished);
+    is_last = counter.fetch_add(parts, ::cuda::memory_order_acq_rel) + parts == total;
+  }
+  return __syncthreads_or(is_last);
+}
+
 // Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` loads of a thread are in
 // flight at once. In place, `take` may write where keys have been loaded, and what the caller wrote
 // before is visible to it.

@@ -12,14 +12,7 @@
 
 namespace fcos::cuda {
 
-constexpr int kScanThreads = 256, kFinishThreads = 512;
-
-// Blocks per multiprocessor in the scan: leaves the compiler enough registers to start all loads of a
-// turn at once.
-template <class T>
-constexpr int kByRegisters = sizeof(T) == 8 ? 2 : 4;
-template <class T>
-constexpr int kMinBlocks = std::min(kByRegisters<T>, kThreadsOfMultiprocessor / kScanThreads);
+constexpr int kFinishThreads = 512;
 
 constexpr int kTileSize = 8192;               // logits that a block processes together
 constexpr int kPointBits = 9, kClassBits = 7; // of 16 that say which logit of a tile

@@ -19,11 +19,6 @@ struct Plan {
   unsigned ticket;
 };
 
-// Blocks per multiprocessor: leaves the compiler 64 registers, with which it starts all loads of a
-// step at once.
-template <class T>
-constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
-
 template <class Real>
 __device__ void write_loss(void* to, double sum, const LossScale& scale) {
   if (threadIdx.x == 0 && to != nullptr) {
@@ -52,7 +47,7 @@ __device__ void leave_sum(double value, double* to) {
 }
 
 template <class T, int Gamma, bool Loss, bool Grad>
-__global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     loss_kernel(const __grid_constant__ Plan plan) {
   using Real = typename Compute<T>::Type;
   if (!Loss && plan.is_saved &&
@@ -62,7 +57,7 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
   int block = int(blockIdx.x) - plan.box_blocks; // of the logits
   if (block < 0) {
     PointLosses<Real> losses =
-        take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kLossThreads + threadIdx.x);
+        take_point<Real, Grad>(plan.box, int64_t(blockIdx.x) * kThreads + threadIdx.x);
     if constexpr (Loss) {
       leave_sum<0>(losses.box, plan.partials + blockIdx.x);
       leave_sum<1>(losses.quality, plan.partials + plan.box_blocks + blockIdx.x);
@@ -83,7 +78,7 @@ __global__ void __launch_bounds__(kLossThreads, kMinBlocks<T>)
 cudaError_t make_plan(const Losses& args, Plan* plan) {
   *plan = Plan{};
   int64_t points = args.box.ltrb.num_levels == 0 ? 0 : args.box.num_images * args.box.num_points;
-  int64_t box_blocks = divide_up(points, kLossThreads);
+  int64_t box_blocks = divide_up(points, kThreads);
   if (box_blocks > kMaxBlocks || !make_plan(args.focal, &plan->focal) ||
       2 * box_blocks + plan->focal.blocks.total() > kMaxBlocks) {
     return cudaErrorInvalidConfiguration;
@@ -122,7 +117,7 @@ void launch(const Losses& args, const Plan& plan, cudaStream_t stream) {
   if (blocks > 0) {
     dispatch(args, [&](auto zero, auto gamma) {
       loss_kernel<decltype(zero), decltype(gamma)::value, Loss, Grad>
-          <<<unsigned(blocks), kLossThreads, 0, stream>>>(plan);
+          <<<unsigned(blocks), kThreads, 0, stream>>>(plan);
     });
   }
 }

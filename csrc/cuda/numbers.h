@@ -23,6 +23,11 @@ struct Compute<double> {
   using Type = double;
 };
 
+// Blocks of kThreads per multiprocessor, for kernels that read logits: leaves the compiler 64 registers
+// (128 for float64), with which it starts all loads of a step at once.
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
+
 // Calls function(T{}) with the type that is stored.
 #pragma nv_exec_check_disable // the function is of the host or of the device
 template <class Function>

@@ -18,7 +18,6 @@
 
 namespace fcos::cuda {
 
-constexpr int kLossThreads = 256;
 constexpr int kMaxRows = 16; // of a thread: float sums stay short, and there is a bit for each
 
 // One level of the batch.
@@ -62,7 +61,7 @@ struct Patch {
 // False for surplus threads.
 __device__ bool find_patch(
     const FocalPlan& plan, const Matrix& m, int block, int vector, Patch* patch) {
-  unsigned index = unsigned(block) * kLossThreads + threadIdx.x;
+  unsigned index = unsigned(block) * kThreads + threadIdx.x;
   unsigned group = index % unsigned(m.groups), rest = index / unsigned(m.groups);
   int slice = int(rest % unsigned(m.slices));
   patch->image = rest / unsigned(m.slices);
@@ -319,7 +318,7 @@ inline bool make_plan(const FocalLoss& args, FocalPlan* plan) {
   for (int l = args.logits.num_levels - 1; l >= 0; --l) {
     Matrix m = make_matrix(args, args.logits.level[l]);
     int64_t threads = args.num_images * m.groups * m.slices;
-    int64_t blocks = divide_up(threads, kLossThreads);
+    int64_t blocks = divide_up(threads, kThreads);
     total += blocks;
     int64_t step = std::max(m.data_strides.row, m.grad_strides.row) * m.row_step;
     if (threads > INT_MAX || total > kMaxBlocks || step > INT_MAX / kMaxRows) {

@@ -4,7 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstdint>
+#include <cub/block/block_reduce.cuh>
+
+#include "block.h"
+#include "launch.h"
 
 namespace fcos::cuda {
 
@@ -12,22 +15,9 @@ namespace fcos::cuda {
 // between them must differ in `Number`.
 template <int Number>
 __device__ __forceinline__ double block_sum(double value) {
-  __shared__ double of_warps[32];
-  int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
-  for (int step = 16; step > 0; step /= 2) {
-    value += __shfl_down_sync(0xffffffff, value, step);
-  }
-  if (lane == 0) {
-    of_warps[warp] = value;
-  }
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < warps; ++i) {
-      sum += of_warps[i];
-    }
-  }
-  return sum;
+  using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  __shared__ typename Reduce::TempStorage storage;
+  return Reduce(storage).Sum(value);
 }
 
 // Counters of finished blocks, zero while no kernel uses them.
@@ -47,23 +37,18 @@ inline cudaError_t take_ticket(cudaStream_t stream, unsigned* ticket) {
 
 // Whether this block is the last one here; it then sees what thread 0 of every other block wrote.
 __device__ __forceinline__ bool is_last_block(unsigned ticket) {
-  bool is_last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(&tickets[ticket], 1u) + 1 == gridDim.x;
-    __threadfence();
-    if (is_last) {
-      tickets[ticket] = 0;
-    }
+  bool is_last = is_last_part(&tickets[ticket], 1, gridDim.x);
+  if (is_last && threadIdx.x == 0) {
+    tickets[ticket] = 0;
   }
-  return __syncthreads_or(is_last) != 0;
+  return is_last;
 }
 
 // The block_sum() of the partial sums of a kernel's blocks.
 template <int Number>
 __device__ __forceinline__ double sum_partials(const double* partials, int count) {
   double sum = 0;
-  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < count; i += kThreads) {
     sum += partials[i];
   }
   return block_sum<Number>(sum);
