@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cub/block/block_scan.cuh>
 #include <cuda/atomic>
 
 namespace fcos::cuda {
@@ -166,9 +167,11 @@ struct Bin {
 // Keys of a block, in shared memory.
 template <int Threads>
 struct Histogram {
+  using Scan = cub::BlockScan<unsigned, Threads, cub::BLOCK_SCAN_WARP_SCANS>;
+
   unsigned bins[kBins];
   unsigned count; // of keys: the caller's
-  unsigned of_warps[Threads / 32];
+  typename Scan::TempStorage scan;
   Bin found;
 
   __device__ __forceinline__ void clear() {
@@ -185,36 +188,19 @@ struct Histogram {
   __device__ Bin find(const unsigned* counts, unsigned wanted) {
     constexpr int kEach = int(kBins) / Threads;
     int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
-    unsigned mine[kEach], sum = 0;
+    unsigned inside[kEach], above[kEach], total;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      mine[i] = counts[best - i];
-      sum += mine[i];
+      inside[i] = counts[best - i];
     }
-    if (threadIdx.x == 0) {
-      found = {-1, 0, 0};
+    Scan(scan).ExclusiveSum(inside, above, total);
+    if (total < wanted) {
+      return {-1, 0, 0};
     }
-    unsigned above = sum;
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      unsigned other = __shfl_up_sync(kAllLanes, above, step);
-      above += lane_index() >= step ? other : 0;
-    }
-    if (lane_index() == 31) {
-      of_warps[threadIdx.x / 32] = above;
-    }
-    __syncthreads();
-    above -= sum;
-    for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) {
-      above += of_warps[warp];
-    }
-    if (above < wanted && above + sum >= wanted) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (above < wanted && above + mine[i] >= wanted) {
-          found = {best - i, above, mine[i]};
-        }
-        above += mine[i];
+    for (int i = 0; i < kEach; ++i) {
+      if (above[i] < wanted && above[i] + inside[i] >= wanted) {
+        found = {best - i, above[i], inside[i]};
       }
     }
     __syncthreads();

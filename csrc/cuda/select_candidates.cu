@@ -206,16 +206,14 @@ template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_kernel(const __grid_constant__ Plan plan) {
   __shared__ FinishScratch scratch;
-  unsigned first = blockIdx.x;                       // tile of the next segment that has overflowed
-  for (unsigned i = 0; i <= *plan.overflowed; ++i) { // the block's own segment, then these
-    unsigned number = i == 0 ? blockIdx.x : plan.overflowed[i];
-    if (number < plan.num_segments) {
-      Segment segment = find_segment(plan, number);
-      bool is_complete = i == 0 ? segment.state->found <= segment.capacity
-                                : collect<T>(plan, segment, &first, scratch);
-      if (is_complete) {
-        finish<T>(plan, segment, scratch);
-      }
+  unsigned first = blockIdx.x; // tile of the next segment that has overflowed
+  // The block's own segment, if there is one, then all that have overflowed.
+  for (unsigned i = blockIdx.x < plan.num_segments ? 0 : 1; i <= *plan.overflowed; ++i) {
+    Segment segment = find_segment(plan, i == 0 ? blockIdx.x : plan.overflowed[i]);
+    bool is_complete = i == 0 ? segment.state->found <= segment.capacity
+                              : collect<T>(plan, segment, &first, scratch);
+    if (is_complete) {
+      finish<T>(plan, segment, scratch);
     }
   }
 }
