@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define FCOS_HD __host__ __device__ __forceinline__
@@ -28,6 +29,14 @@ FCOS_HD float mul_rn(float a, float b) {
 #else
   return a * b;
 #endif
+}
+
+template <class To, class From>
+FCOS_HD To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 
 // The math functions of the formulas, for scalars in full precision. Other number types (vectors of

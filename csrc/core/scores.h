@@ -2,8 +2,6 @@
 // GPU agree bitwise, and select the same candidates in the same order.
 #pragma once
 
-#include <cstring>
-
 #include "arguments.h"
 #include "platform.h"
 
@@ -27,12 +25,7 @@ FCOS_HD Number exp_polynomial(Number x) {
   p = mul_rn(p, r) + 5.0000001201e-1f;
   p = mul_rn(p, mul_rn(r, r)) + r + 1.0f;
   // Multiplies by 2^n by adding n to the exponent; the low bits of `shifted` are n.
-  Bits exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof bits);
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof bits);
-  return p;
+  return bits_as<Number>(bits_as<Bits>(p) + (bits_as<Bits>(shifted) << 23));
 }
 
 // e^x for x <= 0; 0 below kLowestExponent.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <unordered_map>
@@ -213,8 +212,7 @@ std::vector<int64_t> descending_order(const double* scores, int64_t num_boxes) {
   std::vector<Item> items(num_boxes), other(num_boxes);
   for (int64_t i = 0; i < num_boxes; ++i) {
     double x = scores[i] + 0.0;
-    uint64_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
+    uint64_t bits = bits_as<uint64_t>(x);
     uint64_t ascending = bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
     items[i] = {x == x ? ~ascending : 0, i};
   }

@@ -1,8 +1,6 @@
 // Number types of the CPU kernels: storage types, and vectors of floats with their own exp and log.
 #pragma once
 
-#include <cstring>
-
 #include "../core/arguments.h"
 #include "../core/scores.h"
 
@@ -28,19 +26,13 @@ using Half = _Float16;
 FCOS_HD float widen(float x) { return x; }
 FCOS_HD double widen(double x) { return x; }
 FCOS_HD float widen(Half x) { return float(x); }
-FCOS_HD float widen(BFloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+FCOS_HD float widen(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 
 FCOS_HD void narrow(float x, float* out) { *out = x; }
 FCOS_HD void narrow(double x, double* out) { *out = x; }
 FCOS_HD void narrow(float x, Half* out) { *out = Half(x); }
 FCOS_HD void narrow(float x, BFloat16* out) { // to nearest, ties to even, NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  uint32_t bits = bits_as<uint32_t>(x);
   uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   out->bits = uint16_t(x == x ? rounded : 0x7fc0);
 }

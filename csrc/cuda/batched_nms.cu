@@ -190,7 +190,6 @@ __device__ float lower(const PaddedNms& args, float score, const Overlap& o) {
 
 __global__ void __launch_bounds__(kPaddedThreads, 1)
     soft_kernel(const __grid_constant__ PaddedNms args, float* all_scores) {
-  __shared__ uint64_t of_warps[kPaddedThreads / 32];
   Image image(args, blockIdx.x);
   float* scores = all_scores + blockIdx.x * args.num_boxes; // a thread sees only its own
   uint64_t best = 0;
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__(kPaddedThreads, 1)
   }
   int64_t kept = 0;
   while (kept < args.max_detections) {
-    best = largest<kPaddedThreads>(best, of_warps);
+    best = largest<kPaddedThreads>(best);
     if (best == 0) {
       break;
     }

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cuda/atomic>
 
@@ -104,21 +105,16 @@ __device__ __forceinline__ unsigned append(
 
 // The largest key of all threads.
 template <int Threads>
-__device__ __forceinline__ uint64_t largest(uint64_t key, uint64_t (&of_warps)[Threads / 32]) {
-  for (int step = 16; step > 0; step /= 2) {
-    key = max(key, __shfl_xor_sync(kAllLanes, key, step));
-  }
-  if (lane_index() == 0) {
-    of_warps[threadIdx.x / 32] = key;
-  }
-  __syncthreads();
-  key = of_warps[0];
-#pragma unroll
-  for (int i = 1; i < Threads / 32; ++i) {
-    key = max(key, of_warps[i]);
+__device__ __forceinline__ uint64_t largest(uint64_t key) {
+  using Reduce = cub::BlockReduce<uint64_t, Threads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  __shared__ typename Reduce::TempStorage storage;
+  __shared__ uint64_t result;
+  key = Reduce(storage).Reduce(key, [](uint64_t a, uint64_t b) { return max(a, b); });
+  if (threadIdx.x == 0) {
+    result = key;
   }
   __syncthreads();
-  return key;
+  return result;
 }
 
 // Keys counted by size: bin i of [low, high) has those whose distance from `low` is i << shift or

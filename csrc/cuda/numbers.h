@@ -5,7 +5,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstring>
 #include <type_traits>
 
 #include "../core/arguments.h"
@@ -67,14 +66,6 @@ template <class T>
 struct Vector<T, 1> {
   T element;
 };
-
-template <class To, class From>
-FCOS_HD To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 // `last_use` lets the cache evict what was read.
 template <class T, int Size>
