@@ -130,15 +130,14 @@ struct Cursor {
   unsigned special_rows;
   const T* data;
   T* grad;
-  int data_step, grad_step;
 
   __device__ int row(const Matrix& m, int k) const {
     return last_row - (rows_left - 1 - k) * m.row_step;
   }
-  __device__ void advance(int rows) {
+  __device__ void advance(const Matrix& m, int rows) {
     rows_left -= rows;
     special_rows >>= rows;
-    data += rows * data_step, grad += rows * grad_step;
+    data += rows * m.data_step, grad += rows * m.grad_step;
   }
 };
 
@@ -151,7 +150,7 @@ __device__ __forceinline__ void take_rows(
   Vector<T, V> logits[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
-    logits[k] = load<T, V>(at.data + k * at.data_step, Pass::kLastUse);
+    logits[k] = load<T, V>(at.data + k * m.data_step, Pass::kLastUse);
   }
   bool any_special = (at.special_rows & ((1u << Count) - 1)) != 0;
   if (any_special) {
@@ -165,7 +164,7 @@ __device__ __forceinline__ void take_rows(
   for (int k = 0; k < Count; ++k) {
     typename Compute<T>::Type z[V];
     unpack<T, V>(logits[k], z);
-    pass.negatives(z, at.grad + k * at.grad_step);
+    pass.negatives(z, at.grad + k * m.grad_step);
   }
   if (any_special) {
 #pragma unroll 1
@@ -173,7 +172,7 @@ __device__ __forceinline__ void take_rows(
       unsigned left = find_special_elements<V>(m, patch, at.row(m, k)).positive;
       for (; left != 0; left &= left - 1) {
         int j = __ffs(int(left)) - 1;
-        pass.positive(-widen(at.data[k * at.data_step + j]), at.grad + k * at.grad_step + j);
+        pass.positive(-widen(at.data[k * m.data_step + j]), at.grad + k * m.grad_step + j);
       }
     }
   }
@@ -183,18 +182,15 @@ template <class T, int V, class Pass>
 __device__ __forceinline__ void take_patch(
     const FocalPlan& plan, const Matrix& m, const Patch& patch, Pass& pass) {
   Cursor<T> at = {
-      patch.num_rows,
-      patch.first_row + (patch.num_rows - 1) * m.row_step,
+      patch.num_rows, patch.first_row + (patch.num_rows - 1) * m.row_step,
       find_special_rows<V>(plan, m, patch),
       static_cast<const T*>(m.data) + patch.offset(m.data_strides),
-      static_cast<T*>(m.grad) + patch.offset(m.grad_strides),
-      m.data_step,
-      m.grad_step};
+      static_cast<T*>(m.grad) + patch.offset(m.grad_strides)};
   constexpr int kAtOnce = V > 1 ? 2 : 4;
-  for (; at.rows_left >= kAtOnce; at.advance(kAtOnce)) {
+  for (; at.rows_left >= kAtOnce; at.advance(m, kAtOnce)) {
     take_rows<T, V, kAtOnce>(m, patch, at, pass);
   }
-  for (; at.rows_left > 0; at.advance(1)) {
+  for (; at.rows_left > 0; at.advance(m, 1)) {
     take_rows<T, V, 1>(m, patch, at, pass);
   }
 }
@@ -202,22 +198,12 @@ __device__ __forceinline__ void take_patch(
 // What a kernel computes from the logits. Errors are below the rounding of half-precision logits and
 // gradients, but not of float32. Exponents above 2 multiply every error, so the kernels for arbitrary
 // exponents use exact functions.
-template <class T, int Gamma, bool Loss, bool Grad>
-struct Kind {
+template <class T, int Gamma, bool Loss, bool Grad, int V>
+struct Pass {
   using Real = typename Compute<T>::Type;
   using Fast = std::conditional_t<Loss, FastMath, CoarseMath>;
   using Finer = std::conditional_t<(sizeof(T) == 4), FineMath, Fast>;
   using Math = std::conditional_t<(sizeof(T) == 8 || Gamma < 0), ScalarMath<Real>, Finer>;
-
-  static __device__ FocalTerms<Real> terms(const FocalPlan& plan, Real z) {
-    return focal_terms<Math, Gamma>(z, Real(plan.gamma));
-  }
-};
-
-template <class T, int Gamma, bool Loss, bool Grad, int V>
-struct Pass {
-  using Kind = cuda::Kind<T, Gamma, Loss, Grad>;
-  using Real = typename Kind::Real;
   static constexpr bool kLastUse = Grad; // else a backward pass comes soon
 
   const FocalPlan& plan;
@@ -235,7 +221,7 @@ struct Pass {
     Real slopes[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      FocalTerms<Real> terms = Kind::terms(plan, z[j]);
+      FocalTerms<Real> terms = focal_terms<Math, Gamma>(z[j], Real(plan.gamma));
       slopes[j] = scale * terms.slope;
       if constexpr (Loss) {
         of_negatives[j] += terms.loss;
@@ -246,7 +232,7 @@ struct Pass {
     }
   }
   __device__ void positive(Real z, T* grad) {
-    FocalTerms<Real> terms = Kind::terms(plan, z);
+    FocalTerms<Real> terms = focal_terms<Math, Gamma>(z, Real(plan.gamma));
     if constexpr (Loss) {
       of_positives += double(terms.loss);
     }
