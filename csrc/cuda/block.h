@@ -31,9 +31,9 @@ __device__ __forceinline__ bool is_last_part(unsigned* finished, unsigned parts,
   return __syncthreads_or(is_last);
 }
 
-// Calls take(valid, key) for load(i), i < count, where 0 is no key. `Each` loads of a thread are in
-// flight at once. In place, `take` may write where keys have been loaded, and what the caller wrote
-// before is visible to it.
+// Calls take(valid, key) with key = load(i) for all i < count; 0 is no valid key. Each thread has
+// `Each` loads in flight. If `InPlace`, `take` may overwrite the keys that have been loaded, and sees
+// what any thread wrote before the call.
 template <int Threads, int Each, bool InPlace, class Load, class Take>
 __device__ void for_each_key(int64_t count, Load&& load, Take&& take) {
   for (int64_t first = 0; first < count; first += Each * Threads) {
@@ -160,7 +160,7 @@ struct Bin {
   unsigned inside;
 };
 
-// Keys of a block, in shared memory.
+// Counts a block's keys in shared memory.
 template <int Threads>
 struct Histogram {
   using Scan = cub::BlockScan<unsigned, Threads, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -180,7 +180,8 @@ struct Histogram {
     __syncthreads();
   }
 
-  // In these bins or others. Other calls must come after a barrier.
+  // Finds the bin of key number `wanted`, by the counts of these bins or of others. A barrier must
+  // separate two calls.
   __device__ Bin find(const unsigned* counts, unsigned wanted) {
     constexpr int kEach = int(kBins) / Threads;
     int best = int(kBins) - 1 - int(threadIdx.x) * kEach;
@@ -203,9 +204,9 @@ struct Histogram {
     return found;
   }
 
-  // Narrows a range of keys, those of `bin`, until no more than `most` are not below it, with the best
-  // `wanted` among them, if there are as many; returns how many. for_each(take) calls take(valid, key)
-  // for all keys and ends with a barrier.
+  // Narrows `range`, which holds the keys of `bin`, until at most `most` keys reach range->low. The best
+  // `wanted` are among them, if there are as many. Returns how many reach it. for_each(take) calls
+  // take(valid, key) for all keys and ends with a barrier.
   template <class ForEach>
   __device__ unsigned narrow(
       Bin bin, unsigned wanted, unsigned most, Range* range, ForEach&& for_each) {

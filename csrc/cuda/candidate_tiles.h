@@ -15,37 +15,37 @@ namespace fcos::cuda {
 constexpr int kFinishThreads = 512;
 
 constexpr int kTileSize = 8192;               // logits that a block processes together
-constexpr int kPointBits = 9, kClassBits = 7; // of 16 that say which logit of a tile
+constexpr int kPointBits = 9, kClassBits = 7; // of the 16 that index a logit of a tile
 constexpr int kTilePoints = 1 << kPointBits;  // at most
 constexpr int kTileClasses = 1 << kClassBits; // at most
 constexpr unsigned kSortable = 2048;          // keys that are sorted in shared memory
 
-constexpr unsigned kCollectBlocks = 264; // that read segments again, if necessary
+constexpr unsigned kCollectBlocks = 264; // they read segments again whose lists have overflowed
 
-// Lists that are longer are shortened before they are sorted.
+// Longer lists are shortened before they are sorted.
 FCOS_HD int64_t longest_sorted(int64_t wanted) { return max_of(int64_t(kSortable), 2 * wanted); }
 
-// Lists have room for these and a tile, or for this share of a segment if that is more; more rarely
-// pass the threshold.
+// A list has room for that many keys and a tile more, or for this share of a segment if it is larger:
+// more candidates are rare.
 constexpr int64_t kListShare = 64;
 
 // How a level is divided into tiles of neighboring points and classes, one per block.
 struct LevelPlan {
   int tile_points, tile_classes;
-  int class_tiles;   // that share their points
-  int tiles;         // of an image
-  unsigned capacity; // of the list of a segment
-  int64_t first_key; // of that list among those of an image
+  int class_tiles;   // tiles with the same points
+  int tiles;         // per image
+  unsigned capacity; // of a segment's list
+  int64_t first_key; // where that list starts among the keys of an image
   bool columns_are_classes, is_vectorised;
 
   __device__ unsigned column_bits() const { return columns_are_classes ? kClassBits : kPointBits; }
 };
 
-// Of a segment, zeros before the first kernel.
+// What the blocks of a segment share. It is all zeros before the first kernel.
 struct State {
-  unsigned found;                 // by the scan; more than the capacity if the list has overflowed
-  unsigned collected, tiles_done; // after that
-  unsigned lowest_bin;            // that still matters; bins below it are counted in part
+  unsigned found;                 // by the scan; exceeds the capacity if the list has overflowed
+  unsigned collected, tiles_done; // by finish_kernel, if it has
+  unsigned lowest_bin;            // that still matters; bins below it do not count all candidates
   unsigned bins[kBins];
 };
 
@@ -57,7 +57,7 @@ struct Plan {
   int64_t keys_per_image;
   uint64_t* keys;       // [B, keys_per_image]
   State* states;        // [B L]
-  unsigned* overflowed; // [1 + B L]: how many lists have overflowed, first 0, and which
+  unsigned* overflowed; // [1 + B L]: how many lists have overflowed, then whose
 };
 
 struct Tile {
@@ -334,8 +334,8 @@ __device__ unsigned find_survivors(
              : list_survivors<1, Threads>(rows, level, scratch);
 }
 
-// Calls visit(valid, key) for what is listed; only candidates with keys of at least `low` are valid.
-// All lanes of a warp call it together.
+// Calls visit(valid, key) for all `count` survivors; those that are candidates with keys of at least
+// `low` are valid. All lanes of a warp call it together.
 template <class T, int Threads, class Visit>
 __device__ void for_each_survivor(
     const Plan& plan, const Tile& tile, uint64_t low, unsigned count, Scratch<Threads>& scratch,

@@ -27,12 +27,12 @@ cudaError_t launch_select_candidates(
 int64_t batched_nms_padded_scores(const PaddedNms& args);
 cudaError_t launch_batched_nms_padded(const PaddedNms& args, float* scores, cudaStream_t stream);
 
-// N boxes, of which those of one group stand together, by descending score.
+// N boxes, sorted by group, then by descending score.
 struct FlatNms {
   const float* boxes;    // [N, 4], in any order, aligned to 16 bytes
-  const int64_t* index;  // [N], which of them stands where
-  const int64_t* groups; // [N], rising
-  const int64_t* place;  // [N], where `keep` shall say whether it was kept
+  const int64_t* index;  // [N], the row of `boxes` at each position of the sorted order
+  const int64_t* groups; // [N], ascending
+  const int64_t* place;  // [N], the element of `keep` for each position
   int64_t num_boxes;
   float iou_threshold;
   bool* keep; // [N]

@@ -90,9 +90,9 @@ __device__ void collect_tile(
   });
 }
 
-// Collects the candidates that are good enough by the counts from this block's share of the tiles: every
-// gridDim.x-th from `first` on, which becomes that of the next segment. Returns whether all other blocks
-// are done.
+// Collects the candidates that are good enough by the counts from this block's share of the tiles:
+// every gridDim.x-th from `first` on, which becomes the first of the next segment. Returns whether this
+// block completes the segment.
 template <class T>
 __device__ bool collect(
     const Plan& plan, const Segment& segment, unsigned* first, FinishScratch& scratch) {
@@ -112,9 +112,9 @@ __device__ bool collect(
   return last;
 }
 
-// Shortens a list of `count` keys to those from range->low on: the best ones, no more than `most`,
-// with `bin` and `range` to start from. They move to its front, or to shared memory if they may and
-// fit. Returns how many they are.
+// Narrows `range`, which holds the keys of `bin`, until few enough to sort reach range->low, and
+// shortens a list of `count` keys to them. They move to its front, or, unless `in_place`, to shared
+// memory if they fit. Returns how many are left.
 __device__ unsigned shorten(
     const Segment& segment, unsigned count, Bin bin, Range* range, bool in_place,
     FinishScratch& scratch) {
@@ -132,8 +132,8 @@ __device__ unsigned shorten(
   return left;
 }
 
-// Replaces the list of a segment by the best keys of `low` and more, shortening it each time that it
-// may overflow; returns how many.
+// Replaces the list of a segment by its best keys, of at least `low`, and shortens it whenever the next
+// tile might overflow it. Returns how many keys it has.
 template <class T>
 __device__ unsigned replace_list(
     const Plan& plan, const Segment& segment, uint64_t low, FinishScratch& scratch) {
@@ -186,7 +186,7 @@ __device__ void finish(const Plan& plan, const Segment& segment, FinishScratch& 
   unsigned count = state.found <= segment.capacity ? state.found : state.collected;
   Range range = {0, kEndOfKeys};
   Bin bin = {0, 0, count};
-  if (state.found > longest_sorted(segment.wanted)) { // the counts know which ones are wanted
+  if (state.found > longest_sorted(segment.wanted)) { // the counts tell which ones are wanted
     bin = scratch.find(state.bins, segment.wanted);
     range = scan_range(bin.index);
     if (bin.above + bin.inside > segment.capacity) {
