@@ -1,4 +1,4 @@
-"""Reads config files and command-line overrides; mistakes are one-line errors with a remedy."""
+"""Reads config files and command-line overrides, and reports mistakes as InputErrors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .lazy_config import cfg_from_lazy, is_lazy
 
 
 def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config, fills in every key, and registers its datasets; the result is not frozen.
+    """Reads a config, resolves its defaults, and registers its datasets; does not freeze it.
 
     Args:
-        config_file: YAML, LazyConfig, the name of a config in the model zoo, or "" for the
-            defaults.
-        opts: KEY VALUE pairs that override it; for a LazyConfig, also ``key=value``.
+        config_file: path of a YAML file or LazyConfig, name of a config in the model zoo, or "" for
+            the defaults.
+        opts: overrides, as KEY VALUE pairs; for a LazyConfig, also ``key=value``.
 
     Raises:
         InputError: a file, key or value is invalid, or a dataset that MODEL.FCOS.NUM_CLASSES
@@ -55,26 +55,26 @@ def read_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def find_config(path: str) -> str:
-    """Returns ``path``, or the config file if it is a name in the model zoo."""
+    """Returns the path of a config, given its path or its name in the model zoo."""
     is_name = path in model_zoo.names() and not PathManager.exists(path)
     return model_zoo.get_config_file(path) if is_name else path
 
 
 def check_opts(opts: Sequence[object] | None) -> None:
-    """Raises an InputError if argparse left a flag among the overrides."""
+    """Checks that argparse left no flag among the overrides."""
     for word in opts or ():
         if str(word).startswith("--"):
             raise InputError(f"{word} must come before the overrides, got it after {opts[0]}")
 
 
 def check_config_file(path: str) -> None:
-    """Raises an InputError if there is no such file."""
+    """Checks that the config file exists."""
     if not PathManager.isfile(path):
         raise InputError(f"config file {path} does not exist; pass --config-file FILE")
 
 
 class _CheckedYaml(CfgNode):
-    """Opens files like CfgNode, except for a ``_BASE_`` that would be stored outside the cache."""
+    """CfgNode that rejects a ``_BASE_`` whose download would be stored outside the cache."""
 
     @classmethod
     def _open_cfg(cls, filename: str):
@@ -108,7 +108,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
 
 @contextlib.contextmanager
 def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
-    """Rewords the errors with which yacs rejects a key or a value."""
+    """Converts errors of yacs about a key or a value to InputErrors."""
     try:
         yield
     except (AssertionError, KeyError, ValueError) as error:
@@ -127,10 +127,10 @@ def _config_errors(cfg: CfgNode, place: str) -> Iterator[None]:
 def _suggest_key(cfg: CfgNode, key: str) -> str:
     known = list(_keys(cfg))
     last = key.rpartition(".")[2]
-    # The same key in another section is more likely meant than a similar name.
-    moved = [name for name in known if name.rpartition(".")[2] == last]
-    lists = "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
-    return suggest(key, known, lists, moved)
+    # The same key in another section is a better suggestion than a similar name.
+    in_other_sections = [name for name in known if name.rpartition(".")[2] == last]
+    advice = "fcos_d2/config.py and detectron2/config/defaults.py list all keys"
+    return suggest(key, known, advice, in_other_sections)
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -161,7 +161,7 @@ def _describe_mismatch(cfg: CfgNode, key: str, message: str) -> str:
 
 
 def choose_device(cfg: CfgNode) -> str | None:
-    """Selects the CPU if a GPU is requested but missing; returns a notice for the user."""
+    """Falls back to the CPU if the requested GPU is missing; returns a notice for the user."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return None
     notice = f"no GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu"

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, and here is what to do about it"."""
+"""InputError, which reports invalid user input, and helpers that format its messages."""
 
 import difflib
 import importlib
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
-LONGEST = 200  # characters of a value in a message
+MAX_LENGTH = 200  # characters of a value in a message
 
 
 class InputError(ValueError):
-    """A user's input (config, dataset, file, weights, tensor) cannot be used.
+    """Raised if a config, dataset, file, checkpoint or tensor of the user is invalid.
 
     The message is one line: what is wrong, where, and the next command to type or key to set.
     Scripts print it without a traceback and exit with status 2.
@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 def exit_status(script: Callable[..., int | None], *arguments) -> int:
-    """Returns the status of ``script``; prints a line for an InputError (2) or Ctrl-C (130)."""
+    """Runs ``script``; returns its exit status, 2 after an InputError or 130 after Ctrl-C."""
     try:
         return script(*arguments) or 0
     except InputError as error:
@@ -31,7 +31,7 @@ def exit_status(script: Callable[..., int | None], *arguments) -> int:
 
 
 def import_optional(module: str, purpose: str, package: str | None = None) -> ModuleType:
-    """Imports a module that only ``purpose`` needs; ``package`` is its pip name if it differs.
+    """Imports a module that only ``purpose`` needs, from ``package`` if that has another name.
 
     Raises:
         InputError: the module is not installed.
@@ -46,20 +46,20 @@ def import_optional(module: str, purpose: str, package: str | None = None) -> Mo
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str, first: Iterable[str] = ()) -> str:
-    """Returns advice about an unknown name: up to three similar ones, or else ``otherwise``.
+    """Suggests up to three names similar to an unknown one, or else returns ``otherwise``.
 
     Args:
-        name: what the user wrote.
-        known: the names that exist.
+        name: the unknown name.
+        known: all valid names.
         otherwise: the advice if no name is similar.
-        first: names that are more likely meant than similar ones.
+        first: names to suggest instead of similar ones.
     """
     close = list(first)[:3] or difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def one_line_cause(error: BaseException) -> str:
-    """Returns the message of ``error`` without the traceback that a DataLoader worker adds."""
+    """Returns the message of ``error`` in one line, without the traceback of a worker process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -73,15 +73,15 @@ def one_line_cause(error: BaseException) -> str:
 
 
 def format_value(value: object, *, quote: bool = False) -> str:
-    """Formats a value from a user's file for an error message: printable, one line, and short.
+    """Formats a value of any type for an error message: one short line of printable characters.
 
     Args:
-        value: anything.
-        quote: put strings in quotation marks.
+        value: the value.
+        quote: whether to put strings in quotation marks.
     """
     text = value if isinstance(value, str) and not quote else _repr(value)
     text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 3]}..."
 
 
 def _repr(value: object) -> str:
@@ -92,4 +92,4 @@ def _repr(value: object) -> str:
 
 
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = LONGEST
+_REPR.maxstring = _REPR.maxother = MAX_LENGTH

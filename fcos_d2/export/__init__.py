@@ -1,4 +1,4 @@
-"""Exports the whole detector, from uint8 images to boxes, to the formats of other runtimes."""
+"""Exports detectors to other runtimes as a single graph, from uint8 images to detections."""
 
 from .verification import Agreement, compare, join, load_exported, read_metadata, run_detector
 from .writers import FORMATS, export_detector

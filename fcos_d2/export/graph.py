@@ -1,9 +1,9 @@
-"""The whole detector as one graph of standard operators: uint8 images -> detections.
+"""The whole detector as a graph of standard operators, from uint8 images to detections.
 
 The graph covers normalization, padding, network, decoding, NMS and clipping (1904.01355 section
-3.1), for any batch and image size. ``ops/reference`` replaces ``fcos_d2.ops``: torch.export,
-AOTInductor and ONNX all support its operators. Everything after the head is float32, whatever the
-dtype of the weights.
+3.1), for any batch and image size. It uses ``ops/reference`` instead of ``fcos_d2.ops``, because
+torch.export, AOTInductor and ONNX all support its operators. Everything after the head is computed
+in float32, whatever the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -23,31 +23,30 @@ from ..ops import Candidates, reference
 
 
 class DetectionGraph(nn.Module):
-    """uint8 images of one size -> detections, in operators that every runtime has.
+    """Detects objects in uint8 images of one size, with operators that every runtime has.
 
-    It returns the same detections as ``model``: boxes are clipped to the image, and those without
-    area are dropped.
+    Returns the same detections as ``model``, clipped to the image and without empty boxes.
 
     Args:
-        model: the detector, in any mode; it is copied and stays unchanged.
-        top: (values Tensor[B, n], k) -> values and indices of the k largest per row, ties by
-            ascending index.
-        suppress: ``batched_nms_padded`` of ``fcos_d2.ops``, or an equivalent.
+        model: the detector, in any mode; it is copied and not changed.
+        top: function of Tensor[B, n] and k that returns the k largest values per row and their
+            indices; of equal values, the one with the lowest index comes first.
+        suppress: ``fcos_d2.ops.batched_nms_padded`` or an equivalent.
         half: whether weights and feature maps are float16.
     """
 
     def __init__(self, model: FCOS, top: Callable, suppress: Callable, half: bool = False):
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        # Else the file computes weights; trained norms are operators that runtimes fuse.
+        # Runtimes fuse batch norms, but would compute a frozen norm's scale and bias in every call.
         fold_batch_norms(self.model, (FrozenBatchNorm2d,))
         self.dtype = torch.float16 if half else torch.float32
         for part in (self.model.backbone, self.model.head):
-            _with_float32_group_norms(part.to(self.dtype))
+            _use_float32_group_norms(part.to(self.dtype))
         self.top, self.suppress = top, suppress
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Uint8 Tensor[B, C, H, W], in the config's channel order -> fields of Detections."""
+        """Returns the fields of Detections for uint8 [B, C, H, W] in the model's channel order."""
         padded = self._preprocess(images)
         candidates = self._select(*self.model.network(padded), padded, images)
         rule = self.model.postprocess.suppression
@@ -76,7 +75,7 @@ class DetectionGraph(nn.Module):
     def _finish(
         self, boxes: Tensor, scores: Tensor, classes: Tensor, _, images: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clips boxes to the image and removes those that then have no area."""
+        """Clips boxes to the image and removes empty ones."""
         boxes = _clip(boxes, images)
         extent = boxes[..., 2:] - boxes[..., :2]
         valid = (classes >= 0) & (extent > 0).all(dim=-1)
@@ -87,17 +86,17 @@ class DetectionGraph(nn.Module):
 
 
 class Float32GroupNorm(nn.GroupNorm):
-    """GroupNorm of float16 feature maps that computes in float32 in every runtime.
+    """GroupNorm that computes in float32, whatever the dtype of its input.
 
-    The sum of squares over a group overflows float16, which runtimes handle differently.
+    In float16, the sum of squares over a group overflows in some runtimes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor[B, C, ...] -> same shape and dtype."""
+        """Returns a tensor of the shape and dtype of ``x`` [B, C, ...]."""
         return super().forward(x.float()).to(x.dtype)
 
 
-def _with_float32_group_norms(module: nn.Module) -> None:
+def _use_float32_group_norms(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is nn.GroupNorm:
             layer.__class__ = Float32GroupNorm
@@ -110,10 +109,10 @@ def _clip(boxes: Tensor, images: Tensor) -> Tensor:
     return torch.stack((x, y), dim=-1).flatten(-2)
 
 
-def top_of_onnx(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk, which becomes ONNX's TopK, with ties by ascending index.
+def onnx_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Calls torch.topk, which exports to ONNX's TopK: of equal values, the lowest index is first.
 
-    Padding keeps ``k`` constant, as TensorRT requires, even if a small level has fewer values.
+    TensorRT requires a constant ``k``, so the input is padded in case it has fewer values.
     """
     values, index = torch.topk(F.pad(values, (0, k), value=-1.0), k, dim=1)
     return values, torch.where(values >= 0, index, 0)
@@ -122,16 +121,16 @@ def top_of_onnx(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def nms_as_while_loop(
     boxes: Tensor, scores: Tensor, classes: Tensor, *, max_detections: int, **rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``batched_nms_padded`` as a torch.while_loop that ends as soon as no box is left."""
+    """Computes ``batched_nms_padded`` in a torch.while_loop that ends when no box is left."""
     slots = torch.arange(max_detections, device=boxes.device)
 
     def has_more(step, alive, best, index):
         return (step < max_detections) & (alive > -torch.inf).any()
 
     def keep_best(step, alive, best, index):
-        one, where, alive = reference.nms_step(alive, boxes, classes, **rule)
-        now = slots == step
-        return step + 1, alive, torch.where(now, one, best), torch.where(now, where, index)
+        score, box, alive = reference.nms_step(alive, boxes, classes, **rule)
+        current = slots == step
+        return step + 1, alive, torch.where(current, score, best), torch.where(current, box, index)
 
     start = (
         torch.zeros((), dtype=torch.int64, device=boxes.device),

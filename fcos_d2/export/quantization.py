@@ -1,4 +1,4 @@
-"""Writes int8 ONNX files with onnxruntime's post-training quantization."""
+"""Exports int8 ONNX files by post-training quantization with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..checkpoint.saving import atomic_write
 from ..modeling import FCOS
 from .writers import INPUT, export_detector, require
 
-# Cheap layers that determine boxes and scores: they stay in float32.
-IN_FLOAT32 = ("head.bbox_pred", "head.ctrness", "head.cls_logits")
+# Quantizing these layers would save little time but change boxes and scores.
+NOT_QUANTIZED = ("head.bbox_pred", "head.ctrness", "head.cls_logits")
 
 
 def export_int8(model: FCOS, path: str | Path, images: Sequence[Tensor], metadata=None) -> None:
-    """Writes ``model`` as an ONNX file whose convolutions compute in int8.
+    """Exports ``model`` to an ONNX file with int8 convolutions.
 
     Weights are quantized per channel; ``images`` calibrate the ranges of feature maps. The layers
-    that predict classes, boxes and box quality stay in float32.
+    that predict classes, boxes and box quality remain in float32.
 
     Args:
         model: the detector, in any mode.
         path: output file.
-        images: uint8 Tensor[C, H, W] each, as ``model`` takes them; a hundred are enough.
-        metadata: as for ``export_detector``.
+        images: about a hundred uint8 Tensor[C, H, W] in the channel order of ``model``.
+        metadata: see ``export_detector``.
 
     Raises:
-        InputError: as ``export_detector``.
+        InputError: see ``export_detector``.
     """
     require("onnx --int8", "onnx", "onnxscript", "onnxruntime")
     import onnx
     from onnxruntime import quantization
 
-    class Images(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self):
-            self._left = iter(images)
+            self._images = iter(images)
 
         def get_next(self) -> dict | None:
-            image = next(self._left, None)
+            image = next(self._images, None)
             return None if image is None else {INPUT: image[None].to(torch.uint8).cpu().numpy()}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -51,15 +51,15 @@ def export_int8(model: FCOS, path: str | Path, images: Sequence[Tensor], metadat
         quantization.quantize_static(
             source,
             target,
-            Images(),
+            Reader(),
             per_channel=True,
             op_types_to_quantize=["Conv"],
-            nodes_to_exclude=[node.name for node in nodes if _stays(node)],
+            nodes_to_exclude=[node.name for node in nodes if not _is_quantized(node)],
         )
         with atomic_write(path) as file:
             file.write(Path(target).read_bytes())
 
 
-def _stays(node) -> bool:
+def _is_quantized(node) -> bool:
     origin = " ".join(entry.value for entry in node.metadata_props)
-    return any(name in origin for name in IN_FLOAT32)
+    return not any(name in origin for name in NOT_QUANTIZED)

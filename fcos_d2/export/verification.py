@@ -1,4 +1,4 @@
-"""Opens exported files, and compares their detections with those of the original model."""
+"""Loads exported files, and compares their detections with those of the original model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..modeling import FCOS
 from ..ops import Detections
 from .writers import INPUT, METADATA, OUTPUTS, require
 
-TIE = 1e-6  # scores that differ by less are ordered by rounding in the convolutions
+TIE = 1e-6  # smaller differences between scores may be rounding errors of the convolutions
 
 
 def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detections]:
-    """Loads a file that ``export_detector`` wrote into its runtime, in this process.
+    """Loads a file written by ``export_detector``; returns a function that runs it on images.
 
-    ONNX and OpenVINO run on the CPU. For torch's formats, images must be on the graph's device.
+    ONNX and OpenVINO files run on the CPU. For torch's formats, images must be on the device of the
+    exported model.
     """
     path = str(path)
     if format == "onnx":
@@ -52,7 +53,7 @@ def load_exported(path: str | Path, format: str) -> Callable[[Tensor], Detection
 
 
 def read_metadata(path: str | Path, format: str) -> dict[str, object]:
-    """Reads the ``metadata`` that ``export_detector`` stored."""
+    """Reads the ``metadata`` that was passed to ``export_detector``."""
     if format == "onnx":
         require(format, "onnx")
         import onnx
@@ -89,16 +90,15 @@ def run_detector(model: FCOS, images: Tensor) -> Detections:
 
 
 class Agreement(NamedTuple):
-    """How well an exported detector reproduces the detections of its model.
+    """Differences between the detections of an exported file and those of its model.
 
     Attributes:
-        images: number of images compared.
+        images: number of images.
         detections: number of detections of the model.
-        missed: detections of the model that the export lacks (within the tolerances).
-        extra: detections of the export that the model lacks.
-        moved: common detections with another rank, unless a score that is equal up to rounding
-            (``TIE``) explains it.
-        box_error: largest difference between coordinates of common detections, in pixels.
+        missed: number of these that match no detection of the file.
+        extra: number of detections of the file that match none of the model.
+        moved: number of matching detections with different ranks, except for ties (``TIE``).
+        box_error: largest difference between coordinates of matching detections, in pixels.
         score_error: largest difference between their scores.
     """
 
@@ -119,7 +119,7 @@ class Agreement(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether both found the same detections in the same order."""
+        """Whether both have the same detections in the same order."""
         return not (self.missed or self.extra or self.moved)
 
 
@@ -129,43 +129,42 @@ def compare(
     box_tolerance: float = 0.05,
     score_tolerance: float = 1e-4,
 ) -> Agreement:
-    """Compares two sets of detections, image by image.
+    """Compares the detections of a batch of images with the expected ones.
 
-    Two detections match if their classes, boxes (``box_tolerance`` in pixels per coordinate) and
-    scores (``score_tolerance``) agree; of several matches, the nearest in rank counts.
+    Two detections match if they have the same class, and boxes (per coordinate, in pixels) and
+    scores within the tolerances. Of several candidates, the one nearest in rank is matched.
     """
     total = Agreement(0, 0, 0, 0, 0, 0.0, 0.0)
     for image in range(len(expected.counts)):
-        ours, theirs = (
-            [column[image, : side.counts[image]].cpu() for column in side[:3]]
-            for side in (expected, got)
+        pair = (
+            [column[image, : found.counts[image]].cpu() for column in found[:3]]
+            for found in (expected, got)
         )
-        one = _compare_image(ours, theirs, box_tolerance, score_tolerance)
-        total = join([total, one])
+        total = join([total, _compare_image(*pair, box_tolerance, score_tolerance)])
     return total
 
 
 def _compare_image(
     expected: Sequence[Tensor], got: Sequence[Tensor], box_tolerance: float, score_tolerance: float
 ) -> Agreement:
-    (boxes, scores, classes), (their_boxes, their_scores, their_classes) = expected, got
-    box_error = (boxes[:, None] - their_boxes).abs().amax(dim=2)
-    score_error = (scores[:, None] - their_scores).abs()
-    same = (classes[:, None] == their_classes) & (box_error <= box_tolerance)
-    same &= score_error <= score_tolerance
+    (boxes, scores, classes), (got_boxes, got_scores, got_classes) = expected, got
+    box_error = (boxes[:, None] - got_boxes).abs().amax(dim=2)
+    score_error = (scores[:, None] - got_scores).abs()
+    matches = (classes[:, None] == got_classes) & (box_error <= box_tolerance)
+    matches &= score_error <= score_tolerance
     pairs = []
     for row in range(len(boxes)):
-        free = same[row].nonzero()[:, 0].tolist()
-        if free:
-            column = min(free, key=lambda position: abs(position - row))
-            same[:, column] = False
+        candidates = matches[row].nonzero()[:, 0].tolist()
+        if candidates:
+            column = min(candidates, key=lambda rank: abs(rank - row))
+            matches[:, column] = False
             pairs.append((row, column))
     index = tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T)
     return Agreement(
         images=1,
         detections=len(boxes),
         missed=len(boxes) - len(pairs),
-        extra=len(their_boxes) - len(pairs),
+        extra=len(got_boxes) - len(pairs),
         moved=sum(_is_moved(scores, row, column) for row, column in pairs),
         box_error=max(box_error[index].tolist(), default=0.0),
         score_error=max(score_error[index].tolist(), default=0.0),
@@ -177,6 +176,6 @@ def _is_moved(scores: Tensor, row: int, column: int) -> bool:
 
 
 def join(parts: Sequence[Agreement]) -> Agreement:
-    """Combines ``parts`` into the agreement over all their images."""
+    """Sums the counts and takes the largest errors of ``parts``."""
     *counts, box_errors, score_errors = zip(*parts, strict=True)
     return Agreement(*map(sum, counts), max(box_errors), max(score_errors))

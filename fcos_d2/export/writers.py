@@ -1,4 +1,4 @@
-"""Writes a detector to a file that a runtime opens without fcos_d2 or detectron2."""
+"""Exports detectors to files that run without fcos_d2 and detectron2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..checkpoint.saving import atomic_write
 from ..errors import InputError, one_line_cause
 from ..modeling import FCOS
 from ..ops import Detections, batched_nms_padded, reference
-from .graph import DetectionGraph, nms_as_while_loop, top_of_onnx
+from .graph import DetectionGraph, nms_as_while_loop, onnx_topk
 
 INPUT = "images"
 OUTPUTS = Detections._fields
@@ -36,23 +36,23 @@ def export_detector(
     half: bool = False,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes ``model`` to a file that a runtime opens without fcos_d2 or detectron2.
+    """Exports ``model`` to a file that runs without fcos_d2 and detectron2.
 
-    The graph takes ``images``, uint8 Tensor[B, C, H, W] in the channel order of ``model``, and
-    returns ``boxes``, ``scores``, ``classes`` and ``counts`` as ``fcos_d2.ops.Detections``
-    describes them. With torch's formats, both sides of an image must exceed the coarsest stride,
-    and the file runs on the device of ``model``.
+    Its input is ``images``, uint8 Tensor[B, C, H, W] in the channel order of ``model``; its outputs
+    are ``boxes``, ``scores``, ``classes`` and ``counts``, as in ``fcos_d2.ops.Detections``. With
+    torch's formats, both sides of an image must exceed the coarsest stride, and the file runs on
+    the device of ``model``.
 
     Args:
         model: the detector, in any mode.
         path: output file; "openvino" writes ``.xml`` and ``.bin``, torch's formats ``.pt2``.
         format: "onnx" (opset 18), "openvino", "torch_export", or "aoti" (compiled by AOTInductor).
-        half: whether weights and feature maps are float16; boxes and scores stay float32.
+        half: whether weights and feature maps are float16; boxes and scores remain float32.
         metadata: stored in the file as JSON; see ``read_metadata``.
 
     Raises:
-        InputError: a package or compiler that the format needs is missing, or the model uses an
-            operator that has no equivalent in the format.
+        InputError: a package or compiler that the format needs is missing, or the format does not
+            support an operator of the model.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -66,7 +66,7 @@ def _write_onnx(model: FCOS, path: Path, half: bool, metadata: str) -> None:
     require("onnx", "onnx", "onnxscript")
     import onnx
 
-    proto = _onnx_of(model, half)
+    proto = _to_onnx(model, half)
     proto.metadata_props.add(key=METADATA, value=metadata)
     with atomic_write(path) as file:
         onnx.save(proto, file)
@@ -80,22 +80,21 @@ def _write_openvino(model: FCOS, path: Path, half: bool, metadata: str) -> None:
     if path.suffix != ".xml":
         raise InputError(f"--format openvino writes .xml and .bin; pass FILE.xml, got {path}")
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(_onnx_of(model, half=False), f"{folder}/model.onnx")
+        onnx.save(_to_onnx(model, half=False), f"{folder}/model.onnx")
         converted = openvino.convert_model(f"{folder}/model.onnx")
         converted.set_rt_info(metadata, METADATA)
         openvino.save_model(converted, f"{folder}/model.xml", compress_to_fp16=half)
-        for suffix in (".bin", ".xml"):  # the named file last
+        for suffix in (".bin", ".xml"):  # .xml last: once it exists, the export is complete
             with atomic_write(path.with_suffix(suffix)) as file:
                 file.write(Path(f"{folder}/model{suffix}").read_bytes())
 
 
-def _onnx_of(model: FCOS, half: bool):
-    """Builds the ModelProto of the graph."""
-    hard = model.postprocess.suppression["method"] == "hard"
-    graph = DetectionGraph(model, top_of_onnx, batched_nms_padded if hard else _while_loop, half)
-    program = _capture(graph, model)
-    translated = torch.ops.fcos_d2.batched_nms_padded.default
-    _refuse(_foreign_operators(program) - {str(translated)}, "onnx")
+def _to_onnx(model: FCOS, half: bool):
+    """Returns the ModelProto of the graph."""
+    is_hard = model.postprocess.suppression["method"] == "hard"
+    suppress = batched_nms_padded if is_hard else _nms_as_while_loop
+    nms = torch.ops.fcos_d2.batched_nms_padded.default
+    program = _capture(DetectionGraph(model, onnx_topk, suppress, half), model, "onnx", {str(nms)})
     try:
         proto = torch.onnx.export(
             program,
@@ -104,33 +103,33 @@ def _onnx_of(model: FCOS, half: bool):
             opset_version=ONNX_OPSET,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
-            custom_translation_table={translated: nms_of_onnx(model.head.cls_logits.out_channels)},
+            custom_translation_table={nms: make_onnx_nms(model.head.cls_logits.out_channels)},
         ).model_proto
     except torch.onnx.OnnxExporterError as error:
         cause = one_line_cause(error.__cause__ or error)
         raise InputError(
-            f"standard ONNX operators cannot express the model ({cause}); use --format torch_export"
+            f"the model cannot be exported to ONNX ({cause}); use --format torch_export"
         ) from error
     _name_axes(proto)
     return proto
 
 
 def _name_axes(proto) -> None:
-    """Names the dynamic dimensions, which the tracer only numbers."""
+    """Names the dynamic dimensions, which the tracer numbers."""
     names = iter(("batch", "height", "width"))
-    found = {}
+    name_of = {}
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                if dim.dim_param not in found:
-                    found[dim.dim_param] = next(names)
-                dim.dim_param = found[dim.dim_param]
+                if dim.dim_param not in name_of:
+                    name_of[dim.dim_param] = next(names)
+                dim.dim_param = name_of[dim.dim_param]
     # Shapes of intermediate values use the tracer's names; runtimes infer them again.
     del proto.graph.value_info[:]
 
 
 def _write_torch_export(model: FCOS, path: Path, half: bool, metadata: str) -> None:
-    program = _program_of_torch(model, half, "torch_export")
+    program = _to_program(model, half, "torch_export")
     with atomic_write(path) as file:
         torch.export.save(program, file, extra_files={METADATA: metadata})
 
@@ -140,8 +139,8 @@ def _write_aoti(model: FCOS, path: Path, half: bool, metadata: str) -> None:
 
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise InputError(f"--format aoti compiles C++, but there is no {compiler}; set CXX")
-    program = _program_of_torch(model, half, "aoti")
+        raise InputError(f"--format aoti needs a C++ compiler, but found no {compiler}; set CXX")
+    program = _to_program(model, half, "aoti")
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         package = aoti_compile_and_package(
             program,
@@ -151,11 +150,9 @@ def _write_aoti(model: FCOS, path: Path, half: bool, metadata: str) -> None:
         file.write(Path(package).read_bytes())
 
 
-def _program_of_torch(model: FCOS, half: bool, format: str) -> torch.export.ExportedProgram:
-    graph = DetectionGraph(model, reference.top_lowest_index_first, _while_loop, half)
-    program = _capture(graph, model)
-    _refuse(_foreign_operators(program), format)
-    return program
+def _to_program(model: FCOS, half: bool, format: str) -> torch.export.ExportedProgram:
+    graph = DetectionGraph(model, reference.top_lowest_index_first, _nms_as_while_loop, half)
+    return _capture(graph, model, format)
 
 
 FORMATS = {
@@ -167,43 +164,45 @@ FORMATS = {
 
 # ---- capturing ----
 
-_while_loop = partial(nms_as_while_loop, min_score=0.001)  # the default of batched_nms_padded
+# With the default min_score of batched_nms_padded.
+_nms_as_while_loop = partial(nms_as_while_loop, min_score=0.001)
 
 
-def _capture(graph: nn.Module, model: FCOS) -> torch.export.ExportedProgram:
+def _capture(
+    graph: nn.Module, model: FCOS, format: str, translated: Set[str] = frozenset()
+) -> torch.export.ExportedProgram:
+    """Captures ``graph``; raises an InputError for custom operators that are not ``translated``."""
     dynamic = torch.export.Dim.DYNAMIC
-    return torch.export.export(
-        graph, (_example(model),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    program = torch.export.export(
+        graph, (_example_input(model),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
     )
+    custom = _custom_operators(program) - translated
+    if custom:
+        raise InputError(
+            f"--format {format}: the model uses {', '.join(sorted(custom))}, which runtimes lack; "
+            "to export, train without custom operators such as deformable convolutions"
+        )
+    return program
 
 
-def _example(model: FCOS) -> Tensor:
-    """Returns two images with two points on the coarsest level: sizes of 1 would be specialized."""
+def _example_input(model: FCOS) -> Tensor:
+    """Returns two images with at least two points per level, since sizes of 1 are specialized."""
     side, channels = 2 * max(model.grid.strides), len(model.pixel_mean)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, channels, side + 8, 2 * side + 24), generator=generator)
     return pixels.to(model.device, torch.uint8)
 
 
-def _foreign_operators(program: torch.export.ExportedProgram) -> set[str]:
-    """Finds operators, including those in loop bodies, that are not torch's own."""
+def _custom_operators(program: torch.export.ExportedProgram) -> set[str]:
+    """Returns the names of operators that are not torch's own, also in loop bodies."""
     graphs = (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
     calls = (node.target for graph in graphs for node in graph.graph.nodes)
     operators = (target for target in calls if isinstance(target, torch._ops.OpOverload))
     return {str(op) for op in operators if op.namespace not in STANDARD_NAMESPACES}
 
 
-def _refuse(foreign: set[str], format: str) -> None:
-    if foreign:
-        raise InputError(
-            f"--format {format}: the model uses {', '.join(sorted(foreign))}, which no runtime has "
-            "without the package that defines it; to export, train without such operators, like "
-            "deformable convolutions"
-        )
-
-
 def require(format: str, *packages: str) -> None:
-    """Raises an InputError unless all ``packages`` are installed."""
+    """Checks that all ``packages`` are installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -214,11 +213,11 @@ def require(format: str, *packages: str) -> None:
 # ---- non-maximum suppression in ONNX ----
 
 
-def nms_of_onnx(num_classes: int) -> Callable:
-    """Translates fcos_d2::batched_nms_padded, method "hard", to NonMaxSuppression.
+def make_onnx_nms(num_classes: int) -> Callable:
+    """Returns a translation of fcos_d2::batched_nms_padded, method "hard", to NonMaxSuppression.
 
-    NonMaxSuppression treats each row of the [B, K, N] scores separately; a box has a score only in
-    the row of its class, so it is selected at most once.
+    NonMaxSuppression treats the classes of its scores [B, K, N] separately. A box only has a score
+    for its own class, so it is selected at most once.
     """
     from onnxscript import opset18 as op
 

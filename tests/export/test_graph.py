@@ -1,4 +1,4 @@
-"""Exported detectors: every format against the model that it was exported from."""
+"""Exported files of every format return the detections of the original model."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ from fcos_d2.export import (
     run_detector,
     writers,
 )
-from fcos_d2.export.graph import DetectionGraph, Float32GroupNorm, nms_as_while_loop, top_of_onnx
+from fcos_d2.export.graph import DetectionGraph, Float32GroupNorm, nms_as_while_loop, onnx_topk
 from fcos_d2.ops import Detections, batched_nms_padded, reference
 from tests.modeling.tiny import tiny_cfg, tiny_fcos
 
@@ -36,20 +36,20 @@ ROOT = Path(__file__).parents[2]
 METADATA = {"channels": "RGB", "min_size": 96, "max_size": 160, "classes": ["a", "b", "c"]}
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "aoti": ".pt2"}
 no_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
-FILES = ["onnx", "torch_export", pytest.param("openvino", marks=no_openvino)]
-FILES += [pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
+EXPORTS = ["onnx", "torch_export", pytest.param("openvino", marks=no_openvino)]
+EXPORTS += [pytest.param("aoti", marks=pytest.mark.slow)]  # it compiles C++
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A detector with GN and random weights that find something everywhere."""
+    """Returns a detector with GN whose random weights detect something everywhere."""
     torch.manual_seed(0)
     return tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
 
 
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=EXPORTS)
 def exported(request, model, tmp_path_factory):
-    """(format, file) of the model."""
+    """Returns the format and the path of an exported file."""
     path = tmp_path_factory.mktemp(request.param) / f"model{SUFFIXES[request.param]}"
     export_detector(model, path, request.param, metadata=METADATA)
     return request.param, path
@@ -57,25 +57,25 @@ def exported(request, model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(exported):
-    """The file, opened by its runtime."""
+    """Returns a function that runs the exported file."""
     return load_exported(exported[1], exported[0])
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """Uint8 Tensor[4, 3, 160, 160]."""
+    """Returns four images, uint8 Tensor[4, 3, 160, 160]."""
     rng, writing = np.random.default_rng(0), scenes.load_handwriting("val", 0)
     images = np.stack([scenes.compose_scene(writing, rng).image for _ in range(4)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def graph_of(model, half=False):
-    """Builds the graph without capturing it."""
+def make_graph(model, half=False):
+    """Returns the graph as an eager module."""
     return DetectionGraph(model, reference.top_lowest_index_first, batched_nms_padded, half)
 
 
-def crowd(num_images=2, count=40):
-    """Returns crowded boxes with ties, empty slots, a NaN score and a box without area."""
+def make_candidates(num_images=2, count=40):
+    """Returns overlapping candidates with ties, padding, a NaN score and an empty box."""
     corner = torch.rand(num_images, count, 2) * 40
     boxes = torch.cat((corner, corner + 5 + torch.rand(num_images, count, 2) * 30), dim=2)
     boxes[:, 3, 2:] = boxes[:, 3, :2]
@@ -94,50 +94,51 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("size", [(160, 160), (97, 130), (64, 159)], ids=str)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_file_finds_what_the_model_finds_in_the_same_order(runner, model, digits, batch, size):
+def test_file_has_the_detections_of_the_model_in_order(runner, model, digits, batch, size):
     images = digits[:batch, :, : size[0], : size[1]].contiguous()
     result = compare(run_detector(model, images), runner(images))
     assert result.exact, result
     assert result.images == batch and result.detections > 10 * batch
 
 
-def test_outputs_have_fixed_shapes_and_mark_empty_slots(runner, digits):
+def test_outputs_are_padded_to_fixed_shapes(runner, digits):
     boxes, scores, classes, counts = runner(digits[:2, :, :40, :48].contiguous())
     assert (boxes.shape, scores.shape, classes.shape) == ((2, 100, 4), (2, 100), (2, 100))
     assert [x.dtype for x in (boxes, scores, classes, counts)] == [
         torch.float32, torch.float32, torch.int64, torch.int32,
     ]  # fmt: skip
-    empty = torch.arange(100) >= counts[:, None]
+    unused = torch.arange(100) >= counts[:, None]
     assert counts.min() > 0 and counts.max() < 100
-    assert (classes[empty] == -1).all() and (scores[empty] == 0).all() and (boxes[empty] == 0).all()
+    assert (classes[unused] == -1).all()
+    assert (scores[unused] == 0).all() and (boxes[unused] == 0).all()
     assert boxes[..., 0::2].max() <= 48 and boxes[..., 1::2].max() <= 40 and boxes.min() >= 0
 
 
-def test_file_carries_its_metadata(exported):
+def test_metadata_is_stored_in_the_file(exported):
     assert read_metadata(exported[1], exported[0]) == METADATA
 
 
-RUN_WITHOUT_US = """
+RUN_ALONE = """
 import runpy, sys
-class Without:
+class BlockedImports:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("fcos_d2", "detectron2", "torchvision"):
             raise ImportError(name)
-sys.meta_path.insert(0, Without())
-tool, file, photo = sys.argv[1:]
-sys.argv = [tool, file, photo, "--score", "0.08"]
+sys.meta_path.insert(0, BlockedImports())
+tool, file, path = sys.argv[1:]
+sys.argv = [tool, file, path, "--score", "0.08"]
 runpy.run_path(tool, run_name="__main__")
 """
 
 
-def test_runner_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tmp_path):
-    photo = tmp_path / "digits.png"
-    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(photo)
+def test_run_exported_tool_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tmp_path):
+    path = tmp_path / "digits.png"
+    Image.fromarray(digits[0].permute(1, 2, 0).numpy()[:, :120]).save(path)
     tool = ROOT / "tools" / "run_exported.py"
-    command = [sys.executable, "-W", "ignore", "-c", RUN_WITHOUT_US, tool, exported[1], photo]
+    command = [sys.executable, "-W", "ignore", "-c", RUN_ALONE, tool, exported[1], path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    small = Image.open(photo).resize((96, 128), Image.Resampling.BILINEAR)
+    small = Image.open(path).resize((96, 128), Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     expected = run_detector(model, image[None])
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -146,26 +147,26 @@ def test_runner_needs_neither_fcos_d2_nor_detectron2(exported, model, digits, tm
     np.testing.assert_allclose(lines[0]["box"], expected.boxes[0, 0] * 120 / 96, atol=0.01)
 
 
-# ---- the graph ----
+# ---- graph ----
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_graph_follows_every_convention(convention, digits):
+def test_graph_matches_the_model_under_every_convention(convention, digits):
     model = tiny_fcos(CONVENTION=convention, INFERENCE_TH_TEST=0.002, NUM_CLASSES=3).eval()
     images = digits[:2, :, :100, :140].contiguous()
-    result = compare(run_detector(model, images), Detections(*graph_of(model)(images)))
+    result = compare(run_detector(model, images), Detections(*make_graph(model)(images)))
     assert result.exact and result.detections > 20, result
 
 
-def test_image_without_detections_gives_counts_of_zero():
-    silent = tiny_fcos(INFERENCE_TH_TEST=1.0).eval()
-    found = Detections(*graph_of(silent)(torch.zeros(2, 3, 64, 64).byte()))
+def test_images_without_detections_have_counts_of_zero():
+    model = tiny_fcos(INFERENCE_TH_TEST=1.0).eval()
+    found = Detections(*make_graph(model)(torch.zeros(2, 3, 64, 64).byte()))
     assert found.counts.tolist() == [0, 0] and (found.classes == -1).all()
 
 
-def test_float16_weights_find_nearly_the_same_and_leave_the_model_as_it_was(model, digits):
+def test_float16_graph_approximates_the_model_and_leaves_it_unchanged(model, digits):
     model.train()
-    half = graph_of(model, half=True)
+    half = make_graph(model, half=True)
     assert model.training and next(model.parameters()).dtype == torch.float32
     assert not any(isinstance(layer, Float32GroupNorm) for layer in model.modules())
     model.eval()
@@ -177,7 +178,7 @@ def test_float16_weights_find_nearly_the_same_and_leave_the_model_as_it_was(mode
     assert (tower[0].weight.dtype, tower[1].weight.dtype) == (torch.float16, torch.float32)
 
 
-def test_group_norm_of_float16_maps_does_not_overflow():
+def test_group_norm_of_float16_inputs_does_not_overflow():
     norm = nn.GroupNorm(2, 4)
     x = torch.randn(1, 4, 64, 64) * 2000
     expected = norm(x)
@@ -190,16 +191,16 @@ def test_group_norm_of_float16_maps_does_not_overflow():
 # ---- operators and errors ----
 
 
-def test_frozen_norms_are_folded_into_the_weights_of_the_file():
+def test_frozen_norms_are_folded_into_weights():
     backbone = ("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH")
     model = build_model(tiny_cfg(*backbone, 50))
-    graph = DetectionGraph(model, top_of_onnx, batched_nms_padded)
+    graph = DetectionGraph(model, onnx_topk, batched_nms_padded)
     count = sum(isinstance(layer, FrozenBatchNorm2d) for layer in model.modules())
     assert count == 53 and not any(isinstance(x, FrozenBatchNorm2d) for x in graph.modules())
 
 
 @pytest.mark.parametrize("exported", ["onnx"], indirect=True)
-def test_onnx_has_only_standard_operators_and_named_axes(exported):
+def test_onnx_file_has_only_standard_operators_and_named_axes(exported):
     proto = onnx.load(exported[1])
     onnx.checker.check_model(proto, full_check=True)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
@@ -219,14 +220,14 @@ def test_onnx_has_only_standard_operators_and_named_axes(exported):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
-def test_nonstandard_operator_is_refused(format, tmp_path):
+def test_custom_operator_is_rejected(format, tmp_path):
     model = tiny_fcos(USE_DEFORMABLE=True)
     with pytest.raises(InputError, match="torchvision.*deform_conv2d.*deformable"):
         export_detector(model, tmp_path / "model", format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_format_and_missing_package_or_compiler_are_named(model, tmp_path, monkeypatch):
+def test_unknown_format_and_missing_package_or_compiler_are_reported(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="onnx, openvino, torch_export, aoti, got 'caffe2'"):
         export_detector(model, tmp_path / "x", "caffe2")
     monkeypatch.setattr(writers, "find_spec", lambda name: None)
@@ -235,11 +236,11 @@ def test_unknown_format_and_missing_package_or_compiler_are_named(model, tmp_pat
     ):
         export_detector(model, tmp_path / "x", "onnx")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="aoti compiles C.*no-such-compiler; set CXX"):
+    with pytest.raises(InputError, match="aoti needs a C.*no-such-compiler; set CXX"):
         export_detector(model, tmp_path / "x", "aoti")
 
 
-# ---- the parts ----
+# ---- non-maximum suppression ----
 
 
 class Suppression(nn.Module):
@@ -251,7 +252,7 @@ class Suppression(nn.Module):
         return tuple(self.suppress(boxes, scores, classes, **self.rule))
 
 
-def captured(module, candidates):
+def capture(module, candidates):
     dynamic = {0: torch.export.Dim.DYNAMIC}
     return torch.export.export(module, candidates, dynamic_shapes=(dynamic,) * 3)
 
@@ -267,40 +268,40 @@ def open_onnx(program, path, **options):
     )
 
 
-def test_while_loop_is_batched_nms_and_becomes_a_standard_onnx_loop(tmp_path):
+def test_while_loop_matches_batched_nms_also_as_onnx(tmp_path):
     rule = {"iou_threshold": 0.4, "max_detections": 15, "class_agnostic": False}
     rule |= {"method": "gaussian", "sigma": 0.5, "min_score": 0.001}
-    program = captured(Suppression(nms_as_while_loop, **rule), crowd())
+    program = capture(Suppression(nms_as_while_loop, **rule), make_candidates())
     run = open_onnx(program, tmp_path / "loop.onnx")
     for num_images in (2, 3):
-        candidates = crowd(num_images)
+        candidates = make_candidates(num_images)
         expected = batched_nms_padded(*candidates, **rule)
         assert_same(program.module()(*candidates), expected)
         assert_same(run(*candidates), expected)
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_non_max_suppression_of_onnx_is_batched_nms(agnostic, tmp_path):
+def test_non_max_suppression_of_onnx_matches_batched_nms(agnostic, tmp_path):
     """Also with fewer boxes than ``max_detections``."""
     rule = {"iou_threshold": 0.4, "max_detections": 50, "class_agnostic": agnostic}
-    program = captured(Suppression(batched_nms_padded, **rule), crowd())
-    table = {torch.ops.fcos_d2.batched_nms_padded.default: writers.nms_of_onnx(3)}
+    program = capture(Suppression(batched_nms_padded, **rule), make_candidates())
+    table = {torch.ops.fcos_d2.batched_nms_padded.default: writers.make_onnx_nms(3)}
     options = {"opset_version": 18, "custom_translation_table": table}
     run = open_onnx(program, tmp_path / "nms.onnx", **options)
     for num_images in (2, 3):
-        candidates = crowd(num_images)
+        candidates = make_candidates(num_images)
         assert_same(run(*candidates), batched_nms_padded(*candidates, **rule))
 
 
-@pytest.mark.parametrize("top", [reference.top_lowest_index_first, top_of_onnx])
-def test_top_pads_with_entries_that_are_no_candidates(top):
+@pytest.mark.parametrize("top", [reference.top_lowest_index_first, onnx_topk])
+def test_top_pads_a_short_row_with_valid_indices(top):
     values = torch.tensor([[0.5, 0.25, -1.0, 0.75]])
     found, index = top(values, 4)
     assert found.tolist() == [[0.75, 0.5, 0.25, -1.0]] and index[0, :3].tolist() == [3, 0, 1]
     assert 0 <= index[0, 3] < 4
 
 
-# ---- the comparison ----
+# ---- comparison ----
 
 
 def detections(*rows):
