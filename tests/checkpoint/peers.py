@@ -1,7 +1,7 @@
-"""Names and shapes of all tensors in every other FCOS implementation.
+"""Tensor names and shapes of the models of every other FCOS implementation.
 
-peer_tensors.json.gz was written by running each implementation: it maps the names of models to the
-shapes in ``model.state_dict()``. Models that follow from these by rules are in ``VARIANTS``.
+peer_tensors.json.gz maps names of models to the shapes in their ``model.state_dict()``, recorded by
+running each implementation. ``VARIANTS`` derives other models from these.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LISTS = json.loads(gzip.decompress(Path(__file__).with_name("peer_tensors.json.gz").read_bytes()))
+SHAPES = json.loads(gzip.decompress(Path(__file__).with_name("peer_tensors.json.gz").read_bytes()))
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 LEVELS = 5
 DCN_HEAD = (
     (r"(.*_tower\.9)\.weight", r"\1.conv.weight", r"\1.offset.weight", r"\1.offset.bias"),
     (r"(.*_tower\.9)\.bias", r"\1.conv.bias"),
 )
-# Name -> (model in LISTS, rules: pattern of tensor names, replacements).
+# Name -> model in SHAPES, and rules: a pattern of tensor names, and its replacements.
 VARIANTS = {
     "original_R_50_dcn": (
         "original_R_50",
@@ -66,8 +66,8 @@ VARIANTS = {
         (r".*\.gn\.bias",),
     ),
 }
-# One module of each kind, theirs and ours; @ is the backbone, <a|b> are two modules.
-ROWS = """
+# One module of each kind, and its name here; @ is the backbone, <a|b> stands for two modules.
+MODULES = """
     @stem.conv1<|.norm>                         @stem.conv1<|.norm>
     @res3.2.conv2<|.norm>                       @res3.2.conv2<|.norm>
     @res4.0.shortcut<|.norm>                    @res4.0.shortcut<|.norm>
@@ -163,10 +163,10 @@ ROWS = """
     fcos_head.fcos_head_<cls|reg>               head.<cls_logits|bbox_pred>
     fcos_head.<fcos_head_centerness|p5_feat>    head.<ctrness|scales.2>
 """
-SAMPLES = {}
+COUNTERPARTS = {}
 for side in (1, 2):
-    names = re.sub(r"<(.*?)\|(.*?)>", rf"\{side}", ROWS).replace("@", "backbone.bottom_up.").split()
-    SAMPLES |= dict(zip(names[::2], names[1::2], strict=True))
+    names = re.sub(r"<(.*?)\|(.*?)>", rf"\{side}", MODULES.replace("@", "backbone.bottom_up."))
+    COUNTERPARTS |= dict(zip(names.split()[::2], names.split()[1::2], strict=True))
 
 
 DCN = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
@@ -176,7 +176,7 @@ RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MO
 RGB += ([58.395, 57.12, 57.375], "MODEL.RESNETS.STRIDE_IN_1X1", False)
 PADDLE = (*RGB, "MODEL.FCOS.SCORE_RULE", "product", "MODEL.FCOS.THRESH_WITH_CTR", True)
 PADDLE += ("MODEL.FCOS.INFERENCE_TH_TEST", 0.025)
-# Model -> its config, and command-line overrides.
+# Model -> config and command-line overrides.
 MODELS = {
     "original_R_50": ("original/fcos_R_50_FPN_1x",),
     "original_R_50_dcn": ("original/fcos_imprv_dcnv2_R_50_FPN_1x",),
@@ -205,12 +205,12 @@ MODELS = {
 }
 
 
-def shapes_of(name: str) -> dict[str, list[int]]:
-    """Returns the shapes of all tensors of a model in ``LISTS`` or ``VARIANTS``."""
-    if name in LISTS:
-        return LISTS[name]
+def tensor_shapes(name: str) -> dict[str, list[int]]:
+    """Returns the tensor shapes of a model in ``SHAPES`` or ``VARIANTS``."""
+    if name in SHAPES:
+        return SHAPES[name]
     source, *rules = VARIANTS[name]
-    shapes = dict(LISTS[source])
+    shapes = dict(SHAPES[source])
     for pattern, *names in rules:
         for key in [key for key in shapes if re.fullmatch(pattern, key)]:
             shape = shapes.pop(key)
@@ -221,10 +221,10 @@ def shapes_of(name: str) -> dict[str, list[int]]:
     return shapes
 
 
-def weights(name: str) -> dict[str, Tensor]:
-    """Returns random weights, each a single number expanded to its shape to save memory."""
+def random_weights(name: str) -> dict[str, Tensor]:
+    """Returns random weights; each tensor is one number, expanded to save memory."""
     tensors = {}
-    for key, shape in shapes_of(name).items():
+    for key, shape in tensor_shapes(name).items():
         number = torch.rand(1) + 0.1 if key.endswith(("var", "variance")) else torch.randn(1)
         tensors[key] = number.reshape(()).expand(shape)
     return tensors

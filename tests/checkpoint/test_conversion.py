@@ -1,4 +1,4 @@
-"""Weight conversion from and to every other FCOS implementation, with variants and pitfalls."""
+"""Converts weights from and to every other FCOS implementation."""
 
 import re
 
@@ -55,17 +55,15 @@ def assert_same(got: dict, expected: dict) -> None:
     assert not [key for key in expected if not torch.equal(got[key], expected[key])]
 
 
-def kind(name: str) -> str:
+def without_numbers(name: str) -> str:
     return re.sub(r"\d+|(?<=\d)[a-f](?=\.)", "#", name)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_published_model_is_read_completely_and_agrees_with_its_config(
-    model, tmp_path, caplog
-):
+def test_every_published_model_loads_completely_and_agrees_with_its_config(model, tmp_path, caplog):
     if re.search("DLA|_V_|MNV2", model):
         pytest.importorskip("timm")
-    theirs, format_name = peers.weights(model), model.partition("_")[0]
+    theirs, format_name = peers.random_weights(model), model.partition("_")[0]
     recognized = import_weights({"model": theirs})
     assert recognized.format == format_name
     caplog.set_level("INFO", logger="fcos_d2")
@@ -73,7 +71,7 @@ def test_every_published_model_is_read_completely_and_agrees_with_its_config(
     (line,) = [line for line in caplog.messages if "recognized as" in line]
     assert f"recognized as {format_name}, convention " in line
     assert f"{len(recognized.weights)} tensors loaded; the config agrees with it" in line
-    # Names and shapes agree, except for counters and for level scales that theirs does not have.
+    # Names and shapes agree, except for counters and for level scales that some formats lack.
     extra = {key for key in state if re.search(r"num_batches_tracked$|moving_fg$", key)}
     if format_name in ("detectron2", "torchvision"):
         extra |= {key for key in state if key.endswith(".scale")}
@@ -86,23 +84,23 @@ def test_every_published_model_is_read_completely_and_agrees_with_its_config(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_kind_of_tensor_is_mapped_to_its_counterpart(model):
-    theirs = peers.weights(model)
+def test_every_kind_of_module_is_mapped_to_its_counterpart(model):
+    theirs = peers.random_weights(model)
     weights = import_weights(theirs, num_classes=91).weights  # keeps all of torchvision's rows
-    sampled = set()
+    checked = set()
     for key, value in theirs.items():
         module, _, leaf = key.rpartition(".")
-        if module in peers.SAMPLES and leaf != "num_batches_tracked":
-            ours, leaf = peers.SAMPLES[module], PADDLE_LEAVES.get(leaf, leaf)
+        if module in peers.COUNTERPARTS and leaf != "num_batches_tracked":
+            ours, leaf = peers.COUNTERPARTS[module], PADDLE_LEAVES.get(leaf, leaf)
             ours = ours if f"{ours}.{leaf}" in weights else f"{ours}.1"  # of one level
             got = weights[f"{ours}.{leaf}"]
             # 1e-5 has been subtracted from the original's variances.
             torch.testing.assert_close(got.flatten(), value.flatten(), rtol=0, atol=1.1e-5)
-            sampled.add(kind(module))
+            checked.add(without_numbers(module))
     # All modules except DLA's unused projections.
-    kinds = {kind(key.rpartition(".")[0]) for key in theirs}
-    assert {k for k in kinds - sampled if not k.startswith("backbone.bottom_up.level")} == set()
-    assert len(kinds - sampled) <= 1
+    kinds = {without_numbers(key.rpartition(".")[0]) for key in theirs}
+    assert {k for k in kinds - checked if not k.startswith("backbone.bottom_up.level")} == set()
+    assert len(kinds - checked) <= 1
 
 
 WRAPPERS = {
@@ -132,12 +130,12 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_and_prefixes_are_removed(wrap):
-    theirs = peers.weights("mmdetection_R_50_tricks")
+    theirs = peers.random_weights("mmdetection_R_50_tricks")
     assert_same(import_weights(wrap(theirs)).weights, import_weights(theirs).weights)
 
 
-def test_frozen_norms_of_the_original_have_no_epsilon_and_batch_norms_have_one():
-    theirs = peers.weights("original_R_50")
+def test_epsilon_of_frozen_norms_is_subtracted_from_variances_of_the_original():
+    theirs = peers.random_weights("original_R_50")
     frozen, trained = "backbone.body.layer1.0.bn1", "backbone.body.layer2.0.bn2"
     for name in (frozen, trained):
         theirs[f"{name}.running_var"] = torch.full((3,), 0.25)
@@ -150,11 +148,11 @@ def test_frozen_norms_of_the_original_have_no_epsilon_and_batch_norms_have_one()
     assert torch.equal(kept, torch.full_like(kept, 0.25))
 
 
-def torchvision(rows: torch.Tensor) -> dict:
-    """Returns weights whose class layer is filled with these values, one per row."""
+def torchvision_weights(rows: torch.Tensor) -> dict:
+    """Returns weights of torchvision with a class layer whose rows contain these values."""
     layer = "head.classification_head.cls_logits"
     weight = rows.view(-1, 1, 1, 1).expand(-1, 256, 3, 3)
-    theirs = peers.weights("torchvision_R_50")
+    theirs = peers.random_weights("torchvision_R_50")
     return {**theirs, f"{layer}.bias": rows, f"{layer}.weight": weight}
 
 
@@ -169,7 +167,7 @@ def torchvision(rows: torch.Tensor) -> dict:
     ],
 )
 def test_rows_of_torchvisions_class_layer_are_category_ids(rows, wanted, kept):
-    theirs = torchvision(torch.arange(float(rows)))
+    theirs = torchvision_weights(torch.arange(float(rows)))
     _, weights, requirements = import_weights(theirs, wanted)
     assert weights["head.cls_logits.bias"].tolist() == list(kept)
     assert weights["head.cls_logits.weight"][:, 0, 0, 0].tolist() == list(kept)
@@ -179,7 +177,7 @@ def test_rows_of_torchvisions_class_layer_are_category_ids(rows, wanted, kept):
 # ---- Required settings ----
 
 
-def requirements_of(theirs: dict, **rest):
+def required_settings(theirs: dict, **rest):
     return import_weights({"state_dict": theirs, **rest}).requirements
 
 
@@ -193,10 +191,10 @@ def requirements_of(theirs: dict, **rest):
 )
 def test_pixel_statistics_of_a_resnext_follow_from_its_number_of_groups(name, groups):
     format_name = name.rpartition("/")[0] or "adelaidet"
-    theirs = peers.weights(f"{format_name}_R_50{'_base' if 'mm' in format_name else ''}")
+    theirs = peers.random_weights(f"{format_name}_R_50{'_base' if 'mm' in format_name else ''}")
     conv = next(key for key in theirs if re.search(r"(res2|layer1)\.0\.conv2\.weight$", key))
     theirs[conv] = torch.zeros(64, 64 // groups, 3, 3)
-    conventions, settings = requirements_of(theirs)
+    conventions, settings = required_settings(theirs)
     cfg = config(name)
     assert cfg.MODEL.FCOS.CONVENTION in conventions
     for key, value in settings.items():
@@ -218,9 +216,9 @@ MMDET_3 = (
 )
 
 
-def test_config_saved_by_mmdetection_decides_what_weights_do_not_show():
-    theirs = peers.weights("mmdetection_R_50_base")
-    conventions, settings = requirements_of(theirs, meta={"cfg": MMDET_2})
+def test_config_saved_by_mmdetection_determines_settings_that_weights_do_not():
+    theirs = peers.random_weights("mmdetection_R_50_base")
+    conventions, settings = required_settings(theirs, meta={"cfg": MMDET_2})
     assert conventions == ("mmdet_tricks",)
     assert settings == {
         "INPUT.FORMAT": "RGB",
@@ -230,17 +228,17 @@ def test_config_saved_by_mmdetection_decides_what_weights_do_not_show():
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
         "MODEL.FCOS.NUM_CLASSES": COCO,
     }
-    conventions, settings = requirements_of(theirs, meta={"config": MMDET_3})
+    conventions, settings = required_settings(theirs, meta={"config": MMDET_3})
     assert conventions == ("mmdet_base",)
     assert settings["INPUT.FORMAT"] == "BGR"
     assert settings["MODEL.PIXEL_MEAN"] == [1, 2.5, 3]
-    assert requirements_of(theirs, meta={"cfg": "mean = ["}) == requirements_of(theirs)
+    assert required_settings(theirs, meta={"cfg": "mean = ["}) == required_settings(theirs)
 
 
-def test_differences_from_the_config_are_named_with_the_keys_to_set(tmp_path, caplog):
+def test_differences_from_the_config_are_reported_with_the_keys_to_set(tmp_path, caplog):
     model = meta_model("fcos_R_50_FPN_1x", "MODEL.FCOS.NMS_TH", 0.5)
-    load(model, peers.weights("torchvision_R_50"), tmp_path)
-    load(model, peers.weights("original_R_50"), tmp_path)
+    load(model, peers.random_weights("torchvision_R_50"), tmp_path)
+    load(model, peers.random_weights("original_R_50"), tmp_path)
     first, second = [line for line in caplog.messages if "recognized as" in line]
     for part in (
         "set MODEL.FCOS.CONVENTION torchvision (",
@@ -252,15 +250,15 @@ def test_differences_from_the_config_are_named_with_the_keys_to_set(tmp_path, ca
     ):
         assert part in first
     assert "NUM_CLASSES" not in first and "\n" not in first
-    # Of two possible conventions, the one closer to the model's is compared.
+    # Of two possible conventions, the report uses the one closer to the model's.
     assert "convention original_imprv or original, " in second
     assert "CONVENTION original_imprv (CLIP_BEFORE_NMS True instead of False, NMS_TH" in second
 
 
-def test_a_vovnet_without_residuals_does_not_agree_with_rosinalitys_weights(tmp_path, caplog):
+def test_vovnet_without_residuals_does_not_agree_with_rosinalitys_weights(tmp_path, caplog):
     pytest.importorskip("timm")
     model = meta_model("rosinality/fcos_V_39_FPN", "MODEL.TIMM.OPTIONS", [])
-    load(model, peers.weights("rosinality_V_39"), tmp_path)
+    load(model, peers.random_weights("rosinality_V_39"), tmp_path)
     assert "set MODEL.TIMM.OPTIONS ['residual=True'] instead of []" in caplog.text
 
 
@@ -274,7 +272,7 @@ def tiny():
 
 
 HEAD = "proposal_generator.fcos_head."
-MISFITS = {
+MISMATCHES = {
     "missing": ({f"{HEAD}bbox_pred.bias": None}, {}, "they lack head.bbox_pred.bias; recognized"),
     "unexpected": ({"mask.weight": torch.zeros(3)}, {}, "they contain unexpected mask.weight"),
     "scales": (
@@ -286,9 +284,9 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("case", MISFITS)
-def test_misfits_are_named_and_nothing_is_loaded(case, tiny, tmp_path):
-    changes, settings, message = MISFITS[case]
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_mismatches_are_reported_and_nothing_is_loaded(case, tiny, tmp_path):
+    changes, settings, message = MISMATCHES[case]
     weights = {k: v for k, v in {**tiny, **changes}.items() if v is not None}
     model = tiny_fcos(**settings)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -305,7 +303,7 @@ def test_scales_of_1_are_dropped_for_a_model_without_scales(tiny, tmp_path):
     assert torch.equal(model.head.bbox_pred.weight, tiny[f"{HEAD}bbox_pred.weight"])
 
 
-def test_a_backbone_alone_initializes_training_but_is_no_detector(tiny, tmp_path):
+def test_backbone_weights_alone_can_initialize_training_but_not_evaluation(tiny, tmp_path):
     backbone = {k: v for k, v in tiny.items() if k.startswith("backbone.bottom_up.")}
     with pytest.raises(InputError, match="they lack backbone.fpn_lateral3.weight, .* more;"):
         load(tiny_fcos(), backbone, tmp_path)
@@ -316,7 +314,7 @@ def test_a_backbone_alone_initializes_training_but_is_no_detector(tiny, tmp_path
         load(tiny_fcos(), other, tmp_path, reset_class_layer=True)
 
 
-def test_another_class_count_initializes_all_but_the_class_layer(tiny, tmp_path, caplog):
+def test_weights_for_other_classes_initialize_all_but_the_class_layer(tiny, tmp_path, caplog):
     model = tiny_fcos(NUM_CLASSES=2)
     initial = model.head.cls_logits.weight.clone()
     load(model, tiny, tmp_path, reset_class_layer=True)
@@ -326,7 +324,7 @@ def test_another_class_count_initializes_all_but_the_class_layer(tiny, tmp_path,
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3, "args": None}, [1]])
-def test_a_checkpoint_without_tensors_is_refused(content, tmp_path):
+def test_checkpoint_without_tensors_is_rejected(content, tmp_path):
     with pytest.raises(InputError, match="weights.pth cannot be used: expected weights by name"):
         load(tiny_fcos(), content, tmp_path)
 
@@ -335,16 +333,16 @@ def test_a_checkpoint_without_tensors_is_refused(content, tmp_path):
 
 
 def imported(model: str, *scales: float) -> dict:
-    """Imports the weights of a model, with these level scales if given."""
+    """Imports random weights of a model, and sets its level scales."""
     given = {f"head.scales.{i}.scale": torch.tensor([value]) for i, value in enumerate(scales)}
-    return import_weights(peers.weights(model)).weights | given
+    return import_weights(peers.random_weights(model)).weights | given
 
 
 ONES = [1.0] * LEVELS
 
 
 @pytest.mark.parametrize("name", ["detectron2", "torchvision"])
-def test_a_scale_that_all_levels_share_is_folded_into_the_prediction(name):
+def test_scale_shared_by_all_levels_is_folded_into_the_box_prediction(name):
     ours = imported(f"{name}_R_50")
     scaled = ours | {f"head.scales.{i}.scale": torch.tensor([1.5]) for i in range(LEVELS)}
     back = import_weights(export_weights(scaled, name)).weights
@@ -362,13 +360,13 @@ def test_classes_become_the_rows_of_torchvisions_class_layer():
     assert unused.nonzero().flatten().tolist() == [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
     assert (written[f"{layer}.bias"][unused].sigmoid() == 0).all()
     assert_same(import_weights(written).weights, ours)
-    ours = import_weights(torchvision(torch.ones(5))).weights
+    ours = import_weights(torchvision_weights(torch.ones(5))).weights
     rows = export_weights(ours, "torchvision")[f"{layer}.weight"]
     assert len(rows) == 6 and not rows[0].any() and rows[1:].any()  # the first row is background
 
 
-def test_batch_norms_are_written_where_their_weights_can_be_shared():
-    theirs = peers.weights("detectron2_R_50_bn")
+def test_batch_norms_are_exported_only_if_levels_share_their_weights():
+    theirs = peers.random_weights("detectron2_R_50_bn")
     ours = import_weights(theirs).weights
     counted = {key: value for key, value in theirs.items() if "num_batches" in key}
     assert_same(export_weights(ours, "detectron2") | counted, theirs)
@@ -382,7 +380,7 @@ def test_batch_norms_are_written_where_their_weights_can_be_shared():
     "model, name",
     [("adelaidet_R_50_dcn", "conv2_offset"), ("adelaidet_V_39", "bottom_up.body.stages_0")],
 )
-def test_what_torchvision_lacks_cannot_be_written(model, name):
+def test_layers_that_torchvision_lacks_cannot_be_exported(model, name):
     with pytest.raises(InputError, match=f"torchvision has no place for .*{name}"):
         export_weights(imported(model, *ONES), "torchvision")
 
@@ -400,8 +398,8 @@ def test_what_torchvision_lacks_cannot_be_written(model, name):
         ("mmdetection_R_50_tricks", "mmdetection", "choose adelaidet, detectron2, torchvision"),
     ],
 )
-def test_weights_are_written_only_where_they_yield_the_same_boxes(source, target, difference):
-    theirs = peers.weights(source)
+def test_weights_are_exported_only_to_formats_that_yield_the_same_boxes(source, target, difference):
+    theirs = peers.random_weights(source)
     if source == "mmdetection_R_50_tricks":
         theirs["bbox_head.cls_convs.0.conv.bias"] = torch.ones(256)
     _, weights, requirements = import_weights(theirs)

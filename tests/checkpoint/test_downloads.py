@@ -1,4 +1,4 @@
-"""Neither imports nor scripts use the network unless a URL is given; downloads are cached."""
+"""The network is used only for URLs, whose downloads are cached."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ from fcos_d2.errors import InputError
 
 from ..tiny_training import ROOT, python, write_config
 
-# Audit hooks see all uses of sockets by any library. The address of a Unix domain socket is a str.
-# The file also records uses whose exception was caught.
+# Audit hooks notice connections of all libraries; the address of a Unix domain socket is a string.
+# network.txt also records connections whose RuntimeError was caught.
 GUARD = """
 import sys
 
 def guard(event, arguments):
-    sent = event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple)
-    if sent or event in ("socket.getaddrinfo", "urllib.Request"):
+    is_remote = event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple)
+    if is_remote or event in ("socket.getaddrinfo", "urllib.Request"):
         with open("network.txt", "a") as file:
             print(event, *arguments[:2], file=file)
         raise RuntimeError(f"network: {event} {arguments}")
@@ -34,7 +34,7 @@ RUN = """
 import importlib, json, pkgutil, runpy, fcos_d2
 
 for module in pkgutil.walk_packages(fcos_d2.__path__, "fcos_d2."):
-    # Compiled libraries are not Python modules, and __main__ runs a command.
+    # Compiled libraries are not Python modules, and importing __main__ runs a command.
     if not module.name.startswith("fcos_d2._C") and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 for words in json.loads(sys.argv[1]):
@@ -47,7 +47,7 @@ print("done")
 """
 
 
-def test_imports_training_evaluation_demo_and_export_of_local_files_use_no_network(tmp_path):
+def test_imports_and_commands_with_local_files_do_not_use_the_network(tmp_path):
     config = ["--config-file", str(write_config(tmp_path))]
     train_net = [str(ROOT / "train_net.py"), *config]
     weights = ["MODEL.WEIGHTS", "output/model_final.pth", "MODEL.DEVICE", "cpu"]
@@ -76,7 +76,7 @@ def test_guard_detects_a_download(tmp_path):
 @pytest.mark.parametrize(
     "url", ["https://host.invalid/a/../../../x.pth", "detectron2://a/../../x.pkl", "http://h/..?a"]
 )
-def test_a_url_that_leads_out_of_the_cache_is_refused(url, tmp_path):
+def test_url_that_leads_out_of_the_cache_is_rejected(url, tmp_path):
     with pytest.raises(InputError, match="leads out of its folder; write it without"):
         Checkpointer(nn.Linear(1, 1)).load(url)
     if url.startswith("http"):
@@ -86,7 +86,7 @@ def test_a_url_that_leads_out_of_the_cache_is_refused(url, tmp_path):
             setup_cfg(default_argument_parser().parse_args(options))
 
 
-def test_other_urls_are_downloaded_into_the_cache_by_iopaths_own_handler(tmp_path, monkeypatch):
+def test_other_urls_are_downloaded_into_the_cache_by_iopath(tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
 

@@ -1,4 +1,4 @@
-"""Checkpoint files are read without running code in them, or are refused in one line."""
+"""Checkpoints load without running code that they contain, or raise a one-line InputError."""
 
 import argparse
 import builtins
@@ -25,7 +25,7 @@ from ..modeling.tiny import tiny_fcos
 
 pytest_plugins = ["tests.script"]
 
-HOW = ["zip", "legacy", *range(6)]  # torch.save's two formats, and all pickle protocols
+FORMATS = ["zip", "legacy", *range(6)]  # of torch.save, and protocols of pickle
 
 
 class Malicious:
@@ -38,8 +38,8 @@ class Malicious:
         return self._call, self._arguments
 
 
-def attacks(trace):
-    """Returns objects that run code when unpickled, one for each known method."""
+def malicious_objects(trace):
+    """Returns an object for each known way to run code when unpickled."""
     code = f"open({str(trace)!r}, 'w')"
     return {
         "system": Malicious(trace),
@@ -47,21 +47,21 @@ def attacks(trace):
         "open": Malicious(trace, open, (str(trace), "w")),
         "torch": Malicious(trace, torch.hub.load, (str(trace.parent), "entry")),
         "nested": {"head.cls_logits.weight": Malicious(trace)},
-        "storage": Malicious(trace, torch.storage._load_from_bytes, (saved(Malicious(trace), 2),)),
+        "storage": Malicious(trace, torch.storage._load_from_bytes, (dump(Malicious(trace), 2),)),
     }
 
 
-def saved(content, how) -> bytes:
+def dump(content, format) -> bytes:
     """Serializes ``content`` with torch.save or pickle.dumps."""
-    if isinstance(how, int):
-        return pickle.dumps(content, protocol=how)
+    if isinstance(format, int):
+        return pickle.dumps(content, protocol=format)
     file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=how == "zip")
+    torch.save(content, file, _use_new_zipfile_serialization=format == "zip")
     return file.getvalue()
 
 
-def refused(path, load=load_safely) -> str:
-    """Returns the one-line error for a file that is refused."""
+def load_error(path, load=load_safely) -> str:
+    """Returns the one-line message of the InputError that loading ``path`` raises."""
     with pytest.raises(InputError) as caught:
         load(str(path))
     message = str(caught.value)
@@ -69,32 +69,32 @@ def refused(path, load=load_safely) -> str:
     return message
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("attack", attacks(Path("trace")))
-def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(how, attack, tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("attack", malicious_objects(Path("trace")))
+def test_malicious_file_is_rejected_without_running_its_code(format, attack, tmp_path):
     trace = tmp_path / "trace"
-    weights = np.zeros(2, np.float32) if isinstance(how, int) else torch.zeros(2)
-    content = {"model": {"a.weight": weights}, "extra": attacks(trace)[attack]}
+    weights = np.zeros(2, np.float32) if isinstance(format, int) else torch.zeros(2)
+    content = {"model": {"a.weight": weights}, "extra": malicious_objects(trace)[attack]}
     for name in ("evil.pth", "evil.pkl", "evil.safetensors"):
-        (tmp_path / name).write_bytes(saved(content, how))
-        message = refused(tmp_path / name, Checkpointer(nn.Linear(2, 2)).load)
+        (tmp_path / name).write_bytes(dump(content, format))
+        message = load_error(tmp_path / name, Checkpointer(nn.Linear(2, 2)).load)
         assert not trace.exists()
-        if name.endswith(".safetensors") and isinstance(how, str):
+        if name.endswith(".safetensors") and isinstance(format, str):
             continue  # torch.load looks at the file name
         assert f"{name} was not loaded because it would call " in message
         assert f"fcos-d2 convert --trust-pickle {tmp_path / name} OUT" in message
 
 
-def test_attacks_succeed_with_an_unsafe_loader(tmp_path):
+def test_malicious_files_run_code_in_an_unsafe_loader(tmp_path):
     for name in ("system", "eval", "open"):
         trace = tmp_path / name
-        (tmp_path / "evil.pkl").write_bytes(saved(attacks(trace)[name], 2))
+        (tmp_path / "evil.pkl").write_bytes(dump(malicious_objects(trace)[name], 2))
         load_trusted(str(tmp_path / "evil.pkl"))
         assert trace.exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--eval-only",), ("--resume",)])
-def test_train_net_refuses_a_malicious_file_in_one_line(script, tmp_path, arguments):
+def test_train_net_rejects_a_malicious_file_in_one_line(script, tmp_path, arguments):
     torch.save({"model": Malicious(tmp_path / "trace")}, tmp_path / "evil.pth")
     result = script(*arguments, "MODEL.WEIGHTS", "evil.pth")
     assert not (tmp_path / "trace").exists()
@@ -103,7 +103,7 @@ def test_train_net_refuses_a_malicious_file_in_one_line(script, tmp_path, argume
 
 
 @pytest.mark.parametrize("text", ["SEED: {}", "_BASE_: base.yaml"], ids=["file", "its base"])
-def test_a_config_that_calls_python_is_refused_in_one_line(script, text):
+def test_config_that_calls_python_is_rejected_in_one_line(script, text):
     attack = "!!python/object/apply:os.system ['touch trace']"
     (script.folder / "base.yaml").write_text(f"SEED: {attack}")
     (script.folder / "evil.yaml").write_text(text.format(attack))
@@ -118,13 +118,13 @@ def test_a_config_that_calls_python_is_refused_in_one_line(script, text):
     ["os.system", "builtins.eval", "numpy.load", "operator.call", "numpy.dtype.__reduce__"]
     + ["fcos_d2.checkpoint.reading.load_trusted", "collections.OrderedDict.__init__.__globals__"],
 )
-def test_only_listed_globals_can_be_referenced(name, tmp_path):
+def test_unlisted_globals_are_rejected(name, tmp_path):
     """Uses the opcodes GLOBAL and STACK_GLOBAL; the latter resolves dots in names."""
     module, _, function = name.partition(".")
     texts = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, function))
     for program in (f"c{module}\n{function}\n.".encode(), b"\x80\x04" + texts + b"\x93."):
         (tmp_path / "program.pkl").write_bytes(program)
-        assert f"would call {name};" in refused(tmp_path / "program.pkl")
+        assert f"would call {name};" in load_error(tmp_path / "program.pkl")
 
 
 class Python2Pickler(pickle._Pickler):
@@ -158,10 +158,10 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("how", [*HOW, "python 2"])
-def test_arrays_are_loaded_as_saved(how, tmp_path):
+@pytest.mark.parametrize("format", [*FORMATS, "python 2"])
+def test_arrays_are_loaded_as_saved(format, tmp_path):
     content = collections.OrderedDict(ARRAYS, number=np.float64(0.25))
-    data = python_2_pickle(content) if how == "python 2" else saved(content, how)
+    data = python_2_pickle(content) if format == "python 2" else dump(content, format)
     (tmp_path / "arrays.pkl").write_bytes(data)
     loaded = load_safely(str(tmp_path / "arrays.pkl"))
     assert loaded.pop("number") == 0.25
@@ -170,7 +170,7 @@ def test_arrays_are_loaded_as_saved(how, tmp_path):
         assert loaded[name].shape == expected.shape and (loaded[name] == expected).all()
 
 
-@pytest.mark.parametrize("how", ["zip", 2, 4, 5])
+@pytest.mark.parametrize("format", ["zip", 2, 4, 5])
 @pytest.mark.parametrize(
     "array",
     [
@@ -178,15 +178,15 @@ def test_arrays_are_loaded_as_saved(how, tmp_path):
         np.zeros(2, np.longdouble),
     ],
 )
-def test_arrays_of_unsupported_dtypes_are_refused(array, how, tmp_path):
-    """NumPy's own unpickling would take bytes for pointers to objects."""
-    (tmp_path / "arrays.pkl").write_bytes(saved({"w": array}, how))
-    message = refused(tmp_path / "arrays.pkl")
+def test_arrays_of_unsupported_dtypes_are_rejected(array, format, tmp_path):
+    """NumPy's unpickling would interpret the bytes of object arrays as pointers."""
+    (tmp_path / "arrays.pkl").write_bytes(dump({"w": array}, format))
+    message = load_error(tmp_path / "arrays.pkl")
     assert "is not a checkpoint that can be read (it holds an array of dtype" in message
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy"])
-def test_torch_save_files_are_loaded_as_saved(how, tmp_path):
+@pytest.mark.parametrize("format", ["zip", "legacy"])
+def test_torch_save_files_are_loaded_as_saved(format, tmp_path):
     x = torch.randn(2, 3, 4)
     names = ("float64", "float16", "bfloat16", "int64", "uint8", "bool")
     content = {
@@ -197,7 +197,7 @@ def test_torch_save_files_are_loaded_as_saved(how, tmp_path):
         "optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1).state_dict(),
         "scheduler": {"milestones": collections.Counter([3, 4]), "device": torch.device("cpu")},
     }
-    (tmp_path / "a.pth").write_bytes(saved(content, how))
+    (tmp_path / "a.pth").write_bytes(dump(content, format))
     loaded = load_safely(str(tmp_path / "a.pth"))
     for key in ("views", "parameter", "dtypes"):
         torch.testing.assert_close(loaded[key], content[key], rtol=0, atol=0, check_stride=True)
@@ -206,8 +206,8 @@ def test_torch_save_files_are_loaded_as_saved(how, tmp_path):
     assert loaded["scheduler"] == content["scheduler"]
 
 
-def test_other_objects_that_training_scripts_save_are_ignored(tmp_path, monkeypatch):
-    """As written by torchvision's script and mmengine. Torch's own safe globals are unchanged."""
+def test_other_objects_in_a_checkpoint_are_ignored(tmp_path, monkeypatch):
+    """Checks objects saved by torchvision and mmengine, and that torch's safe globals are kept."""
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     buffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
@@ -231,7 +231,7 @@ def test_other_objects_that_training_scripts_save_are_ignored(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("wrapper", ["zoo", "blobs", "bare", "width"])
-def test_a_backbone_of_the_model_zoo_is_loaded_by_name_or_refused_by_shape(wrapper, tmp_path):
+def test_backbone_of_the_model_zoo_is_loaded_by_name_or_rejected_by_shape(wrapper, tmp_path):
     model, prefix = tiny_fcos(), "backbone.bottom_up."
     content = {
         key.removeprefix(prefix): np.full(value.shape, 0.5, np.float32)
@@ -249,7 +249,7 @@ def test_a_backbone_of_the_model_zoo_is_loaded_by_name_or_refused_by_shape(wrapp
     checkpointer.reset_class_layer = True
     before = model.backbone.bottom_up.stages[0].weight.clone()
     if wrapper == "width":
-        message = refused(tmp_path / "R-50.pkl", checkpointer.load)
+        message = load_error(tmp_path / "R-50.pkl", checkpointer.load)
         assert "backbone.bottom_up.stem.weight expected (8, 3, 3, 3), got (16, 3, 3, 3)" in message
         assert torch.equal(model.backbone.bottom_up.stages[0].weight, before)
     else:
@@ -257,26 +257,26 @@ def test_a_backbone_of_the_model_zoo_is_loaded_by_name_or_refused_by_shape(wrapp
         assert (model.backbone.bottom_up.stem.weight == 0.5).all()
 
 
-@pytest.mark.parametrize("how", [*HOW, "safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
-def test_a_truncated_file_is_refused(how, share, tmp_path):
+@pytest.mark.parametrize("format", [*FORMATS, "safetensors"])
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.7, 0.99])
+def test_truncated_file_is_rejected(format, fraction, tmp_path):
     weights = {f"{i}.weight": torch.randn(40, 40) for i in range(4)}
-    if isinstance(how, int):
+    if isinstance(format, int):
         weights = {key: value.numpy() for key, value in weights.items()}
-    whole = safetensors.torch.save(weights) if how == "safetensors" else saved(weights, how)
-    (tmp_path / "cut.pth").write_bytes(whole[: int(share * len(whole))])
-    message = refused(tmp_path / "cut.pth", Checkpointer(nn.Linear(2, 2)).load)
+    whole = safetensors.torch.save(weights) if format == "safetensors" else dump(weights, format)
+    (tmp_path / "cut.pth").write_bytes(whole[: int(fraction * len(whole))])
+    message = load_error(tmp_path / "cut.pth", Checkpointer(nn.Linear(2, 2)).load)
     assert "cut.pth is not a checkpoint that can be read" in message
 
 
-FOREIGN = [b"\xff\xd8\xff\xe0 an image", b"<html>404</html>", b'{"model": 1}', b"\x00" * 100]
-FOREIGN += [
+OTHER_FILES = [b"\xff\xd8\xff\xe0 an image", b"<html>404</html>", b'{"model": 1}', b"\x00" * 100]
+OTHER_FILES += [
     b"version https://git-lfs.github.com/spec",
     b"PK\x03\x04 no zip",
     b"(lp0\n.",
     b"\x80\x02}.",
 ]
-FOREIGN += [
+OTHER_FILES += [
     struct.pack("<Q", 2**60) + b"{}",
     b"\x80\x02]q\x00h\x00a.",
     b"\x80\x02}q\x00U\x01ah\x00s.",
@@ -284,28 +284,28 @@ FOREIGN += [
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_foreign_file_is_refused(tmp_path):
+def test_files_of_other_types_are_rejected(tmp_path):
     program = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), program)
-    for content in (*FOREIGN, program.getvalue()):
+    for content in (*OTHER_FILES, program.getvalue()):
         (tmp_path / "other.pth").write_bytes(content)
-        refused(tmp_path / "other.pth", Checkpointer(nn.Linear(2, 2)).load)
+        load_error(tmp_path / "other.pth", Checkpointer(nn.Linear(2, 2)).load)
 
 
-def test_trusted_files_are_read_whatever_they_contain(tmp_path):
+def test_load_trusted_reads_files_that_load_safely_rejects(tmp_path):
     content = {"model": {"w": torch.ones(2)}, "args": types.SimpleNamespace(a=1)}
-    for how in ("zip", "legacy", 4):
-        (tmp_path / "a.pth").write_bytes(saved(content, how))
-        assert "it would call " in refused(tmp_path / "a.pth")
+    for format in ("zip", "legacy", 4):
+        (tmp_path / "a.pth").write_bytes(dump(content, format))
+        assert "it would call " in load_error(tmp_path / "a.pth")
         assert load_trusted(str(tmp_path / "a.pth"))["args"].a == 1
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy"])
-def test_attributes_of_a_dict_do_not_shadow_its_methods(how, tmp_path):
+@pytest.mark.parametrize("format", ["zip", "legacy"])
+def test_attributes_of_a_dict_do_not_shadow_its_methods(format, tmp_path):
     weights = nn.Linear(2, 2).state_dict()
     for name in ("get", "values", "pop", "_metadata"):
         weights.__dict__[name] = "x"
-    (tmp_path / "a.pth").write_bytes(saved({"model": weights, "__author__": "someone"}, how))
+    (tmp_path / "a.pth").write_bytes(dump({"model": weights, "__author__": "someone"}, format))
     model = nn.Linear(2, 2)
     Checkpointer(model).load(str(tmp_path / "a.pth"))
     assert torch.equal(model.weight, weights["weight"])
@@ -322,6 +322,6 @@ def test_attributes_of_a_dict_do_not_shadow_its_methods(how, tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
-def test_a_dict_without_usable_weights_is_refused_in_one_line(content, suffix, tmp_path):
+def test_dict_without_usable_weights_is_rejected_in_one_line(content, suffix, tmp_path):
     (tmp_path / f"a{suffix}").write_bytes(pickle.dumps(content))
-    refused(tmp_path / f"a{suffix}", Checkpointer(nn.Linear(2, 2)).load)
+    load_error(tmp_path / f"a{suffix}", Checkpointer(nn.Linear(2, 2)).load)
