@@ -21,7 +21,7 @@
 namespace fcos::cuda {
 namespace {
 
-constexpr int kPaddedThreads = 512;
+constexpr int kPaddedThreads = 512, kFlatThreads = 256;
 constexpr unsigned kWanted = 512, kSortable = 1024; // boxes sorted at a time: at least, at most
 
 // ---- the padded form ----
@@ -243,7 +243,7 @@ __device__ float4 box_at(const FlatNms& args, int64_t position) {
 __device__ int64_t find_group(const FlatNms& args, int64_t position) {
   int64_t group = args.groups[position], low = 0, high = position; // it starts in [low, high]
   while (low < high) {
-    int64_t distance = (high - low + kThreads - 1) / kThreads;
+    int64_t distance = (high - low + kFlatThreads - 1) / kFlatThreads;
     int64_t place = low + threadIdx.x * distance;
     int smaller = __syncthreads_count(place < high && args.groups[place] < group);
     high = min(high, low + smaller * distance);
@@ -282,7 +282,7 @@ __device__ void find_overlaps(
   int lane = lane_index();
   float4 first = box_at(args, earlier + lane), second = box_at(args, earlier + lane + 32);
   float first_area = area(&first.x), second_area = area(&second.x);
-  for (int j = int(threadIdx.x) / 32 - 1; j < count; j += kThreads / 32 - 1) {
+  for (int j = int(threadIdx.x) / 32 - 1; j < count; j += kFlatThreads / 32 - 1) {
     uint64_t boxes = ballot(
         step.overlaps(j, first, first_area, args.iou_threshold),
         step.overlaps(j, second, second_area, args.iou_threshold));
@@ -315,7 +315,7 @@ __device__ uint64_t find_suppressed(
 }
 
 // `state` is a counter and two words for every step, all zero.
-__global__ void __launch_bounds__(kThreads, kThreadsOfMultiprocessor / kThreads - 1)
+__global__ void __launch_bounds__(kFlatThreads, kThreadsOfMultiprocessor / kFlatThreads - 1)
     flat_kernel(const __grid_constant__ FlatNms args, uint64_t* state) {
   __shared__ FlatScratch scratch;
   Step& step = scratch.step;
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsOfMultiprocessor / kThreads 
   if (t == 0) { // tickets follow start order: a block waits only on running blocks
     scratch.turn = int(atomicAdd(reinterpret_cast<unsigned long long*>(state), 1ull));
   }
-  step.clear<kThreads>();
+  step.clear<kFlatThreads>();
   uint64_t* words = state + 1;
   int64_t first = int64_t(scratch.turn) * kStep;
   int count = int(min(args.num_boxes - first, int64_t(kStep)));
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsOfMultiprocessor / kThreads 
   }
   // Boxes in the group of the first one, which may depend on earlier steps.
   int open = __syncthreads_count(t < count && args.groups[first + t] == args.groups[first]);
-  find_suppressors<kThreads>(step, count, args.iou_threshold);
+  find_suppressors<kFlatThreads>(step, count, args.iou_threshold);
   if (t < 32) {
     uint64_t decided = ~first_boxes(open);
     publish(words, scratch.turn, decided, resolve(step, first_boxes(count) & decided));
@@ -381,7 +381,7 @@ cudaError_t launch_batched_nms(const FlatNms& args, uint64_t* state, cudaStream_
   if (error != cudaSuccess) {
     return error;
   }
-  flat_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(args, state);
+  flat_kernel<<<unsigned(blocks), kFlatThreads, 0, stream>>>(args, state);
   return cudaGetLastError();
 }
 

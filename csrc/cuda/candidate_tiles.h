@@ -12,7 +12,7 @@
 
 namespace fcos::cuda {
 
-constexpr int kFinishThreads = 512;
+constexpr int kScanThreads = 256, kFinishThreads = 512;
 
 constexpr int kTileSize = 8192;               // logits that a block processes together
 constexpr int kPointBits = 9, kClassBits = 7; // of the 16 that index a logit of a tile

@@ -40,7 +40,7 @@ struct BlocksOfLevels {
 
 constexpr int64_t kMaxBlocks = INT_MAX; // of a grid in x
 
-constexpr int kThreads = 256; // of a block, where a kernel has no other number
+constexpr int kThreads = 256; // of a block, for targets and losses
 
 // The fewest that a multiprocessor holds of the GPUs that this pass of the compiler is for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800

@@ -22,9 +22,9 @@ namespace {
 
 // Adds to the counts of a segment and raises its lowest bin. Missing the counts that other blocks are
 // about to add can only make the bin too low.
-__device__ void add_counts(const Segment& segment, Scratch<kThreads>& scratch) {
+__device__ void add_counts(const Segment& segment, Scratch<kScanThreads>& scratch) {
 #pragma unroll
-  for (unsigned i = threadIdx.x; i < kBins; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < kBins; i += kScanThreads) {
     unsigned& own = scratch.bins[i];
     unsigned* all = &segment.state->bins[i];
     own = own != 0 ? own + atomicAdd(all, own) : Atomic<unsigned>(*all).load(kRelaxed);
@@ -37,9 +37,9 @@ __device__ void add_counts(const Segment& segment, Scratch<kThreads>& scratch) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+__global__ void __launch_bounds__(kScanThreads, kMinBlocks<T>)
     scan_kernel(const __grid_constant__ Plan plan) {
-  __shared__ Scratch<kThreads> scratch;
+  __shared__ Scratch<kScanThreads> scratch;
   Tile tile = find_tile(plan, blockIdx.x);
   Segment segment = find_segment(plan, tile.level, tile.image);
   State& state = *segment.state;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   if (count == 0) {
     return;
   }
-  bool many = count > kThreads; // a few are counted where all counts go in the end
+  bool many = count > kScanThreads; // a few are counted where all counts go in the end
   if (many) {
     scratch.clear();
   }
@@ -271,7 +271,7 @@ template <class T>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   unsigned blocks = unsigned(plan.blocks.total()), segments = unsigned(plan.num_segments);
   if (blocks > 0) {
-    scan_kernel<T><<<blocks, kThreads, 0, stream>>>(plan);
+    scan_kernel<T><<<blocks, kScanThreads, 0, stream>>>(plan);
   }
   blocks = std::max(segments, std::min(blocks, kCollectBlocks));
   finish_kernel<T><<<blocks, kFinishThreads, 0, stream>>>(plan);

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 CONSTANTS = {
-    "assign_targets.cu": {"kTileHeight": 2},
     "batched_nms.cu": {"kPaddedThreads": 256, "kWanted": 32, "kSortable": 160},
     "block.h": {"kBins": 256, "kBinBits": 8},
     "candidate_tiles.h": {
@@ -17,8 +16,9 @@ CONSTANTS = {
         "kCollectBlocks": 4,
         "kBinShift": 19,
     },
+    "launch.h": {"kThreads": 64},
     "nms_step.h": {"kGroups": 4},
-    "sigmoid_focal_loss.h": {"kLossThreads": 64, "kMaxRows": 4},
+    "sigmoid_focal_loss.h": {"kMaxRows": 4},
     "sums.h": {"kTickets": 8},
 }
 
