@@ -1,4 +1,4 @@
-"""Accelerated detectors return the same detections as plain ones."""
+"""Accelerated detectors return the same detections as the original ones."""
 
 import copy
 import platform
@@ -79,11 +79,11 @@ def test_folding_frozen_norms_only_changes_rounding_of_outputs_and_gradients(has
         torch.testing.assert_close(folded(image), plain(image))
 
 
-def test_fcos_folds_the_frozen_norms_of_its_backbone():
+def test_fcos_does_not_call_the_frozen_norms_of_its_backbone():
     model = build_model(tiny_cfg(*RESNET))
     norms = [layer for layer in model.modules() if isinstance(layer, FrozenBatchNorm2d)]
     for norm in norms:
-        norm.forward = None  # not callable
+        norm.forward = None  # fails if called
     assert norms and dense(model.eval(), batch())
 
 
@@ -102,7 +102,7 @@ def test_lower_precision_changes_predictions_little_and_keeps_boxes_in_float32(s
     assert len(found) and found.pred_boxes.tensor.dtype == found.scores.dtype == torch.float32
 
 
-def test_training_in_channels_last_has_the_same_losses():
+def test_channels_last_changes_only_rounding():
     plain = tiny_fcos()
     last = build_model(tiny_cfg())
     last.load_state_dict(plain.state_dict())
@@ -148,12 +148,12 @@ def test_other_detectors_stay_in_float32():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_kept_memory_is_not_mapped_again():
-    def page_faults_of_filling(pages):
+def test_freed_memory_is_reused_without_page_faults():
+    def count_page_faults(pages):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         b"1" * (pages * resource.getpagesize())
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     keep_freed_memory()
-    page_faults_of_filling(20_000)
-    assert page_faults_of_filling(10_000) < 1_000
+    count_page_faults(20_000)
+    assert count_page_faults(10_000) < 1_000

@@ -1,4 +1,4 @@
-"""AdelaiDet in the same process: it registers backbones and changes the defaults."""
+"""Checks compatibility with AdelaiDet, which registers backbones and changes config defaults."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# The relevant effects of `import adet`.
+# Simulates the relevant effects of `import adet`.
 ADET = """
 from detectron2.config import CfgNode
 from detectron2.config.defaults import _C
@@ -23,7 +23,7 @@ def build_fcos_resnet_fpn_backbone(cfg, input_shape):
 def build_fcos_vovnet_fpn_backbone(cfg, input_shape):
     raise RuntimeError("AdelaiDet's own backbone")
 """
-PREPARE = """
+SETUP = """
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from fcos_d2 import InputError, add_fcos_config
@@ -51,9 +51,9 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_adelaidets_backbone_name_means_ours_until_adelaidet_is_imported(tmp_path):
+def test_adelaidets_backbone_name_builds_ours_until_adelaidet_is_imported(tmp_path):
     code = (
-        PREPARE
+        SETUP
         + """
 theirs, ours = (config(f"build_fcos{who}_resnet_fpn_backbone") for who in ("", "_d2"))
 build_model(theirs)
@@ -71,7 +71,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("modules", ["adet, fcos_d2", "fcos_d2, adet"])
 def test_adding_our_config_after_importing_adelaidet_is_a_one_line_error(modules, tmp_path):
     code = (
-        f"import {modules}\n{PREPARE}"
+        f"import {modules}\n{SETUP}"
         + """
 try:
     add_fcos_config(get_cfg())

@@ -1,4 +1,4 @@
-"""Backbones: levels, their inputs, and deformable convolutions."""
+"""Tests the levels of backbones, and deformable convolutions."""
 
 import logging
 
@@ -38,7 +38,7 @@ def test_top_levels_halve_the_last_level(source, channels, top_levels, names):
 @pytest.mark.parametrize("top_levels", [1, 2])
 @pytest.mark.parametrize("source, output_matters", [("p5", True), ("res5", False)])
 def test_top_levels_are_computed_from_the_requested_map(top_levels, source, output_matters):
-    """P5 is C5 after an output convolution; P6 depends on that convolution only if it uses P5."""
+    """P6 depends on the output convolution of P5 only if it is computed from P5, not from C5."""
     fpn = make_fpn("res4", "res5", TOP_LEVELS=top_levels, TOP_LEVELS_FROM=source)
     image = torch.rand(1, 3, 128, 128)
     before = fpn(image)
@@ -125,7 +125,7 @@ def test_unused_levels_are_warned_about(caplog):
 
 
 def resnet_cfg(*options):
-    """Config of a narrow ResNet-50, deformable from res4 on, with a three-level FPN."""
+    """Returns the config of a narrow ResNet-50, deformable from res4 on, with a three-level FPN."""
     resnets = {"DEPTH": 50, "STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 4}
     resnets |= {"DEFORM_ON_PER_STAGE": [False, False, True, True], "DEFORM_MODULATED": True}
     cfg = tiny_cfg("MODEL.BACKBONE.NAME", "build_fcos_d2_resnet_fpn_backbone", *options)
@@ -139,18 +139,18 @@ def resnet(*options) -> nn.Module:
     return build_backbone(resnet_cfg(*options), ShapeSpec(channels=3)).bottom_up
 
 
-def block(modulated: bool, **options) -> DeformBottleneckBlock:
-    """Returns a block with initial offsets and masks: no shift, and every mask 1/2."""
-    block = DeformBottleneckBlock(
+def make_block(modulated: bool, **options) -> DeformBottleneckBlock:
+    """Returns a newly initialized block, whose offsets are 0 and whose masks are 1/2."""
+    layer = DeformBottleneckBlock(
         16, 24, bottleneck_channels=8, norm="BN", deform_modulated=modulated, **options
     )
-    return use_torchvision_deform_conv(block).eval()
+    return use_torchvision_deform_conv(layer).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"num_groups": 2}, {"dilation": 2}])
 @pytest.mark.parametrize("modulated", [False, True])
-def test_deformable_block_without_offsets_equals_a_plain_one(modulated, options):
-    deformable = block(modulated, deform_num_groups=2, **options)
+def test_deformable_block_with_zero_offsets_matches_a_plain_block(modulated, options):
+    deformable = make_block(modulated, deform_num_groups=2, **options)
     plain = BottleneckBlock(16, 24, bottleneck_channels=8, norm="BN", **options).eval()
     weights = {k: v for k, v in deformable.state_dict().items() if "offset" not in k}
     if modulated:
@@ -161,14 +161,14 @@ def test_deformable_block_without_offsets_equals_a_plain_one(modulated, options)
 
 
 def test_offsets_are_pairs_of_rows_and_columns_and_masks_come_last():
-    deformable = block(modulated=True)
+    deformable = make_block(modulated=True)
     x = torch.rand(1, 8, 9, 9)
     offset, mask = torch.zeros(1, 18, 9, 9), torch.ones(1, 9, 9, 9)
     offset[:, 0::2], offset[:, 1::2] = 2.0, -1.0
     shifted = torch.zeros_like(x)
     shifted[:, :, :-2, 1:] = x[:, :, 2:, :-1]
     moved, still = (deformable.conv2(a, b, mask) for a, b in ((x, offset), (shifted, 0 * offset)))
-    # Except at the border, where pixels were shifted out of the image.
+    # The border differs: its pixels were shifted out of the image.
     torch.testing.assert_close(moved[:, :, 1:6, 2:-1], still[:, :, 1:6, 2:-1])
 
 
@@ -200,7 +200,7 @@ def test_deformable_convolutions_follow_the_config(modulated, channels, groups):
 
 
 @pytest.mark.parametrize("freeze_at", [2, 4])
-def test_deformable_detector_trains_everything_that_is_not_frozen(freeze_at):
+def test_all_unfrozen_parameters_of_a_deformable_detector_are_trained(freeze_at):
     model = FCOS(resnet_cfg("MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.RESNETS.NORM", "BN"))
     train_step(model, [sample(64, 96, [[8.0, 8, 40, 48]]), sample(64, 64)])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -210,7 +210,7 @@ def test_deformable_detector_trains_everything_that_is_not_frozen(freeze_at):
 
 
 def test_deformable_convolution_computes_positions_in_full_precision_under_autocast():
-    deformable = block(modulated=True)
+    deformable = make_block(modulated=True)
     x = torch.rand(1, 16, 12, 10)
     nn.init.normal_(deformable.conv2_offset.weight, std=0.1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,10 +1,9 @@
-"""CONVENTION detectron2 and torchvision match those packages' own FCOS.
+"""CONVENTION detectron2 and torchvision match the FCOS of those packages.
 
-Both sides get the same head outputs, and points, assignment, losses and post-processing are
-compared. Inputs avoid what those packages leave undefined, and the few remaining cases are counted:
-- both packages rank boxes by float32 ``1e8 - area``: areas closer than 8 square pixels tie;
-- scores within rounding error of the threshold or of each other, and overlaps within rounding error
-  of the NMS threshold, depend on the last bit.
+The tests compare points, assignment, losses and post-processing for the same head outputs. They
+exclude, and count, inputs whose results are not well-defined:
+- both packages rank boxes by float32 ``1e8 - area``, so areas closer than 8 square pixels tie;
+- results depend on rounding if scores are nearly equal, or a score or IoU is near its threshold.
 """
 
 from types import SimpleNamespace
@@ -110,7 +109,7 @@ class Detectron2:
         predictions = [[level.clone() for level in maps] for maps in scene.predictions[:3]]
         return self.model.forward_inference(scene.images, scene.maps, predictions)
 
-    def survives_empty_images(self):
+    def supports_empty_images(self):
         """False for detectron2 0.6, True for its main branch."""
         try:
             self.assign(make_scene(SIZES[2], [0, 2]))
@@ -175,7 +174,7 @@ class Torchvision:
             for size, f in zip(sizes, found, strict=True)
         ]
 
-    def survives_empty_images(self):
+    def supports_empty_images(self):
         return True
 
 
@@ -183,7 +182,7 @@ PEERS = [Detectron2, Torchvision]
 
 
 def make_scene(size, counts, *, integer=False, prior=-3.0):
-    """Returns maps, predictions and ground truth of ``len(counts)`` images padded to ``size``."""
+    """Returns random predictions and ground truth for ``len(counts)`` images padded to ``size``."""
     height, width = size
     sizes = [(height - 7 * i % 32, width - 13 * i % 32) for i in range(len(counts))]
     p5 = height // 32, width // 32
@@ -203,7 +202,7 @@ def make_scene(size, counts, *, integer=False, prior=-3.0):
 
 
 def make_truth(height, width, count, integer):
-    """Draws boxes of 4 pixels up to the image size, every fourth clipped at the image border."""
+    """Draws boxes from 4 pixels to the image size; every fourth is clipped at the image border."""
     boxes, ranks, drawn = torch.empty(0, 4), set(), 0
     limit = torch.tensor([width, height], dtype=torch.float32)
     while len(boxes) < count:
@@ -220,14 +219,14 @@ def make_truth(height, width, count, integer):
         if area > 0 and rank not in ranks:
             ranks.add(rank)
             boxes = torch.cat((boxes, box))
-    assert drawn <= 1.5 * count + 5  # areas that tie in the packages' ranking are rare
+    assert drawn <= 1.5 * count + 5  # few boxes were discarded because of ties
     truth = Instances((height, width), gt_boxes=Boxes(boxes))
     truth.gt_classes = torch.randint(K, (count,))
     return truth
 
 
-def settle(scene, peer, levels, nms_threshold=0.6, threshold=0.04) -> float:
-    """Removes candidates that depend on the last bit; returns the fraction removed."""
+def remove_ambiguous_candidates(scene, peer, levels, nms_threshold=0.6, threshold=0.04) -> float:
+    """Removes candidates that depend on rounding; returns the fraction of them."""
     logits, ltrb, quality, _ = scene.predictions
     strides = [STRIDES[level] for level in LEVELS]
     points = point_coordinates(levels).double().split(levels.points_per_level)
@@ -249,14 +248,14 @@ def settle(scene, peer, levels, nms_threshold=0.6, threshold=0.04) -> float:
         classes = torch.tensor([entry[1] for entry in entries])[order]
         near = (box_iou(boxes, boxes) - nms_threshold).abs() < 1e-3
         near &= classes[:, None] == classes
-        doubtful = near.triu(1).any(dim=0)
-        doubtful |= (scores - threshold).abs() < 1e-6
-        doubtful[1:] |= scores[:-1] - scores[1:] < 2e-6 * scores[:-1]
-        for index in order[doubtful].tolist():
+        ambiguous = near.triu(1).any(dim=0)
+        ambiguous |= (scores - threshold).abs() < 1e-6
+        ambiguous[1:] |= scores[:-1] - scores[1:] < 2e-6 * scores[:-1]
+        for index in order[ambiguous].tolist():
             level, *position = entries[index]
             logits[level][(image, *position)] = -10.0
         candidates += len(entries)
-        removed += int(doubtful.sum())
+        removed += int(ambiguous.sum())
     return removed / max(candidates, 1)
 
 
@@ -281,7 +280,7 @@ def test_points_match(peer, ours, size):
 )
 def test_assignment_matches_exactly(peer, ours, size, integer):
     positives = 0
-    many = 60 if size[0] > 100 else 12  # more would not fit without ties
+    many = 60 if size[0] > 100 else 12  # more boxes would tie
     for counts in [(12, 5), (1, many)]:
         scene = make_scene(size, counts, integer=integer)
         for got, expected in zip(ours.assign(scene), peer.assign(scene), strict=True):
@@ -291,7 +290,7 @@ def test_assignment_matches_exactly(peer, ours, size, integer):
 
 
 def test_assignment_matches_on_level_bounds_and_box_sides(peer, ours):
-    """Boxes on a 4-pixel grid hit every comparison at equality, including equal areas."""
+    """Boxes on a 4-pixel grid have equal areas, and lie on the bounds of every comparison."""
     scene = make_scene((256, 384), [40, 40])
     for image in scene.truth:
         image.gt_boxes.tensor = (image.gt_boxes.tensor / 4).round() * 4
@@ -302,8 +301,8 @@ def test_assignment_matches_on_level_bounds_and_box_sides(peer, ours):
     assert not torch.equal(inclusive.long(), matched)
 
 
-def test_areas_that_tie_in_their_ranking_are_distinguished_here(peer, ours):
-    """104 and 103 square pixels are the same in float32 after subtraction from 1e8."""
+def test_areas_that_tie_in_the_other_packages_are_distinguished(peer, ours):
+    """In float32, 1e8 - 104 and 1e8 - 103 are equal."""
     scene = make_scene((64, 96), [2])
     scene.truth[0].gt_boxes = Boxes(torch.tensor([[10.0, 10, 23, 18], [10.0, 10, 22.875, 18]]))
     got, expected = ours.assign(scene)[0], peer.assign(scene)[0]
@@ -313,7 +312,7 @@ def test_areas_that_tie_in_their_ranking_are_distinguished_here(peer, ours):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_losses_and_gradients_match(peer, ours, size):
-    for counts in [(1, 5), (12, 9)]:  # the moving average of detectron2 moves
+    for counts in [(1, 5), (12, 9)]:  # two steps, for detectron2's moving average
         scene = make_scene(size, counts)
         for maps in scene.predictions:
             for level in maps:
@@ -327,7 +326,7 @@ def test_losses_and_gradients_match(peer, ours, size):
 
 
 def gradients(scene, losses):
-    """Returns gradients w.r.t. logits, ltrb and quality, each of which affects one loss only."""
+    """Returns the gradients of logits, ltrb and quality, each of which affects only one loss."""
     logits, ltrb, quality, _ = scene.predictions
     grads = torch.autograd.grad(sum(losses), logits + ltrb + quality)
     flat = [grad.flatten() for grad in grads]
@@ -349,7 +348,7 @@ def test_images_without_objects(peer, ours, counts):
     matched, labels = ours.assign(scene)
     assert (matched[0] == -1).all() and (labels[0] == K).all()
     losses = ours.compute_losses(scene)
-    if not peer.survives_empty_images():
+    if not peer.supports_empty_images():
         return
     assert torch.equal(matched.long(), peer.assign(scene)[0])
     torch.testing.assert_close(losses, peer.compute_losses(scene), rtol=1e-5, atol=0)
@@ -364,7 +363,7 @@ def test_detections_match(peer, size, prior, topk):
     peer, ours = type(peer)(topk), Ours(peer.name, PRE_NMS_TOPK_TEST=topk)
     for _ in range(2):
         scene = make_scene(size, [1, 1], prior=prior)
-        assert settle(scene, peer, ours.levels(scene)) < 0.05
+        assert remove_ambiguous_candidates(scene, peer, ours.levels(scene)) < 0.05
         for got, expected in zip(ours.detect(scene), peer.detect(scene), strict=True):
             assert len(got) == len(expected)
             assert torch.equal(got.pred_classes, expected.pred_classes)

@@ -1,4 +1,4 @@
-"""FCOS end to end: inputs, outputs, and edge cases."""
+"""Tests FCOS end to end: inputs, outputs, and edge cases."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from .tiny import NUM_CLASSES, STRIDES, sample, tiny_cfg, tiny_fcos, train_step,
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 BOX = [8.0, 8.0, 40.0, 48.0]
 PERMISSIVE = {"INFERENCE_TH_TEST": 0.0, "NMS_TH": 1.0}
-NEVER_EMPTY = {"USE_RELU": False}  # relu may return 0, and detectron2 drops boxes without area
+NO_EMPTY_BOXES = {"USE_RELU": False}  # boxes that ReLU makes empty are dropped by detectron2
 
 
 def evaluate(model, batch):
@@ -45,8 +45,8 @@ def test_training_returns_three_losses_and_evaluation_detections():
     assert set(losses) == LOSSES
     assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
     assert not without_gradient(model)
-    finder = tiny_fcos(**PERMISSIVE, **NEVER_EMPTY)
-    for found, item in zip(evaluate(finder, batch), batch, strict=True):
+    detector = tiny_fcos(**PERMISSIVE, **NO_EMPTY_BOXES)
+    for found, item in zip(evaluate(detector, batch), batch, strict=True):
         assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
         assert found.image_size == tuple(item["image"].shape[1:])
         assert len(found) == 100
@@ -86,12 +86,12 @@ def test_boxes_are_clipped_to_their_own_image_not_to_the_batch():
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_non_finite_predictions_yield_no_boxes(convention, value):
-    """Like detectron2's own test_inf_nan_data, which boxes clipped to the image would fail."""
+    """Follows detectron2's test_inf_nan_data, which fails if boxes are clipped to the image."""
     model = tiny_fcos(CONVENTION=convention, **PERMISSIVE).eval()
     images = ImageList(torch.full((1, 3, 512, 512), value), [(510, 510)])
     features, predictions = model.network(images.tensor)
-    broken = [[torch.full_like(x, value) for x in maps] for maps in predictions[:3]]
-    for maps in (broken, [predictions.logits, broken[1], predictions.quality]):
+    nonfinite = [[torch.full_like(x, value) for x in maps] for maps in predictions[:3]]
+    for maps in (nonfinite, [predictions.logits, nonfinite[1], predictions.quality]):
         (found,) = model.forward_inference(images, features, Predictions(*maps, []))
         assert not found.pred_boxes.tensor.isfinite().any()
 
@@ -117,7 +117,7 @@ def test_image_is_normalized_by_mean_and_std():
     ],
 )
 def test_any_range_of_levels_trains_all_parameters_and_evaluates(levels):
-    model = tiny_fcos(levels=levels, **PERMISSIVE, **NEVER_EMPTY)
+    model = tiny_fcos(levels=levels, **PERMISSIVE, **NO_EMPTY_BOXES)
     losses = train_step(model, [sample(128, 128, [BOX, [2.0, 2, 126, 120]])])
     assert all(loss.isfinite() for loss in losses.values())
     assert not without_gradient(model)
@@ -145,7 +145,7 @@ OPTIONS = [
     {"CONVENTION": "mmdet_tricks", "BOX_QUALITY": "iou"},
     {"CONVENTION": "mmdet_base", "NORM": "none", "NMS_METHOD": "linear"},
 ]
-HARD = {
+EDGE_CASES = {
     "image without objects": lambda: [sample(64, 96, [BOX]), sample(64, 96)],
     "batch without objects": lambda: [sample(64, 96), sample(32, 40)],
     "boxes between all points": lambda: [sample(64, 96, [[5.0, 5, 11, 11]])],
@@ -163,8 +163,8 @@ HARD = {
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("batch", HARD.values(), ids=HARD)
-def test_hard_batch_trains_all_parameters_and_evaluates(batch, options):
+@pytest.mark.parametrize("batch", EDGE_CASES.values(), ids=EDGE_CASES)
+def test_edge_case_trains_all_parameters_and_evaluates(batch, options):
     batch, settings = batch(), PERMISSIVE | {"POST_NMS_TOPK_TEST": 5} | options
     model = tiny_fcos(levels=("p3", "p4", "p5", "p6", "p7"), **settings)
     losses = train_step(model, batch)
@@ -174,7 +174,7 @@ def test_hard_batch_trains_all_parameters_and_evaluates(batch, options):
         assert found.pred_boxes.tensor.isfinite().all() and found.scores.isfinite().all()
 
 
-def test_batch_norm_per_level_trains_on_maps_of_few_points():
+def test_batch_norms_train_on_levels_with_few_points():
     model = tiny_fcos(NORM="BN", levels=("p3", "p4", "p5", "p6", "p7"))
     train_step(model, [sample(32, 40, [BOX]), sample(40, 32)])
     assert not without_gradient(model)
@@ -189,9 +189,9 @@ def test_losses_fall_and_boxes_are_found_when_overfitting_one_image():
         optimizer.zero_grad()
         history.append({k: v.item() for k, v in train_step(model, batch).items()})
         optimizer.step()
-    fallen = {name: history[20][name] / loss for name, loss in history[0].items()}
-    assert fallen["loss_fcos_cls"] < 0.5 and fallen["loss_fcos_loc"] < 0.8
-    assert fallen["loss_fcos_ctr"] < 1
+    decrease = {name: history[20][name] / loss for name, loss in history[0].items()}
+    assert decrease["loss_fcos_cls"] < 0.5 and decrease["loss_fcos_loc"] < 0.8
+    assert decrease["loss_fcos_ctr"] < 1
     (found,) = evaluate(model, batch)
     for label, box in zip(classes, boxes, strict=True):
         best = found[found.pred_classes == label][0]
@@ -231,7 +231,7 @@ def test_model_can_be_copied_after_a_step():
 
 @pytest.fixture
 def one_process():
-    """A process group with a single process."""
+    """Initializes a process group with a single process."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -240,7 +240,7 @@ def one_process():
 
 @pytest.mark.parametrize("options", [{}, {"CONVENTION": "detectron2", "NORM": "BN"}], ids=str)
 def test_distributed_training_finds_no_unused_parameters(one_process, options):
-    """Also without objects; a step fails if the previous one skipped a gradient."""
+    """A step fails if the previous one left a parameter without gradient, also without objects."""
     model = tiny_fcos(levels=("p3", "p4", "p5", "p6", "p7"), **options)
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     for batch in ([sample(64, 96)] * 2, [sample(64, 96, [BOX])] * 2, [sample(64, 96)] * 2):

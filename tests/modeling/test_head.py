@@ -1,4 +1,4 @@
-"""FCOSHead: towers, scales, distances, quality branch, deformable convolution, initial values."""
+"""Tests FCOSHead: towers, scales, distances, quality, deformable convolutions, initialization."""
 
 import math
 
@@ -15,7 +15,7 @@ SIZES = ((6, 8), (3, 4))
 
 
 def make_head(**options) -> FCOSHead:
-    """Two levels, three classes and one convolution per tower by default."""
+    """Builds a head with two levels, three classes and one convolution per tower by default."""
     settings = dict(num_classes=3, strides=(8, 16), num_cls_convs=1, num_box_convs=1, norm="none")
     return FCOSHead(in_channels=C, **(settings | options))
 
@@ -107,16 +107,16 @@ def test_towers_have_the_requested_depth():
 def test_shared_tower_feeds_classes_and_boxes_and_other_towers_only_one():
     head, maps = make_head(num_share_convs=1, norm="GN"), features()
 
-    def reaches(tower):
+    def affects(tower):
         before = head(maps)
         nn.init.normal_(tower[0].weight)
         after = head(maps)
         return any(changed(before.logits, after.logits)), any(changed(before.ltrb, after.ltrb))
 
     nn.init.constant_(head.bbox_pred.bias, 1.0)  # where relu is not flat
-    assert reaches(head.share_tower) == (True, True)
-    assert reaches(head.cls_tower) == (True, False)
-    assert reaches(head.bbox_tower) == (False, True)
+    assert affects(head.share_tower) == (True, True)
+    assert affects(head.cls_tower) == (True, False)
+    assert affects(head.bbox_tower) == (False, True)
 
 
 def test_scale_of_a_level_only_scales_the_boxes_of_that_level():
@@ -140,8 +140,8 @@ def test_scale_multiplies_before_exp_and_is_optional():
 
 @pytest.mark.parametrize("level, stride", [(0, 8), (1, 16)])
 @pytest.mark.parametrize("use_relu", [True, False])
-def test_targets_in_pixels_and_in_strides_give_the_same_distances(use_relu, level, stride):
-    """In pixels, the layer predicts ``stride`` times as much, or log(stride) more before exp."""
+def test_regression_in_pixels_and_in_strides_yields_the_same_distances(use_relu, level, stride):
+    """In pixels, outputs are ``stride`` times as large, or larger by log(stride) before exp."""
     strides, pixels = (make_head(use_relu=use_relu, norm_reg_targets=n) for n in (True, False))
     nn.init.constant_(strides.bbox_pred.bias, 0.5)
     pixels.load_state_dict(strides.state_dict())
@@ -164,7 +164,7 @@ def test_distances_are_never_negative():
 
 
 @pytest.mark.parametrize("on_box_tower", [True, False])
-def test_quality_is_predicted_from_the_requested_tower(on_box_tower):
+def test_quality_is_predicted_from_the_configured_tower(on_box_tower):
     head = make_head(quality_on_box_tower=on_box_tower)
     sum(level.sum() for level in head(features()).quality).backward()
     assert (head.bbox_tower[0].weight.grad is not None) == on_box_tower
@@ -178,13 +178,13 @@ def test_box_features_are_the_output_of_the_box_tower():
         torch.testing.assert_close(box_features[level], head.bbox_tower(feature, level))
 
 
-def test_deformable_convolution_starts_as_a_plain_one_at_half_mask():
+def test_deformable_convolution_is_initialized_with_zero_offsets_and_masks_of_one_half():
     layer, x = DeformableConv(C, C), torch.randn(2, C, 5, 7)
     weight, bias = layer.conv.weight, layer.conv.bias
     torch.testing.assert_close(layer(x), F.conv2d(x, weight / 2, bias, padding=1))
 
 
-def test_deformable_convolution_samples_where_its_offsets_say():
+def test_deformable_convolution_samples_at_its_offsets():
     layer, x = DeformableConv(C, C), torch.randn(1, C, 6, 7)
     with torch.no_grad():
         layer.offset.bias[1:18:2] = 1.0  # x of every (y, x) pair: one pixel to the right
@@ -195,7 +195,7 @@ def test_deformable_convolution_samples_where_its_offsets_say():
     assert layer.offset.weight.grad.abs().sum() > 0
 
 
-def test_deformable_convolution_ends_both_towers_and_keeps_its_initial_offsets():
+def test_last_convolution_of_both_towers_is_deformable_with_zero_offsets():
     head = make_head(use_deformable=True, num_cls_convs=2, num_box_convs=2, num_share_convs=1)
     assert modules(head, DeformableConv) == ["cls_tower.2", "bbox_tower.2"]
     for name in modules(head, DeformableConv):
@@ -205,13 +205,13 @@ def test_deformable_convolution_ends_both_towers_and_keeps_its_initial_offsets()
 
 
 @pytest.mark.parametrize("prior", [0.01, 0.2])
-def test_probability_of_every_class_starts_at_the_prior(prior):
+def test_initial_probability_of_every_class_is_the_prior(prior):
     head = make_head(prior_prob=prior)
     logits = head([torch.zeros(1, C, 4, 4)] * 2).logits
     torch.testing.assert_close(logits[0].sigmoid(), torch.full((1, 3, 4, 4), prior))
 
 
-def test_convolutions_start_small_and_without_bias():
+def test_convolutions_are_initialized_with_small_weights_and_zero_bias():
     head = make_head(num_share_convs=1, use_deformable=True)
     for name in ("share_tower.0", "cls_tower.0.conv", "bbox_tower.0.conv", "bbox_pred", "ctrness"):
         conv = head.get_submodule(name)

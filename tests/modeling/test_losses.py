@@ -1,4 +1,4 @@
-"""FCOSLoss: normalizers, weights and names against numbers computed by hand.
+"""Compares losses, normalizers and statistics of FCOSLoss with numbers computed by hand.
 
 By default, one image of 8 x 24 pixels has one level with points (4, 4), (12, 4) and (20, 4). A box
 around the whole image makes all three positive, with centerness 1/sqrt(5), 1 and 1/sqrt(5).
@@ -37,7 +37,7 @@ NOTHING = ground_truth([])
 
 
 def predictions(images: int = 1, middle: float = 1.0) -> Predictions:
-    """Zero logits and the exact distances of WHOLE, scaled by ``middle`` at the middle point."""
+    """Returns zero logits, and the distances of WHOLE, scaled by ``middle`` at the middle point."""
     ltrb = torch.tensor([[0.5, 1.5, 2.5], [0.5] * 3, [2.5, 1.5, 0.5], [0.5] * 3])
     ltrb[:, 1] *= middle
     ltrb = ltrb.view(1, 4, 1, 3).repeat(images, 1, 1, 1)
@@ -45,27 +45,27 @@ def predictions(images: int = 1, middle: float = 1.0) -> Predictions:
     return Predictions(*([level.requires_grad_()] for level in maps), [])
 
 
-def numbers(losses) -> dict[str, float]:
+def to_floats(losses) -> dict[str, float]:
     return {name.removeprefix("loss_fcos_"): loss.item() for name, loss in losses.items()}
 
 
 def focal(positives: int, negatives: int) -> float:
-    """Sum of the focal loss at probability 1/2."""
+    """Returns the sum of the focal loss at probability 1/2."""
     return (0.25 * positives + 0.75 * negatives) * 0.25 * LN2
 
 
 def test_losses_are_divided_by_the_number_of_positive_points():
-    losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
+    losses = to_floats(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
     assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
     assert losses["ctr"] == pytest.approx(3 * LN2 / 3)
     # Half of every distance is a quarter of the box.
     assert losses["loc"] == pytest.approx(0.75 * 1 / (1 + 2 * SIDE))
 
 
-def test_moving_average_of_positives_starts_as_set_and_moves_by_a_tenth():
+def test_moving_average_of_positives_has_momentum_0_9_and_is_saved():
     loss = make_loss(cls_normalizer="moving_fg", moving_fg_start=100.0)
     for average in (0.9 * 100 + 0.1 * 3, 0.9 * (0.9 * 100 + 0.1 * 3) + 0.1 * 3):
-        losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+        losses = to_floats(loss(predictions(), ONE_BOX, LEVELS))
         assert losses["cls"] == pytest.approx(focal(3, 3) / average)
         assert losses["ctr"] == pytest.approx(LN2)  # the others use the count of this batch
         assert loss.moving_fg.item() == pytest.approx(average)
@@ -84,29 +84,29 @@ def test_moving_average_of_positives_starts_as_set_and_moves_by_a_tenth():
 def test_all_losses_can_share_a_normalizer(normalizer, divisor):
     truth = ground_truth([(WHOLE, 0)], [])
     loss = make_loss(cls_normalizer=normalizer, box_normalizer="cls", weight_by_centerness=False)
-    losses = numbers(loss(predictions(2, middle=0.5), truth, LEVELS))
+    losses = to_floats(loss(predictions(2, middle=0.5), truth, LEVELS))
     expected = {"cls": focal(3, 9) / divisor, "loc": 0.75 / divisor, "ctr": 3 * LN2 / divisor}
     assert losses == pytest.approx(expected)
 
 
-def test_past_losses_can_be_differentiated_after_the_moving_average_moved():
+def test_backward_works_after_the_moving_average_was_updated_again():
     loss, maps = make_loss(cls_normalizer="moving_fg"), predictions()
     first = loss(maps, ONE_BOX, LEVELS)
     loss(maps, ONE_BOX, LEVELS)
     sum(first.values()).backward()
 
 
-def test_focal_loss_gets_its_weight_alpha_and_gamma():
+def test_focal_loss_uses_weight_alpha_and_gamma():
     loss = make_loss(alpha=0.5, gamma=0.0, cls_weight=2.0)
-    losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+    losses = to_floats(loss(predictions(), ONE_BOX, LEVELS))
     assert losses["cls"] == pytest.approx(2 * 6 * 0.5 * LN2 / 3)
     assert losses["ctr"] == pytest.approx(LN2)
 
 
-def test_iou_as_quality_is_learned_and_leaves_the_box_loss_unweighted():
+def test_iou_quality_is_the_target_and_does_not_weight_the_box_loss():
     maps = predictions(middle=0.5)
     maps.quality[0].data.fill_(1.0)
-    losses = numbers(make_loss(box_quality="iou")(maps, ONE_BOX, LEVELS))
+    losses = to_floats(make_loss(box_quality="iou")(maps, ONE_BOX, LEVELS))
     assert set(losses) == {"cls", "loc", "iou"}
     assert losses["loc"] == pytest.approx(0.75 / 3)
     # Binary cross-entropy of logit 1: log(1 + e) minus the target, which is IoU 1, 1/4 and 1.
@@ -115,9 +115,9 @@ def test_iou_as_quality_is_learned_and_leaves_the_box_loss_unweighted():
 
 @pytest.mark.parametrize("unit, iou", [(True, (0.75 + 1) / (3 + 1)), (False, 49 / 193)])
 def test_smoothing_is_in_units_of_the_regression_targets(unit, iou):
-    """The box has 3 squared strides or 192 squared pixels; the prediction a quarter of that."""
+    """The box has 3 squared strides or 192 square pixels, and the prediction a quarter of that."""
     loss = make_loss(iou_smooth=1.0, norm_reg_targets=unit, weight_by_centerness=False)
-    losses = numbers(loss(predictions(middle=0.5), ONE_BOX, LEVELS))
+    losses = to_floats(loss(predictions(middle=0.5), ONE_BOX, LEVELS))
     assert losses["loc"] == pytest.approx((1 - iou) / 3)
 
 
@@ -125,13 +125,13 @@ def test_smoothing_is_in_units_of_the_regression_targets(unit, iou):
 def test_batch_without_positives_only_has_a_classification_loss(truth):
     maps = predictions(middle=0.5)
     losses = make_loss()(maps, truth, LEVELS)
-    assert numbers(losses) == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
+    assert to_floats(losses) == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
     sum(losses.values()).backward()
     assert maps.ltrb[0].grad.abs().max() == 0 and maps.quality[0].grad.abs().max() == 0
     assert maps.logits[0].grad.min() > 0
 
 
-def test_crowd_region_is_ignored_and_its_surroundings_are_not():
+def test_points_in_a_crowd_region_are_ignored_and_others_are_not():
     maps = predictions()
     truth = ground_truth([([0.0, 0.0, 16.0, 8.0], -1)])
     loss = make_loss()
@@ -139,16 +139,16 @@ def test_crowd_region_is_ignored_and_its_surroundings_are_not():
     sum(losses.values()).backward()
     assert loss.assign(truth, LEVELS).labels.tolist() == [[-1, -1, 2]]
     assert maps.logits[0].grad[0, :, 0].ne(0).tolist() == [[False, False, True]] * 2
-    assert numbers(losses) == pytest.approx({"cls": focal(0, 2), "loc": 0, "ctr": 0})
+    assert to_floats(losses) == pytest.approx({"cls": focal(0, 2), "loc": 0, "ctr": 0})
 
 
-def test_pixel_extent_reaches_the_assignment():
+def test_assignment_uses_the_pixel_extent():
     truth = ground_truth([([0.0, 0.0, 64.0, 9.0], 0), ([0.0, 0.0, 24.2, 24.2], 1)])
     labels = [make_loss(pixel_extent=e).assign(truth, LEVELS).labels[0, 0] for e in (0, 1)]
     assert labels == [0, 1]
 
 
-def test_center_sampling_radius_and_sizes_reach_the_assignment():
+def test_assignment_uses_the_center_radius_and_the_size_ranges():
     near = make_loss(center_radius=0.5).assign(ONE_BOX, LEVELS)
     assert near.labels.tolist() == [[2, 0, 2]]
     levels = PointGrid([8, 16]).levels(
@@ -162,7 +162,7 @@ def test_center_sampling_radius_and_sizes_reach_the_assignment():
 
 
 class OtherProcess:
-    """Simulates a second process, whose numbers every all_reduce adds to ours."""
+    """Simulates a second process, whose totals all_reduce adds."""
 
     def __init__(self, monkeypatch, positives: float, centerness: float, points: float):
         self.calls = 0
@@ -177,27 +177,27 @@ class OtherProcess:
 
 def test_normalizers_are_averaged_over_processes_in_one_all_reduce(monkeypatch):
     other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
-    losses = numbers(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
+    losses = to_floats(make_loss()(predictions(middle=0.5), ONE_BOX, LEVELS))
     centerness = (1 + 2 * SIDE + 2) / 2
     expected = {"cls": focal(3, 3) / 5, "loc": 0.75 / centerness, "ctr": 3 * LN2 / 5}
     assert losses == pytest.approx(expected)
     assert other.calls == 1
     loss = make_loss(cls_normalizer="all")
-    losses = numbers(loss(predictions(), ONE_BOX, LEVELS))
+    losses = to_floats(loss(predictions(), ONE_BOX, LEVELS))
     assert losses["cls"] == pytest.approx(focal(3, 3) / 6)
     assert other.calls == 2
 
 
-def test_process_without_positives_still_takes_part_in_the_all_reduce(monkeypatch):
+def test_process_without_positives_participates_in_the_all_reduce(monkeypatch):
     other = OtherProcess(monkeypatch, positives=0, centerness=0, points=3)
-    losses = numbers(make_loss()(predictions(), NOTHING, LEVELS))
+    losses = to_floats(make_loss()(predictions(), NOTHING, LEVELS))
     assert other.calls == 1
     assert losses == pytest.approx({"cls": focal(0, 6), "loc": 0, "ctr": 0})
 
 
-def test_normalizers_can_stay_local(monkeypatch):
+def test_normalizers_are_local_without_sync(monkeypatch):
     other = OtherProcess(monkeypatch, positives=7, centerness=2.0, points=9)
-    losses = numbers(make_loss(sync_normalizer=False)(predictions(), ONE_BOX, LEVELS))
+    losses = to_floats(make_loss(sync_normalizer=False)(predictions(), ONE_BOX, LEVELS))
     assert other.calls == 0
     assert losses["cls"] == pytest.approx(focal(3, 3) / 3)
 

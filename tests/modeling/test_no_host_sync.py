@@ -1,11 +1,11 @@
-"""Training and inference never wait for the device until detections become Instances.
+"""Training and inference do not synchronize with the device until detections become Instances.
 
-Three checks, because each has a blind spot:
-- a dispatch mode over a real step that runs the reference ops sees every operator that needs a
-  value on the host, but on the CPU no copy between devices;
-- fake tensors on a GPU that need not exist have a device but no values, so reading values and
-  moving or mixing devices fails, but autograd does not run on them;
-- CUDA's own check, where there is a GPU.
+Three checks complement each other:
+- a dispatch mode notices every operator of a real step that needs a value on the host, but on the
+  CPU no copies between devices;
+- fake CUDA tensors, which need no GPU, have no values, so reading values and moving or mixing
+  devices fails, but autograd does not run on them;
+- CUDA's sync debug mode, if there is a GPU.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ READS_VALUES = (
 
 
 class NoHostSync(TorchDispatchMode):
-    """Raises on operators that need a value on the host; runs the reference in place of our ops.
+    """Raises if an operator needs a value on the host; runs the reference instead of our ops.
 
-    ``seen`` lists the ops of this package that ran.
+    ``seen`` lists the replaced ops.
     """
 
     def __init__(self):
@@ -49,10 +49,10 @@ class NoHostSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        assert name not in READS_VALUES, f"{func} waits for the device"
+        assert name not in READS_VALUES, f"{func} needs a value on the host"
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            assert not masks, f"{func} with a mask waits for the device"
+            assert not masks, f"{func} with a mask needs its values on the host"
         if func.namespace == "fcos_d2":
             self.seen.append(name)
             with self:
@@ -81,16 +81,16 @@ def predict(model, images):
     return maps, model.head(maps)
 
 
-def losses_of(model, images, truth):
+def compute_losses(model, images, truth):
     return model.train().forward_training(images, *predict(model, images), truth)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_operator_of_training_and_inference_reads_a_value(options):
+def test_no_operator_of_training_and_inference_needs_a_value_on_the_host(options):
     model, (images, truth) = tiny_fcos(**options, POST_NMS_TOPK_TEST=5), inputs()
     mode = NoHostSync()
     with mode:
-        losses = losses_of(model, images, truth)
+        losses = compute_losses(model, images, truth)
         sum(losses.values()).backward()
         model.losses.stats.values()
         with torch.no_grad():
@@ -101,15 +101,15 @@ def test_no_operator_of_training_and_inference_reads_a_value(options):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("opened", [True, False], ids=["inside our ops", "around our ops"])
+@pytest.mark.parametrize("use_reference", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_nothing_is_read_from_a_gpu_or_moved_off_it(options, opened):
+def test_no_value_is_read_or_copied_from_the_gpu(options, use_reference):
     with FakeTensorMode():
         with torch.device("cuda"):
             model = FCOS(tiny_cfg(**options, POST_NMS_TOPK_TEST=5))
             images, truth = inputs("cuda")
-        with NoHostSync() if opened else contextlib.nullcontext():
-            losses = losses_of(model, images, truth)
+        with NoHostSync() if use_reference else contextlib.nullcontext():
+            losses = compute_losses(model, images, truth)
             stats = model.losses.stats
             detections = model.eval().detect(images, *predict(model, images))
         found = [*losses.values(), *stats.values(), *detections]
@@ -130,13 +130,13 @@ def test_gradients_of_the_reference_stay_on_the_gpu(loss_type):
     assert shapes == [(2, c, 3, 4) for c in (5, 4, 1)]
 
 
-def test_training_step_needs_no_values():
-    """Meta tensors only have shapes, and autograd runs on them."""
+def test_training_step_runs_on_meta_tensors():
+    """Unlike fake tensors, these support autograd."""
     with torch.device("meta"):
         model = FCOS(tiny_cfg())
         images = ImageList(torch.empty(2, 3, 64, 96), SIZES)
         truth = [sample(*SIZES[0], torch.empty(3, 4))["instances"], sample(*SIZES[1])["instances"]]
-        losses = losses_of(model, images, truth)
+        losses = compute_losses(model, images, truth)
         sum(losses.values()).backward()
         detections = model.eval().detect(images, *predict(model, images))
     assert all(parameter.grad.is_meta for parameter in model.parameters())
@@ -149,7 +149,7 @@ def test_cuda_reports_no_synchronization():
     for mode in ("default", "error"):  # the first iteration initializes libraries
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            sum(losses_of(model, images, truth).values()).backward()
+            sum(compute_losses(model, images, truth).values()).backward()
             with torch.no_grad():
                 model.eval().detect(images, *predict(model, images))
         finally:
@@ -157,7 +157,7 @@ def test_cuda_reports_no_synchronization():
 
 
 @pytest.mark.parametrize(
-    "wait",
+    "synchronize",
     [
         lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(),
         lambda x: torch.where(x > 0), lambda x: x[x > 0], lambda x: x.masked_select(x > 0),
@@ -168,8 +168,8 @@ def test_cuda_reports_no_synchronization():
         lambda x: torch.empty(3).copy_(x), lambda x: x.repeat_interleave(x.int()),
     ],
 )  # fmt: skip
-def test_checks_detect_synchronization(wait):
+def test_synchronization_is_detected(synchronize):
     with FakeTensorMode(), NoHostSync():
         x = torch.ones(3, device="cuda")
         with pytest.raises((AssertionError, RuntimeError, TypeError)):
-            wait(x)
+            synchronize(x)

@@ -1,4 +1,4 @@
-"""PostProcessor and to_instances: every option on two points with known scores."""
+"""Tests every option of PostProcessor, and to_instances, on two points with known scores."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SIZES = torch.tensor([[8, 16]])
 
 
 def predictions(probability) -> Predictions:
-    """Predictions for one image: ``probability`` [class][point], and qualities 0.4 and 0.8.
+    """Returns predictions for an image: ``probability`` [class][point], and qualities 0.4 and 0.8.
 
     The first point predicts the box [0, 0, 16, 8], the second one [0, 0, 18, 8].
     """
@@ -32,7 +32,7 @@ ROOTS = [(p * q) ** 0.5 for p, q in ((0.6, 0.8), (0.9, 0.4), (0.3, 0.8))]
 
 
 def detect(**options):
-    """Returns (boxes, scores, classes) of the image."""
+    """Returns the boxes, scores and classes in TWO_POINTS."""
     settings = {"nms_threshold": 1.0, "score_threshold": 0.05} | options
     detections = PostProcessor(**settings)(TWO_POINTS, LEVELS, SIZES)
     (found,) = to_instances(detections, SIZES.tolist())
@@ -61,19 +61,19 @@ def detect(**options):
     ],
     ids=str,
 )
-def test_options_change_detections(options, scores, classes):
+def test_options_determine_scores_and_classes(options, scores, classes):
     found = detect(**options)
     assert found[1] == pytest.approx(scores, rel=1e-4) and found[2] == classes
 
 
 @pytest.mark.parametrize("extent", [0, 1])
-def test_pixel_extent_reaches_clipping_and_nms(extent):
+def test_clipping_and_nms_use_the_pixel_extent(extent):
     # Unclipped, the boxes have an IoU of 16 / 18, and with an extent of 1, 17 / 19.
     assert detect(clip=True, pixel_extent=extent)[0][0] == [0, 0, 16 - extent, 8 - extent]
     assert len(detect(nms_threshold=0.891, pixel_extent=extent)[1]) == 3 - extent
 
 
-def test_boxes_without_area_are_dropped_on_request():
+def test_drop_empty_drops_boxes_without_area():
     maps = TWO_POINTS._replace(
         ltrb=[torch.tensor([0.5, 0.5, -0.5, 0.5]).view(1, 4, 1, 1).repeat(1, 1, 1, 2)]
     )
@@ -82,12 +82,12 @@ def test_boxes_without_area_are_dropped_on_request():
         assert rule(maps, LEVELS, SIZES).counts.tolist() == [count]
 
 
-def test_sigma_reaches_gaussian_soft_nms():
+def test_gaussian_soft_nms_uses_sigma():
     wide, narrow = (detect(nms_method="gaussian", nms_sigma=s)[1][2] for s in (2.0, 0.5))
     assert narrow < wide < ROOTS[2]
 
 
-def test_boxes_are_clipped_on_request_each_image_to_its_own_size():
+def test_clip_clips_boxes_to_the_size_of_their_image():
     assert detect()[0] == [[0, 0, 18, 8], [0, 0, 16, 8], [0, 0, 18, 8]]
     maps = Predictions(*([level.repeat(2, 1, 1, 1) for level in m] for m in TWO_POINTS[:3]), [])
     boxes = PostProcessor(clip=True)(maps, LEVELS, torch.tensor([[8, 16], [5, 9]])).boxes
@@ -106,7 +106,7 @@ def test_each_image_gets_its_own_instances():
     assert found[1].pred_classes.dtype == torch.int64
 
 
-def test_training_proposals_have_their_own_limits():
+def test_limits_differ_between_training_and_testing():
     cfg = tiny_cfg(
         INFERENCE_TH_TRAIN=0.1, PRE_NMS_TOPK_TRAIN=11, POST_NMS_TOPK_TRAIN=12,
         INFERENCE_TH_TEST=0.2, PRE_NMS_TOPK_TEST=21, POST_NMS_TOPK_TEST=22,

@@ -1,4 +1,4 @@
-"""FCOSProposals alone and in detectron2's two-stage detectors."""
+"""Tests FCOSProposals alone and in detectron2's two-stage detectors."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def batch():
     return [sample(64, 96, BOXES), sample(64, 96)]
 
 
-def test_training_returns_losses_and_proposals_on_request(batch):
+def test_training_returns_losses_and_with_yield_proposal_also_proposals(batch):
     losses = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
     proposals, found = propose(two_stage("ProposalNetwork"), batch)
     assert proposals == [] and set(found) == losses
@@ -52,7 +52,7 @@ def test_roi_heads_without_training_proposals_are_rejected():
         two_stage("GeneralizedRCNN")
 
 
-def test_training_and_evaluation_have_their_own_number_of_proposals(batch):
+def test_number_of_proposals_differs_between_training_and_evaluation(batch):
     limits = {"POST_NMS_TOPK_TRAIN": 7, "POST_NMS_TOPK_TEST": 5}
     model = two_stage("ProposalNetwork", YIELD_PROPOSAL=True, **limits, **PERMISSIVE)
     assert [len(image) for image in propose(model, batch)[0]] == [7, 7]
@@ -60,7 +60,7 @@ def test_training_and_evaluation_have_their_own_number_of_proposals(batch):
     assert [len(image) for image in proposals] == [5, 5] and losses == {}
 
 
-def test_proposals_lie_inside_the_image_and_carry_the_logit_of_the_score(batch):
+def test_proposals_are_clipped_to_the_image_and_have_the_logits_of_scores(batch):
     model = two_stage("ProposalNetwork", POST_NMS_TOPK_TEST=500, **PERMISSIVE).eval()
     head = model.proposal_generator.head
     torch.nn.init.constant_(head.bbox_pred.bias, 3.0)

@@ -1,4 +1,4 @@
-"""One model serves several threads at once: each gets bitwise the same results as alone."""
+"""Threads that share a model get bitwise the same results as a single thread."""
 
 from copy import deepcopy
 from functools import partial
@@ -14,11 +14,11 @@ from tests.concurrency import run_concurrently
 
 from .tiny import tiny_fcos
 
-SIZES = [(64, 96), (96, 64), (33, 130), (128, 128)]  # at any time, each thread has a different one
+SIZES = [(64, 96), (96, 64), (33, 130), (128, 128)]  # threads process different ones at a time
 ROUNDS = 3
 
 
-def image_of(height: int, width: int) -> np.ndarray:
+def random_image(height: int, width: int) -> np.ndarray:
     generator = np.random.default_rng([height, width])
     return generator.integers(256, size=(height, width, 3), dtype=np.uint8)
 
@@ -43,7 +43,7 @@ def predictor(model):
     predictor = Predictor(model, (64, 96), "BGR", 0.005)
 
     def predict(pixels: np.ndarray) -> list[np.ndarray]:
-        found = predictor.predict([pixels, image_of(40, 70)])[0]
+        found = predictor.predict([pixels, random_image(40, 70)])[0]
         return [found.boxes, found.scores, found.classes]
 
     return predict
@@ -62,7 +62,7 @@ def predictor(model):
 def test_threads_share_a_model(make, settings):
     model = tiny_fcos(INFERENCE_TH_TEST=0.005, **settings).eval()
     fresh = make(deepcopy(model))  # not warmed up by a call
-    images = [image_of(*size) for size in SIZES]
+    images = [random_image(*size) for size in SIZES]
     alone = [make(model)(image) for image in images]
     # Every thread processes all images, each starting with a different one.
     orders = [np.roll(range(len(images)), -first) for first in range(len(images))]

@@ -1,4 +1,4 @@
-"""TimmBackbone: shapes and names of feature maps, trainable parameters, and errors."""
+"""Tests TimmBackbone: feature maps, trainable parameters, errors, and pretrained weights."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ from fcos_d2.modeling.timm_weights import TimmWeights
 from .tiny import sample, tiny_cfg, train_step, without_gradient
 
 BUILDER = "build_fcos_timm_fpn_backbone"
-# One of each kind of feature extractor in timm, and one with channels last.
+# One model per kind of feature extractor in timm, and one that returns channels last.
 MODELS = {
     "test_resnet": [],
     "test_convnext": [],
@@ -59,14 +59,14 @@ def test_every_model_becomes_a_fully_trainable_detector(name):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
-def test_maps_match_timm_with_channels_second(name):
+def test_maps_match_timm_with_channels_first(name):
     body = TimmBackbone(name, ["res3", "res5"], options=MODELS[name]).eval()
     image = torch.rand(1, 3, 64, 96)
     for ours, theirs in zip(body(image).values(), body.body(image), strict=True):
         assert torch.equal(ours.movedim(1, -1) if "swin" in name else ours, theirs)
 
 
-def test_nothing_beyond_the_deepest_map_is_built():
+def test_stages_beyond_the_deepest_map_are_not_built():
     def count(*names):
         return sum(p.numel() for p in TimmBackbone("test_resnet", names).parameters())
 
@@ -77,17 +77,17 @@ def test_nothing_beyond_the_deepest_map_is_built():
 # ---- trainable parameters ----
 
 
-def frozen_by(freeze_at: int, name: str = "test_resnet") -> tuple[TimmBackbone, set[str]]:
+def build_frozen(freeze_at: int, name: str = "test_resnet") -> tuple[TimmBackbone, set[str]]:
     body = TimmBackbone(name, ["res3", "res4", "res5"], freeze_at=freeze_at)
     return body, {key for key, p in body.body.named_parameters() if not p.requires_grad}
 
 
-def test_freeze_at_freezes_what_that_map_depends_on():
+def test_freeze_at_freezes_all_layers_before_that_map():
     parameters = {key for key, _ in TimmBackbone("test_resnet").body.named_parameters()}
     stages = ("conv1", "layer1", "layer2", "layer3", "layer4")
-    assert frozen_by(0)[1] == frozen_by(-1)[1] == set()
+    assert build_frozen(0)[1] == build_frozen(-1)[1] == set()
     for freeze_at in (1, 2, 3, 4, 5):
-        body, frozen = frozen_by(freeze_at)
+        body, frozen = build_frozen(freeze_at)
         wanted = {key for key in parameters if key.startswith(stages[:freeze_at])}
         # Frozen norms keep their weights as buffers.
         norms = {key for key in wanted if key not in dict(body.body.named_parameters())}
@@ -95,8 +95,8 @@ def test_freeze_at_freezes_what_that_map_depends_on():
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_mambaout", "dla46_c"])
-def test_frozen_maps_do_not_change_in_training_and_the_others_do(name):
-    body, frozen = frozen_by(3, name)
+def test_training_changes_only_maps_that_are_not_frozen(name):
+    body, frozen = build_frozen(3, name)
     assert frozen
     norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
     optimizer = torch.optim.SGD([p for p in body.parameters() if p.requires_grad], lr=1.0)
@@ -111,11 +111,11 @@ def test_frozen_maps_do_not_change_in_training_and_the_others_do(name):
     assert all(norm.num_batches_tracked == 2 for norm in norms)
 
 
-def test_model_without_a_map_of_stride_2_cannot_freeze_up_to_it():
+def test_freeze_at_a_map_that_the_model_lacks_is_rejected():
     with pytest.raises(
         InputError, match=r"FREEZE_AT must be one of \[0, 2, 3, 4, 5\] for test_conv"
     ):
-        frozen_by(1, "test_convnext")
+        build_frozen(1, "test_convnext")
 
 
 def test_frozen_norm_has_constant_statistics_and_keeps_its_activation():
@@ -130,7 +130,7 @@ def test_frozen_norm_has_constant_statistics_and_keeps_its_activation():
     torch.testing.assert_close(plain(image), frozen.train()(image))
 
 
-def test_sync_norm_replaces_every_norm_that_is_not_frozen():
+def test_sync_bn_replaces_norms_that_are_not_frozen():
     body = TimmBackbone("test_resnet", norm="SyncBN", freeze_at=2)
     norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
@@ -157,7 +157,7 @@ def test_vovnet_builder_adds_attention_to_all_blocks():
     assert attention("build_fcos_d2_vovnet_fpn_backbone") == [True] * 6
 
 
-def test_options_are_arguments_of_timm():
+def test_options_are_passed_to_timm():
     body = TimmBackbone("test_resnet", options=["drop_path_rate=0.5", "stem_width=8"])
     assert body.body.conv1[0].out_channels == 8
     assert any(type(module).__name__ == "DropPath" for module in body.modules())
@@ -197,7 +197,7 @@ def test_changing_a_key_changes_the_backbone(key, value):
         ("test_resnet", {"options": ["depth=3"]}, "unexpected keyword.*correct MODEL.TIMM.OPTIONS"),
     ],
 )
-def test_invalid_model_is_rejected_with_a_remedy(name, options, message):
+def test_invalid_model_or_option_is_rejected_with_advice(name, options, message):
     with pytest.raises(InputError, match=message):
         TimmBackbone(name, **options)
 
@@ -213,18 +213,18 @@ def test_missing_timm_is_an_error_with_the_command_to_install_it(monkeypatch):
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path) -> list[str]:
-    """Fakes timm's server; returns the names of the models whose weights were requested."""
-    asked, create = [], timm.create_model
+    """Replaces timm's downloads; returns the names of the models that were requested."""
+    requested, create = [], timm.create_model
 
     def create_model(name, pretrained=False, **options):
         if pretrained:
-            asked.append(name)
+            requested.append(name)
             torch.manual_seed(len(name))
         return create(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    return asked
+    return requested
 
 
 @pytest.mark.parametrize("norm", ["", "FrozenBN"])
@@ -261,7 +261,7 @@ def test_unknown_weights_are_rejected(name, message, downloads):
     assert downloads == []
 
 
-def test_bare_model_name_means_its_default_weights(downloads):
+def test_model_name_without_tag_selects_the_default_weights(downloads):
     TimmWeights()._get_local_path("timm://test_resnet")
     assert downloads == ["test_resnet"]
 

@@ -1,4 +1,4 @@
-"""Test-time augmentation with a detector whose predictions can be computed by hand.
+"""Tests test-time augmentation with a detector whose predictions can be computed by hand.
 
 Its only level has stride 8. A cell brighter than 128 on average is an object of class 0, whose box
 extends 8 pixels from the center of the cell in each direction.
@@ -73,7 +73,7 @@ def found(model, image):
 BOX = (4.0, 12.0, 20.0, 28.0)  # around the point (12, 20)
 
 
-def test_single_unchanged_view_changes_nothing():
+def test_single_view_of_the_original_size_does_not_change_detections():
     model = tiny_fcos(INFERENCE_TH_TEST=0.005).eval()
     image = {"image": torch.randint(256, (3, 96, 130), dtype=torch.uint8)}
     augmented = with_tta(model, 96)([image])[0]["instances"]
@@ -89,7 +89,7 @@ def test_nms_merges_the_box_of_the_flipped_view():
     ]
 
 
-def test_boxes_of_an_enlarged_view_are_mapped_back():
+def test_boxes_of_an_enlarged_view_are_scaled_to_the_original_size():
     """At twice the size, the white cell becomes four, whose boxes extend 4 original pixels."""
     boxes = [box for box, _ in found(with_tta(detector(), 128), make_input())]
     corners = [(10, 18), (14, 18), (10, 22), (14, 22)]  # the four points, (x, y)
@@ -116,7 +116,7 @@ def test_soft_nms_lowers_the_second_of_two_equal_boxes():
     assert second[1] == pytest.approx(first[1] * math.exp(-1 / 0.5), rel=1e-4)
 
 
-def test_boxes_are_clipped_and_views_are_never_padded_together():
+def test_boxes_are_clipped_and_views_of_different_sizes_are_not_padded():
     model = detector()
     assert found(with_tta(model, 64, 128, flip=True), make_input(64, 96, 0, 0))[0][0] == (
         0,
@@ -135,7 +135,7 @@ def test_views_follow_the_config():
     assert get_cfg().TEST.AUG.FLIP, "the published recipe flips images"
 
 
-def test_evaluation_reports_results_with_augmentation(script):
+def test_evaluation_reports_results_with_and_without_augmentation(script):
     done = script(
         "--eval-only", "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64),
         "OUTPUT_DIR", "out", "MODEL.WEIGHTS", "",
@@ -149,7 +149,7 @@ def test_evaluation_reports_results_with_augmentation(script):
 SMALL_VIEWS = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64), "TEST.EVAL_PERIOD", 1)
 
 
-def test_training_only_augments_its_last_evaluation(script):
+def test_only_the_last_evaluation_of_training_is_augmented(script):
     done = script(*SMALL_VIEWS, "TEST.EXPECTED_RESULTS", [["bbox_TTA", "AP", 50, 50]])
     assert done.status == 0, done.err
     saved = "Saving results to ./output/{}/tiny_shapes/coco_instances_results.json".format

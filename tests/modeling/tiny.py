@@ -1,4 +1,4 @@
-"""A detector small enough to be built hundreds of times, by the same registry and config."""
+"""A tiny FCOS, built from a config like any other detector, and helpers to train it."""
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -15,7 +15,7 @@ STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 
 
 class TinyBottomUp(Backbone):
-    """Up to four strided convolutions named like a ResNet's stages, with the same strides."""
+    """Up to four strided convolutions, with the names and strides of a ResNet's stages."""
 
     def __init__(self, out_features):
         super().__init__()
@@ -39,7 +39,7 @@ def build_tiny_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def tiny_cfg(*options, levels: tuple[str, ...] = ("p3", "p4", "p5"), **fcos) -> CfgNode:
-    """Config of a tiny FCOS; ``options`` are key-value pairs, ``fcos`` are MODEL.FCOS keys."""
+    """Returns a config; ``options`` are key-value pairs, ``fcos`` are keys of MODEL.FCOS."""
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "FCOS"
@@ -82,7 +82,7 @@ def train_step(model: nn.Module, batch: list[dict]) -> dict[str, Tensor]:
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Names of parameters without a finite gradient."""
+    """Returns the names of parameters without a finite gradient."""
     return [
         name
         for name, parameter in model.named_parameters()
