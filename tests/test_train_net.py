@@ -12,7 +12,7 @@ import fcos_d2.commands.train
 import train_net
 from fcos_d2.data import load_dataset
 
-from .engine.kill_and_resume import differences
+from .engine.kill_and_resume import find_differences
 from .tiny_training import CONFIG, ROOT
 
 pytest_plugins = ["tests.script"]
@@ -272,7 +272,7 @@ def test_lazy_config_trains_resumes_and_evaluates(script, monkeypatch):
     (output / "last_checkpoint").write_text("model_0000001.pth")
     result = script("--resume", *longer, config="tiny.py")
     assert "Starting training from iteration 2" in result.out
-    assert differences(first, torch.load(output / "model_final.pth")) == []
+    assert find_differences(first, torch.load(output / "model_final.pth")) == []
     weights = "train.init_checkpoint=output/model_final_ema.pth"
     result = script("--eval-only", weights, config="tiny.py")
     assert result.status == 0 and "bbox" in result.results[0]

@@ -1,9 +1,9 @@
-"""Trains once undisturbed, then again with kill -9 at random points, and compares the results.
+"""Compares an uninterrupted training run with one that SIGKILL ends at random points.
 
     python tests/engine/kill_and_resume.py FOLDER CONFIG KILLS SEED [KEY VALUE ...]
 
-Every run is a fork of this process, which has imported everything but started nothing, and kills
-itself. Prints where, with the iteration of the last checkpoint after each kill.
+Runs are forks of this process, so that they need not import anything, and kill themselves. Prints
+the iteration, point and last checkpoint of each kill.
 """
 
 import json
@@ -21,7 +21,7 @@ from fcos_d2.engine import Trainer, run_script
 from tests.tiny_training import metrics
 
 STEPS = ("before_step", "after_step", "after_hooks")
-# At the next file after the iteration has begun: an image, a log or, most often, a checkpoint.
+# Audit events and calls at the next file, such as an image, a log or, most often, a checkpoint.
 FILES = ("open", "os.rename", "fsync")
 
 
@@ -30,7 +30,7 @@ def kill(*_) -> None:
 
 
 class Kill(HookBase):
-    """Kills this process at a point in STEPS of an iteration, or at the next one in FILES."""
+    """Kills this process in an iteration, at a point in STEPS or the next one in FILES."""
 
     def __init__(self, iteration: int, point: str):
         self.iteration, self.point, self.process = iteration, point, os.getpid()
@@ -55,7 +55,7 @@ class Kill(HookBase):
 
 
 def run(folder: Path, config: str, *words: str, killed_at: tuple[int, str] | None = None) -> int:
-    """Trains in a forked process, resuming if possible; returns its status as of os.waitpid."""
+    """Trains or resumes in a forked process; returns its status in the format of os.waitpid."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -75,39 +75,39 @@ def run(folder: Path, config: str, *words: str, killed_at: tuple[int, str] | Non
 
 
 def last_checkpoint(folder: Path) -> dict | None:
-    """Loads what --resume would read, which must be a complete file."""
+    """Loads the checkpoint from which --resume would continue."""
     name = folder / "last_checkpoint"
     return torch.load(folder / name.read_text(), map_location="cpu") if name.exists() else None
 
 
-def differences(one: object, other: object, path: str = "") -> list[str]:
-    """Lists where two checkpoints differ, even by a bit."""
+def find_differences(one: object, other: object, path: str = "") -> list[str]:
+    """Returns the paths of all values that are not bitwise equal in two checkpoints."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) and one.dtype == other.dtype else [path]
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [f"{path}: {sorted(map(str, one.keys() ^ other.keys()))}"]
-        return [d for key in one for d in differences(one[key], other[key], f"{path}.{key}")]
+        return [d for key in one for d in find_differences(one[key], other[key], f"{path}.{key}")]
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return [f"{path}: {len(one)} and {len(other)}"]
         pairs = zip(one, other, strict=True)
-        return [d for n, pair in enumerate(pairs) for d in differences(*pair, f"{path}[{n}]")]
+        return [d for n, pair in enumerate(pairs) for d in find_differences(*pair, f"{path}[{n}]")]
     return [] if one == other else [f"{path}: {one} and {other}"]
 
 
 def main(folder: Path, config: str, kills: int, seed: int, *words: str) -> None:
-    """See the top of the file."""
+    """Runs the comparison that the module docstring describes."""
     torch.set_num_threads(1)
     random.seed(seed)
-    undisturbed, killed = folder / "undisturbed", folder / "killed"
-    undisturbed.mkdir()
+    reference, killed = folder / "reference", folder / "killed"
+    reference.mkdir()
     killed.mkdir()
-    assert run(undisturbed, config, *words) == 0, (undisturbed / "output.txt").read_text()[-3000:]
-    expected = last_checkpoint(undisturbed)
+    assert run(reference, config, *words) == 0, (reference / "output.txt").read_text()[-3000:]
+    expected = last_checkpoint(reference)
     last, begin, points = expected["iteration"], 0, []
     for number in range(kills):
-        # On average, all kills together span the whole run; never in the last iteration.
+        # The kills are spread over the whole run, except for its last iteration.
         iteration = min(begin + random.randint(0, 2 * last // kills), last - 1)
         points.append((iteration, random.choice(STEPS + FILES)))
         # With or without workers: the order of the data must not depend on them.
@@ -118,9 +118,9 @@ def main(folder: Path, config: str, kills: int, seed: int, *words: str) -> None:
         begin = checkpoint["iteration"] + 1 if checkpoint else 0
         points[-1] += (begin - 1,)
     assert run(killed, config, *words) == 0, (killed / "output.txt").read_text()[-3000:]
-    found = differences(expected, last_checkpoint(killed))
+    found = find_differences(expected, last_checkpoint(killed))
     assert found == [], found[:10]
-    assert metrics(undisturbed) == metrics(killed)
+    assert metrics(reference) == metrics(killed)
     assert not list(killed.glob("*.partial"))
     print(json.dumps(points))
 

@@ -1,4 +1,4 @@
-"""Distributed training with gloo on the CPU: it learns and detects what a single process does."""
+"""Distributed training with gloo on the CPU matches training in a single process."""
 
 import os
 import signal
@@ -19,11 +19,11 @@ from ..tiny_training import ROOT, metrics, python, write_config
 
 pytest_plugins = ["tests.script"]
 
-# Without BN, whose statistics are per process, and without Adam, which amplifies the last bit of a
-# gradient to a whole step.
-ALIKE = ("MODEL.RESNETS.NORM", "GN", "SOLVER.OPTIMIZER", "SGD", "SOLVER.IMS_PER_BATCH", 4)
-ALIKE += ("SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.01, "DATALOADER.NUM_WORKERS", 1)
-ALIKE += ("MODEL_EMA.ENABLED", True)
+# Without BN, whose statistics are per process, and without Adam, which amplifies rounding errors of
+# small gradients.
+OPTIONS = ("MODEL.RESNETS.NORM", "GN", "SOLVER.OPTIMIZER", "SGD", "SOLVER.IMS_PER_BATCH", 4)
+OPTIONS += ("SOLVER.MAX_ITER", 5, "SOLVER.BASE_LR", 0.01, "DATALOADER.NUM_WORKERS", 1)
+OPTIONS += ("MODEL_EMA.ENABLED", True)
 
 
 def torchrun(script, *words, cwd, **options):
@@ -31,18 +31,18 @@ def torchrun(script, *words, cwd, **options):
     return python(*command, *words, cwd=cwd, **options)
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_match_a_single_process(tmp_path):
     done = torchrun(ROOT / "tests/engine/two_processes.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
     assert sorted(done.stdout.splitlines()) == ["agreed 0", "agreed 1"]
 
 
-def test_torchrun_trains_and_evaluates_like_a_single_process(script, tmp_path):
+def test_torchrun_trains_and_evaluates_as_a_single_process(script, tmp_path):
     config = write_config(tmp_path / "data")
-    words = ("--config-file", config, *ALIKE, "OUTPUT_DIR", "two")
+    words = ("--config-file", config, *OPTIONS, "OUTPUT_DIR", "two")
     done = torchrun(ROOT / "train_net.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert script(*ALIKE, "OUTPUT_DIR", "one").status == 0
+    assert script(*OPTIONS, "OUTPUT_DIR", "one").status == 0
     one, two = (torch.load(tmp_path / f / "model_final.pth") for f in ("one", "two"))
     assert two["trainer"]["_trainer"]["data_loader"]["num_processes"] == 2
     assert len(two["trainer"]["_trainer"]["rng_states"]) == 2
@@ -56,7 +56,7 @@ def test_torchrun_trains_and_evaluates_like_a_single_process(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_like_one(script, tmp_path):
+def test_two_processes_evaluate_as_a_single_process(script, tmp_path):
     config = write_config(tmp_path / "data")
     assert script("SOLVER.MAX_ITER", 60, "DATASETS.TEST", "()").status == 0
     words = ("--eval-only", "MODEL.WEIGHTS", tmp_path / "output/model_final.pth")
@@ -92,7 +92,7 @@ sys.exit(run_script(train_net.main, default_argument_parser().parse_args()))
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     (tmp_path / "preempted.py").write_text(PREEMPTED)
-    words = ("--config-file", write_config(tmp_path / "data"), *ALIKE, "DATASETS.TEST", "()")
+    words = ("--config-file", write_config(tmp_path / "data"), *OPTIONS, "DATASETS.TEST", "()")
     done = torchrun(tmp_path / "preempted.py", *words, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("stopped by SIGTERM; everything is saved") == 2, done.stderr[-5000:]
@@ -102,14 +102,14 @@ def test_sigterm_to_torchrun_saves_and_resumes(tmp_path):
     assert "Starting training from iteration 3" in done.stdout
 
 
-# ---- starting ----
+# ---- launching ----
 
 
 ARGS = SimpleNamespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
 
 
-def spawned(monkeypatch, error: Exception) -> int:
-    """Returns the exit status of a script whose two processes end with ``error``."""
+def spawn_failing(monkeypatch, error: Exception) -> int:
+    """Returns the exit status of a script whose processes fail with ``error``."""
 
     def launch(*args, **kwargs):
         raise error
@@ -119,13 +119,13 @@ def spawned(monkeypatch, error: Exception) -> int:
     return run_script(lambda args: None, ARGS)
 
 
-def test_an_input_error_of_a_spawned_process_is_one_line(monkeypatch, capsys):
+def test_input_error_of_a_spawned_process_is_printed_in_one_line(monkeypatch, capsys):
     text = (
         "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call "
         "last):\n  File 'x.py', line 1\nfcos_d2.errors.InputError: no such data; do that\n"
     )
     error = torch.multiprocessing.ProcessRaisedException(text, 1, 4242)
-    assert spawned(monkeypatch, error) == 2
+    assert spawn_failing(monkeypatch, error) == 2
     assert capsys.readouterr().err == "error: no such data; do that\n"
 
 
@@ -133,10 +133,10 @@ def test_script_exits_with_the_status_of_its_preempted_processes(monkeypatch, ca
     def exited(status):
         return torch.multiprocessing.ProcessExitedException("exited", 0, 4242, exit_code=status)
 
-    assert spawned(monkeypatch, exited(Preempted.STATUS)) == Preempted.STATUS
+    assert spawn_failing(monkeypatch, exited(Preempted.STATUS)) == Preempted.STATUS
     assert "stopped by SIGTERM" in capsys.readouterr().err
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        spawned(monkeypatch, exited(1))
+        spawn_failing(monkeypatch, exited(1))
 
 
 def test_sigterm_is_forwarded_to_spawned_processes(monkeypatch):
@@ -166,13 +166,13 @@ def _exit_on_sigterm(ready) -> None:
         signal.pause()
 
 
-def test_missing_gpus_are_refused_with_a_hint_at_torchrun(monkeypatch, capsys):
+def test_missing_gpus_are_an_error_that_suggests_torchrun(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run_script(lambda args: None, ARGS) == 2
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
 
 
-def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
+def test_more_torchrun_processes_than_gpus_are_rejected(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in zip(TORCHRUN, "1122", strict=True):
         monkeypatch.setenv(name, value)
@@ -181,7 +181,7 @@ def test_more_torchrun_processes_than_gpus_are_refused(monkeypatch, capsys):
     assert "2 processes, but only 1 GPU is available; pass --nproc-per-node 1" in error
 
 
-def test_sync_bn_on_the_cpu_is_refused_even_in_a_single_process_of_torchrun(tmp_path):
+def test_sync_bn_on_the_cpu_is_rejected_also_in_a_single_process(tmp_path):
     group = {"init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **group)
     try:
@@ -194,7 +194,7 @@ def test_sync_bn_on_the_cpu_is_refused_even_in_a_single_process_of_torchrun(tmp_
 # ---- scaling ----
 
 
-def reference_cfg(cfg, **solver):
+def set_solver(cfg, **solver):
     cfg.merge_from_list([x for k, v in solver.items() for x in (f"SOLVER.{k}", v)])
     return cfg
 
@@ -204,9 +204,9 @@ def two_processes(monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
 
 
-def test_one_key_scales_the_schedule_to_the_number_of_processes(fcos_cfg, two_processes):
+def test_reference_world_size_scales_the_schedule(fcos_cfg, two_processes):
     schedule = {"IMS_PER_BATCH": 16, "BASE_LR": 0.01, "MAX_ITER": 90, "STEPS": (60, 80)}
-    cfg = reference_cfg(fcos_cfg, **schedule, WARMUP_ITERS=10, REFERENCE_WORLD_SIZE=8)
+    cfg = set_solver(fcos_cfg, **schedule, WARMUP_ITERS=10, REFERENCE_WORLD_SIZE=8)
     solver = scale_to_processes(cfg).SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (4, 0.0025, 360)
     assert (solver.STEPS, solver.WARMUP_ITERS) == ((240, 320), 40)
@@ -214,7 +214,7 @@ def test_one_key_scales_the_schedule_to_the_number_of_processes(fcos_cfg, two_pr
     assert scale_to_processes(cfg).SOLVER.MAX_ITER == 90
 
 
-def test_a_reference_world_size_that_does_not_divide_the_batch_is_refused(fcos_cfg):
-    cfg = reference_cfg(fcos_cfg, IMS_PER_BATCH=15, REFERENCE_WORLD_SIZE=8)
+def test_reference_world_size_that_does_not_divide_the_batch_is_rejected(fcos_cfg):
+    cfg = set_solver(fcos_cfg, IMS_PER_BATCH=15, REFERENCE_WORLD_SIZE=8)
     with pytest.raises(InputError, match="REFERENCE_WORLD_SIZE 8 does not divide .*IMS_PER_BATCH"):
         scale_to_processes(cfg)

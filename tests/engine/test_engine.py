@@ -1,4 +1,4 @@
-"""Optimizers, hooks, EMA and detectors beyond what plain runs of train_net.py cover."""
+"""Tests optimizers, hooks, EMA, and training of other detectors."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ def small_model():
 
 
 @pytest.mark.parametrize("name, kind", [("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)])
-def test_both_optimizers_honour_the_solver_keys(fcos_cfg, name, kind):
+def test_optimizers_use_the_solver_keys(fcos_cfg, name, kind):
     options = {"OPTIMIZER": name, "BASE_LR": 0.5, "WEIGHT_DECAY": 0.25, "BIAS_LR_FACTOR": 2.0}
     options |= {"WEIGHT_DECAY_NORM": 0.125, "MOMENTUM": 0.75, "NESTEROV": True}
     options |= {"CLIP_GRADIENTS.ENABLED": True, "CLIP_GRADIENTS.CLIP_VALUE": 0.5}
@@ -49,7 +49,7 @@ def test_both_optimizers_honour_the_solver_keys(fcos_cfg, name, kind):
 
 
 def test_optimizers_are_fused_on_gpus(fcos_cfg):
-    """So that the GPU itself skips a non-finite step; see test_step.py."""
+    """Fused optimizers skip non-finite steps on the GPU; see test_step.py."""
     for device, fused in (("cuda", True), ("cpu", None)):
         fcos_cfg.MODEL.DEVICE = device
         assert Trainer.build_optimizer(fcos_cfg, small_model()).defaults["fused"] is fused
@@ -70,14 +70,14 @@ VIS_PERIOD: 1
 @pytest.mark.parametrize(
     "architecture, measured", [("GeneralizedRCNN", "bbox"), ("ProposalNetwork", "box_proposals")]
 )
-def test_detectors_around_fcos_train_and_are_evaluated(script, architecture, measured):
+def test_detectors_that_use_fcos_proposals_train_and_evaluate(script, architecture, measured):
     (script.folder / "two.yaml").write_text(TWO_STAGES.replace("DETECTOR", architecture))
     assert script(config="two.yaml").status == 0
     result = script("--eval-only", "MODEL.WEIGHTS", "output/model_final.pth", config="two.yaml")
     assert result.status == 0 and measured in result.results[0]
 
 
-def test_a_config_with_an_unresolved_convention_trains(script):
+def test_trainer_resolves_the_convention(script):
     cfg = get_cfg()
     add_fcos_config(cfg)
     cfg.merge_from_file("tiny.yaml")
@@ -117,7 +117,7 @@ def test_statistics_are_read_from_the_device_only_when_due():
 
 
 class StatefulTrainer(ResumableTrainer):
-    """A ResumableTrainer without a config; only its saved state matters."""
+    """A ResumableTrainer without a config, to save and load its state."""
 
     def __init__(self):
         super(DefaultTrainer, self).__init__()
@@ -129,7 +129,7 @@ class StatefulTrainer(ResumableTrainer):
 
 @pytest.fixture(params=["0.6", "main"])
 def detectron2_version(request, monkeypatch):
-    """DefaultTrainer as it is in 0.6, and with the state that main saves."""
+    """Replaces DefaultTrainer's methods that save and load the state by those of a version."""
 
     def state_dict(self):
         return super(DefaultTrainer, self).state_dict() | {"_trainer": self._trainer.state_dict()}
@@ -150,7 +150,7 @@ def test_optimizer_state_is_saved_and_restored_with_every_detectron2(detectron2_
     first, second = StatefulTrainer(), StatefulTrainer()
     first.iter, first.optimizer.param_groups[0]["lr"] = 5, 0.75
     state = first.state_dict()
-    assert set(state["_trainer"]) == {"optimizer"}  # what main reads
+    assert set(state["_trainer"]) == {"optimizer"}  # the state that main reads
     second.load_state_dict(state)
     assert second.iter == 5 and second.optimizer.param_groups[0]["lr"] == 0.75
     second.load_state_dict({"iteration": 3})
@@ -181,12 +181,12 @@ def test_ema_follows_the_weights_and_statistics(tmp_path):
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_an_invalid_decay_is_refused(decay):
+def test_invalid_decay_is_rejected(decay):
     with pytest.raises(InputError, match="MODEL_EMA.DECAY must be in"):
         build_ema(small_model(), decay)
 
 
-def test_the_ema_is_evaluated_saved_and_loaded(script, monkeypatch):
+def test_ema_is_evaluated_saved_and_loaded(script, monkeypatch):
     evaluated = []
 
     def test(cfg, model, evaluators=None):
@@ -210,7 +210,7 @@ def test_the_ema_is_evaluated_saved_and_loaded(script, monkeypatch):
     torch.testing.assert_close(evaluated, [average] * 3 + [last], rtol=0, atol=0)
 
 
-def test_precise_statistics_are_those_of_the_ema(script):
+def test_precise_bn_updates_the_statistics_of_the_ema(script):
     ema = ("MODEL_EMA.ENABLED", True, "MODEL_EMA.DECAY", 0.999)
     precise = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3)
     name = "backbone.bottom_up.stem.conv1.norm.running_var"
@@ -218,14 +218,14 @@ def test_precise_statistics_are_those_of_the_ema(script):
     for options in (ema, (*ema, *precise)):
         assert script(*options, "TEST.EVAL_PERIOD", 2).status == 0
         found.append(torch.load(script.folder / "output" / "model_final_ema.pth")["model"][name])
-    assert (found[1] > 3 * found[0]).all()  # which are mostly the initial ones
+    assert (found[1] > 3 * found[0]).all()  # found[0] is mostly the initial value
 
 
 # ---- batch norm ----
 
 
 @pytest.mark.parametrize("norm, size", [("BN", 6), ("BN", 7), ("GN", 6)])
-def test_batch_norm_of_one_value_is_refused_before_training(script, norm, size):
+def test_batch_norm_of_one_value_is_rejected_before_training(script, norm, size):
     """Images of 48 x 64 become 6 x 8 (or 7 x 9), which are padded to 8 x 8 (or 8 x 16)."""
     options = ("INPUT.MIN_SIZE_TRAIN", f"({size}, 40)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 9)
     options += ("MODEL.FCOS.NORM", norm, "MODEL.RESNETS.NORM", "FrozenBN")
@@ -241,7 +241,7 @@ def test_batch_norm_of_one_value_is_refused_before_training(script, norm, size):
 
 
 def test_batch_norm_of_one_value_during_training_is_a_one_line_error():
-    """As with a LazyConfig or cropped images."""
+    """LazyConfigs and cropped images are not checked before training."""
     model = nn.Sequential(nn.BatchNorm1d(3))
     trainer = StepTrainer(model, [torch.ones(1, 3)], torch.optim.SGD(model.parameters(), 0.1))
     with EventStorage(), pytest.raises(InputError, match="feature map of 1x1; raise SOLVER.IMS"):

@@ -1,7 +1,4 @@
-"""Training resumes after kill -9, SIGTERM and full disks as if nothing had happened.
-
-Training runs that are killed have processes of their own; see kill_and_resume.py.
-"""
+"""Resumed training matches uninterrupted training after SIGKILL, SIGTERM and full disks."""
 
 import json
 import os
@@ -23,15 +20,15 @@ from fcos_d2.engine.setup import truncate_metrics
 from fcos_d2.errors import InputError
 
 from ..tiny_training import ROOT, metrics, python, write_config
-from .kill_and_resume import differences
+from .kill_and_resume import find_differences
 
 pytest_plugins = ["tests.script"]
 
 LONGER = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2)
-EVERYTHING = ("MODEL_EMA.ENABLED", True, "MODEL.FCOS.LOSS_NORMALIZER_CLS", "moving_fg")
+STATEFUL = ("MODEL_EMA.ENABLED", True, "MODEL.FCOS.LOSS_NORMALIZER_CLS", "moving_fg")
 
 
-# ---- kill -9 ----
+# ---- SIGKILL ----
 
 
 def kill_and_resume(folder: Path, config: Path, kills: int, *options) -> list:
@@ -41,20 +38,20 @@ def kill_and_resume(folder: Path, config: Path, kills: int, *options) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_training_killed_at_random_points_ends_bit_identical(tmp_path):
+def test_training_killed_at_random_points_is_bitwise_reproducible(tmp_path):
     options = ("SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 10)
     options += ("SOLVER.OPTIMIZER", "SGD")
-    points = kill_and_resume(tmp_path, write_config(tmp_path / "data"), 4, *options, *EVERYTHING)
+    points = kill_and_resume(tmp_path, write_config(tmp_path / "data"), 4, *options, *STATEFUL)
     assert len(points) == 4
 
 
 @pytest.mark.slow
-def test_training_on_digits_killed_twenty_times_ends_bit_identical(tmp_path, monkeypatch):
+def test_training_on_digits_killed_twenty_times_is_bitwise_reproducible(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     config = ROOT / "configs/digits/fcos_R_18_FPN_digits.yaml"
     options = ("SOLVER.MAX_ITER", 200, "SOLVER.CHECKPOINT_PERIOD", 7, "TEST.EVAL_PERIOD", 0)
     options += ("VIS_PERIOD", 0, "DATASETS.TEST", "()", "INPUT.RANDOM_FLIP", "horizontal")
-    points = kill_and_resume(tmp_path, config, 20, *options, *EVERYTHING)
+    points = kill_and_resume(tmp_path, config, 20, *options, *STATEFUL)
     assert len(points) == 20
 
 
@@ -86,10 +83,10 @@ def terminating(monkeypatch, in_evaluation: bool = False):
 
 
 @pytest.mark.parametrize("in_evaluation", [False, True], ids=["in a step", "in an evaluation"])
-def test_sigterm_saves_and_stops_with_its_own_exit_status(script, monkeypatch, in_evaluation):
-    options = (*LONGER, *EVERYTHING, "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 3)
+def test_sigterm_saves_a_checkpoint_and_sets_the_exit_status(script, monkeypatch, in_evaluation):
+    options = (*LONGER, *STATEFUL, "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 3)
     before = signal.getsignal(signal.SIGTERM)
-    assert script(*options, "OUTPUT_DIR", "undisturbed").status == 0
+    assert script(*options, "OUTPUT_DIR", "reference").status == 0
     with terminating(monkeypatch, in_evaluation):
         result = script(*options)
     assert result.status == Preempted.STATUS == 75
@@ -99,11 +96,11 @@ def test_sigterm_saves_and_stops_with_its_own_exit_status(script, monkeypatch, i
     output = script.folder / "output"
     assert (output / "last_checkpoint").read_text() == "model_0000002.pth"
     assert script("--resume", *options).status == 0
-    finals = [torch.load(script.folder / f / "model_final.pth") for f in ("output", "undisturbed")]
-    assert differences(*finals) == []
+    finals = [torch.load(script.folder / f / "model_final.pth") for f in ("output", "reference")]
+    assert find_differences(*finals) == []
 
 
-def test_sigterm_in_the_last_iteration_leaves_the_evaluation_to_resume(script, monkeypatch):
+def test_sigterm_in_the_last_iteration_defers_the_evaluation_to_resume(script, monkeypatch):
     with terminating(monkeypatch):
         result = script("SOLVER.MAX_ITER", 3)
     assert result.status == Preempted.STATUS
@@ -114,11 +111,11 @@ def test_sigterm_in_the_last_iteration_leaves_the_evaluation_to_resume(script, m
     assert "bbox/AP" in metrics(script.folder / "output")[-1]
 
 
-# ---- full disks, broken files ----
+# ---- full disks, incomplete files ----
 
 
 @contextmanager
-def files_at_most(size: int):
+def limit_file_size(size: int):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -127,8 +124,8 @@ def files_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_training_runs_where_signals_cannot_be_blocked_and_folders_not_flushed(script, monkeypatch):
-    """As on Windows."""
+def test_training_does_not_need_posix_signals_and_opening_of_folders(script, monkeypatch):
+    """Windows supports neither."""
     open_file = os.open
 
     def open_no_folder(path, flags, *args, **kwargs):
@@ -143,12 +140,12 @@ def test_training_runs_where_signals_cannot_be_blocked_and_folders_not_flushed(s
     assert (script.folder / "output/last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_full_disk_is_a_one_line_error_and_keeps_the_last_checkpoint(script):
+def test_full_disk_is_a_one_line_error_and_keeps_the_last_checkpoint(script):
     options = (*LONGER, "DATASETS.TEST", "()")
     assert script(*options, "SOLVER.MAX_ITER", 2).status == 0
     output = script.folder / "output"
     before = (output / "model_final.pth").read_bytes()
-    with files_at_most(1_000_000):
+    with limit_file_size(1_000_000):
         result = script("--resume", *options)
     assert result.status == 2 and result.err.count("\n") == 1
     for part in (
@@ -164,7 +161,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_the_last_checkpoint(script):
     assert script("--resume", *options).status == 0
 
 
-def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
+def test_file_is_replaced_only_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
@@ -178,13 +175,13 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     assert path.read_bytes() == b"new" and [*tmp_path.iterdir()] == [path]
 
 
-def test_files_left_by_a_killed_process_are_removed_with_the_next_checkpoint(tmp_path):
+def test_next_checkpoint_removes_partial_files_of_a_killed_process(tmp_path):
     (tmp_path / "model_0000001.pth.partial").write_bytes(b"cut off")
     Checkpointer(nn.Linear(2, 2), str(tmp_path)).save("model_0000002")
     assert {p.name for p in tmp_path.iterdir()} == {"model_0000002.pth", "last_checkpoint"}
 
 
-def test_an_unwritable_first_checkpoint_says_that_there_is_no_other(tmp_path):
+def test_unwritable_first_checkpoint_is_an_error_without_an_earlier_checkpoint(tmp_path):
     checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path / "absent"))
     with pytest.raises(InputError, match="No such file or directory; there is no earlier"):
         checkpointer.save("model_0000001")
@@ -193,7 +190,7 @@ def test_an_unwritable_first_checkpoint_says_that_there_is_no_other(tmp_path):
 # ---- other settings ----
 
 
-def test_resuming_with_another_learning_rate_and_schedule_uses_and_logs_them(script):
+def test_resuming_uses_and_logs_a_changed_learning_rate_and_schedule(script):
     options = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "(9,)", "DATASETS.TEST", "()")
     assert script(*options, "SOLVER.CHECKPOINT_PERIOD", 2).status == 0
     output = script.folder / "output"

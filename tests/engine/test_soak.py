@@ -1,4 +1,4 @@
-"""Memory stays flat over thousands of calls: nothing that a call allocates outlives it."""
+"""Training and inference do not leak memory over thousands of calls."""
 
 import gc
 import itertools
@@ -11,8 +11,8 @@ from ..modeling.tiny import sample, tiny_fcos
 
 pytestmark = pytest.mark.slow
 
-WARM_UP = 0.2  # share of the calls after which memory is first measured
-GROWTH = 0.01  # of the resident memory, allowed from there to the end
+WARM_UP = 0.2  # fraction of the calls before memory is first measured
+MAX_GROWTH = 0.01  # of resident memory after that, relative
 
 
 def resident_bytes() -> int:
@@ -21,14 +21,14 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def assert_flat(call, times: int) -> None:
+def assert_no_leak(call, times: int) -> None:
     for _ in range(int(times * WARM_UP)):
         call()
     before = resident_bytes()
     for _ in range(times - int(times * WARM_UP)):
         call()
     after = resident_bytes()
-    assert after - before < GROWTH * before, f"{before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
+    assert after - before < MAX_GROWTH * before, f"{before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
 
 
 def batch(generator: torch.Generator) -> list[dict]:
@@ -45,7 +45,7 @@ def batch(generator: torch.Generator) -> list[dict]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("training, times", [(False, 10_000), (True, 2_000)])
-def test_memory_stays_flat(training, times):
+def test_memory_does_not_grow(training, times):
     generator = torch.Generator().manual_seed(0)
     batches = itertools.cycle([batch(generator) for _ in range(50)])
     model = tiny_fcos(INFERENCE_TH_TEST=0.001).train(training)
@@ -60,4 +60,4 @@ def test_memory_stays_flat(training, times):
         sum(model(next(batches)).values()).backward()
         optimizer.step()
 
-    assert_flat(step if training else infer, times)
+    assert_no_leak(step if training else infer, times)

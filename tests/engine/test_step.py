@@ -1,4 +1,4 @@
-"""StepTrainer: non-finite losses, gradient accumulation, mixed precision, and its state."""
+"""Tests StepTrainer: non-finite losses, accumulation, mixed precision, compilation, its state."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ ACCURACY_TEST = "quick_schedules/fcos_R_18_FPN_digits_bfloat16_training_acc_test
 
 
 class Fragile(nn.Module):
-    """Has two losses that are finite if the input is; the gradient of one may still not be."""
+    """Has two losses that are finite for finite inputs; the gradient of one may not be."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def run(trainer: StepTrainer, steps: int) -> tuple[StepTrainer, EventStorage, li
     return trainer, storage, losses
 
 
-def fragile(values, is_deferred: bool = False, **options) -> StepTrainer:
+def make_fragile(values, is_deferred: bool = False, **options) -> StepTrainer:
     """Builds a trainer that reads ``values``; ``is_deferred`` makes it check late, as on a GPU."""
     model = Fragile()
     fused = {"momentum": 0.9, "fused": True} if is_deferred else {"momentum": 0.9}
@@ -62,8 +62,8 @@ def fragile(values, is_deferred: bool = False, **options) -> StepTrainer:
     return trainer
 
 
-def fragile_steps(values, **options) -> tuple[StepTrainer, EventStorage]:
-    return run(fragile(values, **options), len(values))[:2]
+def run_fragile(values, **options) -> tuple[StepTrainer, EventStorage]:
+    return run(make_fragile(values, **options), len(values))[:2]
 
 
 def assert_same_state(ours: StepTrainer, theirs: StepTrainer) -> None:
@@ -84,9 +84,9 @@ def detector_steps(steps: int = 8, **options) -> tuple[StepTrainer, list[float]]
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_nonfinite_loss_is_named_with_iteration_and_images(value):
+def test_nonfinite_loss_is_reported_with_iteration_and_images(value):
     with pytest.raises(InputError) as caught:
-        fragile_steps([1.0, 2.0, value])
+        run_fragile([1.0, 2.0, value])
     message = str(caught.value)
     assert message.startswith("iteration 2: loss_a is nan")
     assert "for images a.png, b.png; look at these images" in message
@@ -96,14 +96,14 @@ def test_a_nonfinite_loss_is_named_with_iteration_and_images(value):
 def test_nonfinite_gradients_are_reported_with_the_images():
     message = "iteration 1: gradients are not finite for images a.png, b.png; look at"
     with pytest.raises(InputError, match=message):
-        fragile_steps([1.0, 0.0])
+        run_fragile([1.0, 0.0])
 
 
 @pytest.mark.parametrize("is_deferred", [False, True])
-def test_skipped_iterations_leave_nothing_behind(caplog, is_deferred):
+def test_skipped_iterations_do_not_change_the_state(caplog, is_deferred):
     values = [1.0, NAN, 0.0, 1.0]
-    trainer, storage = fragile_steps(values, max_skipped=2, is_deferred=is_deferred)
-    assert_same_state(trainer, fragile_steps([1.0, 1.0], is_deferred=is_deferred)[0])
+    trainer, storage = run_fragile(values, max_skipped=2, is_deferred=is_deferred)
+    assert_same_state(trainer, run_fragile([1.0, 1.0], is_deferred=is_deferred)[0])
     assert [record.message[:30] for record in caplog.records] == [
         "iteration 1: loss_a is nan, lo", "iteration 2: gradients are not"
     ]  # fmt: skip
@@ -115,9 +115,9 @@ def test_skipped_iterations_leave_nothing_behind(caplog, is_deferred):
     assert [iteration for _, iteration in storage.history("loss_a").values()] == [0, 3]
 
 
-def test_one_skipped_iteration_too_many_ends_training():
+def test_too_many_skipped_iterations_end_training():
     with pytest.raises(InputError, match="iteration 2: .*, after skipping 1"):
-        fragile_steps([NAN, 1.0, NAN], max_skipped=1)
+        run_fragile([NAN, 1.0, NAN], max_skipped=1)
 
 
 class Constant(nn.Module):
@@ -131,7 +131,7 @@ class Constant(nn.Module):
         return {"loss": self.weight + NAN}
 
 
-def test_a_nonfinite_loss_with_finite_gradients_does_not_step():
+def test_nonfinite_loss_with_finite_gradients_skips_the_step():
     model = Constant()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True, momentum=0.9)
     trainer = StepTrainer(model, [[{}]] * 3, optimizer, max_skipped=9)
@@ -141,32 +141,32 @@ def test_a_nonfinite_loss_with_finite_gradients_does_not_step():
     assert model.weight.item() == 1
 
 
-# ---- not waiting for the GPU ----
+# ---- deferred checks ----
 
 
-def test_a_deferred_check_ends_training_an_iteration_late_without_the_step():
-    trainer = fragile([1.0, NAN, 1.0], is_deferred=True)
+def test_deferred_check_ends_training_in_the_next_iteration_without_the_step():
+    trainer = make_fragile([1.0, NAN, 1.0], is_deferred=True)
     with pytest.raises(InputError, match="iteration 1: loss_a is nan"):
         run(trainer, 3)
-    assert torch.equal(trainer.model.root, fragile_steps([1.0], is_deferred=True)[0].model.root)
+    assert torch.equal(trainer.model.root, run_fragile([1.0], is_deferred=True)[0].model.root)
 
 
-def test_a_deferred_iteration_is_checked_before_it_is_saved():
-    trainer, storage, losses = run(fragile([1.0, 2.0, NAN], is_deferred=True), 3)
-    assert losses[1] == losses[0] != losses[2]  # that of iteration 1, when 2 was queued
+def test_deferred_check_runs_before_a_checkpoint():
+    trainer, storage, losses = run(make_fragile([1.0, 2.0, NAN], is_deferred=True), 3)
+    assert losses[1] == losses[0] != losses[2]  # iteration 1 is logged in iteration 2
     with storage, pytest.raises(InputError, match="iteration 2: loss_a is nan"):
         trainer.gather_rng_states()  # as before every checkpoint and evaluation
 
 
 def test_the_first_step_of_a_fused_optimizer_is_not_deferred():
-    """SGD allocates momenta without initializing them, and a skipped step does not write them."""
-    trainer = fragile([NAN], is_deferred=True, max_skipped=1)
+    """SGD allocates uninitialized momenta, which a skipped step does not write."""
+    trainer = make_fragile([NAN], is_deferred=True, max_skipped=1)
     run(trainer, 1)
     assert trainer._skipped == 1 and not trainer.optimizer.state
 
 
 class Smooth(Fragile):
-    """Reads no value on the host, like FCOS in test_no_host_sync.py."""
+    """Needs no value on the host; see test_no_host_sync.py for FCOS."""
 
     def forward(self, batch):
         x = torch.stack([sample["x"] for sample in batch])
@@ -175,11 +175,11 @@ class Smooth(Fragile):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("options", [{"max_skipped": 1}, {"amp_dtype": torch.float16}])
-def test_an_iteration_reads_no_value_from_the_device(optimizer, options):
+def test_iteration_does_not_synchronize_with_the_device(optimizer, options):
     model = Smooth()
     optimizer = optimizer(model.parameters(), 0.01, fused=True)
     trainer, storage, _ = run(StepTrainer(model, [fragile_batch(1.0)] * 2, optimizer, **options), 1)
-    trainer._is_deferred, trainer.flush = True, lambda: True  # reads what has arrived
+    trainer._is_deferred, trainer.flush = True, lambda: True  # which reads values
     optimizer.state.setdefault(model.root, {})  # plain SGD has none
     before = model.root.item()
     with storage, NoHostSync():
@@ -188,7 +188,7 @@ def test_an_iteration_reads_no_value_from_the_device(optimizer, options):
 
 
 @pytest.mark.cuda
-def test_a_step_does_not_synchronize_with_cuda():
+def test_step_does_not_synchronize_with_cuda():
     model = tiny_fcos("MODEL.DEVICE", "cuda")
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9, fused=True)
     trainer, storage, _ = run(StepTrainer(model, [BATCH] * 9, optimizer), 4)
@@ -205,9 +205,9 @@ def test_a_step_does_not_synchronize_with_cuda():
 # ---- accumulation ----
 
 
-def test_accumulated_gradients_are_those_of_the_mean():
+def test_accumulated_gradients_are_gradients_of_the_mean_loss():
     values = [1.0, 2.0, 3.0]
-    trainer, _, (total,) = run(fragile(values, accumulation=3), 1)
+    trainer, _, (total,) = run(make_fragile(values, accumulation=3), 1)
     alone = Fragile()
     loss = sum(sum(alone(fragile_batch(value)).values()) for value in values) / 3
     loss.backward()
@@ -220,7 +220,7 @@ def test_accumulated_gradients_are_those_of_the_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_both_precisions_learn_what_float32_does(dtype):
+def test_mixed_precision_losses_approximate_float32(dtype):
     _, expected = detector_steps()
     trainer, losses = detector_steps(amp_dtype=dtype)
     assert losses != expected, "autocast was off"
@@ -229,7 +229,7 @@ def test_both_precisions_learn_what_float32_does(dtype):
     assert trainer.grad_scaler.get_scale() == (65536 if dtype is torch.float16 else 1)
 
 
-def test_the_loss_scale_is_saved_and_restored():
+def test_loss_scale_is_saved_and_restored():
     first, second = (detector_steps(1, amp_dtype=torch.float16)[0] for _ in range(2))
     first.grad_scaler.update(512.0)
     with EventStorage():
@@ -241,7 +241,7 @@ def test_the_loss_scale_is_saved_and_restored():
     assert third.grad_scaler.get_scale() == 1
 
 
-def test_an_overflow_halves_the_loss_scale_and_is_no_error():
+def test_overflow_halves_the_loss_scale_before_it_is_an_error():
     model = tiny_fcos()
     weight = model.head.cls_logits.weight
     before = weight.detach().clone()
@@ -252,13 +252,13 @@ def test_an_overflow_halves_the_loss_scale_and_is_no_error():
         trainer.grad_scaler.update(2.0**100)
         trainer.run_step()
         assert trainer.grad_scaler.get_scale() == 2.0**99 and torch.equal(weight, before)
-        trainer.grad_scaler.update(0.5)  # the scale can no longer be the cause
+        trainer.grad_scaler.update(0.5)  # too small to be the cause
         weight.register_hook(lambda gradient: gradient * INF)
         with pytest.raises(InputError, match="gradients are not finite"):
             trainer.run_step()
 
 
-def test_bfloat16_is_chosen_by_config_and_stays_on_without_a_gpu(script):
+def test_bfloat16_can_be_enabled_without_a_gpu(script):
     result = script(*BFLOAT16, "DATASETS.TEST", "()")
     assert result.status == 0 and "AMP.ENABLED becomes" not in result.out
     with_amp = metrics(script.folder / "output")[-1]["total_loss"]
@@ -268,7 +268,7 @@ def test_bfloat16_is_chosen_by_config_and_stays_on_without_a_gpu(script):
 
 
 @pytest.mark.slow
-def test_bfloat16_loses_less_than_a_point_to_float32(tmp_path):
+def test_bfloat16_loses_less_than_one_ap_to_float32(tmp_path):
     """Two runs of `make demo`'s length with the same seed. Measured: 65.9 (float32) and 65.6."""
     aps = []
     for schedule in ("digits/fcos_R_18_FPN_digits", ACCURACY_TEST):
@@ -296,7 +296,7 @@ def test_float16_needs_a_gpu(caplog):
         amp_dtype("fp8", "cuda")
 
 
-def test_weights_of_other_dtypes_train_or_are_refused():
+def test_float64_and_bfloat16_weights_train_and_float16_is_rejected():
     for dtype in (torch.float64, torch.bfloat16):
         model = Smooth().to(dtype)
         data = [[{"x": image["x"].to(dtype)} for image in fragile_batch(1.0)]] * 2
@@ -329,14 +329,14 @@ def assert_compiled_like(plain: nn.Module, compiled: nn.Module) -> None:
     assert compiled.head.cls_logits.weight.grad.isfinite().all()
 
 
-def test_backbone_and_head_are_compiled_by_config(eager_compiler):
+def test_config_can_compile_backbone_and_head(eager_compiler):
     plain, compiled = (Trainer.build_model(tiny_cfg("MODEL.COMPILE", c)) for c in (False, True))
     assert plain.backbone._compiled_call_impl is None is plain.head._compiled_call_impl
     assert compiled.backbone._compiled_call_impl and compiled.head._compiled_call_impl
     torch._dynamo.utils.counters.clear()
     assert_compiled_like(plain, compiled)
     assert not torch._dynamo.utils.counters["graph_break"]
-    ema = build_ema(compiled, 0.9).module  # a copy, which must not be compiled as well
+    ema = build_ema(compiled, 0.9).module  # a copy, which is not compiled
     assert list(ema.state_dict()) == list(plain.state_dict())
     assert ema.backbone._compiled_call_impl is None
 
@@ -348,7 +348,7 @@ def test_unknown_compile_mode_is_an_error():
 
 
 @pytest.mark.slow
-def test_compiled_code_computes_the_same_as_the_model():
+def test_compiled_model_matches_the_original():
     plain, compiled = (Trainer.build_model(tiny_cfg("MODEL.COMPILE", c)) for c in (False, True))
     assert_compiled_like(plain, compiled)
     torch._dynamo.reset()

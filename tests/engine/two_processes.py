@@ -1,6 +1,6 @@
-"""One of two processes of torchrun, which together do what a single process does.
+"""Compares training in two processes of torchrun with training in a single process.
 
-The single process is this one too, before it joins the other. Prints "agreed" and the rank.
+Each process first trains alone, then with the other. Prints "agreed" and the rank.
 """
 
 import copy
@@ -34,13 +34,13 @@ def batches(objects=lambda image: True) -> list[list[dict]]:
     ]
 
 
-def my_part(whole: list[list[dict]]) -> list[list[dict]]:
+def local_part(whole: list[list[dict]]) -> list[list[dict]]:
     """Returns the images of this process."""
     return [batch[comm.get_rank() :: comm.get_world_size()] for batch in whole]
 
 
 def train(model, data, accumulation: int = 1, steps: int = STEPS, **options):
-    """Returns losses of every step, gradients of the first, final weights, and the trainer."""
+    """Returns the losses of every step, gradients of the first, final weights, and the trainer."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
     wrapped = wrap_ddp(model, broadcast_buffers=False)
@@ -56,16 +56,16 @@ def train(model, data, accumulation: int = 1, steps: int = STEPS, **options):
 
 
 def assert_same(together, alone) -> None:
-    if comm.is_main_process():  # which writes the losses of all
+    if comm.is_main_process():  # which logs the losses of both
         for ours, theirs in zip(together[0], alone[0], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     torch.testing.assert_close(together[1], alone[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[2], alone[2], rtol=1e-5, atol=1e-5)
 
 
-def nonfinite(model) -> None:
-    """Only one process has non-finite images, and both name them."""
-    data = my_part(batches())
+def check_nonfinite_images(model) -> None:
+    """Checks that both processes report the non-finite images of one."""
+    data = local_part(batches())
     if comm.get_rank() == 1:
         data[2][0]["image"] = data[2][0]["image"] * float("inf")
     with pytest.raises(InputError) as caught:
@@ -79,36 +79,36 @@ def nonfinite(model) -> None:
 
 
 def main() -> None:
-    """Runs all scenarios; any failure raises."""
+    """Runs all comparisons."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     torch.manual_seed(1)
     model = tiny_fcos()
-    everywhere, nowhere = batches(), batches(lambda image: False)
-    even = batches(lambda image: image % 2 == 0)  # of rank 0
-    alone = {"all": train(model, everywhere), "even": train(model, even, steps=4)}
+    with_objects, without_objects = batches(), batches(lambda image: False)
+    even = batches(lambda image: image % 2 == 0)  # those of rank 0
+    alone = {"all": train(model, with_objects), "even": train(model, even, steps=4)}
 
     init_torchrun()
     rank = comm.get_rank()
     assert (comm.get_world_size(), comm.get_local_rank()) == (2, rank)
-    assert_same(train(model, my_part(everywhere)), alone["all"])
-    assert_same(train(model, my_part(even), steps=4), alone["even"])
-    nothing = train(model, my_part(nowhere), steps=2)
+    assert_same(train(model, local_part(with_objects)), alone["all"])
+    assert_same(train(model, local_part(even), steps=4), alone["even"])
+    nothing = train(model, local_part(without_objects), steps=2)
     assert comm.is_main_process() is (nothing[0][0].get("loss_fcos_loc") == 0)
-    # Two batches per step with as many objects each: their mean is that of a single batch.
-    halved = [batch[:4] * 2 for batch in everywhere]
+    # Accumulating over the same batch twice does not change the result.
+    halved = [batch[:4] * 2 for batch in with_objects]
     twice = [batch for batch in halved for _ in range(2)]
     assert_same(
-        train(model, my_part(twice), accumulation=2, steps=4),
-        train(model, my_part(halved), steps=4),
+        train(model, local_part(twice), accumulation=2, steps=4),
+        train(model, local_part(halved), steps=4),
     )
-    nonfinite(model)
+    check_nonfinite_images(model)
 
-    trainer = train(model, my_part(everywhere), steps=1)[3]
+    trainer = train(model, local_part(with_objects), steps=1)[3]
     trainer.stop_requested = rank == 1
     with EventStorage():
         trainer.run_step()
-    assert trainer.stopping, "one was asked to stop, both must know"
+    assert trainer.stopping, "a stop request reaches both processes"
     trainer.gather_rng_states()
     assert len(trainer._rng_states) == (2 if rank == 0 else 0)
 
@@ -119,7 +119,7 @@ def main() -> None:
         wrap_ddp(tiny_fcos(NORM="SyncBN"))
     comm.synchronize()
     dist.destroy_process_group()
-    os.write(1, f"agreed {rank}\n".encode())  # in one write: the other process writes too
+    os.write(1, f"agreed {rank}\n".encode())  # a single write, since the other process writes too
 
 
 if __name__ == "__main__":
