@@ -97,7 +97,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         raise InputError(f"{path}: {one_line_cause(error)}; correct its _BASE_") from error
     except RecursionError as error:
         raise InputError(
-            f"{path} is its own _BASE_, perhaps through others, or is nested too deeply; correct it"
+            f"{path} has a circular _BASE_, or is nested too deeply; correct it"
         ) from error
     except (AttributeError, TypeError) as error:
         raise InputError(

@@ -191,7 +191,7 @@ def test_missing_config_file_is_refused(script):
         ("- a\n- b", ("bad.yaml", "not a mapping")),
         ("", ("bad.yaml", "not a mapping")),
         ("_BASE_: other.yaml", ("other.yaml", "_BASE_")),
-        ("_BASE_: bad.yaml", ("bad.yaml is its own _BASE_",)),
+        ("_BASE_: bad.yaml", ("bad.yaml has a circular _BASE_",)),
         ("[" * 3000, ("bad.yaml", "nested too deep")),
         ("OUTPUT_DIR: Wörter", ("bad.yaml: 'utf-8' codec can't decode", "_BASE_ as UTF-8")),
     ],

@@ -47,7 +47,7 @@ BATCH_SIZES = (1, 4)
 
 
 class Tolerance(NamedTuple):
-    """Tolerated differences: of coordinates in pixels, of scores, and share of lost detections."""
+    """Tolerated errors of coordinates in pixels and of scores, and fraction of lost detections."""
 
     box: float
     score: float

@@ -58,7 +58,7 @@ def export_detector(
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     text = json.dumps(dict(metadata or {}), indent=1)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporters' internals
+        warnings.simplefilter("ignore")  # from the exporters
         FORMATS[format](model, Path(path), half, text)
 
 
@@ -116,15 +116,13 @@ def _to_onnx(model: FCOS, half: bool):
 
 def _name_axes(proto) -> None:
     """Names the dynamic dimensions, which the tracer numbers."""
-    names = iter(("batch", "height", "width"))
-    name_of = {}
-    for value in (*proto.graph.input, *proto.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                if dim.dim_param not in name_of:
-                    name_of[dim.dim_param] = next(names)
-                dim.dim_param = name_of[dim.dim_param]
-    # Shapes of intermediate values use the tracer's names; runtimes infer them again.
+    values = (*proto.graph.input, *proto.graph.output)
+    dims = [d for value in values for d in value.type.tensor_type.shape.dim if d.dim_param]
+    symbols = dict.fromkeys(dim.dim_param for dim in dims)
+    names = dict(zip(symbols, ("batch", "height", "width"), strict=False))
+    for dim in dims:
+        dim.dim_param = names[dim.dim_param]
+    # Shapes of intermediate values contain the tracer's symbols; runtimes infer them again.
     del proto.graph.value_info[:]
 
 
@@ -228,9 +226,9 @@ def make_onnx_nms(num_classes: int) -> Callable:
         empty, limit = op.Constant(value_float=-1.0), op.Constant(value_ints=[max_detections])
         zero, none = op.Constant(value_float=0.0), op.Constant(value_int=-1)
         ids = op.Constant(value_ints=list(range(1 if class_agnostic else num_classes)))
-        own = op.Min(classes, op.Constant(value_int=0)) if class_agnostic else classes
-        is_own = op.Equal(op.Unsqueeze(own, [1]), op.Unsqueeze(ids, [0, 2]))
-        rows = op.Where(is_own, op.Unsqueeze(scores, [1]), empty)
+        labels = op.Min(classes, op.Constant(value_int=0)) if class_agnostic else classes
+        is_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(ids, [0, 2]))
+        rows = op.Where(is_class, op.Unsqueeze(scores, [1]), empty)
         extent = op.Constant(value_floats=[0.0, 0.0, *[float(pixel_extent)] * 2])
         selected = op.NonMaxSuppression(
             op.Add(boxes, extent) if pixel_extent else boxes,

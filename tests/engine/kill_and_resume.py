@@ -21,7 +21,7 @@ from fcos_d2.engine import Trainer, run_script
 from tests.tiny_training import metrics
 
 STEPS = ("before_step", "after_step", "after_hooks")
-# Audit events and calls at the next file, such as an image, a log or, most often, a checkpoint.
+# When the next file is opened, renamed or flushed: an image, a log or, most often, a checkpoint.
 FILES = ("open", "os.rename", "fsync")
 
 
@@ -110,7 +110,7 @@ def main(folder: Path, config: str, kills: int, seed: int, *words: str) -> None:
         # The kills are spread over the whole run, except for its last iteration.
         iteration = min(begin + random.randint(0, 2 * last // kills), last - 1)
         points.append((iteration, random.choice(STEPS + FILES)))
-        # With or without workers: the order of the data must not depend on them.
+        # Alternates between 0 and 1 workers, since the order of the data must not depend on them.
         workers = ("DATALOADER.NUM_WORKERS", str(number % 2))
         status = run(killed, config, *words, *workers, killed_at=points[-1])
         assert os.WIFSIGNALED(status), (status, (killed / "output.txt").read_text()[-3000:])

@@ -69,7 +69,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("modules", ["adet, fcos_d2", "fcos_d2, adet"])
-def test_adding_our_config_after_importing_adelaidet_is_a_one_line_error(modules, tmp_path):
+def test_add_fcos_config_after_importing_adelaidet_is_a_one_line_error(modules, tmp_path):
     code = (
         f"import {modules}\n{SETUP}"
         + """
