@@ -188,7 +188,7 @@ __device__ float lower(const PaddedNms& args, float score, const Overlap& o) {
   return o.exceeds(args.iou_threshold) ? mul_rn(score, 1 - o.iou()) : score;
 }
 
-__global__ void __launch_bounds__(kPaddedThreads, 1)
+__global__ void __launch_bounds__(kPaddedThreads, 2)
     soft_kernel(const __grid_constant__ PaddedNms args, float* all_scores) {
   Image image(args, blockIdx.x);
   float* scores = all_scores + blockIdx.x * args.num_boxes; // a thread sees only its own
