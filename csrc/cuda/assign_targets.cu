@@ -207,6 +207,7 @@ __device__ void add_tallies(
   for (int64_t i = warp; i < args.num_images * levels; i += kThreads / 32) {
     const Tally* of_image = tallies + i / levels * tiles.total();
     int level = int(i % levels), of_level[2] = {0, 0};
+#pragma unroll 2 // more need more than 40 registers
     for (int tile = tiles.first[level] + lane; tile < tiles.first[level + 1]; tile += 32) {
       const Tally& tally = of_image[tile];
       of_level[0] += tally.positive, of_level[1] += tally.ambiguous;
