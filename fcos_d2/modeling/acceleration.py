@@ -113,8 +113,9 @@ def keep_freed_memory() -> None:
     """Makes the C allocator keep freed memory for reuse, as PyTorch does on GPUs.
 
     By default, glibc returns the memory of large tensors to the system, which clears every page
-    again for the next tensor: about a sixth of inference and of a training step on a CPU. This
-    affects the whole process, so only commands call it. No effect without glibc.
+    again for the next tensor. This takes about a sixth of the time of inference on a CPU, and a
+    tenth of a training step. The setting affects the whole process, so only commands call it. It
+    has no effect without glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
