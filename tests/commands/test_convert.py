@@ -96,7 +96,7 @@ def test_round_trip_preserves_the_weights(script, tmp_path, name, suffix):
 def test_weights_for_torchvision_have_its_keys(script, tmp_path):
     with torch.device("meta"):
         names = fcos_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-    ours = import_weights(peers.weights("torchvision_R_50"), 80).weights
+    ours = import_weights(peers.random_weights("torchvision_R_50"), 80).weights
     torch.save(ours, tmp_path / "ours.pth")
     assert script("ours.pth", "theirs.pth", "--to", "torchvision").status == 0
     written = torch.load(tmp_path / "theirs.pth")
