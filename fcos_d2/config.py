@@ -155,7 +155,7 @@ def _add_training(cfg: CN) -> None:
     # Iterations that may be skipped because a loss or a gradient is not finite; one more stops
     # training.
     cfg.SOLVER.MAX_SKIPPED_ITERS = 0
-    # torch.compile for backbone and head, and its mode: "reduce-overhead" captures a CUDA graph for
+    # torch.compile for backbone and head, and its mode: "reduce-overhead" captures CUDA graphs for
     # each input shape.
     cfg.MODEL.COMPILE = False
     cfg.MODEL.COMPILE_MODE = "default"

@@ -20,8 +20,8 @@ template <class T>
 using Atomic = ::cuda::atomic_ref<T, ::cuda::thread_scope_device>;
 constexpr auto kRelaxed = ::cuda::memory_order_relaxed;
 
-// Adds to a counter of finished parts. Returns whether no part is left of `total`; this block then sees
-// what the other blocks wrote before their last barriers, and what their threads 0 wrote later.
+// Adds to a counter of finished parts. Returns whether all `total` parts are finished. This block then
+// sees what the others wrote before their last barriers, and what their threads 0 wrote later.
 __device__ __forceinline__ bool is_last_part(unsigned* finished, unsigned parts, unsigned total) {
   bool is_last = false;
   if (threadIdx.x == 0) {

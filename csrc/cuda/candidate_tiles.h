@@ -20,7 +20,7 @@ constexpr int kTilePoints = 1 << kPointBits;  // at most
 constexpr int kTileClasses = 1 << kClassBits; // at most
 constexpr unsigned kSortable = 2048;          // keys that are sorted in shared memory
 
-constexpr unsigned kCollectBlocks = 264; // they read segments again whose lists have overflowed
+constexpr unsigned kCollectBlocks = 264; // read segments with overflowed lists again
 
 // Longer lists are shortened before they are sorted.
 FCOS_HD int64_t longest_sorted(int64_t wanted) { return max_of(int64_t(kSortable), 2 * wanted); }

@@ -22,8 +22,8 @@ struct Compute<double> {
   using Type = double;
 };
 
-// Blocks of 256 threads per multiprocessor, for kernels that read logits: leaves the compiler 64 registers
-// (128 for float64), with which it starts all loads of a step at once.
+// Blocks of 256 threads per multiprocessor, for kernels that read logits: leaves the compiler 64
+// registers (128 for float64), with which it starts all loads of a step at once.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;
 

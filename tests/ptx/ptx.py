@@ -29,7 +29,7 @@ CSRC = native.ROOT / "csrc"
 SMALL_TILES = "FCOS_D2_SMALL_TILES"  # environment variable that selects the kernels of small_tiles
 BUILD = native.ROOT / "build" / ("ptx_small_tiles" if os.environ.get(SMALL_TILES) else "ptx")
 SOURCE = small_tiles.copy(CSRC, BUILD / "csrc") if os.environ.get(SMALL_TILES) else CSRC
-KERNELS = sorted((SOURCE / "cuda").glob("*.cu"))
+KERNELS = sorted(SOURCE / "cuda" / path.name for path in CSRC.glob("cuda/*.cu"))
 MACHINE = sorted(HERE.glob("*.cpp"))
 BINDING = CSRC / "bindings" / "cuda.cpp"
 RAW = "fcos_d2_ptx_raw"  # the ops of the binding (binding.h)
@@ -37,20 +37,20 @@ NAMESPACE = "fcos_d2_ptx"  # the same with their tensors made known to the machi
 
 
 def missing() -> str | None:
-    """Why the PTX cannot run here; None if it can."""
+    """Returns the reason why the PTX cannot run here, or None."""
     return native.missing() or (None if native.setup_py().NVCC else "needs nvcc")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The interpreter, the host code of the kernels, and the binding that launches them."""
+    """Loads the interpreter with the kernels' host code and the binding that launches them."""
     path = build("ops", (*KERNELS, BINDING))
     torch.ops.load_library(path)
     return prepare(path, [ptx_of(source) for source in KERNELS])
 
 
 def prepare(path: Path, programs: Sequence[Path]) -> ctypes.CDLL:
-    """A machine that runs the kernels of these PTX files."""
+    """Loads a machine that runs the kernels in ``programs``, which are PTX files."""
     machine = ctypes.CDLL(str(path))
     machine.ptx_load.restype = machine.ptx_take_records.restype = ctypes.c_char_p
     machine.ptx_add_tensor.argtypes = [
@@ -65,13 +65,13 @@ def prepare(path: Path, programs: Sequence[Path]) -> ctypes.CDLL:
 
 
 def load(machine: ctypes.CDLL, program: Path) -> None:
-    """Reads a PTX file, in the place of one of the same name that was read before."""
-    refusal = machine.ptx_load(str(program).encode())
-    assert refusal is None, refusal.decode()
+    """Loads a PTX file; replaces one of the same name that was loaded before."""
+    error = machine.ptx_load(str(program).encode())
+    assert error is None, error.decode()
 
 
 def take_records() -> dict[str, dict]:
-    """What has run since the last call, by kernel: launches, blocks, instructions and so on."""
+    """Returns and resets the counts of launches, blocks, instructions and more, by kernel."""
     return json.loads(library().ptx_take_records())
 
 
@@ -93,7 +93,7 @@ _LOCK = threading.RLock()  # there is only one interpreter
 
 @functools.cache
 def overloads() -> Overloads:
-    """All ops, registered again in another namespace and run by the PTX kernels."""
+    """Registers all ops in another namespace, with the PTX kernels."""
     raw = register_ops(RAW, reference_of)
     library()
     return register_ops(NAMESPACE, lambda name: _with_known_tensors(raw[name]))
@@ -112,10 +112,10 @@ def _with_known_tensors(op: torch._ops.OpOverload):
             try:
                 for is_changed in (False, True):
                     these = [x for x, y in zip(arguments, changed, strict=False) if y == is_changed]
-                    for begin, end in _places(these):
+                    for begin, end in _address_ranges(these):
                         machine.ptx_add_tensor(begin, end - begin, True, not is_changed)
                 results = op(*arguments)
-                for begin, end in _places(results):
+                for begin, end in _address_ranges(results):
                     missing = machine.ptx_count_unwritten(begin, end - begin)
                     assert missing == 0, f"{op.name()} has left {missing} bytes unwritten"
             finally:
@@ -125,15 +125,15 @@ def _with_known_tensors(op: torch._ops.OpOverload):
     return run
 
 
-def _places(tensors) -> list[tuple[int, int]]:
-    """Address ranges [begin, end) of tensors; overlapping ones are merged."""
-    places = []
+def _address_ranges(tensors) -> list[tuple[int, int]]:
+    """Returns the address ranges [begin, end) of tensors, with overlapping ones merged."""
+    ranges = []
     for x in tree_leaves(tensors):
         if isinstance(x, torch.Tensor) and x.numel() > 0:
             steps = ((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            places.append((x.data_ptr(), x.data_ptr() + (1 + sum(steps)) * x.element_size()))
+            ranges.append((x.data_ptr(), x.data_ptr() + (1 + sum(steps)) * x.element_size()))
     out: list[tuple[int, int]] = []
-    for begin, end in sorted(places):
+    for begin, end in sorted(ranges):
         if out and begin < out[-1][1]:
             begin, end = out[-1][0], max(end, out.pop()[1])
         out.append((begin, end))
@@ -144,12 +144,12 @@ def _places(tensors) -> list[tuple[int, int]]:
 
 
 def ptx_of(source: Path) -> Path:
-    """The PTX of a source file, next to its object file."""
+    """Returns the path of the PTX of a source file, next to its object file."""
     return BUILD / f"{source.stem}.ptx"
 
 
 def build(name: str, sources: tuple[Path, ...]) -> Path:
-    """Compiles what has changed in these files and the interpreter, and links it."""
+    """Compiles these files and the interpreter if they have changed, and links them."""
     library = try_to_build(name, sources)
     assert isinstance(library, Path), library
     return library
